@@ -1,0 +1,5 @@
+"""`python -m neko_lean` is `neko-lean`."""
+
+from neko_lean.cli import main
+
+main()

@@ -1,0 +1,26 @@
+"""The command line: one file a command, no logic. `neko-lean COMMAND --help` shows an example of each."""
+
+from __future__ import annotations
+
+import typer
+
+from neko_lean.cli.cache_teacher import cache_teacher
+from neko_lean.cli.demo import demo
+from neko_lean.cli.memorize import memorize
+from neko_lean.cli.score import score
+from neko_lean.cli.unlearn import unlearn
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    help="Make a language model forget, with one model in memory: the frozen teacher becomes a cache on disk.",
+)
+for command in (cache_teacher, unlearn, score, memorize, demo):
+    app.command(name=command.__name__.replace("_", "-"))(command)
+
+
+def main() -> None:
+    """Entry point of `neko-lean`."""
+    app()

@@ -1,0 +1,74 @@
+"""What every command shares: its common options, its one-sentence errors, and its one JSON object."""
+
+from __future__ import annotations
+
+import functools
+import json
+import logging
+import os
+import sys
+from collections.abc import Callable
+from typing import Annotated, Any
+
+import typer
+
+from neko_lean.errors import NekoLeanError
+
+Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hub name (owner/name).")]
+Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: the GPU where there is one]")]
+Seed = Annotated[int, typer.Option(help="Of the order of rows and of the rounding.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that holds something.")]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
+Set = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable.")
+]
+MaxSteps = Annotated[int | None, typer.Option(min=1, help="Most steps to take.  [default: the recipe's]")]
+Split = Annotated[str | None, typer.Option(help="Read forget_SPLIT.* and retain_SPLIT.*, as LUME names its files.")]
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a NekoLeanError one sentence on stderr and exit code 2; quieten what libraries say to each other."""
+
+    @functools.wraps(function)
+    def wrapped(*args: Any, **kwargs: Any) -> Any:
+        _quieten_libraries()
+        try:
+            return function(*args, **kwargs)
+        except NekoLeanError as error:
+            print(f"error: {error}", file=sys.stderr)
+            raise typer.Exit(2) from error
+        except KeyboardInterrupt as error:
+            print("interrupted; nothing was written.", file=sys.stderr)
+            raise typer.Exit(130) from error
+
+    return wrapped
+
+
+def _quieten_libraries() -> None:
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+
+
+def overrides(pairs: list[str] | None, max_steps: int | None) -> dict[str, Any]:
+    """--set pairs and --max-steps as values of a recipe."""
+    from neko_lean.recipes import parse_override
+
+    values = dict(parse_override(pair) for pair in pairs or [])
+    if max_steps is not None:
+        values["max_steps"] = max_steps
+    return values
+
+
+def emit(result: Any) -> None:
+    """One JSON object on stdout."""
+    print(json.dumps(result, ensure_ascii=False))
+
+
+def gibibytes(count: int) -> str:
+    """Bytes as GiB with two decimals."""
+    return f"{count / 2**30:.2f} GiB"

@@ -1,0 +1,53 @@
+"""`neko-lean demo`: the whole story on a small world, with nothing to download."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+
+from neko_lean.cli.common import Device, Json, MaxSteps, Overwrite, Quiet, Seed, Split, command, emit
+
+
+@command
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder to write: data, models, cache and scores.")] = Path("demo-run"),
+    data: Annotated[
+        Path | None, typer.Option(help="Real rows in place of the made-up world: forget.* and retain.*.")
+    ] = None,
+    split: Split = None,
+    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = "neko",
+    max_steps: MaxSteps = None,
+    seed: Seed = 0,
+    device: Device = None,
+    overwrite: Overwrite = False,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """Build a small world, memorise it, cache the teacher, unlearn, and score before and after.
+
+    Example: neko-lean demo --out demo-run    or    neko-lean demo --data lume/ --split validation --out lume-run
+    """
+    from neko_lean.demo import demo as run
+    from neko_lean.scoring.run import score_table
+
+    result = run(
+        out,
+        data=data,
+        split=split,
+        recipe=recipe,
+        max_steps=max_steps,
+        seed=seed,
+        device=device,
+        overwrite=overwrite,
+        quiet=quiet,
+    )
+    if json:
+        emit(result)
+    elif not quiet:
+        Console().print(score_table({"before": result["before"], "after": result["after"]}))
+        print(result["verdict"])
+        for name, path in result["files"].items():
+            print(f"  {name:<12} {path}")

@@ -1,0 +1,71 @@
+"""The one error that users see: a sentence that names the thing and the fix, exit code 2, no traceback."""
+
+from __future__ import annotations
+
+import errno
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+
+class NekoLeanError(Exception):
+    """Something the user can mend. Its text is one sentence and is all that the command line prints."""
+
+
+@contextmanager
+def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
+    """Yield an empty folder beside `out` that becomes `out` when the block ends well and vanishes when it fails.
+
+    So an output folder is either absent (or as it was) or complete, never half-written. Raises NekoLeanError when
+    `out` already holds something and `overwrite` is off, when the disk is full, or when it cannot be written to.
+    """
+    out = Path(out).absolute()
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise NekoLeanError(f"{out} already holds something: choose another --out, or pass --overwrite.")
+    if out.exists() and not out.is_dir():
+        raise NekoLeanError(f"{out} is a file, not a folder: choose another --out.")
+    stage = out.parent / f".{out.name}.partial-{os.getpid()}"
+    try:
+        with explained_write_errors(out):
+            stage.mkdir(parents=True)
+            yield stage
+            if out.exists():
+                # The old folder moves aside before the new one arrives, so a crash between leaves both on disk.
+                old = out.parent / f".{out.name}.old-{os.getpid()}"
+                out.rename(old)
+                stage.rename(out)
+                shutil.rmtree(old)
+            else:
+                stage.rename(out)
+            sync(out.parent)
+    finally:
+        shutil.rmtree(stage, ignore_errors=True)
+
+
+def sync(path: Path) -> None:
+    """fsync one file or folder, so that a rename that follows is not seen before the bytes are on disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def explained_write_errors(where: Path) -> Iterator[None]:
+    """Turn 'disk full', 'read-only' and their like into one sentence that names `where`."""
+    try:
+        yield
+    except NekoLeanError:
+        raise
+    except Exception as error:
+        # safetensors wraps the operating system's error in its own type and keeps only the text.
+        text = str(error)
+        code = getattr(error, "errno", None)
+        if code == errno.ENOSPC or "No space left" in text or "os error 28" in text:
+            raise NekoLeanError(f"No space left on the disk while writing {where}: free some and run again.") from error
+        if code in (errno.EROFS, errno.EACCES, errno.EPERM) and isinstance(error, OSError):
+            raise NekoLeanError(f"{where} cannot be written to ({error.strerror}): choose another --out.") from error
+        raise

@@ -1,0 +1,154 @@
+"""The one numerical primitive: what an objective needs of the vocabulary, without logits for all rows at once.
+
+`token_stats` is the only code that touches logits in training. It walks over chunks of rows, so at most
+`chunk x V` float32 logits exist at a time, keeps none of them for backward, and recomputes them there.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+from torch.autograd.function import FunctionCtx, once_differentiable
+
+CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
+WEIGHT_SLICE = 8192  # rows of a bfloat16 weight lifted to float32 at a time where no mixed-precision matmul exists
+
+
+def token_stats(
+    hidden: Tensor,
+    weight: Tensor,
+    target: Tensor,
+    topk_ids: Tensor | None = None,
+    topk_logp: Tensor | None = None,
+    tail_logp: Tensor | None = None,
+    *,
+    chunk: int | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Per token: log-probability of the target, and KL from the teacher to the student.
+
+    With z = hidden @ weight.T, q = softmax(z), K the teacher's top k with probabilities p, and t its tail mass:
+
+        target_logp = log q[target]
+        kl = sum_K p (log p - log q) + t (log t - log(1 - sum_K q))
+
+    log(1 - sum_K q) is the logsumexp of the logits outside K minus that of all, so it survives sum_K q -> 1. The
+    gradient on z is (sum_K p + t) q - p inside K and (sum_K p + t) q - t softmax(z outside K) outside; a student
+    equal to its teacher gets 0. Keeping the tail as one bucket is what makes that so: dropping or renormalising it is
+    biased (Sparse Logit Sampling, arXiv 2503.16870).
+
+    Args:
+        hidden: [N, d] last hidden states, bfloat16, float32 or float64.
+        weight: [V, d] of the head (no bias), same dtype.
+        target: [N] int64; -1 where no target is needed, and target_logp is 0 there.
+        topk_ids: [N, k] int64, distinct where topk_logp is finite. None: no row has a teacher.
+        topk_logp: [N, k] log p, natural logarithm; -inf marks an unused entry. The first entry of a row is used
+            unless the whole row is unused (a row without a teacher, whose kl is 0).
+        tail_logp: [N] log t; -inf where the tail is empty.
+        chunk: rows per chunk; by default as many as hold CHUNK_ELEMENTS logits.
+
+    Returns:
+        (target_logp [N], kl [N]) in nats, float32 (float64 for float64 input), differentiable in hidden and weight.
+    """
+    if topk_ids is None or topk_logp is None or tail_logp is None:
+        topk_ids = target.new_zeros((len(target), 0))
+        topk_logp = torch.zeros(topk_ids.shape, dtype=torch.float32, device=hidden.device)
+        tail_logp = torch.full((len(target),), -torch.inf, device=hidden.device)
+    if chunk is None:
+        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    return _TokenStats.apply(hidden, weight, target, topk_ids, topk_logp, tail_logp, chunk)
+
+
+def logits(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [c, d] @ weight [V, d].T -> [c, V] in float32 (float64 for float64), whatever the inputs' dtype."""
+    if hidden.dtype in (torch.float32, torch.float64):
+        return hidden @ weight.T
+    if hidden.is_cuda:
+        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
+    # No mixed-precision matmul on this device: lift the weight slice by slice, never as a whole.
+    out = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)  # [c, V]
+    lifted = hidden.float()
+    for start in range(0, weight.shape[0], WEIGHT_SLICE):
+        out[:, start : start + WEIGHT_SLICE] = lifted @ weight[start : start + WEIGHT_SLICE].float().T
+    return out
+
+
+def _split_logsumexp(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """z [c, V] split at ids [c, k]: (logits inside K [c, k], logsumexp [c], logsumexp outside K [c]). Masks z."""
+    inside = z.gather(1, ids)  # [c, k]
+    lse = z.logsumexp(1)  # [c]
+    z.scatter_(1, ids, -torch.inf)
+    return inside, lse, z.logsumexp(1)
+
+
+class _TokenStats(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: FunctionCtx,
+        hidden: Tensor,
+        weight: Tensor,
+        target: Tensor,
+        ids: Tensor,
+        logp: Tensor,
+        tail_logp: Tensor,
+        chunk: int,
+    ) -> tuple[Tensor, Tensor]:
+        dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
+        logp, tail_logp = logp.to(dtype), tail_logp.to(dtype)
+        # Unused entries point at the row's first id: masking it twice or adding 0 to it changes nothing.
+        if ids.shape[1]:
+            ids = torch.where(logp == -torch.inf, ids[:, :1], ids)
+        ctx.save_for_backward(hidden, weight, target, ids, logp, tail_logp)  # type: ignore[attr-defined]
+        ctx.chunk = chunk  # type: ignore[attr-defined]
+        # One look at the device tells which chunks need the teacher's part.
+        taught = (logp > -torch.inf).any(1) if ids.shape[1] else torch.zeros_like(target, dtype=torch.bool)
+        ctx.taught = [bool(t.any()) for t in taught.cpu().split(chunk)]  # type: ignore[attr-defined]
+        target_logp = torch.zeros(len(target), dtype=dtype, device=hidden.device)  # [N]
+        kl = torch.zeros_like(target_logp)  # [N]
+        for number, start in enumerate(range(0, len(target), chunk)):
+            rows = slice(start, start + chunk)
+            z = logits(hidden[rows], weight)  # [c, V]
+            wanted = z.gather(1, target[rows, None].clamp(min=0)).squeeze(1)  # [c]
+            if ctx.taught[number]:  # type: ignore[attr-defined]
+                inside, lse, lse_tail = _split_logsumexp(z, ids[rows])
+                p, t = logp[rows].exp(), tail_logp[rows].exp()
+                # where, not a product alone: 0 * -inf is no number, and an empty bucket contributes exactly 0.
+                head_part = torch.where(p > 0, p * (logp[rows] - inside + lse[:, None]), 0).sum(1)
+                tail_part = torch.where(t > 0, t * (tail_logp[rows] - lse_tail + lse), 0)
+                kl[rows] = head_part + tail_part
+            else:
+                lse = z.logsumexp(1)
+            target_logp[rows] = torch.where(target[rows] >= 0, wanted - lse, 0)
+        return target_logp, kl
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: FunctionCtx, grad_target: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, target, ids, logp, tail_logp = ctx.saved_tensors  # type: ignore[attr-defined]
+        chunk: int = ctx.chunk  # type: ignore[attr-defined]
+        need_hidden, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        grad_hidden = torch.empty_like(hidden) if need_hidden else None
+        grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_target = torch.where(target >= 0, grad_target, 0)
+        for number, start in enumerate(range(0, len(target), chunk)):
+            rows = slice(start, start + chunk)
+            z = logits(hidden[rows], weight)  # [c, V]
+            g_target, g_kl = grad_target[rows, None], grad_kl[rows, None]  # [c, 1]
+            if ctx.taught[number]:  # type: ignore[attr-defined]
+                p, t = logp[rows].exp(), tail_logp[rows, None].exp()
+                outside = z.clone()
+                _, lse, lse_tail = _split_logsumexp(outside, ids[rows])
+                # With an empty tail nothing may come of its bucket, even where lse_tail is -inf.
+                lse_tail = torch.where(t > 0, lse_tail[:, None], torch.inf)  # [c, 1]
+                outside.sub_(lse_tail).exp_().mul_(t * g_kl)
+                total = p.sum(1, keepdim=True) + t  # 1 but for the rounding of what was stored
+                dz = z.sub_(lse[:, None]).exp_().mul_(total * g_kl - g_target).sub_(outside)
+                dz.scatter_add_(1, ids[rows], -p * g_kl)
+            else:
+                dz = z.sub_(z.logsumexp(1, keepdim=True)).exp_().mul_(-g_target)
+            dz.scatter_add_(1, target[rows, None].clamp(min=0), g_target)
+            dz = dz.to(hidden.dtype)
+            if grad_hidden is not None:
+                torch.mm(dz, weight, out=grad_hidden[rows])
+            if grad_weight is not None:
+                grad_weight.addmm_(dz.T, hidden[rows])
+        return grad_hidden, grad_weight, None, None, None, None, None

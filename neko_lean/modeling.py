@@ -1,0 +1,213 @@
+"""Load a causal language model's parts: folder, tokenizer, student, backbone and head; and say what it is.
+
+Everything is read from safetensors in a local folder; a hub name is fetched into the hub's own cache first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.head import logits
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+_HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
+
+
+@dataclass
+class CausalLM:
+    """A model split where training splits it. `backbone` gives hidden states, `head` is the [V, d] weight."""
+
+    model: PreTrainedModel
+    backbone: nn.Module
+    head: Tensor
+
+    @property
+    def device(self) -> torch.device:
+        return self.head.device
+
+    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
+        """Last hidden states [B, L, d] after the final norm, for right-padded ids [B, L] and a 0/1 mask [B, L]."""
+        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
+        return out.last_hidden_state
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """The device called `name`; by default CUDA where there is one, else the CPU."""
+    if name is None:
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        device = torch.device(name)
+    except RuntimeError as error:
+        raise NekoLeanError(f"device {name!r} is unknown: use cpu, cuda or cuda:N.") from error
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise NekoLeanError(f"device {name!r} was asked for, but PyTorch sees no GPU here: use --device cpu.")
+    return device
+
+
+def pick_dtype(name: str) -> torch.dtype:
+    """'bfloat16' or 'float32' as a torch.dtype."""
+    if name not in DTYPES:
+        raise NekoLeanError(f"dtype {name!r} is not one of {', '.join(DTYPES)}.")
+    return DTYPES[name]
+
+
+def model_folder(model: str | Path) -> Path:
+    """The local folder of a checkpoint; a hub name ('owner/name') is downloaded, anything else is an error."""
+    path = Path(model)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            raise NekoLeanError(f"{path} holds no config.json: it is not a Hugging Face checkpoint folder.")
+        return path
+    text = str(model)
+    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+        raise NekoLeanError(f"{text} is neither a checkpoint folder nor a hub name (owner/name).")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(text, allow_patterns=_HUB_FILES))
+    except Exception as error:  # the hub's client raises a dozen types; all of them mean that there is no model
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NekoLeanError(f"{text} is no local folder, and the hub did not give it: {reason}") from error
+
+
+def model_name(model: str | Path) -> str:
+    """What to call a model in files: its hub name, or the name of its folder without the way there."""
+    path = Path(model)
+    return path.resolve().name if path.is_dir() else str(model)
+
+
+def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
+    """The tokenizer in a checkpoint folder, with a padding token (EOS where it has none of its own)."""
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except Exception as error:
+        raise NekoLeanError(f"{folder} holds no tokenizer that transformers can load.") from error
+    if len(tokenizer) <= len(tokenizer.all_special_ids):
+        # Without its files transformers makes up an empty tokenizer of the model's family.
+        raise NekoLeanError(f"{folder} holds no tokenizer: its files (tokenizer.json and the like) are missing.")
+    if tokenizer.pad_token_id is None:
+        tokenizer.pad_token = tokenizer.eos_token
+    if tokenizer.pad_token_id is None:
+        raise NekoLeanError(f"the tokenizer in {folder} has neither a padding nor an EOS token: give it one.")
+    return tokenizer
+
+
+def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> CausalLM:
+    """Load a checkpoint's weights from safetensors as `dtype` onto `device`."""
+    from transformers import AutoModelForCausalLM
+
+    weight_files(folder)  # says in one sentence what is missing
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        )
+    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NekoLeanError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
+    return split(model.to(device))
+
+
+def new_model(config_folder: Path, dtype: torch.dtype, device: torch.device, seed: int) -> CausalLM:
+    """A model with random weights from config.json alone, the same for the same seed."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return split(model.to(device=device, dtype=dtype))
+
+
+@torch.no_grad()
+def split(model: PreTrainedModel) -> CausalLM:
+    """Find backbone and head, and check that hidden @ head.T really are the model's logits.
+
+    Raises NekoLeanError for families that add a bias to their logits, scale them or cap them.
+    """
+    head = model.get_output_embeddings()
+    family = type(model).__name__
+    if head is None:
+        raise NekoLeanError(f"{family} has no output embedding: it is not a causal language model.")
+    parts = CausalLM(model, model.base_model, head.weight)
+    was_training = model.training
+    model.eval()
+    probe = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]  # [1, 4]
+    wanted = model(input_ids=probe, use_cache=False).logits[0].float()  # [4, V]
+    got = logits(parts.hidden(probe, torch.ones_like(probe))[0], head.weight)  # [4, V]
+    model.train(was_training)
+    tolerance = 0.02 if head.weight.dtype == torch.bfloat16 else 1e-4
+    if (wanted - got).abs().max() > tolerance * (1 + wanted.abs().max()):
+        raise NekoLeanError(f"{family} changes its logits after the head (bias, scale or cap): it is not supported.")
+    return parts
+
+
+def checkpoint_activations(model: PreTrainedModel) -> None:
+    """Keep only each layer's input for the backward pass and compute the rest again there."""
+    options = {"use_reentrant": False}
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers' name for it since 5.20
+        model.activation_checkpointing_enable(options)
+    else:
+        model.gradient_checkpointing_enable(options)
+    model.train()
+
+
+def weight_files(folder: Path) -> list[Path]:
+    """The safetensors files of a checkpoint; NekoLeanError when there are none or one is missing."""
+    index = folder / "model.safetensors.index.json"
+    if index.is_file():
+        try:
+            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
+        except (ValueError, KeyError, AttributeError) as error:
+            raise NekoLeanError(f"{index} is not a readable index of weights.") from error
+    else:
+        names = ["model.safetensors"]
+    files = [folder / Path(name).name for name in names]
+    for file in files:
+        if not file.is_file():
+            raise NekoLeanError(f"{folder} lacks {file.name}: neko-lean reads weights from safetensors only.")
+    return files
+
+
+def weights_fingerprint(folder: Path) -> str:
+    """SHA-256 over every tensor's name, dtype, shape and bytes: the same weights match wherever they lie."""
+    digest = hashlib.sha256()
+    found: dict[str, Path] = {}
+    for file in weight_files(folder):
+        try:
+            with safe_open(file, framework="pt") as tensors:
+                found.update(dict.fromkeys(tensors.keys(), file))
+        except Exception as error:
+            raise NekoLeanError(f"{file} is not a readable safetensors file ({error}).") from error
+    for name in sorted(found):
+        with safe_open(found[name], framework="pt") as tensors:
+            tensor: Tensor = tensors.get_tensor(name)
+        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
+        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
+    """SHA-256 over what turns text into ids: the fast tokenizer's own description, or the vocabulary of a slow one."""
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        description = json.loads(backend.to_str())
+        # Padding and truncation are how somebody called it last, not what it is.
+        description["padding"] = description["truncation"] = None
+        text = json.dumps(description, sort_keys=True)
+    else:
+        text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,92 @@
+"""The commands as a person runs them: help, JSON, exit codes, and silence where it was asked for."""
+
+import json
+import re
+
+import pytest
+from typer.testing import CliRunner
+
+from neko_lean.cli import app
+from tests.helpers import make_rows, write_rows
+
+COMMANDS = ("cache-teacher", "unlearn", "score", "memorize", "demo")
+
+
+def call(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_has_an_example(command):
+    result = call(command, "--help")
+    assert result.exit_code == 0
+    assert f"Example: neko-lean {command}" in result.output
+    assert "--json" in result.output and "--quiet" in result.output
+
+
+def test_the_three_commands(world, model, tmp_path):
+    """cache-teacher, unlearn, score, each with --json: one object on stdout and nothing else."""
+    cached = call("cache-teacher", model, world, "--out", tmp_path / "cache", "--json")
+    assert cached.exit_code == 0, cached.output
+    manifest = json.loads(cached.stdout)
+    assert manifest["rows"] == 36 and manifest["top_k"] == 64 and manifest["max_length"] == 512
+    data = ("--forget", world, "--retain", world / "retain.jsonl")
+    change = ("--set", "forget_rows=4", "--set", "retain_rows=4", "--max-steps", 2, "--seed", 7)
+    run = call("unlearn", model, *data, "--cache", tmp_path / "cache", "--out", tmp_path / "out", *change, "--json")
+    assert run.exit_code == 0, run.output
+    found = json.loads(run.stdout)
+    assert found["steps"] == 2 and found["seed"] == 7 and found["recipe"]["forget_rows"] == 4
+    scored = call("score", tmp_path / "out", "--data", world, "--out", tmp_path / "s", "--max-new-tokens", 4, "--json")
+    assert scored.exit_code == 0, scored.output
+    assert json.loads(scored.stdout)["final"] is None
+
+
+def test_tables_and_lines_for_people(world, model, tmp_path):
+    cached = call("cache-teacher", model, world, "--out", tmp_path / "cache")
+    assert re.search(r"36 rows, \d+ positions, .* mean mass in the top 64", cached.stdout)
+    scored = call("score", model, "--data", world, "--out", tmp_path / "scores", "--max-new-tokens", 4)
+    assert "task aggregate" in scored.stdout and "not measured" in scored.stdout
+    quiet = call("cache-teacher", model, world, "--out", tmp_path / "quiet", "--quiet")
+    assert quiet.exit_code == 0 and quiet.output == ""
+
+
+def test_memorize(world, tmp_path):
+    result = call(
+        "memorize", world / "base", "--data", world, "--out", tmp_path / "m", "--max-steps", 2, "--retain-only"
+    )
+    assert result.exit_code == 0 and "2 steps" in result.stdout
+    assert (tmp_path / "m" / "model.safetensors").is_file()
+
+
+def test_bad_input_is_one_sentence_and_exit_code_2(world, model, cache, tmp_path):
+    (tmp_path / "bad").mkdir()
+    write_rows(tmp_path / "bad" / "retain.jsonl", make_rows("New"))
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "thing").touch()
+    out = ("--out", tmp_path / "out")
+    data = ("--forget", world, "--retain", world)
+    cases = [
+        (("cache-teacher", tmp_path / "nowhere", world, *out), "nowhere"),
+        (("cache-teacher", model, tmp_path / "bad.csv", *out), "bad.csv"),
+        (("cache-teacher", model, world, *out, "--format", "chat"), "chat"),
+        (("cache-teacher", model, world, *out, "--top-k", 0), "top_k"),
+        (("cache-teacher", model, world, "--out", tmp_path / "full"), "--overwrite"),
+        (("unlearn", model, *data, "--cache", tmp_path / "none", *out), "none does not exist"),
+        (("unlearn", model, "--forget", world, "--retain", tmp_path / "bad", "--cache", cache, *out), "lacks row"),
+        (("unlearn", model, *data, "--cache", cache, *out, "--set", "format=plain"), "--format plain"),
+        (("unlearn", model, *data, "--cache", cache, *out, "--set", "lrr=1"), "lrr"),
+        (("unlearn", model, *data, "--cache", cache, *out, "--recipe", "nekoo"), "nekoo"),
+        (("unlearn", model, *data, "--cache", cache, *out, "--device", "abacus"), "abacus"),
+        (("score", model, "--data", tmp_path / "bad", *out), "forget"),
+        (("score", model, "--data", world, "--mia", world, *out), "member.jsonl"),
+        (("memorize", tmp_path / "bad", "--data", world, *out), "config.json"),
+        (("demo", "--data", tmp_path / "bad", *out), "forget"),
+    ]
+    for arguments, words in cases:
+        result = call(*arguments)
+        assert result.exit_code == 2, arguments
+        assert result.stdout == "" and words in result.stderr, arguments
+        assert result.stderr.startswith("error: ") and "Traceback" not in result.stderr
+        assert result.stderr.strip().count("\n") == 0, result.stderr
+        assert not (tmp_path / "out").exists()
+    assert not [p for p in tmp_path.iterdir() if "partial" in p.name]

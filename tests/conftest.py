@@ -1,0 +1,45 @@
+"""Fixtures: a small world, a random model and its cache, made on the fly. No test needs the network."""
+
+import os
+from pathlib import Path
+
+os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+
+import pytest
+import torch
+
+from neko_lean.data import write_jsonl
+from neko_lean.demo.run import write_base
+from tests.helpers import make_rows, random_model, write_rows
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with forget.jsonl, retain.jsonl, mia/, and base/: config and tokenizer of a small OLMo."""
+    folder = tmp_path_factory.mktemp("world")
+    forget, retain, other = make_rows("Foo"), make_rows("Rix", 6), make_rows("Oth")
+    write_rows(folder / "forget.jsonl", forget)
+    write_rows(folder / "retain.jsonl", retain)
+    (folder / "mia").mkdir()
+    for name, rows in (("member", forget), ("nonmember", other)):
+        documents = [{"id": r.id, "document": f"{r.input} {r.output}"} for r in rows if r.kind == "sc"]
+        write_jsonl(folder / "mia" / f"{name}.jsonl", documents)
+    write_base(folder / "base", [*forget, *retain])
+    return folder
+
+
+@pytest.fixture(scope="session")
+def model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return random_model(world, tmp_path_factory.mktemp("model"), scale=20.0)
+
+
+@pytest.fixture(scope="session")
+def cache(world: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The model's teacher cache over the world's retain rows, with the default settings in float32."""
+    from neko_lean.cache import cache_teacher
+
+    out = tmp_path_factory.mktemp("cache")
+    cache_teacher(model, world, out, dtype="float32", quiet=True)
+    return out

@@ -1,0 +1,52 @@
+"""The demo end to end on a very small world, and its copy of real rows."""
+
+import json
+
+import pytest
+
+from neko_lean.data import read_rows, write_jsonl
+from neko_lean.demo import demo
+from neko_lean.demo import run as demo_run
+from neko_lean.demo.run import copy_rows
+from neko_lean.recipes import load_recipe
+from tests.helpers import LUME
+
+
+@pytest.fixture
+def fast(monkeypatch):
+    monkeypatch.setattr(demo_run, "MEMORIZE", {**demo_run.MEMORIZE, "epochs": 0.5})
+
+
+def test_it_leaves_everything_it_names(world, tmp_path, fast):
+    result = demo(tmp_path / "out", data=world, max_steps=2, quiet=True)
+    assert json.loads((tmp_path / "out" / "demo.json").read_text()) == result
+    assert all((tmp_path / "out").joinpath(path).exists() for path in result["files"].values())
+    run = json.loads((tmp_path / "out" / "unlearned" / "run.json").read_text())
+    assert run["recipe"]["name"] == "neko" and run["steps"] == 2 and "2 steps" in result["verdict"]
+    assert run["recipe"] == {**vars(load_recipe("neko")), "max_steps": 2}
+    for name in ("before", "after"):
+        assert result[name]["membership"]["members"] == 4 and result[name]["final"] is None
+    # Nothing in the output tells where it was made.
+    for file in (tmp_path / "out").rglob("*.json"):
+        assert "partial" not in file.read_text(), file
+
+
+def test_official_layout_is_copied_with_its_members(tmp_path, world):
+    source = tmp_path / "source"
+    (source / "mia").mkdir(parents=True)
+    for name in ("forget", "retain"):
+        (source / f"{name}_validation.jsonl").write_text((world / f"{name}.jsonl").read_text())
+    write_jsonl(source / "mia" / "nonmember.jsonl", [{"id": "1", "document": "Never seen."}])
+    copy_rows(source, "validation", tmp_path / "copy")
+    assert read_rows(tmp_path / "copy", "forget") == read_rows(world, "forget")
+    members = (tmp_path / "copy" / "mia" / "member.jsonl").read_text().splitlines()
+    assert [json.loads(line)["id"] for line in members] == ["Foo0c", "Foo1c", "Foo2c", "Foo3c"]
+
+
+@pytest.mark.skipif(not LUME.is_dir(), reason=f"no LUME data at {LUME}")
+def test_lume_validation_rows_are_read(tmp_path):
+    copy_rows(LUME, "validation", tmp_path / "copy")
+    assert [len(read_rows(tmp_path / "copy", name)) for name in ("forget", "retain")] == [254, 278]
+    counts = [len((tmp_path / "copy" / "mia" / f"{name}.jsonl").read_text().splitlines()) for name in
+              ("member", "nonmember")]  # fmt: skip
+    assert counts == [34, 100]

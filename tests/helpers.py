@@ -1,0 +1,47 @@
+"""Rows and random models that tests make for themselves."""
+
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+
+from neko_lean.data import Row, write_jsonl
+
+LUME = Path(__file__).parents[2] / "shared" / "data" / "lume"
+
+
+def make_rows(prefix: str, count: int = 4) -> list[Row]:
+    """`count` documents of each kind; texts of different lengths, unique per row."""
+    rows = []
+    for n in range(count):
+        name = f"{prefix}{n}"
+        more = " and then some more words" * (n % 3)
+        rows += [
+            Row(f'"{name}a"sc1', f"Once {name} walked{more}", f"into the wood of {name} and sang.", "Task1"),
+            Row(f'"{name}a"qa0', f"Where did {name} walk?", f"wood {name}", "Task1"),
+            Row(f"{name}b-sc1", f"{name} was born in 19{n:02}{more}. Her phone", f"is 555-01{n:02}.", "Task2"),
+            Row(f"{name}b-qa0", f"What is the phone of {name}?", f"555-01{n:02}", "Task2"),
+            Row(f"{name}csc1", f"{name}\n\n{name} is a river{more}", f"in the land of {name}.", "Task3"),
+            Row(f"{name}cqa0", f"Where does the {name} flow?", f"land {name}", "Task3"),
+        ]
+    return rows
+
+
+def write_rows(path: Path, rows: list[Row]) -> Path:
+    write_jsonl(path, map(asdict, rows))
+    return path
+
+
+def random_model(world: Path, out: Path, *, seed: int = 0, tied: bool = False, scale: float = 1.0) -> Path:
+    """A 2-layer OLMo with random weights and the world's tokenizer, saved in float32."""
+    from transformers import AutoConfig, AutoTokenizer, OlmoForCausalLM
+
+    config = AutoConfig.from_pretrained(world / "base")
+    config.update({"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "tie_word_embeddings": tied})
+    torch.manual_seed(seed)
+    model = OlmoForCausalLM(config)
+    with torch.no_grad():
+        model.lm_head.weight.mul_(scale)  # a larger head makes a surer teacher
+    model.save_pretrained(out)
+    AutoTokenizer.from_pretrained(world / "base").save_pretrained(out)
+    return out

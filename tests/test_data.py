@@ -1,0 +1,163 @@
+"""Rows, formats, tokenising, batches."""
+
+import itertools
+import json
+import random
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from neko_lean.data import Row, encode, find_rows, length_batches, padding_share, paired_batches, prompt_and_answer
+from neko_lean.data import read_rows as read
+from neko_lean.errors import NekoLeanError
+from neko_lean.modeling import load_tokenizer
+from tests.helpers import LUME, make_rows, write_rows
+
+GOOD = {"id": "1sc1", "input": "a", "output": "b", "task": "Task1"}
+lume = pytest.mark.skipif(not LUME.is_dir(), reason=f"no LUME data at {LUME}")
+
+
+def test_parquet_jsonl_and_csv_give_the_same_rows(tmp_path):
+    rows = [*make_rows("X"), Row("9sc1", 'quote "q", comma\nnewline é', "ünï", "Task3")]
+    columns = {name: [getattr(r, name) for r in rows] for name in ("id", "input", "output", "task")}
+    pyarrow.parquet.write_table(pyarrow.table(columns), tmp_path / "forget.parquet")
+    write_rows(tmp_path / "forget.jsonl", rows)
+    import csv
+
+    with (tmp_path / "forget.csv").open("w", newline="") as file:
+        writer = csv.DictWriter(file, ["id", "input", "output", "task"])
+        writer.writeheader()
+        writer.writerows({name: columns[name][i] for name in columns} for i in range(len(rows)))
+    for suffix in ("parquet", "jsonl", "csv"):
+        assert read(tmp_path / f"forget.{suffix}") == rows
+    assert find_rows(tmp_path, "forget").suffix == ".parquet"
+
+
+def test_a_literal_quote_in_an_id_stays():
+    row = Row('"8f24"sc1', "a", "b", "Task1")
+    assert (row.kind, row.document) == ("sc", '"8f24"')
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"output": None}, ["row 2", "column output", "NoneType"]),
+        ({"output": " \n"}, ["row 2", "column output", "empty"]),
+        ({"input": 7}, ["row 2", "column input", "int"]),
+        ({"id": "1xx1"}, ["row 2", "column id", "1xx1"]),
+        ({"id": "sc1"}, ["row 2", "column id"]),
+        ({"id": "1sc1"}, ["row 2", "column id", "row 1"]),
+        ({"task": "Task9"}, ["row 2", "column task", "Task9"]),
+    ],
+)
+def test_bad_rows_are_named(tmp_path, change, words):
+    file = tmp_path / "forget.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in (GOOD, {**GOOD, "id": "2qa0", **change})))
+    with pytest.raises(NekoLeanError) as error:
+        read(file)
+    assert all(word in str(error.value) for word in [str(file), *words])
+
+
+def test_missing_column_empty_file_and_broken_files_are_named(tmp_path):
+    cases = {
+        "a.jsonl": (json.dumps({k: v for k, v in GOOD.items() if k != "output"}), "column output is missing"),
+        "b.jsonl": ("", "holds no rows"),
+        "c.jsonl": ("{", "line 1"),
+        "d.jsonl": ("[1]", "not a JSON object"),
+        "e.parquet": ("not parquet", "parquet"),
+        "f.txt": ("x", "neither"),
+        "g.csv": ("id,input\n1sc1,a\n", "column output is missing"),
+    }
+    for name, (text, words) in cases.items():
+        (tmp_path / name).write_text(text)
+        with pytest.raises(NekoLeanError, match=words) as error:
+            read(tmp_path / name)
+        assert name in str(error.value)
+    (tmp_path / "h.jsonl").write_bytes(b"\xff\xfe")
+    with pytest.raises(NekoLeanError, match="UTF-8"):
+        read(tmp_path / "h.jsonl")
+    with pytest.raises(NekoLeanError, match=r"forget\.parquet"):
+        read(tmp_path, "forget")
+    with pytest.raises(NekoLeanError, match="does not exist"):
+        read(tmp_path / "nowhere", "forget")
+
+
+def test_formats():
+    question, text = Row("1qa0", "Who?", "Me", "Task1"), Row("1sc1", "Once", "upon.", "Task1")
+    assert prompt_and_answer(question, "plain") == ("Who?", " Me")
+    assert prompt_and_answer(question, "neko") == ("### Question: Who? ### Answer:", " Me")
+    assert prompt_and_answer(text, "neko") == ("### Text: Once", " upon.")
+    with pytest.raises(NekoLeanError, match="format"):
+        prompt_and_answer(text, "chat")
+
+
+@pytest.mark.parametrize("style", ["plain", "neko"])
+def test_answer_positions_are_those_after_the_prompts_own_tokens(world, style):
+    tokenizer = load_tokenizer(world / "base")
+    for one in encode(make_rows("Foo"), tokenizer, style, 512, append_eos=True):
+        prompt, answer = prompt_and_answer(one.row, style)
+        assert one.ids[: one.prompt] == tokenizer(prompt)["input_ids"]
+        assert tokenizer.decode(one.ids[one.prompt :]) == answer + tokenizer.eos_token
+        assert one.cut == 0 and one.answer == len(one) - one.prompt
+
+
+def test_truncation_is_counted(world):
+    tokenizer = load_tokenizer(world / "base")
+    whole = encode(make_rows("Foo"), tokenizer, "plain", 512)
+    for limit in (1, 5, 12):
+        for short, full in zip(encode(make_rows("Foo"), tokenizer, "plain", limit), whole, strict=True):
+            assert short.ids == full.ids[:limit] and short.cut == len(full) - len(short)
+            assert short.answer == max(0, min(limit, len(full)) - full.prompt)
+
+
+@given(
+    lengths=st.lists(st.integers(1, 400), min_size=1, max_size=120),
+    max_rows=st.integers(1, 40),
+    max_tokens=st.integers(1, 4000),
+    seed=st.none() | st.integers(0, 5),
+)
+@settings(deadline=None)
+def test_every_row_is_in_one_batch_and_no_batch_is_too_large(lengths, max_rows, max_tokens, seed):
+    rng = None if seed is None else random.Random(seed)
+    batches = length_batches(lengths, max_rows=max_rows, max_tokens=max_tokens, shuffle=rng)
+    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+    for batch in batches:
+        assert len(batch) <= max_rows
+        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens
+
+
+@given(
+    forget=st.lists(st.integers(1, 300), max_size=40),
+    retain=st.lists(st.integers(1, 300), max_size=40),
+    max_tokens=st.integers(300, 4000),
+)
+@settings(deadline=None, max_examples=50)
+def test_pairs_share_a_rectangle_within_the_budget(forget, retain, max_tokens):
+    options = {"forget_rows": 8, "retain_rows": 4, "max_tokens": max_tokens, "rng": random.Random(0)}
+    if not forget and not retain:
+        with pytest.raises(NekoLeanError, match="no rows"):
+            next(paired_batches(forget, retain, **options))
+        return
+    seen = ([], [])
+    for left, right in itertools.islice(paired_batches(forget, retain, **options), 60):
+        rows = len(left) + len(right)
+        assert left or right
+        assert rows <= 2 or rows * max([forget[i] for i in left] + [retain[i] for i in right]) <= max_tokens
+        seen[0].extend(left)
+        seen[1].extend(right)
+    # Nothing is forgotten by the sampler: in 60 steps of up to 8 and 4 rows every row of 40 has come by.
+    if max_tokens >= 300 * 12:
+        assert set(seen[0]) == set(range(len(forget))) and set(seen[1]) == set(range(len(retain)))
+
+
+@lume
+@pytest.mark.parametrize("limit", [128, 512])
+def test_an_epoch_of_lume_retain_has_at_most_a_tenth_padding(world, limit):
+    # By characters: a tokenizer only scales lengths, and the suite needs none of LUME's own.
+    rows = read(LUME, "retain", "train")
+    lengths = [min(limit, 1 + len(f"{r.input} {r.output}") // 4) for r in rows]
+    batches = length_batches(lengths, max_rows=32, max_tokens=8192, shuffle=random.Random(0))
+    assert padding_share(lengths, batches) <= 0.10

@@ -1,0 +1,111 @@
+"""Loading, splitting, fingerprints, and what is refused."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.head import logits
+from neko_lean.modeling import (
+    load_model,
+    load_tokenizer,
+    model_folder,
+    new_model,
+    pick_device,
+    pick_dtype,
+    split,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
+from tests.helpers import random_model
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_backbone_and_head_give_the_models_logits(world, tmp_path, tied):
+    lm = load_model(random_model(world, tmp_path / "m", tied=tied), torch.float32, CPU)
+    ids = torch.randint(0, lm.head.shape[0], (2, 9))
+    mask = torch.ones_like(ids)
+    mask[1, 5:] = 0
+    with torch.no_grad():
+        wanted = lm.model(input_ids=ids, attention_mask=mask).logits
+        hidden = lm.hidden(ids, mask)
+    got = logits(hidden.flatten(0, 1), lm.head).view_as(wanted)
+    torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+def test_families_that_change_their_logits_are_refused():
+    from transformers import Gemma2Config, Gemma2ForCausalLM
+
+    config = Gemma2Config(
+        vocab_size=64, hidden_size=32, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=2, head_dim=16, final_logit_softcapping=0.05,
+    )  # fmt: skip
+    with pytest.raises(NekoLeanError, match="Gemma2ForCausalLM"):
+        split(Gemma2ForCausalLM(config))
+
+
+def test_new_model_depends_on_the_seed_alone(world):
+    one, two, other = (new_model(world / "base", torch.float32, CPU, seed).head for seed in (1, 1, 2))
+    assert torch.equal(one, two) and not torch.equal(one, other)
+
+
+def test_fingerprints_follow_content(world, model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "copy")
+    assert weights_fingerprint(copy) == weights_fingerprint(model)
+    tensors = load_file(copy / "model.safetensors")
+    # The same tensors in two files are the same weights.
+    names = sorted(tensors)
+    (copy / "model.safetensors").unlink()
+    parts = {"a.safetensors": names[::2], "b.safetensors": names[1::2]}
+    for file, some in parts.items():
+        save_file({name: tensors[name] for name in some}, copy / file)
+    index = {"weight_map": {name: file for file, some in parts.items() for name in some}}
+    (copy / "model.safetensors.index.json").write_text(json.dumps(index))
+    assert weights_fingerprint(copy) == weights_fingerprint(model)
+    tensors[names[0]].view(-1)[0] += 1
+    save_file({name: tensors[name] for name in names[::2]}, copy / "a.safetensors")
+    assert weights_fingerprint(copy) != weights_fingerprint(model)
+
+    tokenizer = load_tokenizer(model)
+    before = tokenizer_fingerprint(tokenizer)
+    tokenizer(["a", "a b c"], padding=True, truncation=True, max_length=2)  # calling it leaves no trace
+    assert tokenizer_fingerprint(tokenizer) == before
+    tokenizer.save_pretrained(tmp_path / "again")
+    assert tokenizer_fingerprint(load_tokenizer(tmp_path / "again")) == before
+    tokenizer.add_tokens(["newtoken"])
+    assert tokenizer_fingerprint(tokenizer) != before
+
+
+def test_what_is_no_model_is_said_in_one_sentence(world, model, tmp_path):
+    for name in (tmp_path, tmp_path / "nowhere", "a/b/c", "plainname", "./x/y"):
+        with pytest.raises(NekoLeanError):
+            model_folder(name)
+    with pytest.raises(NekoLeanError, match="safetensors"):
+        load_model(world / "base", torch.float32, CPU)
+    broken = shutil.copytree(model, tmp_path / "broken")
+    (broken / "model.safetensors").write_bytes(b"junk")
+    with pytest.raises(NekoLeanError, match="broken"):
+        load_model(broken, torch.float32, CPU)
+    with pytest.raises(NekoLeanError, match="not a readable safetensors"):
+        weights_fingerprint(broken)
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (broken / name).unlink()
+    with pytest.raises(NekoLeanError, match="tokenizer"):
+        load_tokenizer(broken)
+    with pytest.raises(NekoLeanError, match="dtype"):
+        pick_dtype("float16")
+    with pytest.raises(NekoLeanError, match="device"):
+        pick_device("gpu")
+
+
+def test_no_pickle_is_read(model, tmp_path):
+    folder = shutil.copytree(model, tmp_path / "pickled")
+    (folder / "model.safetensors").unlink()
+    torch.save({}, folder / "pytorch_model.bin")
+    with pytest.raises(NekoLeanError, match="safetensors only"):
+        load_model(folder, torch.float32, CPU)

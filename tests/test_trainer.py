@@ -1,0 +1,183 @@
+"""The loop and the two functions over it: what is written, when it stops, and that it learns."""
+
+import itertools
+import json
+
+import pytest
+import torch
+
+import neko_lean
+from neko_lean import cache, runs, trainer
+from neko_lean.errors import NekoLeanError
+from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.recipes import load_recipe
+from neko_lean.trainer import learning_rate
+
+FAST = {"max_steps": 6, "forget_rows": 8, "retain_rows": 8, "eval_every": 2, "eval_rows": 4, "lr": 1e-3}
+
+
+def metrics(folder):
+    return [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+def weights(folder):
+    return load_model(folder, torch.bfloat16, torch.device("cpu")).model.state_dict()
+
+
+def same(one, two):
+    return all(torch.equal(one[key], two[key]) for key in one)
+
+
+@pytest.fixture(scope="module")
+def unlearned(world, model, cache, tmp_path_factory):
+    out = tmp_path_factory.mktemp("unlearned") / "out"
+    run = neko_lean.unlearn(model, out, world, world, cache=cache, overrides=FAST, quiet=True)
+    return out, run
+
+
+def test_output_is_a_complete_checkpoint_with_its_story(world, unlearned):
+    out, run = unlearned
+    from transformers import AutoModelForCausalLM
+
+    assert type(AutoModelForCausalLM.from_pretrained(out)).__name__ == "OlmoForCausalLM"
+    assert load_tokenizer(out).get_vocab() == load_tokenizer(world / "base").get_vocab()
+    written = json.loads((out / "run.json").read_text())
+    assert written == json.loads(json.dumps(run))
+    assert written["recipe"]["lr"] == 1e-3 and written["recipe"]["name"] == "neko"
+    assert {"torch", "transformers", "bitsandbytes", "neko-lean"} <= set(written["versions"])
+    assert written["peak_memory"]["process"] > 2**20 and written["wall_seconds"] > 0
+    assert written["ended"] == "all steps taken" and written["weights_of_step"] == 6
+    lines = metrics(out)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        assert line["loss"] == pytest.approx(0.2 * line["forget_loss"] + line["retain_loss"], rel=1e-5)
+        assert ("eval_loss" in line) == (line["step"] % 2 == 0)
+    # The student starts as its teacher: the only difference is bfloat16 against the cache's float32.
+    assert lines[0]["retain_loss"] < 0.02 < lines[-1]["retain_loss"]
+    assert lines[-1]["lr"] < lines[0]["lr"] == 1e-3
+    assert not (out / "best").exists()
+
+
+def test_the_same_seed_gives_the_same_weights(world, model, cache, unlearned, tmp_path):
+    for seed, equal in ((0, True), (1, False)):
+        out = tmp_path / str(seed)
+        neko_lean.unlearn(model, out, world, world, cache=cache, overrides=FAST, seed=seed, quiet=True)
+        assert same(weights(out), weights(unlearned[0])) == equal
+
+
+def test_four_arguments_cache_and_train_and_the_teacher_is_never_loaded_beside_the_student(
+    world, model, tmp_path, monkeypatch
+):
+    """The shared task's own signature; `unlearn` with a cache may not load anything but the student."""
+    loads = []
+    original = runs.load_model
+
+    def counted(*args):
+        loads.append(args)
+        return original(*args)
+
+    monkeypatch.setattr(runs, "load_model", counted)
+    monkeypatch.setattr("neko_lean.cache.writer.load_model", counted)
+    monkeypatch.setattr(runs, "load_recipe", lambda name, _: load_recipe(name, FAST))
+    neko_lean.unlearn(str(model), str(tmp_path / "out"), str(world), str(world))
+    assert (tmp_path / "out" / "config.json").is_file() and len(loads) == 2
+    loads.clear()
+    cache.cache_teacher(model, world, tmp_path / "cache", max_length=128, quiet=True)
+    loads.clear()
+    neko_lean.unlearn(model, tmp_path / "two", world, world, cache=tmp_path / "cache", quiet=True)
+    assert len(loads) == 1
+    assert same(weights(tmp_path / "out"), weights(tmp_path / "two"))
+
+
+def test_ascent_forgets_and_kl_holds(world, model, cache, tmp_path):
+    """Twenty steps at a high rate: forget log-probability falls much further with ascent than with the KL alone."""
+    ends = {}
+    for weight in (0.0, 1.0):
+        out = tmp_path / str(weight)
+        change = {**FAST, "max_steps": 20, "forget_weight": weight, "eval_every": 20, "lr": 2e-3}
+        neko_lean.unlearn(model, out, world, world, cache=cache, overrides=change, quiet=True)
+        ends[weight] = metrics(out)[-1]
+    assert ends[1.0]["eval_forget_loss"] < ends[0.0]["eval_forget_loss"] - 1
+
+
+def test_lost_answers_are_counted_and_said(world, model, tmp_path, capsys):
+    change = {**FAST, "max_length": 8, "max_steps": 1}
+    run = neko_lean.unlearn(model, tmp_path / "out", world, world, overrides=change, quiet=True)
+    assert run["forget_answers_lost"] > 0
+    assert f"whole answer of {run['forget_answers_lost']} of 24 forget rows" in capsys.readouterr().err
+
+
+def spoil(monkeypatch, at, values):
+    """Let the loss of training step `at` and of evaluations be what `values` says."""
+    original, state = trainer.batch_losses, {"step": 0, "evaluation": 0}
+
+    def losses(student, batch, recipe):
+        found = original(student, batch, recipe)
+        if torch.is_grad_enabled():
+            state["step"] += 1
+            if state["step"] == at:
+                found["loss"] = found["loss"] * torch.nan
+        elif values:
+            found["loss"] = torch.tensor(values[state["evaluation"]])
+            state["evaluation"] += 1
+        return found
+
+    monkeypatch.setattr(trainer, "batch_losses", losses)
+
+
+def test_a_loss_that_is_no_number_stops_before_the_step_and_keeps_the_last_good_checkpoint(
+    world, model, cache, tmp_path, monkeypatch
+):
+    options = {"cache": cache, "overrides": FAST, "quiet": True}
+    neko_lean.unlearn(model, tmp_path / "four", world, world, **{**options, "overrides": {**FAST, "max_steps": 6}})
+    spoil(monkeypatch, 6, None)
+    with pytest.raises(NekoLeanError, match=r"step 6, before its update; .* holds the checkpoint of step"):
+        neko_lean.unlearn(model, tmp_path / "out", world, world, **options)
+    run = json.loads((tmp_path / "out" / "run.json").read_text())
+    assert run["weights_of_step"] in (2, 4) and run["steps"] == 5 and "nan" in run["failure"]
+    assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "out").values())
+    spoil(monkeypatch, 1, None)
+    with pytest.raises(NekoLeanError, match="nothing was written"):
+        neko_lean.unlearn(model, tmp_path / "none", world, world, **options)
+    assert not (tmp_path / "none").exists()
+    assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
+
+
+def test_early_stopping_takes_the_best_evaluation(world, model, cache, tmp_path, monkeypatch):
+    change = {**FAST, "max_steps": 50, "eval_every": 1, "patience": 2}
+    spoil(monkeypatch, 0, [5.0, 3.0, 4.0, 3.5, 1.0])
+    run = neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, overrides=change, quiet=True)
+    assert run["steps"] == 4 and run["weights_of_step"] == 2 and run["ended"].startswith("early stopping at step 4")
+    assert (tmp_path / "out" / "tokenizer.json").is_file()
+
+
+def test_another_models_cache_is_refused_before_anything_is_written(world, cache, tmp_path):
+    from tests.helpers import random_model
+
+    other = random_model(world, tmp_path / "other", seed=5)
+    with pytest.raises(NekoLeanError, match="another model"):
+        neko_lean.unlearn(other, tmp_path / "out", world, world, cache=cache, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_memorize_learns_from_random_weights(world, tmp_path):
+    change = {"epochs": 12.0, "lr": 5e-3, "retain_rows": 20}
+    neko_lean.memorize(world / "base", world, tmp_path / "out", overrides=change, quiet=True)
+    lines = metrics(tmp_path / "out")
+    assert lines[0]["loss"] > 5 and lines[-1]["loss"] < lines[0]["loss"] / 2
+    gold = neko_lean.memorize(
+        world / "base", world, tmp_path / "gold", overrides=change | {"max_steps": 2}, sets=("retain",), quiet=True
+    )
+    assert gold["retain_rows"] == 36 and gold["steps"] == 2
+    with pytest.raises(NekoLeanError, match="not for memorize"):
+        neko_lean.memorize(world / "base", world, tmp_path / "no", recipe="neko")
+
+
+def test_schedule():
+    recipe = load_recipe("memorize", {"lr": 1.0, "warmup": 0.2})
+    rates = [learning_rate(recipe, step, 10) for step in range(1, 11)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] == pytest.approx(0.125)
+    assert all(a > b for a, b in itertools.pairwise(rates[2:]))
+    neko = load_recipe("neko", {"lr": 1.0})
+    assert [learning_rate(neko, step, 4) for step in range(1, 5)] == [1.0, 0.75, 0.5, 0.25]
+    assert learning_rate(load_recipe("neko", {"schedule": "constant"}), 400, 500) == 5e-5
