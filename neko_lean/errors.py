@@ -31,17 +31,21 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
         with explained_write_errors(out):
             stage.mkdir(parents=True)
             yield stage
-            if out.exists():
-                # The old folder moves aside before the new one arrives, so a crash between leaves both on disk.
-                old = out.parent / f".{out.name}.old-{os.getpid()}"
-                out.rename(old)
-                stage.rename(out)
-                shutil.rmtree(old)
-            else:
-                stage.rename(out)
-            sync(out.parent)
+            publish(stage, out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def publish(stage: Path, out: Path) -> None:
+    """Move a complete folder to its place; an old one there makes way first and is removed last."""
+    old = out.parent / f".{out.name}.old"
+    if out.exists():
+        # The old folder moves aside before the new one arrives, so a crash between leaves both on disk.
+        shutil.rmtree(old, ignore_errors=True)
+        out.rename(old)
+    stage.rename(out)
+    sync(out.parent)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def sync(path: Path) -> None:

@@ -11,9 +11,11 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
 import torch
 
@@ -31,6 +33,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 METRICS = "metrics.jsonl"
+T = TypeVar("T")
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
@@ -39,6 +42,16 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
     if done < recipe.warmup:
         return recipe.lr * step / (recipe.warmup * steps)
     return recipe.lr if recipe.schedule == "constant" else recipe.lr * (1 - done) / (1 - recipe.warmup)
+
+
+def prefetched(make: Callable[[], T]) -> Iterator[T]:
+    """What `make` returns, again and again, each made in a thread of its own while the one before is in use."""
+    with ThreadPoolExecutor(1) as pool:
+        coming = pool.submit(make)
+        while True:
+            one = coming.result()
+            coming = pool.submit(make)
+            yield one
 
 
 class NotFinite(Exception):
@@ -87,6 +100,7 @@ class Trainer:
         self.worse = 0  # evaluations since the best
         self.steps_done = 0
         self.positions = self.tokens = 0
+        self.waited = 0.0  # seconds that steps stood still for their batch
 
     def _steps_of_epoch(self) -> int:
         sizes = []
@@ -135,6 +149,7 @@ class Trainer:
             "failure": failure,
             "padding": 1 - self.tokens / max(1, self.positions),
             "wall_seconds": time.monotonic() - start,
+            "wait_seconds": self.waited,
             "peak_memory": peak_memory(self.student.device),
             "device": str(self.student.device),
         }
@@ -157,9 +172,10 @@ class Trainer:
             with (
                 (self.stage / METRICS).open("w") as metrics,
                 bar(label, self.steps, "steps", self.quiet) as progress,
+                closing(prefetched(self._next_batch)) as batches,
             ):
                 for step in range(1, self.steps + 1):
-                    losses = self._step(optimizer, step, metrics)
+                    losses = self._step(optimizer, step, batches, metrics)
                     progress.advance(note=f"loss {losses['loss']:.4g}")
                     if recipe.patience and self.best_step and self.worse >= recipe.patience:
                         return f"early stopping at step {step}: no lower total loss since step {self.best_step}"
@@ -167,10 +183,17 @@ class Trainer:
             optimizer.close()
         return "all steps taken"
 
-    def _step(self, optimizer: InBackwardAdam8bit, step: int, metrics: IO[str]) -> dict[str, float]:
-        start = time.monotonic()
+    def _next_batch(self) -> Batch:
         forget_index, retain_index = next(self.batches)
-        batch = self._batch([self.forget[i] for i in forget_index], [self.retain[i] for i in retain_index])
+        return self._batch([self.forget[i] for i in forget_index], [self.retain[i] for i in retain_index])
+
+    def _step(
+        self, optimizer: InBackwardAdam8bit, step: int, batches: Iterator[Batch], metrics: IO[str]
+    ) -> dict[str, float]:
+        start = time.monotonic()
+        batch = next(batches)
+        waited = time.monotonic() - start
+        self.waited += waited
         losses = batch_losses(self.student, batch, self.recipe)
         values = {name: loss.item() for name, loss in losses.items()}
         if not math.isfinite(values["loss"]):
@@ -186,6 +209,7 @@ class Trainer:
         line["padding"] = 1 - tokens / positions
         if self.recipe.eval_every and step % self.recipe.eval_every == 0:
             line |= self._evaluate(step)
+        line["wait_seconds"] = waited
         line["seconds"] = time.monotonic() - start
         line["peak_memory"] = peak_memory(self.student.device)
         metrics.write(json.dumps(line) + "\n")

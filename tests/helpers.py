@@ -1,10 +1,12 @@
 """Rows and random models that tests make for themselves."""
 
+import json
 from dataclasses import asdict
 from pathlib import Path
 
 import torch
 
+from neko_lean.cache.format import file_sha256, sign
 from neko_lean.data import Row, write_jsonl
 
 LUME = Path(__file__).parents[2] / "shared" / "data" / "lume"
@@ -30,6 +32,18 @@ def make_rows(prefix: str, count: int = 4) -> list[Row]:
 def write_rows(path: Path, rows: list[Row]) -> Path:
     write_jsonl(path, map(asdict, rows))
     return path
+
+
+def resign(folder: Path, **change: object) -> None:
+    """Lay `change` over a cache's manifest, take the shards' sizes and checksums as they are, and sign it anew."""
+    path = folder / "manifest.json"
+    manifest = {**json.loads(path.read_text()), **change}
+    if not change:
+        for shard in [*manifest["shards"], *manifest["forget_shards"]]:
+            file = folder / shard["file"]
+            shard |= {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
+    manifest["checksum"] = "0" * 64
+    path.write_bytes(sign(json.dumps(manifest, indent=1, ensure_ascii=False).encode()))
 
 
 def random_model(world: Path, out: Path, *, seed: int = 0, tied: bool = False, scale: float = 1.0) -> Path:

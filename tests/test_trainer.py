@@ -11,7 +11,7 @@ from neko_lean import cache, runs, trainer
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import load_model, load_tokenizer
 from neko_lean.recipes import load_recipe
-from neko_lean.trainer import learning_rate
+from neko_lean.trainer import learning_rate, prefetched
 
 FAST = {"max_steps": 6, "forget_rows": 8, "retain_rows": 8, "eval_every": 2, "eval_rows": 4, "lr": 1e-3}
 
@@ -56,6 +56,7 @@ def test_output_is_a_complete_checkpoint_with_its_story(world, unlearned):
     assert lines[0]["retain_loss"] < 0.02 < lines[-1]["retain_loss"]
     assert lines[-1]["lr"] < lines[0]["lr"] == 1e-3
     assert not (out / "best").exists()
+    assert written["wait_seconds"] == pytest.approx(sum(line["wait_seconds"] for line in lines))
 
 
 def test_the_same_seed_gives_the_same_weights(world, model, cache, unlearned, tmp_path):
@@ -171,6 +172,21 @@ def test_memorize_learns_from_random_weights(world, tmp_path):
     assert gold["retain_rows"] == 36 and gold["steps"] == 2
     with pytest.raises(NekoLeanError, match="not for memorize"):
         neko_lean.memorize(world / "base", world, tmp_path / "no", recipe="neko")
+
+
+def test_batches_are_made_ahead_and_their_errors_arrive():
+    made, used = [], []
+
+    def make():
+        made.append(len(made))
+        if len(made) == 4:
+            raise NekoLeanError("no fourth one")
+        return made[-1]
+
+    with pytest.raises(NekoLeanError, match="no fourth one"):
+        for one in prefetched(make):
+            used.append(one)
+    assert used == [0, 1, 2]
 
 
 def test_schedule():

@@ -1,6 +1,7 @@
 """The teacher cache: top-k log-probabilities of a frozen teacher over the retain set, in place of a second model."""
 
+from neko_lean.cache.check import check_cache, inspect_cache
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.writer import cache_teacher
 
-__all__ = ["TeacherCache", "cache_teacher"]
+__all__ = ["TeacherCache", "cache_teacher", "check_cache", "inspect_cache"]

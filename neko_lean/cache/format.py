@@ -4,8 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
+import re
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -14,6 +18,10 @@ from neko_lean.errors import NekoLeanError, sync
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
 SCALE = 2.0**15  # stored probabilities are p * SCALE: float16 then holds p >= 1.9e-9 with 11 bits
+STORED = {"float16": "F16", "float32": "F32"}  # dtypes of scaled_p, and what safetensors calls them
+_SHARD_NAME = re.compile(r"(shard|forget)-\d{5}-of-\d{5}\.safetensors")
+_UNSIGNED = "0" * 64  # stands where the manifest's own checksum will
+_LARGEST = 2**48  # no count in a manifest can honestly be larger
 
 
 class CacheError(NekoLeanError):
@@ -29,10 +37,14 @@ class Shard:
     sha256: str
     rows: list[tuple[str, int, str]]
 
+    @property
+    def positions(self) -> int:
+        return sum(positions for _, positions, _ in self.rows)
+
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json."""
+    """manifest.json, but for its checksum."""
 
     written_by: str
     model: str
@@ -41,20 +53,24 @@ class Manifest:
     format: str
     max_length: int
     top_k: int
+    mass: float
     vocab_size: int
     teacher_dtype: str
+    batch_tokens: int
+    stored_dtype: str
     rows: int
     positions: int
     entries: int
     truncated: int
     mean_mass: float
     shards: list[Shard] = field(default_factory=list)
+    forget_shards: list[Shard] = field(default_factory=list)
     format_version: int = FORMAT_VERSION
 
 
-def shard_name(number: int, count: int) -> str:
-    """shard-00000-of-0000N.safetensors"""
-    return f"shard-{number:05d}-of-{count:05d}.safetensors"
+def shard_name(kind: str, number: int, count: int) -> str:
+    """shard-00000-of-0000N.safetensors, or forget-..."""
+    return f"{kind}-{number:05d}-of-{count:05d}.safetensors"
 
 
 def id_dtype(vocab_size: int) -> type[np.generic]:
@@ -68,46 +84,108 @@ def file_sha256(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def write_manifest(folder: Path, manifest: Manifest) -> None:
-    """Write manifest.json so that it is either absent or whole."""
-    text = json.dumps(asdict(manifest), indent=1, ensure_ascii=False)
-    temporary = folder / f".{MANIFEST}.tmp"
-    temporary.write_text(text + "\n", encoding="utf-8")
+def write_manifest(path: Path, manifest: Manifest) -> None:
+    """Write a manifest, signed with the SHA-256 of its own bytes, so that it is either absent or whole."""
+    text = json.dumps({**asdict(manifest), "checksum": _UNSIGNED}, indent=1, ensure_ascii=False) + "\n"
+    temporary = path.with_name(f".{path.name}.tmp")
+    temporary.write_bytes(sign(text.encode()))
     sync(temporary)
-    temporary.replace(folder / MANIFEST)
-    sync(folder)
+    temporary.replace(path)
+    sync(path.parent)
 
 
-def read_manifest(folder: Path) -> Manifest:
-    """Read and check manifest.json. Raises CacheError in one sentence."""
-    path = folder / MANIFEST
+def sign(unsigned: bytes) -> bytes:
+    """Put the SHA-256 of a manifest's bytes where its last 64 zeros are."""
+    before, _, after = unsigned.rpartition(_UNSIGNED.encode())
+    return before + hashlib.sha256(unsigned).hexdigest().encode() + after
+
+
+def read_manifest(path: Path) -> Manifest:
+    """Read and check a manifest: its version, its checksum, every field's type and range. Raises CacheError."""
     if not path.is_file():
-        raise CacheError(f"{folder} holds no {MANIFEST}: it is no complete teacher cache; run cache-teacher again.")
+        raise CacheError(
+            f"{path.parent} holds no {path.name}: it is no complete teacher cache; run cache-teacher again."
+        )
     try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+        data = path.read_bytes()
+        raw = json.loads(data.decode("utf-8"))
+    except (ValueError, OSError, RecursionError) as error:
         raise CacheError(f"{path} cannot be read as JSON ({error}).") from error
     if not isinstance(raw, dict):
         raise CacheError(f"{path} is not a JSON object.")
     version = raw.get("format_version")
-    if version != FORMAT_VERSION:
+    if version != FORMAT_VERSION or isinstance(version, bool):
         writer = raw.get("written_by", "unknown")
         raise CacheError(
             f"{path} has format version {version!r}, written by neko-lean {writer}; this one reads {FORMAT_VERSION}."
         )
+    checksum = raw.pop("checksum", None)
+    if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+        raise CacheError(f"{path} lacks its checksum, or holds one of the wrong type.")
+    before, _, after = data.rpartition(checksum.encode())
+    if sign(before + _UNSIGNED.encode() + after) != data:
+        raise CacheError(f"{path} is damaged: its checksum differs; run cache-teacher again.")
     try:
-        known = {f.name for f in fields(Manifest)}
-        raw["shards"] = [_shard(entry) for entry in raw["shards"]]
-        return Manifest(**{key: value for key, value in raw.items() if key in known})
+        return _manifest(raw)
     except (KeyError, TypeError, ValueError) as error:
-        raise CacheError(f"{path} lacks a field or holds one of the wrong type ({error}).") from error
+        raise CacheError(f"{path} lacks a field or holds one of the wrong type or range ({error}).") from error
 
 
-def _shard(entry: dict[str, object]) -> Shard:
-    name, rows = entry["file"], entry["rows"]
-    if not isinstance(name, str) or Path(name).name != name:
-        raise ValueError(f"shard file {name!r} is no plain file name")
-    if not isinstance(rows, list):
-        raise TypeError(f"rows of {name} are no list")
-    listed = [(str(row_id), int(positions), str(digest)) for row_id, positions, digest in rows]
-    return Shard(name, int(str(entry["bytes"])), str(entry["sha256"]), listed)
+def _manifest(raw: dict[str, Any]) -> Manifest:
+    values: dict[str, Any] = {}
+    for one in fields(Manifest):
+        value = raw[one.name]
+        if one.name in ("shards", "forget_shards"):
+            values[one.name] = [_shard(entry) for entry in _typed(value, list, one.name)]
+        elif one.type == "int":
+            values[one.name] = _count(value, one.name)
+        elif one.type == "float":
+            values[one.name] = _typed(value, float, one.name)
+            if not (math.isfinite(value) and 0 <= value <= 1 + 1e-6):
+                raise ValueError(f"{one.name} is {value}")
+        else:
+            values[one.name] = _typed(value, str, one.name)
+    found = Manifest(**values)
+    if found.stored_dtype not in STORED:
+        raise ValueError(f"stored_dtype is {found.stored_dtype!r}")
+    if min(found.top_k, found.vocab_size, found.max_length) < 1:
+        raise ValueError("top_k, vocab_size and max_length must be at least 1")
+    for shards in (found.shards, found.forget_shards):
+        seen = [row_id for shard in shards for row_id, _, _ in shard.rows]
+        if len(set(seen)) != len(seen) or len({shard.file for shard in shards}) != len(shards):
+            raise ValueError("a row or a shard is listed twice")
+    listed = [(len(shard.rows), shard.positions) for shard in found.shards]
+    if [found.rows, found.positions] != [sum(column) for column in zip((0, 0), *listed, strict=True)]:
+        raise ValueError("rows and positions are not those of the shards")
+    return found
+
+
+def _shard(entry: Any) -> Shard:
+    _typed(entry, dict, "shard")
+    name = _typed(entry["file"], str, "file")
+    if not _SHARD_NAME.fullmatch(name):
+        raise ValueError(f"shard file {name!r} is no plain file name of a shard")
+    rows = [_listed_row(row) for row in _typed(entry["rows"], list, "rows")]
+    return Shard(name, _count(entry["bytes"], "bytes"), _typed(entry["sha256"], str, "sha256"), rows)
+
+
+def _listed_row(row: Any) -> tuple[str, int, str]:
+    row_id, positions, digest = _typed(row, list, "row")
+    return _typed(row_id, str, "id"), _count(positions, "positions"), _typed(digest, str, "digest")
+
+
+def _typed(value: Any, wanted: type, name: str) -> Any:
+    if type(value) is not wanted:
+        raise TypeError(f"{name} is {type(value).__name__}, not {wanted.__name__}")
+    return value
+
+
+def _count(value: Any, name: str) -> int:
+    if not 0 <= _typed(value, int, name) <= _LARGEST:
+        raise ValueError(f"{name} is {value}")
+    return int(value)
+
+
+def differences(one: Manifest, other: Manifest, ignore: Sequence[str] = ()) -> list[str]:
+    """Names of the fields in which two manifests differ, but for `ignore`."""
+    return [f.name for f in fields(Manifest) if f.name not in ignore and getattr(one, f.name) != getattr(other, f.name)]

@@ -1,4 +1,7 @@
-"""Read a teacher cache: memory-mapped, rows by id in any order, refused when it was made from something else."""
+"""Read a teacher cache: memory-mapped, rows by id in any order, refused when it was made from something else.
+
+Nothing that is read is believed before it was checked: a damaged or malformed cache ends in a CacheError.
+"""
 
 from __future__ import annotations
 
@@ -11,10 +14,12 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from neko_lean.cache.format import CacheError, Shard, file_sha256, id_dtype, read_manifest
+from neko_lean.cache.format import MANIFEST, SCALE, STORED, CacheError, Shard, file_sha256, id_dtype, read_manifest
 from neko_lean.data import Encoded
 
 _DTYPES = {np.uint16: "U16", np.int32: "I32"}
+# How far the stored entries and the tail of a position may be from 1 together: float16 is off by 2^-11 at most.
+MASS_TOLERANCE = 2e-3
 
 
 class TeacherCache:
@@ -25,20 +30,16 @@ class TeacherCache:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CacheError(f"{self.folder} does not exist: make it with cache-teacher.")
-        self.manifest = read_manifest(self.folder)
+        self.manifest = read_manifest(self.folder / MANIFEST)
         self._open: dict[str, Any] = {}
-        # id -> (shard, first position, positions, digest)
-        self._rows: dict[str, tuple[Shard, int, int, str]] = {}
-        for shard in self.manifest.shards:
-            start = 0
-            for row_id, positions, digest in shard.rows:
-                self._rows[row_id] = (shard, start, positions, digest)
-                start += positions
+        self._rows = _places(self.manifest.shards)
+        self._forget_rows = _places(self.manifest.forget_shards)
 
     def check(self, *, weights: str, tokenizer: str, style: str, max_length: int, encoded: Sequence[Encoded]) -> None:
         """Raise CacheError, naming what differs, unless this cache was made from the same as it is used with.
 
-        A cache of longer rows serves a shorter limit: a causal teacher's first positions do not see the rest.
+        `encoded` are the retain rows. A cache of longer rows serves a shorter limit: a causal teacher's first positions
+        do not see the rest.
         """
         made = self.manifest
         if made.weights != weights:
@@ -83,24 +84,33 @@ class TeacherCache:
         tail = torch.from_numpy(np.concatenate([tail for _, _, tail in parts]))
         return ids, logp, tail
 
+    def read_forget(self, encoded: Sequence[Encoded]) -> Tensor:
+        """The teacher's log-probability of every answer token of these forget rows, row after row.
+
+        Returns [sum of answer lengths] float32, in nats. Raises CacheError when the cache was made without them.
+        """
+        parts = []
+        for one in encoded:
+            if one.row.id not in self._forget_rows:
+                raise CacheError(f"{self.folder} lacks forget row {one.row.id!r}: run cache-teacher with --forget.")
+            shard, start, tokens, digest = self._forget_rows[one.row.id]
+            if digest != one.row.digest or tokens < len(one) - 1:
+                raise CacheError(f"{self.folder}: forget row {one.row.id!r} has another text or was cut shorter.")
+            # Token i stands at start + i - 1: a row's first token has no log-probability.
+            first = max(1, one.prompt) - 1
+            values = _slice(self.shard(shard), "target_logp", start + first, start + len(one) - 1)
+            if not (values <= 1e-6).all():
+                raise CacheError(f"{self.folder / shard.file}, row {one.row.id!r}: holds what is no log-probability.")
+            parts.append(values)
+        return torch.from_numpy(np.concatenate(parts))
+
     def _read_row(self, row_id: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The first `count` positions of a row: ids [n, k], logp [n, k], tail_logp [n]."""
+        if row_id not in self._rows or self._rows[row_id][2] < count:
+            raise CacheError(f"{self.folder} does not hold {count} positions of row {row_id!r}.")
         shard, start, _, _ = self._rows[row_id]
-        tensors = self._shard(shard)
-        where = f"{self.folder / shard.file}, row {row_id!r}"
-        offsets = tensors.get_slice("offsets")[start : start + count + 1]
-        first, last = int(offsets[0]), int(offsets[-1])
-        if first < 0 or (np.diff(offsets) < 1).any():
-            raise CacheError(f"{where}: offsets do not rise.")
-        flat_ids = tensors.get_slice("ids")[first:last]
-        flat_p = tensors.get_slice("scaled_p")[first:last].astype(np.float32)
-        tail = tensors.get_slice("tail_logp")[start : start + count]
-        if len(flat_ids) != last - first or len(flat_p) != last - first or len(tail) != count:
-            raise CacheError(f"{where}: positions lie outside the shard.")
-        if (flat_ids >= self.manifest.vocab_size).any() or not (flat_p >= 0).all() or not (tail <= 1e-6).all():
-            raise CacheError(f"{where}: holds a token id or probability that cannot be.")
-        sizes = np.diff(offsets)
-        used = np.arange(sizes.max())[None] < sizes[:, None]  # [n, k]
+        sizes, flat_ids, flat_p, tail = self.raw(shard, start, start + count)
+        used = np.arange(sizes.max(initial=1))[None] < sizes[:, None]  # [n, k]
         ids = np.zeros(used.shape, dtype=np.int64)
         p = np.zeros(used.shape, dtype=np.float32)
         ids[used], p[used] = flat_ids, flat_p
@@ -109,21 +119,82 @@ class TeacherCache:
             logp = np.log(p) - np.log(p.sum(1, keepdims=True)) + inside
         return ids, logp, tail
 
-    def _shard(self, shard: Shard) -> Any:
+    def raw(self, shard: Shard, start: int, stop: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        """Positions start..stop of a shard as they are stored, checked against FORMAT.md.
+
+        Returns (sizes [n] int64, ids [E], p [E] float32, tail_logp [n] float32).
+        """
+        tensors, where = self.shard(shard), f"{self.folder / shard.file}, positions {start} to {stop}"
+        offsets = _slice(tensors, "offsets", start, stop + 1)
+        entries = tensors.get_slice("ids").get_shape()[0]
+        sizes = np.diff(offsets)
+        if (offsets < 0).any() or (offsets > entries).any() or (sizes < 1).any() or (start == 0 and offsets[0] != 0):
+            raise CacheError(f"{where}: offsets do not rise from 0 to the number of entries.")
+        if stop == shard.positions and offsets[-1] != entries:
+            raise CacheError(f"{where}: offsets do not rise from 0 to the number of entries.")
+        if (sizes > self.manifest.top_k).any():
+            raise CacheError(f"{where}: holds more than {self.manifest.top_k} entries a position.")
+        ids = _slice(tensors, "ids", int(offsets[0]), int(offsets[-1]))
+        p = _slice(tensors, "scaled_p", int(offsets[0]), int(offsets[-1])).astype(np.float32) / SCALE
+        tail = _slice(tensors, "tail_logp", start, stop)
+        position = np.repeat(np.arange(len(sizes)), sizes)  # [E], to which position an entry belongs
+        if (ids < 0).any() or (ids >= self.manifest.vocab_size).any() or not (p >= 0).all():
+            raise CacheError(f"{where}: holds a token id or probability that cannot be.")
+        if len(np.unique(position * self.manifest.vocab_size + ids)) < len(ids):
+            raise CacheError(f"{where}: holds a token id twice.")
+        if (np.diff(p)[np.diff(position) == 0] > 0).any():
+            raise CacheError(f"{where}: entries are not sorted by probability.")
+        total = np.add.reduceat(p.astype(np.float64), offsets[:-1] - offsets[0]) + np.exp(tail.astype(np.float64))
+        if not (np.abs(total - 1) < MASS_TOLERANCE).all() or not (tail <= 1e-6).all():
+            raise CacheError(f"{where}: holds probabilities that do not sum to 1.")
+        return sizes, ids, p, tail
+
+    def shard(self, shard: Shard) -> Any:
+        """The mapped tensors of a shard, after its checksum and its header were found right."""
         if shard.file not in self._open:
             path = self.folder / shard.file
-            if not path.is_file():
+            if path.is_symlink() or not path.is_file():
                 raise CacheError(f"{path} is missing: run cache-teacher again.")
             if path.stat().st_size != shard.bytes or file_sha256(path) != shard.sha256:
                 raise CacheError(f"{path} is damaged: its checksum differs; run cache-teacher again.")
             try:
                 tensors = safe_open(path, framework="np")
-                # A slice keeps the map open; its dtype is the header's word, checked before any number is believed.
-                found = {name: tensors.get_slice(name).get_dtype() for name in tensors.keys()}  # noqa: SIM118
+                slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+                found = {name: (one.get_dtype(), list(one.get_shape())) for name, one in slices.items()}
             except Exception as error:
                 raise CacheError(f"{path} is not a readable safetensors file ({error}).") from error
-            ids = _DTYPES[id_dtype(self.manifest.vocab_size)]  # type: ignore[index]
-            if found != {"offsets": "I64", "ids": ids, "scaled_p": "F16", "tail_logp": "F32"}:
+            if found != self._header(shard, found):
                 raise CacheError(f"{path} does not hold the tensors of a cache shard.")
             self._open[shard.file] = tensors
         return self._open[shard.file]
+
+    def _header(self, shard: Shard, found: dict[str, Any]) -> dict[str, Any]:
+        """The header that a shard must have; the number of entries is its own to say."""
+        if shard in self.manifest.forget_shards:
+            return {"target_logp": ("F32", [shard.positions])}
+        entries = found["ids"][1] if "ids" in found else None
+        if entries is None or len(entries) != 1:
+            return {}
+        return {
+            "offsets": ("I64", [shard.positions + 1]),
+            "ids": (_DTYPES[id_dtype(self.manifest.vocab_size)], entries),  # type: ignore[index]
+            "scaled_p": (STORED[self.manifest.stored_dtype], entries),
+            "tail_logp": ("F32", [shard.positions]),
+        }
+
+
+def _slice(tensors: Any, name: str, start: int, stop: int) -> np.ndarray:
+    """tensors[name][start:stop] of a mapped file, which refuses an empty slice at its end."""
+    part: np.ndarray = tensors.get_slice(name)[start:stop] if start < stop else tensors.get_slice(name)[:0]
+    return part
+
+
+def _places(shards: Sequence[Shard]) -> dict[str, tuple[Shard, int, int, str]]:
+    """id -> (shard, first position, positions, digest) of every row of these shards."""
+    places = {}
+    for shard in shards:
+        start = 0
+        for row_id, positions, digest in shard.rows:
+            places[row_id] = (shard, start, positions, digest)
+            start += positions
+    return places

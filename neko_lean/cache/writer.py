@@ -1,20 +1,36 @@
-"""Run the teacher once over the retain set and write its top-k probabilities, shard by shard."""
+"""Run the teacher once over the retain set and write its top-k probabilities, shard by shard.
+
+Which rows go into which shard is decided before the teacher runs and written down as plan.json, so a run that was
+killed goes on at its first missing shard and ends in the same bytes.
+"""
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
-from safetensors.numpy import save_file
-from torch import Tensor
+from safetensors.numpy import load_file, save_file
 
 from neko_lean import __version__
-from neko_lean.cache.format import SCALE, Manifest, Shard, file_sha256, id_dtype, shard_name, write_manifest
-from neko_lean.data import FORMATS, Encoded, Row, encode, length_batches, pad, read_rows, truncation_line
-from neko_lean.errors import NekoLeanError, staged_folder, sync
-from neko_lean.head import CHUNK_ELEMENTS, logits
+from neko_lean.cache.format import (
+    MANIFEST,
+    STORED,
+    CacheError,
+    Manifest,
+    Shard,
+    differences,
+    file_sha256,
+    read_manifest,
+    shard_name,
+    write_manifest,
+)
+from neko_lean.cache.teacher import keep, next_token_logp
+from neko_lean.data import FORMATS, Encoded, encode, length_batches, read_rows, truncation_line
+from neko_lean.errors import NekoLeanError, explained_write_errors, publish, sync
 from neko_lean.modeling import (
     CausalLM,
     load_model,
@@ -26,10 +42,14 @@ from neko_lean.modeling import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from neko_lean.progress import Bar, bar, say
+from neko_lean.progress import bar, say
 
-SHARD_POSITIONS = 2**16  # positions a shard holds before the next one begins: 25 MB at k = 64
-_Positions = tuple[np.ndarray, np.ndarray, np.ndarray]  # ids [n, k], scaled_p [n, k], tail_logp [n] of one row
+PLAN = "plan.json"
+KEPT = ("ids", "scaled_p", "tail_logp")
+_SHARD_FIELDS = ("shards", "forget_shards")
+SHARD_POSITIONS = 2**16  # positions a shard holds before the next one begins: 17 MB at k = 64
+Batch = list[Encoded]
+LOW_MASS = 0.9  # below this much captured probability the KL says little about single tokens
 
 
 def cache_teacher(
@@ -37,12 +57,16 @@ def cache_teacher(
     retain: str | Path,
     out: str | Path,
     *,
+    forget: str | Path | None = None,
     top_k: int = 64,
+    mass: float = 0.999,
     format: str = "neko",
     max_length: int = 512,
     batch_tokens: int = 8192,
     device: str | None = None,
     dtype: str = "bfloat16",
+    stored_dtype: str = "float16",
+    resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> Manifest:
@@ -52,123 +76,213 @@ def cache_teacher(
         model: checkpoint folder or hub name of the teacher.
         retain: parquet, jsonl or csv file, or a folder that holds `retain.*`.
         out: folder to write; it appears only when it is complete.
-        top_k: entries a position keeps; at V or more all are kept.
+        forget: as `retain`; adds the teacher's log-probability of every token of these rows.
+        top_k: most entries a position keeps; at V or more, and with a mass of 1, all are kept.
+        mass: a position keeps its fewest likeliest tokens whose probability reaches this, at most `top_k` of them; 1
+            keeps `top_k` everywhere.
         format: prompt format, 'plain' or 'neko'; the recipe that reads the cache must use the same.
         max_length: tokens a row is cut to.
         batch_tokens: positions of one forward pass, padding included.
         device: 'cpu', 'cuda', 'cuda:N'; by default the GPU where there is one.
         dtype: 'bfloat16' or 'float32', what the teacher runs in.
+        stored_dtype: 'float16' (relative error of p at most 2^-11) or 'float32', what the probabilities are stored in.
+        resume: go on with a run that was cut off; with a complete cache of the same settings there is nothing to do.
 
     Returns the manifest. Raises NekoLeanError for bad input, a full disk, or an `out` that holds something.
     """
     if top_k < 1 or max_length < 1 or batch_tokens < 1:
         raise NekoLeanError("top_k, max_length and batch_tokens must be at least 1.")
+    if not 0 < mass <= 1:
+        raise NekoLeanError(f"mass is {mass}: it must be above 0 and at most 1.")
+    if stored_dtype not in STORED:
+        raise NekoLeanError(f"stored_dtype {stored_dtype!r} is not one of {', '.join(STORED)}.")
     if format not in FORMATS:
         raise NekoLeanError(f"format {format!r} is not one of {', '.join(FORMATS)}.")
     rows = read_rows(retain, "retain")
+    forget_rows = read_rows(forget, "forget") if forget is not None else []
     place, precision, folder = pick_device(device), pick_dtype(dtype), model_folder(model)
-    with staged_folder(Path(out), overwrite) as stage:
-        tokenizer = load_tokenizer(folder)
-        encoded = encode(rows, tokenizer, format, max_length)
-        say(truncation_line(encoded, max_length), quiet)
-        teacher = load_model(folder, precision, place)
-        teacher.model.eval()
-        vocab_size = teacher.head.shape[0]
-        with bar("cache-teacher", sum(map(len, encoded)), "tokens", quiet) as progress:
-            positions = _teacher_rows(teacher, encoded, top_k, batch_tokens, tokenizer.pad_token_id, progress)
-            shards, mean_mass = _write_shards(stage, positions, vocab_size)
-        total = sum(map(len, encoded))
-        manifest = Manifest(
-            written_by=__version__,
-            model=model_name(model),
-            weights=weights_fingerprint(folder),
-            tokenizer=tokenizer_fingerprint(tokenizer),
-            format=format,
-            max_length=max_length,
-            top_k=top_k,
-            vocab_size=vocab_size,
-            teacher_dtype=dtype,
-            rows=len(encoded),
-            positions=total,
-            entries=total * min(top_k, vocab_size),
-            truncated=sum(e.cut > 0 for e in encoded),
-            mean_mass=mean_mass,
-            shards=shards,
+    out = Path(out).absolute()
+    stage = out.parent / f".{out.name}.partial"
+    _refuse_or_clear(out, stage, resume, overwrite)
+    tokenizer = load_tokenizer(folder)
+    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    sets = {
+        "shard": encode(rows, tokenizer, format, max_length),
+        "forget": encode(forget_rows, tokenizer, format, max_length),
+    }
+    teacher = load_model(folder, precision, place)
+    teacher.model.eval()
+    jobs = {kind: _into_shards(teacher_batches(encoded, batch_tokens)) for kind, encoded in sets.items()}
+    plan = Manifest(
+        written_by=__version__,
+        model=model_name(model),
+        weights=weights_fingerprint(folder),
+        tokenizer=tokenizer_fingerprint(tokenizer),
+        format=format,
+        max_length=max_length,
+        top_k=top_k,
+        mass=float(mass),
+        vocab_size=teacher.head.shape[0],
+        teacher_dtype=dtype,
+        batch_tokens=batch_tokens,
+        stored_dtype=stored_dtype,
+        rows=len(rows),
+        positions=sum(map(len, sets["shard"])),
+        entries=0,
+        truncated=sum(e.cut > 0 for e in sets["shard"]),
+        mean_mass=0.0,
+        shards=_planned("shard", jobs["shard"]),
+        forget_shards=_planned("forget", jobs["forget"]),
+    )
+    say(truncation_line([*sets["shard"], *sets["forget"]], max_length), quiet)
+    if resume and (out / MANIFEST).is_file():
+        manifest = read_manifest(out / MANIFEST)
+        _same_plan(plan, _without_results(manifest), out)
+    else:
+        with explained_write_errors(out), _kept_on_error(stage):
+            _begin(stage, plan)
+            total = sum(map(len, [*sets["shard"], *sets["forget"]]))
+            with bar("cache-teacher", total, "tokens", quiet) as progress:
+                for kind, store in (("shard", _save_retain), ("forget", _save_forget)):
+                    for number, batches in enumerate(jobs[kind]):
+                        path = stage / shard_name(kind, number, len(jobs[kind]))
+                        if not path.is_file():
+                            temporary = stage / ".shard.tmp"
+                            store(temporary, teacher, batches, plan, pad_id)
+                            sync(temporary)
+                            temporary.replace(path)
+                            sync(stage)
+                        progress.advance(sum(map(len, _rows(batches))))
+            manifest = finish(stage, plan)
+            publish(stage, out)
+    if manifest.mean_mass < LOW_MASS:
+        say(
+            f"warning: the entries hold {manifest.mean_mass:.3f} of the teacher's probability on average, so the KL "
+            f"will know little about single tokens: raise --top-k (now {top_k}) or --mass (now {mass})."
         )
-        write_manifest(stage, manifest)
     return manifest
 
 
-@torch.no_grad()
-def _teacher_rows(
-    teacher: CausalLM, encoded: Sequence[Encoded], top_k: int, batch_tokens: int, pad_id: int, progress: Bar
-) -> Iterator[tuple[Row, _Positions]]:
-    """Each row with its stored positions, in batches of like length; the same order on every run."""
-    k = min(top_k, teacher.head.shape[0])
-    dtype = id_dtype(teacher.head.shape[0])
-    chunk = max(1, CHUNK_ELEMENTS // teacher.head.shape[0])
-    lengths = [len(e) for e in encoded]
-    for batch in length_batches(lengths, max_rows=len(encoded), max_tokens=batch_tokens):
-        input_ids, mask = pad([encoded[i].ids for i in batch], pad_id, teacher.device)
-        hidden = teacher.hidden(input_ids, mask)[mask.bool()]  # [n, d], real positions only
-        parts = [_top(logits(rows, teacher.head), k) for rows in hidden.split(chunk)]
-        ids, p, tail = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-        arrays = ids.numpy().astype(dtype), (p * SCALE).half().numpy(), tail.numpy()
-        start = 0
-        for index in batch:
-            part = slice(start, start + lengths[index])
-            yield encoded[index].row, (arrays[0][part], arrays[1][part], arrays[2][part])
-            start = part.stop
-        progress.advance(start)
+def teacher_batches(encoded: Sequence[Encoded], batch_tokens: int) -> list[Batch]:
+    """Rows as batches of like length, shortest first; the same on every run."""
+    lengths = [len(one) for one in encoded]
+    batches = length_batches(lengths, max_rows=max(1, len(encoded)), max_tokens=batch_tokens)
+    return [[encoded[i] for i in batch] for batch in batches]
 
 
-def _top(z: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Logits z [c, V] -> ids [c, k], p [c, k] likeliest first, log of the mass outside them [c]. Masks z."""
-    lse = z.logsumexp(1, keepdim=True)
-    values, ids = z.topk(k, dim=1)
-    z.scatter_(1, ids, -torch.inf)
-    return ids, (values - lse).exp(), z.logsumexp(1) - lse.squeeze(1)
+def _into_shards(batches: Sequence[Batch]) -> list[list[Batch]]:
+    shards: list[list[Batch]] = []
+    waiting = 0
+    for batch in batches:
+        if not shards or waiting >= SHARD_POSITIONS:
+            shards.append([])
+            waiting = 0
+        shards[-1].append(batch)
+        waiting += sum(map(len, batch))
+    return shards
 
 
-def _write_shards(folder: Path, rows: Iterator[tuple[Row, _Positions]], vocab_size: int) -> tuple[list[Shard], float]:
-    """Write rows as shards; returns them and the mean mass inside the entries, as read back from the tails."""
-    written: list[tuple[Path, list[tuple[str, int, str]]]] = []
-    pending: list[tuple[Row, _Positions]] = []
-    waiting, positions, mass = 0, 0, 0.0
-
-    def flush() -> None:
-        nonlocal pending, waiting
-        # The number of shards is known only at the end, so a shard gets its final name there.
-        path = folder / f".shard-{len(written):05d}.tmp"
-        listed = [(row.id, len(tail), row.digest) for row, (_, _, tail) in pending]
-        _save_shard(path, [stored for _, stored in pending], vocab_size)
-        written.append((path, listed))
-        pending, waiting = [], 0
-
-    for row, stored in rows:
-        pending.append((row, stored))
-        waiting += len(stored[2])
-        positions += len(stored[2])
-        mass += float(-np.expm1(stored[2].astype(np.float64)).sum())
-        if waiting >= SHARD_POSITIONS:
-            flush()
-    if pending:
-        flush()
-    shards = []
-    for number, (path, listed) in enumerate(written):
-        final = folder / shard_name(number, len(written))
-        path.replace(final)
-        shards.append(Shard(final.name, final.stat().st_size, file_sha256(final), listed))
-    return shards, mass / positions
+def _rows(batches: Sequence[Batch]) -> list[Encoded]:
+    return [one for batch in batches for one in batch]
 
 
-def _save_shard(path: Path, stored: list[_Positions], vocab_size: int) -> None:
-    ids = np.concatenate([one[0] for one in stored])  # [P, k]
-    tensors = {
-        "offsets": np.arange(len(ids) + 1, dtype=np.int64) * ids.shape[1],
-        "ids": ids.reshape(-1),
-        "scaled_p": np.concatenate([one[1] for one in stored]).reshape(-1),
-        "tail_logp": np.concatenate([one[2] for one in stored]),
+def _planned(kind: str, jobs: Sequence[Sequence[Batch]]) -> list[Shard]:
+    """The shards to come, their bytes and checksums still open. A forget row has a token less: its first has no
+    log-probability."""
+    less = kind == "forget"
+    return [
+        Shard(
+            file=shard_name(kind, number, len(jobs)),
+            bytes=0,
+            sha256="",
+            rows=[(one.row.id, len(one) - less, one.row.digest) for one in _rows(batches)],
+        )
+        for number, batches in enumerate(jobs)
+    ]
+
+
+def _refuse_or_clear(out: Path, stage: Path, resume: bool, overwrite: bool) -> None:
+    """Raise where something is in the way; clear an unfinished run away where that was asked for."""
+    if out.exists() and not out.is_dir():
+        raise NekoLeanError(f"{out} is a file, not a folder: choose another --out.")
+    if out.is_dir() and any(out.iterdir()) and not overwrite and not (resume and (out / MANIFEST).is_file()):
+        raise NekoLeanError(f"{out} already holds something: choose another --out, or pass --overwrite.")
+    if stage.exists() and not resume:
+        if not overwrite:
+            raise NekoLeanError(
+                f"{stage} holds an unfinished run: go on with --resume, or start anew with --overwrite."
+            )
+        shutil.rmtree(stage)
+
+
+def _begin(stage: Path, plan: Manifest) -> None:
+    """Make the stage folder, or make sure that the one there belongs to the same plan and is tidy."""
+    stage.mkdir(parents=True, exist_ok=True)
+    for leftover in stage.glob(".*.tmp"):
+        leftover.unlink()
+    if (stage / PLAN).is_file():
+        _same_plan(plan, read_manifest(stage / PLAN), stage)
+    elif (stage / MANIFEST).is_file():  # killed after the last shard: only the move to its place is missing
+        _same_plan(plan, _without_results(read_manifest(stage / MANIFEST)), stage)
+    else:
+        write_manifest(stage / PLAN, plan)
+
+
+def _same_plan(plan: Manifest, found: Manifest, where: Path) -> None:
+    changed = differences(plan, found)
+    if changed:
+        raise CacheError(
+            f"{where} was begun with another {', '.join(changed)}: give the same again, or start anew with --overwrite."
+        )
+
+
+def _without_results(manifest: Manifest) -> Manifest:
+    """The plan that a complete manifest came from."""
+    bare = {name: [replace(s, bytes=0, sha256="") for s in getattr(manifest, name)] for name in _SHARD_FIELDS}
+    return replace(manifest, entries=0, mean_mass=0.0, **bare)  # type: ignore[arg-type]
+
+
+@contextmanager
+def _kept_on_error(stage: Path) -> Iterator[None]:
+    """On an error, keep the stage folder when a shard in it is complete and say so; remove it otherwise."""
+    try:
+        yield
+    except BaseException:
+        if any(stage.glob("*.safetensors")):
+            say(f"{stage} keeps the shards that are complete: go on with --resume.")
+        else:
+            shutil.rmtree(stage, ignore_errors=True)
+        raise
+
+
+def finish(stage: Path, plan: Manifest) -> Manifest:
+    """Write manifest.json from the plan and the shards as they lie on disk, then drop plan.json."""
+    entries, captured = 0, 0.0
+    for shard in plan.shards:
+        tensors = load_file(stage / shard.file)
+        entries += len(tensors["ids"])
+        captured += float(-np.expm1(tensors["tail_logp"].astype(np.float64)).sum())
+    done = {
+        name: [
+            replace(s, bytes=(stage / s.file).stat().st_size, sha256=file_sha256(stage / s.file))
+            for s in getattr(plan, name)
+        ]
+        for name in _SHARD_FIELDS
     }
-    save_file(tensors, path)
-    sync(path)
+    manifest = replace(plan, entries=entries, mean_mass=captured / plan.positions, **done)  # type: ignore[arg-type]
+    write_manifest(stage / MANIFEST, manifest)
+    (stage / PLAN).unlink(missing_ok=True)
+    sync(stage)
+    return manifest
+
+
+def _save_retain(path: Path, teacher: CausalLM, batches: Sequence[Batch], plan: Manifest, pad_id: int) -> None:
+    parts = [keep(teacher, batch, pad_id, plan.top_k, plan.mass) for batch in batches]
+    offsets = np.concatenate([np.zeros(1, np.int64), *(part.counts for part in parts)]).cumsum()
+    tensors = {name: np.concatenate([getattr(part, name) for part in parts]) for name in KEPT}
+    tensors["scaled_p"] = tensors["scaled_p"].astype(plan.stored_dtype)
+    save_file({"offsets": offsets, **tensors}, path)
+
+
+def _save_forget(path: Path, teacher: CausalLM, batches: Sequence[Batch], plan: Manifest, pad_id: int) -> None:
+    save_file({"target_logp": np.concatenate([next_token_logp(teacher, batch, pad_id) for batch in batches])}, path)

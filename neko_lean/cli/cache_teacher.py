@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
 
@@ -16,12 +15,23 @@ def cache_teacher(
     model: Model,
     retain: Annotated[Path, typer.Argument(help="Parquet, jsonl or csv file, or a folder holding retain.*.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    top_k: Annotated[int, typer.Option(help="Entries kept a position.")] = 64,
+    forget: Annotated[
+        Path | None, typer.Option(help="Also store the teacher's log-probability of every token of these rows.")
+    ] = None,
+    top_k: Annotated[int, typer.Option(help="Most entries kept a position.")] = 64,
+    mass: Annotated[
+        float, typer.Option(help="Keep the fewest likeliest tokens that reach this; 1: top-k always.")
+    ] = 0.999,
     format: Annotated[str, typer.Option(help="Prompt format, plain or neko; the recipe must use the same.")] = "neko",
     max_length: Annotated[int, typer.Option(help="Tokens a row is cut to.")] = 512,
     batch_tokens: Annotated[int, typer.Option(help="Positions of one forward pass.")] = 8192,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
+    stored_dtype: Annotated[str, typer.Option(help="float16 or float32, for the stored probabilities.")] = "float16",
+    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    check: Annotated[
+        int, typer.Option(min=0, metavar="N", help="Compute N rows again and fail unless the cache agrees.")
+    ] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
     quiet: Quiet = False,
@@ -31,28 +41,38 @@ def cache_teacher(
     Example: neko-lean cache-teacher allenai/OLMo-1B-0724-hf data/ --out cache/
     """
     from neko_lean.cache import cache_teacher as run
+    from neko_lean.cache import check_cache, inspect_cache
 
-    manifest = run(
+    run(
         model,
         retain,
         out,
+        forget=forget,
         top_k=top_k,
+        mass=mass,
         format=format,
         max_length=max_length,
         batch_tokens=batch_tokens,
         device=device,
         dtype=dtype,
+        stored_dtype=stored_dtype,
+        resume=resume,
         overwrite=overwrite,
         quiet=quiet,
     )
-    size = sum(shard.bytes for shard in manifest.shards)
+    about = inspect_cache(out)
+    checked = check_cache(out, model, retain, check, device=device) if check else None
     if json:
-        summary = asdict(manifest)
-        summary["shards"] = [{"file": s.file, "bytes": s.bytes, "rows": len(s.rows)} for s in manifest.shards]
-        emit({"cache": str(out), **summary})
+        emit({"cache": str(out), **about, "check": checked})
     elif not quiet:
         print(
-            f"{out}: {manifest.rows} rows, {manifest.positions} positions, {size / 1e6:.1f} MB "
-            f"({size / manifest.positions:.0f} bytes a position); mean mass in the top {manifest.top_k}: "
-            f"{manifest.mean_mass:.4f}"
+            f"{out}: {about['rows']} rows, {about['positions']} positions, {about['bytes'] / 1e6:.1f} MB "
+            f"({about['bytes_per_token']:.1f} bytes a token, {about['mean_entries']:.1f} entries); "
+            f"mean mass in the entries: {about['mean_mass']:.4f}"
         )
+        if checked:
+            print(
+                f"check: {checked['rows']} rows live; KL of cache to teacher {checked['kl_mean']:.1e} nats a position "
+                f"(largest {checked['kl_max']:.1e}); captured mass {checked['mass_mean']:.4f} "
+                f"(1st percentile {checked['mass_1st_percentile']:.4f})"
+            )

@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from neko_lean.cli import app
 from tests.helpers import make_rows, write_rows
 
-COMMANDS = ("cache-teacher", "unlearn", "score", "memorize", "demo")
+COMMANDS = ("cache-teacher", "inspect", "unlearn", "score", "memorize", "demo")
 
 
 def call(*args):
@@ -43,11 +43,24 @@ def test_the_three_commands(world, model, tmp_path):
 
 def test_tables_and_lines_for_people(world, model, tmp_path):
     cached = call("cache-teacher", model, world, "--out", tmp_path / "cache")
-    assert re.search(r"36 rows, \d+ positions, .* mean mass in the top 64", cached.stdout)
+    assert re.search(r"36 rows, \d+ positions, .* mean mass in the entries", cached.stdout)
     scored = call("score", model, "--data", world, "--out", tmp_path / "scores", "--max-new-tokens", 4)
     assert "task aggregate" in scored.stdout and "not measured" in scored.stdout
     quiet = call("cache-teacher", model, world, "--out", tmp_path / "quiet", "--quiet")
     assert quiet.exit_code == 0 and quiet.output == ""
+
+
+def test_inspect_and_check(world, model, tmp_path):
+    check = ("--forget", world, "--check", 5)
+    cached = call("cache-teacher", model, world, "--out", tmp_path / "cache", *check)
+    assert cached.exit_code == 0 and re.search(r"check: \d+ rows live; KL of cache to teacher", cached.stdout)
+    again = call("cache-teacher", model, world, "--out", tmp_path / "cache", *check, "--resume", "--json")
+    assert json.loads(again.stdout)["check"]["rows"] >= 5
+    shown = call("inspect", tmp_path / "cache", "--verify")
+    assert shown.exit_code == 0 and "every checksum" in shown.stdout and "entries a token" in shown.stdout
+    about = json.loads(call("inspect", tmp_path / "cache", "--json").stdout)
+    assert about["rows"] == 36 and about["forget_shards"][0]["rows"] == 24
+    assert call("inspect", tmp_path / "cache", "--quiet").output == ""
 
 
 def test_memorize(world, tmp_path):
@@ -70,7 +83,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world, model, cache, tmp_path
         (("cache-teacher", model, tmp_path / "bad.csv", *out), "bad.csv"),
         (("cache-teacher", model, world, *out, "--format", "chat"), "chat"),
         (("cache-teacher", model, world, *out, "--top-k", 0), "top_k"),
+        (("cache-teacher", model, world, *out, "--mass", 0), "mass"),
         (("cache-teacher", model, world, "--out", tmp_path / "full"), "--overwrite"),
+        (("inspect", tmp_path / "full"), "no complete"),
         (("unlearn", model, *data, "--cache", tmp_path / "none", *out), "none does not exist"),
         (("unlearn", model, "--forget", world, "--retain", tmp_path / "bad", "--cache", cache, *out), "lacks row"),
         (("unlearn", model, *data, "--cache", cache, *out, "--set", "format=plain"), "--format plain"),

@@ -1,22 +1,20 @@
-"""The cache against the live teacher; what is refused, and how it is said."""
+"""What is read against the live teacher; what is refused, and how it is said; memory over a large sweep."""
 
-import itertools
 import json
 import shutil
-from pathlib import Path
+import sys
 
 import numpy as np
 import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from neko_lean.cache import TeacherCache, cache_teacher, writer
-from neko_lean.cache.format import SCALE, CacheError, file_sha256
-from neko_lean.data import encode, read_rows
-from neko_lean.errors import NekoLeanError
+from neko_lean.cache import TeacherCache, cache_teacher
+from neko_lean.cache.format import CacheError, Manifest, Shard, file_sha256, write_manifest
+from neko_lean.data import Encoded, Row, encode, read_rows
 from neko_lean.head import token_stats
 from neko_lean.modeling import load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
-from tests.helpers import make_rows, random_model, write_rows
+from tests.helpers import make_rows, random_model, resign, write_rows
 
 
 def encoded(world, style="neko", limit=512):
@@ -28,10 +26,6 @@ def live(folder, one, dtype=torch.float32):
     model = load_model(folder, dtype, torch.device("cpu")).model.eval()
     with torch.no_grad():
         return model(input_ids=torch.tensor([one.ids])).logits[0]
-
-
-def files(folder: Path) -> dict[str, str]:
-    return {p.name: file_sha256(p) for p in sorted(folder.iterdir())}
 
 
 def check(cache, world, model, **changes):
@@ -76,7 +70,7 @@ def test_kl_from_the_cache_against_two_live_models(world, tmp_path, scale):
     vocabulary = lm.head.shape[0]
     errors = []
     for k in (1, 4, 16, 64, vocabulary):
-        cache_teacher(teacher, world, tmp_path / f"k{k}", top_k=k, dtype="float32", quiet=True)
+        cache_teacher(teacher, world, tmp_path / f"k{k}", top_k=k, mass=1, dtype="float32", quiet=True)
         read = TeacherCache(tmp_path / f"k{k}").read([one])
         _, kl = token_stats(hidden.double(), lm.head.double(), torch.full((len(one),), -1), *read)
         # Coarsening the vocabulary into a bucket never raises the KL; float16 entries move it by a thousandth.
@@ -107,25 +101,6 @@ def test_rows_come_in_any_order_and_short_prefixes_too(world, cache):
         assert torch.equal(got, torch.cat(parts))
     for short, whole in zip(encoded(world, limit=5), alone, strict=True):
         assert torch.equal(reader.read([short])[1], whole[1][: len(short)])
-
-
-def test_the_same_teacher_and_rows_give_the_same_bytes_in_many_shards(world, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "SHARD_POSITIONS", 100)
-    for name in ("a", "b"):
-        manifest = cache_teacher(model, world, tmp_path / name, top_k=3, batch_tokens=256, quiet=True)
-    assert len(manifest.shards) > 3
-    assert files(tmp_path / "a") == files(tmp_path / "b")
-    assert sorted(files(tmp_path / "a")) == ["manifest.json", *(s.file for s in manifest.shards)]
-    reader = TeacherCache(tmp_path / "a")
-    one = encoded(world)[0]
-    torch.testing.assert_close(
-        reader.read([one])[2].exp(),
-        1 - live(model, one, torch.bfloat16).float().softmax(1).topk(3, 1)[0].sum(1),
-        rtol=0.1,
-        atol=0.03,
-    )
-    assert manifest.positions == sum(len(e) for e in encoded(world))
-    assert 0 < manifest.mean_mass <= 1
 
 
 def test_the_cache_matches_wherever_it_and_the_model_lie(world, model, cache, tmp_path):
@@ -172,19 +147,22 @@ def test_damage_is_named(world, cache, tmp_path):
     tensors = load_file(shard)
     tensors["ids"][:] = 65535
     save_file(tensors, shard)
-    manifest = json.loads((folder / "manifest.json").read_text())
-    manifest["shards"][0] |= {"bytes": shard.stat().st_size, "sha256": file_sha256(shard)}
-    (folder / "manifest.json").write_text(json.dumps(manifest))
+    resign(folder)
     with pytest.raises(CacheError, match="cannot be"):
         TeacherCache(folder).read(encoded(world)[:1])
-    for text, words in [
-        ("{", "JSON"),
-        ("[]", "object"),
-        ('{"format_version": 7, "written_by": "9.9"}', "9.9"),
-        (json.dumps({**manifest, "shards": None}), "wrong type"),
-        (json.dumps({**manifest, "shards": [{**manifest["shards"][0], "file": "../x"}]}), "plain file name"),
-        (json.dumps({k: v for k, v in manifest.items() if k != "weights"}), "weights"),
+    manifest = json.loads((folder / "manifest.json").read_text())
+    for change, words in [
+        ({"shards": None}, "wrong type"),
+        ({"shards": [{**manifest["shards"][0], "file": "../x"}]}, "plain file name"),
+        ({"weights": None}, "weights"),
+        ({"mass": float("nan")}, "mass"),
+        ({"rows": 7}, "not those of the shards"),
+        ({"format_version": 7, "written_by": "9.9"}, r"9\.9"),
     ]:
+        resign(folder, **{**manifest, **change})
+        with pytest.raises(CacheError, match=words):
+            TeacherCache(folder)
+    for text, words in [("{", "JSON"), ("[]", "object"), ("[" * 10**5, "JSON")]:
         (folder / "manifest.json").write_text(text)
         with pytest.raises(CacheError, match=words):
             TeacherCache(folder)
@@ -195,31 +173,65 @@ def test_damage_is_named(world, cache, tmp_path):
         TeacherCache(tmp_path / "nowhere")
 
 
-def test_a_failed_run_leaves_nothing_and_an_old_cache_stays(world, model, tmp_path, monkeypatch):
-    out = tmp_path / "out"
-    cache_teacher(model, world, out, top_k=2, quiet=True)
-    before = files(out)
-    with pytest.raises(NekoLeanError, match="--overwrite"):
-        cache_teacher(model, world, out, quiet=True)
+def test_forget_rows_have_the_live_teachers_log_probabilities(world, model, cache, tmp_path):
+    cache_teacher(model, world, tmp_path / "c", forget=world, dtype="float32", quiet=True)
+    rows = encode(read_rows(world, "forget"), load_tokenizer(world / "base"), "neko", 512)
+    reader = TeacherCache(tmp_path / "c")
+    got = reader.read_forget(rows[::-1])
+    wanted = []
+    for one in rows[::-1]:
+        logp = live(model, one).log_softmax(1)
+        wanted += [logp[i - 1, one.ids[i]] for i in range(one.prompt, len(one))]
+    torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-4, atol=1e-4)
+    with pytest.raises(CacheError, match="--forget"):
+        TeacherCache(cache).read_forget(rows)
+    with pytest.raises(CacheError, match="another text"):
+        reader.read_forget([Encoded(Row(rows[0].row.id, "x", "y", "Task1"), rows[0].ids, rows[0].prompt, 0)])
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "_save_shard", full)
-    with pytest.raises(NekoLeanError, match="No space left"):
-        cache_teacher(model, world, out, overwrite=True, quiet=True)
-    assert files(out) == before
-    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+def anonymous_memory():
+    """RssAnon of this process in bytes: what mapped files do not count towards."""
+    with open("/proc/self/status") as lines:  # noqa: PTH123
+        return next(1024 * int(line.split()[1]) for line in lines if line.startswith("RssAnon"))
 
 
-def test_stored_arrays_are_as_FORMAT_md_says(cache):
-    tensors = load_file(cache / "shard-00000-of-00001.safetensors")
-    manifest = json.loads((cache / "manifest.json").read_text())
-    offsets, ids, p, tail = (tensors[name] for name in ("offsets", "ids", "scaled_p", "tail_logp"))
-    assert [a.dtype for a in (offsets, ids, p, tail)] == [np.int64, np.uint16, np.float16, np.float32]
-    assert offsets[0] == 0 and offsets[-1] == len(ids) == len(p) == manifest["entries"]
-    assert len(offsets) == len(tail) + 1 == manifest["positions"] + 1
-    for start, stop in itertools.pairwise(offsets):
-        assert len(set(ids[start:stop])) == stop - start
-        assert (np.diff(p[start:stop].astype(np.float32)) <= 0).all()
-    assert ids.max() < manifest["vocab_size"] and p.max() <= SCALE
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="reads /proc")
+def test_a_sweep_of_a_gigabyte_takes_no_memory(tmp_path):
+    """1 GB in 16 shards of the same bytes under other names; every position is read and checked."""
+    k, length, rows, shards = 64, 512, 488, 16
+    n = length * rows
+    rng = np.random.default_rng(0)
+    p = np.sort(rng.random((n, k), dtype=np.float32))[:, ::-1]
+    p = p / p.sum(1, keepdims=True) * 0.9
+    first = rng.integers(0, 50000, (n, 1))
+    tensors = {
+        "offsets": np.arange(n + 1, dtype=np.int64) * k,
+        "ids": (first + np.arange(k)).astype(np.uint16).reshape(-1),
+        "scaled_p": (p * 2.0**15).astype(np.float16).reshape(-1),
+        "tail_logp": np.full(n, np.log(0.1), dtype=np.float32),
+    }
+    listed = []
+    for number in range(shards):
+        file = f"shard-{number:05d}-of-{shards:05d}.safetensors"
+        if number:
+            (tmp_path / file).hardlink_to(tmp_path / listed[0].file)
+        else:
+            save_file(tensors, tmp_path / file)
+        digest = listed[0].sha256 if number else file_sha256(tmp_path / file)
+        ids = [(f"{number}-{row}qa0", length, "") for row in range(rows)]
+        listed.append(Shard(file, (tmp_path / file).stat().st_size, digest, ids))
+    del tensors, p, first
+    total = n * shards
+    write_manifest(
+        tmp_path / "manifest.json",
+        Manifest("0", "m", "w", "t", "plain", length, k, 1.0, 50304, "float32", 8192, "float16", rows * shards, total,
+                 total * k, 0, 0.9, listed),
+    )  # fmt: skip
+    assert sum(shard.bytes for shard in listed) > 10**9
+    reader = TeacherCache(tmp_path)
+    ones = [Encoded(Row(row_id, "", "", ""), [0] * length, 0, 0) for s in listed for row_id, _, _ in s.rows]
+    reader.read(ones[:16])
+    before = anonymous_memory()
+    for start in range(0, len(ones), 16):
+        reader.read(ones[start : start + 16])
+    assert anonymous_memory() - before < 50e6

@@ -1,0 +1,66 @@
+"""The teacher's pass over a batch of rows: what of its predictions is kept."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neko_lean.cache.format import SCALE, id_dtype
+from neko_lean.data import Encoded, pad
+from neko_lean.head import CHUNK_ELEMENTS, logits, token_stats
+from neko_lean.modeling import CausalLM
+
+
+@dataclass(frozen=True)
+class Kept:
+    """What is stored of P positions, one after another."""
+
+    counts: np.ndarray  # [P] int64
+    ids: np.ndarray  # [E] uint16 or int32
+    scaled_p: np.ndarray  # [E] float32
+    tail_logp: np.ndarray  # [P] float32
+
+
+@torch.no_grad()
+def hidden_states(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int) -> Tensor:
+    """Last hidden states [P, d] of the real positions of a batch, row after row."""
+    input_ids, mask = pad([one.ids for one in batch], pad_id, teacher.device)
+    return teacher.hidden(input_ids, mask)[mask.bool()]
+
+
+@torch.no_grad()
+def keep(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int, top_k: int, mass: float) -> Kept:
+    """Each position's fewest likeliest tokens that reach `mass`, at most `top_k` of them, and the tail's mass."""
+    vocab_size = teacher.head.shape[0]
+    # logsumexp and topk make temporaries as large as the logits they look at: a third each keeps them to one chunk.
+    chunk = max(1, CHUNK_ELEMENTS // (3 * vocab_size))
+    hidden = hidden_states(teacher, batch, pad_id)
+    parts = [_top(logits(rows, teacher.head), min(top_k, vocab_size), mass) for rows in hidden.split(chunk)]
+    counts, ids, p, tail = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    return Kept(counts.numpy(), ids.numpy().astype(id_dtype(vocab_size)), (p * SCALE).numpy(), tail.numpy())
+
+
+@torch.no_grad()
+def next_token_logp(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int) -> np.ndarray:
+    """Log-probability of every token but the first of each row, row after row: [sum of (length - 1)] float32."""
+    input_ids, mask = pad([one.ids for one in batch], pad_id, teacher.device)
+    real = mask[:, 1:].bool()  # [B, L - 1]
+    hidden = teacher.hidden(input_ids, mask)[:, :-1][real]
+    target_logp: Tensor = token_stats(hidden, teacher.head, input_ids[:, 1:][real])[0]
+    return target_logp.cpu().numpy()
+
+
+def _top(z: Tensor, k: int, mass: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits z [c, V] -> counts [c], ids [E] and p [E] likeliest first, log of the mass outside them [c]. Masks z."""
+    lse = z.logsumexp(1, keepdim=True)
+    values, ids = z.topk(k, dim=1)  # [c, k]
+    p = (values - lse).exp()
+    # A token is kept while those before it fall short of the mass; the first one always.
+    kept = p.cumsum(1) - p < mass if mass < 1 else torch.ones_like(p, dtype=torch.bool)  # [c, k]
+    kept[:, 0] = True
+    z.scatter_(1, ids, torch.where(kept, -torch.inf, values))
+    return kept.sum(1), ids[kept], p[kept], z.logsumexp(1) - lse.squeeze(1)

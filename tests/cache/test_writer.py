@@ -1,0 +1,208 @@
+"""What is written: the fewest entries that reach the mass, the same bytes on every run and after every kill."""
+
+import itertools
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.numpy import load_file
+
+from neko_lean.cache import TeacherCache, cache_teacher, writer
+from neko_lean.cache.format import SCALE, CacheError, file_sha256
+from neko_lean.data import encode, read_rows
+from neko_lean.errors import NekoLeanError
+from neko_lean.modeling import load_model, load_tokenizer
+from tests.helpers import random_model
+
+KILLED_AT_SYNC = """
+import os, signal, sys
+import torch
+from neko_lean import errors
+from neko_lean.cache import format, writer
+torch.set_num_threads(2)
+model, retain, out, at = sys.argv[1:]
+calls = 0
+def sync(path, original=errors.sync):
+    global calls
+    calls += 1
+    if calls == int(at):
+        os.kill(os.getpid(), signal.SIGKILL)
+    original(path)
+errors.sync = format.sync = writer.sync = sync
+writer.SHARD_POSITIONS = 100
+writer.cache_teacher(model, retain, out, forget=retain, batch_tokens=256, quiet=True)
+"""
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {p.name: file_sha256(p) for p in sorted(folder.iterdir())}
+
+
+def encoded(world, style="neko", limit=512):
+    return encode(read_rows(world, "retain"), load_tokenizer(world / "base"), style, limit)
+
+
+def live(folder, one, dtype=torch.float32):
+    """Logits [n, V] of one row alone, by transformers' own forward."""
+    model = load_model(folder, dtype, torch.device("cpu")).model.eval()
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([one.ids])).logits[0]
+
+
+@pytest.mark.parametrize("mass", [0.7, 0.9, 0.99])
+def test_a_position_keeps_the_fewest_tokens_that_reach_the_mass(world, tmp_path, mass):
+    # A surer head than the other tests' models have, so that positions differ in what they need.
+    model = random_model(world, tmp_path / "m", seed=4, scale=60.0)
+    cache_teacher(model, world, tmp_path / "c", top_k=20, mass=mass, dtype="float32", quiet=True)
+    reader = TeacherCache(tmp_path / "c")
+    sizes = []
+    for one in encoded(world)[::6]:
+        p = live(model, one).double().softmax(1).sort(dim=1, descending=True)[0]  # [n, V]
+        _, logp, tail = reader.read([one])
+        for position in range(len(one)):
+            count = int((logp[position] > -torch.inf).sum())
+            inside = p[position, :count].sum().item()
+            assert count == 20 or inside >= mass - 1e-6
+            assert count == 1 or p[position, : count - 1].sum().item() < mass + 1e-6
+            assert tail[position].double().exp().item() == pytest.approx(1 - inside, abs=1e-5)
+            sizes.append(count)
+    assert len(set(sizes)) > 1
+
+
+def test_the_same_teacher_and_rows_give_the_same_bytes_in_many_shards(world, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "SHARD_POSITIONS", 100)
+    for name in ("a", "b"):
+        manifest = cache_teacher(model, world, tmp_path / name, top_k=3, mass=1, batch_tokens=256, quiet=True)
+    assert len(manifest.shards) > 3
+    assert files(tmp_path / "a") == files(tmp_path / "b")
+    assert sorted(files(tmp_path / "a")) == ["manifest.json", *(s.file for s in manifest.shards)]
+    reader = TeacherCache(tmp_path / "a")
+    one = encoded(world)[0]
+    torch.testing.assert_close(
+        reader.read([one])[2].exp(),
+        1 - live(model, one, torch.bfloat16).float().softmax(1).topk(3, 1)[0].sum(1),
+        rtol=0.1,
+        atol=0.03,
+    )
+    assert manifest.positions == sum(len(e) for e in encoded(world))
+    assert 0 < manifest.mean_mass <= 1
+
+
+def test_a_failed_run_leaves_nothing_and_an_old_cache_stays(world, model, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    cache_teacher(model, world, out, top_k=2, quiet=True)
+    before = files(out)
+    with pytest.raises(NekoLeanError, match="--overwrite"):
+        cache_teacher(model, world, out, quiet=True)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(writer, "save_file", full)
+    with pytest.raises(NekoLeanError, match="No space left"):
+        cache_teacher(model, world, out, overwrite=True, quiet=True)
+    assert files(out) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.fixture(scope="module")
+def whole(world, model, tmp_path_factory):
+    """The files of a run that nobody interrupted, with a shard for about every batch."""
+    out = tmp_path_factory.mktemp("whole") / "cache"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(writer, "SHARD_POSITIONS", 100)
+        cache_teacher(model, world, out, forget=world, batch_tokens=256, quiet=True)
+    return files(out)
+
+
+def resume(world, model, out, monkeypatch, **change):
+    monkeypatch.setattr(writer, "SHARD_POSITIONS", 100)
+    options = {"forget": world, "batch_tokens": 256, "quiet": True, "resume": True}
+    return cache_teacher(model, world, out, **{**options, **change})
+
+
+def test_a_full_disk_keeps_what_was_complete_and_resume_ends_in_the_same_bytes(
+    world, model, whole, tmp_path, monkeypatch, capsys
+):
+    out, calls = tmp_path / "cache", itertools.count()
+
+    def full_later(tensors, path, original=writer.save_file):
+        if next(calls) == 3:
+            raise OSError(28, "No space left on device")
+        original(tensors, path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "SHARD_POSITIONS", 100)
+        patch.setattr(writer, "save_file", full_later)
+        with pytest.raises(NekoLeanError, match="No space left"):
+            cache_teacher(model, world, out, forget=world, batch_tokens=256, quiet=True)
+    assert not out.exists() and "--resume" in capsys.readouterr().err
+    assert len(list((tmp_path / ".cache.partial").glob("*.safetensors"))) == 3
+    with pytest.raises(NekoLeanError, match="--resume, or start anew with --overwrite"):
+        cache_teacher(model, world, out, quiet=True)
+    with pytest.raises(CacheError, match="begun with another top_k"):
+        resume(world, model, out, monkeypatch, top_k=5)
+    ran = []
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "keep", lambda *args, original=writer.keep: ran.append(1) or original(*args))
+        resume(world, model, out, monkeypatch)
+    assert files(out) == whole and len(ran) < len(whole)
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+    # A complete cache has nothing to go on with; another one's settings are named.
+    resume(world, model, out, monkeypatch)
+    with pytest.raises(CacheError, match="begun with another mass"):
+        resume(world, model, out, monkeypatch, mass=0.5)
+    assert files(out) == whole
+
+
+@pytest.mark.parametrize("at", [1, 4, "manifest", "last"])
+def test_killed_at_any_write_and_resumed_ends_in_the_same_bytes(world, model, whole, tmp_path, monkeypatch, at):
+    """kill -9 just before the nth fsync, in a process of its own; bench/kill.py does it at random moments."""
+    syncs = 2 + 2 * (len(whole) - 1) + 3 + 1  # plan, two a shard, manifest and its folder and plan's end, move
+    number = {"manifest": syncs - 3, "last": syncs}.get(at, at)
+    out = tmp_path / "cache"
+    command = [sys.executable, "-c", KILLED_AT_SYNC, str(model), str(world), str(out), str(number)]
+    root = Path(__file__).parents[2]
+    done = subprocess.run(command, cwd=root, env={**os.environ, "PYTHONPATH": str(root)}, capture_output=True)
+    assert done.returncode == -signal.SIGKILL, done.stderr.decode()[-500:]
+    assert out.exists() == (at == "last")
+    resume(world, model, out, monkeypatch)
+    assert files(out) == whole
+    assert [p.name for p in tmp_path.iterdir()] == ["cache"]
+
+
+def test_float16_is_within_a_thousandth_of_float32(world, model, tmp_path):
+    read = {}
+    for stored in ("float16", "float32"):
+        cache_teacher(model, world, tmp_path / stored, stored_dtype=stored, dtype="float32", quiet=True)
+        read[stored] = TeacherCache(tmp_path / stored).read(encoded(world))
+    (ids, half, tail), (same_ids, single, same_tail) = read.values()
+    assert torch.equal(ids, same_ids) and torch.equal(tail, same_tail)
+    counts = single > np.log(2e-9)  # smaller ones are subnormal in float16, and weigh nothing
+    error = ((half - single).exp() - 1).abs()[counts]
+    assert 1e-5 < error.max() < 1e-3
+
+
+def test_a_teacher_that_is_too_flat_is_warned_about(world, model, tmp_path, capsys):
+    manifest = cache_teacher(model, world, tmp_path / "c", top_k=1, quiet=True)
+    assert manifest.mean_mass < 0.9
+    assert f"{manifest.mean_mass:.3f} of the teacher's probability" in capsys.readouterr().err
+
+
+def test_stored_arrays_are_as_FORMAT_md_says(cache):
+    tensors = load_file(cache / "shard-00000-of-00001.safetensors")
+    manifest = json.loads((cache / "manifest.json").read_text())
+    offsets, ids, p, tail = (tensors[name] for name in ("offsets", "ids", "scaled_p", "tail_logp"))
+    assert [a.dtype for a in (offsets, ids, p, tail)] == [np.int64, np.uint16, np.float16, np.float32]
+    assert offsets[0] == 0 and offsets[-1] == len(ids) == len(p) == manifest["entries"]
+    assert len(offsets) == len(tail) + 1 == manifest["positions"] + 1
+    for start, stop in itertools.pairwise(offsets):
+        assert len(set(ids[start:stop])) == stop - start
+        assert (np.diff(p[start:stop].astype(np.float32)) <= 0).all()
+    assert ids.max() < manifest["vocab_size"] and p.max() <= SCALE
