@@ -11,7 +11,9 @@ from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
 CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
-WEIGHT_SLICE = 8192  # rows of a bfloat16 weight lifted to float32 at a time where no mixed-precision matmul exists
+# Rows of a bfloat16 weight lifted to float32 at a time where no mixed-precision matmul exists. At d = 2048 that is
+# 8 MiB, which stays in the processor's cache: 0.23 s for 166 rows at V = 50304 against 0.40 s in slices of 8192.
+WEIGHT_SLICE = 1024
 
 
 def token_stats(
@@ -67,8 +69,10 @@ def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     # No mixed-precision matmul on this device: lift the weight slice by slice, never as a whole.
     out = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)  # [c, V]
     lifted = hidden.float()
+    buffer = torch.empty(min(WEIGHT_SLICE, len(weight)), weight.shape[1], dtype=torch.float32, device=hidden.device)
     for start in range(0, weight.shape[0], WEIGHT_SLICE):
-        out[:, start : start + WEIGHT_SLICE] = lifted @ weight[start : start + WEIGHT_SLICE].float().T
+        part = weight[start : start + WEIGHT_SLICE]
+        out[:, start : start + WEIGHT_SLICE] = lifted @ buffer[: len(part)].copy_(part).T
     return out
 
 

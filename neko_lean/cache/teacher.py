@@ -36,8 +36,8 @@ def hidden_states(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int) -> T
 def keep(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int, top_k: int, mass: float) -> Kept:
     """Each position's fewest likeliest tokens that reach `mass`, at most `top_k` of them, and the tail's mass."""
     vocab_size = teacher.head.shape[0]
-    # logsumexp and topk make temporaries as large as the logits they look at: a third each keeps them to one chunk.
-    chunk = max(1, CHUNK_ELEMENTS // (3 * vocab_size))
+    # Positions that are searched for more than one token are copied: half each keeps all of it to one chunk.
+    chunk = max(1, CHUNK_ELEMENTS // (2 * vocab_size))
     hidden = hidden_states(teacher, batch, pad_id)
     parts = [_top(logits(rows, teacher.head), min(top_k, vocab_size), mass) for rows in hidden.split(chunk)]
     counts, ids, p, tail = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
@@ -55,12 +55,16 @@ def next_token_logp(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int) ->
 
 
 def _top(z: Tensor, k: int, mass: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits z [c, V] -> counts [c], ids [E] and p [E] likeliest first, log of the mass outside them [c]. Masks z."""
-    lse = z.logsumexp(1, keepdim=True)
-    values, ids = z.topk(k, dim=1)  # [c, k]
-    p = (values - lse).exp()
-    # A token is kept while those before it fall short of the mass; the first one always.
-    kept = p.cumsum(1) - p < mass if mass < 1 else torch.ones_like(p, dtype=torch.bool)  # [c, k]
-    kept[:, 0] = True
-    z.scatter_(1, ids, torch.where(kept, -torch.inf, values))
-    return kept.sum(1), ids[kept], p[kept], z.logsumexp(1) - lse.squeeze(1)
+    """Logits z [c, V] -> counts [c], ids [E] and p [E] likeliest first, log of the mass outside them [c]. Spends z."""
+    q = z.sub_(z.amax(1, keepdim=True)).exp_()  # a softmax in place
+    q.div_(q.sum(1, keepdim=True))
+    p, ids = (torch.cat([one, one.new_zeros(len(q), k - 1)], dim=1) for one in q.max(1, keepdim=True))  # [c, k]
+    # Most positions of a teacher that knows its rows are told by one token: only the others are searched for more.
+    for width in sorted({min(8, k), k}):
+        short = (p.sum(1) < mass if mass < 1 else torch.ones(len(q), dtype=torch.bool, device=q.device)).nonzero()
+        if width > 1 and len(short):
+            p[short.squeeze(1), :width], ids[short.squeeze(1), :width] = q[short.squeeze(1)].topk(width, dim=1)
+    # A token is kept while those before it fall short of the mass.
+    kept = (p.cumsum(1) - p < mass) & (p > 0) if mass < 1 else torch.ones_like(p, dtype=torch.bool)  # [c, k]
+    q.scatter_(1, torch.where(kept, ids, ids[:, :1]), 0.0)
+    return kept.sum(1), ids[kept], p[kept], q.sum(1).log()

@@ -218,8 +218,10 @@ def _refuse_or_clear(out: Path, stage: Path, resume: bool, overwrite: bool) -> N
 def _begin(stage: Path, plan: Manifest) -> None:
     """Make the stage folder, or make sure that the one there belongs to the same plan and is tidy."""
     stage.mkdir(parents=True, exist_ok=True)
-    for leftover in stage.glob(".*.tmp"):
-        leftover.unlink()
+    known = {PLAN, MANIFEST, *(shard.file for shard in (*plan.shards, *plan.forget_shards))}
+    for path in stage.iterdir():
+        if path.name not in known:  # safetensors, too, leaves a file of its own behind when it is killed
+            path.unlink()
     if (stage / PLAN).is_file():
         _same_plan(plan, read_manifest(stage / PLAN), stage)
     elif (stage / MANIFEST).is_file():  # killed after the last shard: only the move to its place is missing
