@@ -36,7 +36,7 @@ from neko_lean.memory import peak_memory
 from neko_lean.modeling import CausalLM, load_model, load_tokenizer, new_model, split
 
 CPU = torch.device("cpu")
-MOVES = {"little": 0.01, "lot": 0.1}  # standard deviation of the noise over that of each weight tensor
+MOVES = {"little": 0.03, "lot": 0.3}  # standard deviation of the noise over that of each weight tensor
 # (top-k, mass): k alone, then the default k with masses, then masses alone. 0 stands for the whole vocabulary.
 SETTINGS = [(1, 1.0), (4, 1.0), (16, 1.0), (64, 1.0), (256, 1.0), (1024, 1.0), (0, 1.0)]
 SETTINGS += [(64, 0.99), (64, 0.999), (64, 0.9999), (0, 0.99), (0, 0.999), (0, 0.9999)]
