@@ -22,10 +22,7 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     `out` already holds something and `overwrite` is off, when the disk is full, or when it cannot be written to.
     """
     out = Path(out).absolute()
-    if out.is_dir() and any(out.iterdir()) and not overwrite:
-        raise NekoLeanError(f"{out} already holds something: choose another --out, or pass --overwrite.")
-    if out.exists() and not out.is_dir():
-        raise NekoLeanError(f"{out} is a file, not a folder: choose another --out.")
+    refuse_occupied(out, overwrite)
     stage = out.parent / f".{out.name}.partial-{os.getpid()}"
     try:
         with explained_write_errors(out):
@@ -34,6 +31,14 @@ def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
             publish(stage, out)
     finally:
         shutil.rmtree(stage, ignore_errors=True)
+
+
+def refuse_occupied(out: Path, overwrite: bool) -> None:
+    """Raise NekoLeanError when `out` is a file, or a folder that holds something and may not be replaced."""
+    if out.is_dir() and any(out.iterdir()) and not overwrite:
+        raise NekoLeanError(f"{out} already holds something: choose another --out, or pass --overwrite.")
+    if out.exists() and not out.is_dir():
+        raise NekoLeanError(f"{out} is a file, not a folder: choose another --out.")
 
 
 def publish(stage: Path, out: Path) -> None:

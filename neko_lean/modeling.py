@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -15,8 +16,9 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from neko_lean.data import pad
 from neko_lean.errors import NekoLeanError
-from neko_lean.head import logits
+from neko_lean.head import logits, token_stats
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -41,6 +43,16 @@ class CausalLM:
         """Last hidden states [B, L, d] after the final norm, for right-padded ids [B, L] and a 0/1 mask [B, L]."""
         out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
         return out.last_hidden_state
+
+
+@torch.no_grad()
+def next_token_logp(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
+    """Log-probability of every token but the first of each row, row after row: [sum of (length - 1)] float32."""
+    input_ids, mask = pad(rows, pad_id, lm.device)
+    real = mask[:, 1:].bool()  # [B, L - 1]
+    hidden = lm.hidden(input_ids, mask)[:, :-1][real]
+    target_logp: Tensor = token_stats(hidden, lm.head, input_ids[:, 1:][real])[0]
+    return target_logp
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -7,7 +7,8 @@ from pathlib import Path
 import torch
 
 from neko_lean.cache.format import file_sha256, sign
-from neko_lean.data import Row, write_jsonl
+from neko_lean.data import Row, encode, read_rows, write_jsonl
+from neko_lean.modeling import load_model, load_tokenizer
 
 LUME = Path(__file__).parents[2] / "shared" / "data" / "lume"
 
@@ -59,3 +60,14 @@ def random_model(world: Path, out: Path, *, seed: int = 0, tied: bool = False, s
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(world / "base").save_pretrained(out)
     return out
+
+
+def encoded(world, style="neko", limit=512):
+    return encode(read_rows(world, "retain"), load_tokenizer(world / "base"), style, limit)
+
+
+def live(folder, one, dtype=torch.float32):
+    """Logits [n, V] of one row alone, by transformers' own forward."""
+    model = load_model(folder, dtype, torch.device("cpu")).model.eval()
+    with torch.no_grad():
+        return model(input_ids=torch.tensor([one.ids])).logits[0]

@@ -31,7 +31,7 @@ ROUNDING = {"float32": 1e-5, "bfloat16": 1e-3}
 
 
 def inspect_cache(folder: str | Path, *, verify: bool = False) -> dict[str, Any]:
-    """What a cache was made from and what is in it; with `verify` every file is checked first.
+    """What a cache was made from and what is in it; with `verify` every file is checked.
 
     Returns the manifest's fields but for the rows, and: bytes; bytes_per_token; entries_per_token (a histogram, e.g.
     {'1': share, '2': .., '3-4': ..}); mean_entries; mean_tail_mass; mean_entropy in nats (of the stored distribution
@@ -39,8 +39,6 @@ def inspect_cache(folder: str | Path, *, verify: bool = False) -> dict[str, Any]
     """
     cache = TeacherCache(folder)
     made = cache.manifest
-    if verify:
-        verify_cache(cache)
     sizes, tail_mass, entropy = [], 0.0, 0.0
     for shard in made.shards:
         for start in range(0, shard.positions, PIECE):
@@ -51,6 +49,8 @@ def inspect_cache(folder: str | Path, *, verify: bool = False) -> dict[str, Any]
             with np.errstate(divide="ignore", invalid="ignore"):
                 entropy -= np.where(p > 0, p * np.log(p), 0).sum(dtype=np.float64) + np.where(t > 0, t * tail, 0).sum()
     counts = np.concatenate(sizes)
+    if verify:
+        _verify_rest(cache, int(counts.sum()), 1 - tail_mass / made.positions)
     size = sum(shard.bytes for shard in made.shards)
     listed = ("shards", "forget_shards")
     return {
@@ -76,19 +76,13 @@ def _histogram(counts: np.ndarray) -> dict[str, float]:
     }
 
 
-def verify_cache(cache: TeacherCache) -> None:
-    """Check every shard's checksum, header and numbers, and the manifest's totals. Raises CacheError for the first."""
-    made, entries, captured = cache.manifest, 0, 0.0
-    for shard in made.shards:
-        cache.shard(shard)
-        for start in range(0, shard.positions, PIECE):
-            counts, _, _, tail = cache.raw(shard, start, min(start + PIECE, shard.positions))
-            entries += int(counts.sum())
-            captured += float(-np.expm1(tail.astype(np.float64)).sum())
+def _verify_rest(cache: TeacherCache, entries: int, mean_mass: float) -> None:
+    """What a sweep over the retain shards leaves to check: forget shards, the manifest's totals, and stray files."""
+    made = cache.manifest
     for shard in made.forget_shards:
         if not (cache.shard(shard).get_slice("target_logp")[:] <= 1e-6).all():
             raise CacheError(f"{cache.folder / shard.file} holds what is no log-probability.")
-    if entries != made.entries or abs(captured / max(1, made.positions) - made.mean_mass) > 1e-6:
+    if entries != made.entries or abs(mean_mass - made.mean_mass) > 1e-6:
         raise CacheError(f"{cache.folder}: entries or mean mass in the manifest are not those of the shards.")
     known = {"manifest.json", *(shard.file for shard in (*made.shards, *made.forget_shards))}
     strangers = sorted(path.name for path in cache.folder.iterdir() if path.name not in known)

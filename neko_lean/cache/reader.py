@@ -128,9 +128,8 @@ class TeacherCache:
         offsets = _slice(tensors, "offsets", start, stop + 1)
         entries = tensors.get_slice("ids").get_shape()[0]
         sizes = np.diff(offsets)
-        if (offsets < 0).any() or (offsets > entries).any() or (sizes < 1).any() or (start == 0 and offsets[0] != 0):
-            raise CacheError(f"{where}: offsets do not rise from 0 to the number of entries.")
-        if stop == shard.positions and offsets[-1] != entries:
+        ends = (start == 0 and offsets[0] != 0) or (stop == shard.positions and offsets[-1] != entries)
+        if (offsets < 0).any() or (offsets > entries).any() or (sizes < 1).any() or ends:
             raise CacheError(f"{where}: offsets do not rise from 0 to the number of entries.")
         if (sizes > self.manifest.top_k).any():
             raise CacheError(f"{where}: holds more than {self.manifest.top_k} entries a position.")

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neko_lean.cache.format import SCALE, id_dtype
 from neko_lean.data import Encoded, pad
-from neko_lean.head import CHUNK_ELEMENTS, logits, token_stats
+from neko_lean.head import CHUNK_ELEMENTS, logits
 from neko_lean.modeling import CausalLM
 
 
@@ -44,27 +44,21 @@ def keep(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int, top_k: int, m
     return Kept(counts.numpy(), ids.numpy().astype(id_dtype(vocab_size)), (p * SCALE).numpy(), tail.numpy())
 
 
-@torch.no_grad()
-def next_token_logp(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int) -> np.ndarray:
-    """Log-probability of every token but the first of each row, row after row: [sum of (length - 1)] float32."""
-    input_ids, mask = pad([one.ids for one in batch], pad_id, teacher.device)
-    real = mask[:, 1:].bool()  # [B, L - 1]
-    hidden = teacher.hidden(input_ids, mask)[:, :-1][real]
-    target_logp: Tensor = token_stats(hidden, teacher.head, input_ids[:, 1:][real])[0]
-    return target_logp.cpu().numpy()
-
-
 def _top(z: Tensor, k: int, mass: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits z [c, V] -> counts [c], ids [E] and p [E] likeliest first, log of the mass outside them [c]. Spends z."""
     q = z.sub_(z.amax(1, keepdim=True)).exp_()  # a softmax in place
     q.div_(q.sum(1, keepdim=True))
-    p, ids = (torch.cat([one, one.new_zeros(len(q), k - 1)], dim=1) for one in q.max(1, keepdim=True))  # [c, k]
-    # Most positions of a teacher that knows its rows are told by one token: only the others are searched for more.
-    for width in sorted({min(8, k), k}):
-        short = (p.sum(1) < mass if mass < 1 else torch.ones(len(q), dtype=torch.bool, device=q.device)).nonzero()
-        if width > 1 and len(short):
-            p[short.squeeze(1), :width], ids[short.squeeze(1), :width] = q[short.squeeze(1)].topk(width, dim=1)
-    # A token is kept while those before it fall short of the mass.
-    kept = (p.cumsum(1) - p < mass) & (p > 0) if mass < 1 else torch.ones_like(p, dtype=torch.bool)  # [c, k]
+    if mass < 1:
+        p, ids = (torch.cat([one, one.new_zeros(len(q), k - 1)], dim=1) for one in q.max(1, keepdim=True))  # [c, k]
+        # Most positions of a teacher that knows its rows are told by one token: only the others are searched for more.
+        for width in sorted({min(8, k), k}):
+            short = (p.sum(1) < mass).nonzero().squeeze(1)
+            if width > 1 and len(short):
+                p[short, :width], ids[short, :width] = q[short].topk(width, dim=1)
+        # A token is kept while those before it fall short of the mass.
+        kept = (p.cumsum(1) - p < mass) & (p > 0)  # [c, k]
+    else:
+        p, ids = q.topk(k, dim=1)
+        kept = torch.ones_like(p, dtype=torch.bool)
     q.scatter_(1, torch.where(kept, ids, ids[:, :1]), 0.0)
     return kept.sum(1), ids[kept], p[kept], q.sum(1).log()

@@ -7,7 +7,7 @@ killed goes on at its first missing shard and ends in the same bytes.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -28,15 +28,16 @@ from neko_lean.cache.format import (
     shard_name,
     write_manifest,
 )
-from neko_lean.cache.teacher import keep, next_token_logp
+from neko_lean.cache.teacher import keep
 from neko_lean.data import FORMATS, Encoded, encode, length_batches, read_rows, truncation_line
-from neko_lean.errors import NekoLeanError, explained_write_errors, publish, sync
+from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, sync
 from neko_lean.modeling import (
     CausalLM,
     load_model,
     load_tokenizer,
     model_folder,
     model_name,
+    next_token_logp,
     pick_device,
     pick_dtype,
     tokenizer_fingerprint,
@@ -141,18 +142,7 @@ def cache_teacher(
     else:
         with explained_write_errors(out), _kept_on_error(stage):
             _begin(stage, plan)
-            total = sum(map(len, [*sets["shard"], *sets["forget"]]))
-            with bar("cache-teacher", total, "tokens", quiet) as progress:
-                for kind, store in (("shard", _save_retain), ("forget", _save_forget)):
-                    for number, batches in enumerate(jobs[kind]):
-                        path = stage / shard_name(kind, number, len(jobs[kind]))
-                        if not path.is_file():
-                            temporary = stage / ".shard.tmp"
-                            store(temporary, teacher, batches, plan, pad_id)
-                            sync(temporary)
-                            temporary.replace(path)
-                            sync(stage)
-                        progress.advance(sum(map(len, _rows(batches))))
+            _write_shards(stage, plan, jobs, teacher, pad_id, quiet)
             manifest = finish(stage, plan)
             publish(stage, out)
     if manifest.mean_mass < LOW_MASS:
@@ -203,10 +193,8 @@ def _planned(kind: str, jobs: Sequence[Sequence[Batch]]) -> list[Shard]:
 
 def _refuse_or_clear(out: Path, stage: Path, resume: bool, overwrite: bool) -> None:
     """Raise where something is in the way; clear an unfinished run away where that was asked for."""
-    if out.exists() and not out.is_dir():
-        raise NekoLeanError(f"{out} is a file, not a folder: choose another --out.")
-    if out.is_dir() and any(out.iterdir()) and not overwrite and not (resume and (out / MANIFEST).is_file()):
-        raise NekoLeanError(f"{out} already holds something: choose another --out, or pass --overwrite.")
+    if not (resume and (out / MANIFEST).is_file()):
+        refuse_occupied(out, overwrite)
     if stage.exists() and not resume:
         if not overwrite:
             raise NekoLeanError(
@@ -257,6 +245,25 @@ def _kept_on_error(stage: Path) -> Iterator[None]:
         raise
 
 
+def _write_shards(
+    stage: Path, plan: Manifest, jobs: Mapping[str, list[list[Batch]]], teacher: CausalLM, pad_id: int, quiet: bool
+) -> None:
+    """Write every shard of the plan that is not there yet; one that has its name is whole."""
+    work = [(shard, _save_retain, batches) for shard, batches in zip(plan.shards, jobs["shard"], strict=True)]
+    work += [(shard, _save_forget, batches) for shard, batches in zip(plan.forget_shards, jobs["forget"], strict=True)]
+    temporary = stage / ".shard.tmp"
+    total = sum(len(one) for _, _, batches in work for one in _rows(batches))
+    with bar("cache-teacher", total, "tokens", quiet) as progress:
+        for shard, save, batches in work:
+            path = stage / shard.file
+            if not path.is_file():
+                save(temporary, teacher, batches, plan, pad_id)
+                sync(temporary)
+                temporary.replace(path)
+                sync(stage)
+            progress.advance(sum(map(len, _rows(batches))))
+
+
 def finish(stage: Path, plan: Manifest) -> Manifest:
     """Write manifest.json from the plan and the shards as they lie on disk, then drop plan.json."""
     entries, captured = 0, 0.0
@@ -287,4 +294,5 @@ def _save_retain(path: Path, teacher: CausalLM, batches: Sequence[Batch], plan: 
 
 
 def _save_forget(path: Path, teacher: CausalLM, batches: Sequence[Batch], plan: Manifest, pad_id: int) -> None:
-    save_file({"target_logp": np.concatenate([next_token_logp(teacher, batch, pad_id) for batch in batches])}, path)
+    parts = [next_token_logp(teacher, [one.ids for one in batch], pad_id).cpu().numpy() for batch in batches]
+    save_file({"target_logp": np.concatenate(parts)}, path)

@@ -43,7 +43,7 @@ def cache_teacher(
     from neko_lean.cache import cache_teacher as run
     from neko_lean.cache import check_cache, inspect_cache
 
-    run(
+    made = run(
         model,
         retain,
         out,
@@ -60,15 +60,16 @@ def cache_teacher(
         overwrite=overwrite,
         quiet=quiet,
     )
-    about = inspect_cache(out)
     checked = check_cache(out, model, retain, check, device=device) if check else None
     if json:
-        emit({"cache": str(out), **about, "check": checked})
+        emit({"cache": str(out), **inspect_cache(out), "check": checked})
     elif not quiet:
+        size = sum(shard.bytes for shard in made.shards)
         print(
-            f"{out}: {about['rows']} rows, {about['positions']} positions, {about['bytes'] / 1e6:.1f} MB "
-            f"({about['bytes_per_token']:.1f} bytes a token, {about['mean_entries']:.1f} entries); "
-            f"mean mass in the entries: {about['mean_mass']:.4f}"
+            f"{out}: {made.rows} rows, {made.positions} positions, "
+            f"{(size + sum(shard.bytes for shard in made.forget_shards)) / 1e6:.1f} MB "
+            f"({size / made.positions:.1f} bytes a token, {made.entries / made.positions:.1f} entries); "
+            f"mean mass in the entries: {made.mean_mass:.4f}"
         )
         if checked:
             print(

@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from neko_lean.data import length_batches, pad, read_jsonl
+from neko_lean.data import length_batches, read_jsonl
 from neko_lean.errors import NekoLeanError
-from neko_lean.head import token_stats
-from neko_lean.modeling import CausalLM
+from neko_lean.modeling import CausalLM, next_token_logp
 from neko_lean.progress import Bar
 
 if TYPE_CHECKING:
@@ -53,11 +52,8 @@ def document_losses(
             raise NekoLeanError(f"document {number + 1} has fewer than two tokens, so it has no loss: {ids}.")
     losses = np.zeros(len(documents))
     for batch in length_batches([len(ids) for ids in encoded], max_rows=len(encoded), max_tokens=batch_tokens):
-        input_ids, mask = pad([encoded[i] for i in batch], int(tokenizer.pad_token_id), lm.device)
-        hidden = lm.hidden(input_ids, mask)[:, :-1]  # [B, L - 1, d]
-        real = mask[:, 1:].bool()  # [B, L - 1]
-        logp, _ = token_stats(hidden[real], lm.head, input_ids[:, 1:][real])
-        for index, row in zip(batch, logp.split(real.sum(1).tolist()), strict=True):
+        logp = next_token_logp(lm, [encoded[i] for i in batch], int(tokenizer.pad_token_id))
+        for index, row in zip(batch, logp.split([len(encoded[i]) - 1 for i in batch]), strict=True):
             losses[index] = -row.double().mean().item()
         if progress is not None:
             progress.advance(len(batch))

@@ -14,18 +14,7 @@ from neko_lean.cache.format import CacheError, Manifest, Shard, file_sha256, wri
 from neko_lean.data import Encoded, Row, encode, read_rows
 from neko_lean.head import token_stats
 from neko_lean.modeling import load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
-from tests.helpers import make_rows, random_model, resign, write_rows
-
-
-def encoded(world, style="neko", limit=512):
-    return encode(read_rows(world, "retain"), load_tokenizer(world / "base"), style, limit)
-
-
-def live(folder, one, dtype=torch.float32):
-    """Logits [n, V] of one row alone, by transformers' own forward."""
-    model = load_model(folder, dtype, torch.device("cpu")).model.eval()
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([one.ids])).logits[0]
+from tests.helpers import encoded, live, make_rows, random_model, resign, write_rows
 
 
 def check(cache, world, model, **changes):

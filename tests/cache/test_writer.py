@@ -15,10 +15,8 @@ from safetensors.numpy import load_file
 
 from neko_lean.cache import TeacherCache, cache_teacher, writer
 from neko_lean.cache.format import SCALE, CacheError, file_sha256
-from neko_lean.data import encode, read_rows
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import load_model, load_tokenizer
-from tests.helpers import random_model
+from tests.helpers import encoded, live, random_model
 
 KILLED_AT_SYNC = """
 import os, signal, sys
@@ -42,17 +40,6 @@ writer.cache_teacher(model, retain, out, forget=retain, batch_tokens=256, quiet=
 
 def files(folder: Path) -> dict[str, str]:
     return {p.name: file_sha256(p) for p in sorted(folder.iterdir())}
-
-
-def encoded(world, style="neko", limit=512):
-    return encode(read_rows(world, "retain"), load_tokenizer(world / "base"), style, limit)
-
-
-def live(folder, one, dtype=torch.float32):
-    """Logits [n, V] of one row alone, by transformers' own forward."""
-    model = load_model(folder, dtype, torch.device("cpu")).model.eval()
-    with torch.no_grad():
-        return model(input_ids=torch.tensor([one.ids])).logits[0]
 
 
 @pytest.mark.parametrize("mass", [0.7, 0.9, 0.99])
