@@ -57,6 +57,14 @@ def token_stats(
         tail_logp = torch.full((len(target),), -torch.inf, device=hidden.device)
     if chunk is None:
         chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    needed = (target >= 0) | (topk_logp > -torch.inf).any(1)  # [N]
+    if not needed.all():  # rows that need nothing never meet the weight
+        place = needed.nonzero().squeeze(1)
+        some = _TokenStats.apply(
+            hidden[place], weight, target[place], topk_ids[place], topk_logp[place], tail_logp[place], chunk
+        )
+        full = (one.new_zeros(len(target)).index_copy(0, place, one) for one in some)
+        return next(full), next(full)
     return _TokenStats.apply(hidden, weight, target, topk_ids, topk_logp, tail_logp, chunk)
 
 
@@ -72,16 +80,8 @@ def logits(hidden: Tensor, weight: Tensor) -> Tensor:
     buffer = torch.empty(min(WEIGHT_SLICE, len(weight)), weight.shape[1], dtype=torch.float32, device=hidden.device)
     for start in range(0, weight.shape[0], WEIGHT_SLICE):
         part = weight[start : start + WEIGHT_SLICE]
-        out[:, start : start + WEIGHT_SLICE] = lifted @ buffer[: len(part)].copy_(part).T
+        torch.mm(lifted, buffer[: len(part)].copy_(part).T, out=out[:, start : start + WEIGHT_SLICE])
     return out
-
-
-def _split_logsumexp(z: Tensor, ids: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """z [c, V] split at ids [c, k]: (logits inside K [c, k], logsumexp [c], logsumexp outside K [c]). Masks z."""
-    inside = z.gather(1, ids)  # [c, k]
-    lse = z.logsumexp(1)  # [c]
-    z.scatter_(1, ids, -torch.inf)
-    return inside, lse, z.logsumexp(1)
 
 
 class _TokenStats(torch.autograd.Function):
@@ -101,58 +101,58 @@ class _TokenStats(torch.autograd.Function):
         # Unused entries point at the row's first id: masking it twice or adding 0 to it changes nothing.
         if ids.shape[1]:
             ids = torch.where(logp == -torch.inf, ids[:, :1], ids)
-        ctx.save_for_backward(hidden, weight, target, ids, logp, tail_logp)  # type: ignore[attr-defined]
-        ctx.chunk = chunk  # type: ignore[attr-defined]
         # One look at the device tells which chunks need the teacher's part.
         taught = (logp > -torch.inf).any(1) if ids.shape[1] else torch.zeros_like(target, dtype=torch.bool)
         ctx.taught = [bool(t.any()) for t in taught.cpu().split(chunk)]  # type: ignore[attr-defined]
-        target_logp = torch.zeros(len(target), dtype=dtype, device=hidden.device)  # [N]
-        kl = torch.zeros_like(target_logp)  # [N]
+        target_logp, kl, lse, lse_tail = torch.zeros(4, len(target), dtype=dtype, device=hidden.device)  # [N] each
         for number, start in enumerate(range(0, len(target), chunk)):
             rows = slice(start, start + chunk)
             z = logits(hidden[rows], weight)  # [c, V]
             wanted = z.gather(1, target[rows, None].clamp(min=0)).squeeze(1)  # [c]
+            lse[rows] = z.logsumexp(1)
+            target_logp[rows] = torch.where(target[rows] >= 0, wanted - lse[rows], 0)
             if ctx.taught[number]:  # type: ignore[attr-defined]
-                inside, lse, lse_tail = _split_logsumexp(z, ids[rows])
+                inside = z.gather(1, ids[rows])  # [c, k]
+                lse_tail[rows] = z.scatter_(1, ids[rows], -torch.inf).logsumexp(1)
                 p, t = logp[rows].exp(), tail_logp[rows].exp()
                 # where, not a product alone: 0 * -inf is no number, and an empty bucket contributes exactly 0.
-                head_part = torch.where(p > 0, p * (logp[rows] - inside + lse[:, None]), 0).sum(1)
-                tail_part = torch.where(t > 0, t * (tail_logp[rows] - lse_tail + lse), 0)
-                kl[rows] = head_part + tail_part
-            else:
-                lse = z.logsumexp(1)
-            target_logp[rows] = torch.where(target[rows] >= 0, wanted - lse, 0)
+                head_part = torch.where(p > 0, p * (logp[rows] - inside + lse[rows, None]), 0).sum(1)
+                kl[rows] = head_part + torch.where(t > 0, t * (tail_logp[rows] - lse_tail[rows] + lse[rows]), 0)
+            del z  # before the next chunk's are made
+        ctx.save_for_backward(hidden, weight, target, ids, logp, tail_logp, lse, lse_tail)  # type: ignore[attr-defined]
+        ctx.chunk = chunk  # type: ignore[attr-defined]
         return target_logp, kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_target: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, ids, logp, tail_logp = ctx.saved_tensors  # type: ignore[attr-defined]
+        hidden, weight, target, ids, logp, tail_logp, lse, lse_tail = ctx.saved_tensors  # type: ignore[attr-defined]
         chunk: int = ctx.chunk  # type: ignore[attr-defined]
         need_hidden, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
         grad_target = torch.where(target >= 0, grad_target, 0)
+        # With an empty tail nothing may come of its bucket, even where lse_tail is -inf.
+        lse_tail = torch.where(tail_logp > -torch.inf, lse_tail, torch.inf)
         for number, start in enumerate(range(0, len(target), chunk)):
             rows = slice(start, start + chunk)
             z = logits(hidden[rows], weight)  # [c, V]
             g_target, g_kl = grad_target[rows, None], grad_kl[rows, None]  # [c, 1]
             if ctx.taught[number]:  # type: ignore[attr-defined]
                 p, t = logp[rows].exp(), tail_logp[rows, None].exp()
-                outside = z.clone()
-                _, lse, lse_tail = _split_logsumexp(outside, ids[rows])
-                # With an empty tail nothing may come of its bucket, even where lse_tail is -inf.
-                lse_tail = torch.where(t > 0, lse_tail[:, None], torch.inf)  # [c, 1]
-                outside.sub_(lse_tail).exp_().mul_(t * g_kl)
+                outside = (z - lse_tail[rows, None]).exp_()  # the student's distribution over what is not in K
+                outside.scatter_(1, ids[rows], 0.0)
                 total = p.sum(1, keepdim=True) + t  # 1 but for the rounding of what was stored
-                dz = z.sub_(lse[:, None]).exp_().mul_(total * g_kl - g_target).sub_(outside)
-                dz.scatter_add_(1, ids[rows], -p * g_kl)
+                dz = z.sub_(lse[rows, None]).exp_().mul_(total * g_kl - g_target)
+                dz.sub_(outside.mul_(t * g_kl)).scatter_add_(1, ids[rows], -p * g_kl)
+                del outside
             else:
-                dz = z.sub_(z.logsumexp(1, keepdim=True)).exp_().mul_(-g_target)
+                dz = z.sub_(lse[rows, None]).exp_().mul_(-g_target)
             dz.scatter_add_(1, target[rows, None].clamp(min=0), g_target)
             dz = dz.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(dz, weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight.addmm_(dz.T, hidden[rows])
+            del z, dz  # before the next chunk's are made
         return grad_hidden, grad_weight, None, None, None, None, None

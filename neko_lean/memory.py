@@ -1,17 +1,261 @@
-"""What a run did need: peak memory of this process and of its GPU."""
+"""What a run will need, before it runs, and what it did need, after.
+
+The prediction runs the step's own code on fake tensors (shapes without storage) and counts what is alive, so it knows
+no architecture and cannot drift from the code. It takes a config, no weights.
+"""
 
 from __future__ import annotations
 
+import dataclasses
 import resource
 import sys
+import weakref
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+from neko_lean.head import CHUNK_ELEMENTS
+from neko_lean.layerwise import LayerPass, decoder_layers, freeze_below
+from neko_lean.modeling import CausalLM, checkpoint_activations, model_folder, model_name
+from neko_lean.optim import SLICE, UPDATE_BYTES, state_size
+from neko_lean.recipes import Recipe, load_recipe
+from neko_lean.twomodels import WAYS, Way, two_model_loss
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+CHUNK_BYTES = 8  # of a logit of a chunk: itself in float32, and one buffer of its size
+CONTEXT = 600 * 2**20  # what CUDA and its libraries take of a card beside tensors
+
+
+@dataclass(frozen=True)
+class Need:
+    """Bytes that a step holds (`lines`, on the device unless a name says otherwise) and peaks at."""
+
+    lines: dict[str, int]
+    peak: int  # on the device
+    host: int  # in host memory, where something was sent there
+
+
+class LiveTensors(TorchDispatchMode):
+    """Within `with LiveTensors() as live:` counts the storages that operators create, until each is freed.
+
+    `live.now` and `live.peak` are bytes, `live.largest` those of the largest storage. Works on fake tensors too.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.now = self.peak = self.largest = 0
+        self._alive: dict[int, int] = {}
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {_key(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        out = operator(*args, **(kwargs or {}))
+        for one in tree_leaves(out):
+            if isinstance(one, Tensor) and _key(one) not in given and _key(one) not in self._alive:
+                storage = one.untyped_storage()
+                self._alive[_key(one)] = storage.nbytes()
+                self.largest = max(self.largest, storage.nbytes())
+                self.now += storage.nbytes()
+                self.peak = max(self.peak, self.now)
+                weakref.finalize(storage, self._freed, _key(one))
+        return out
+
+    def _freed(self, key: int) -> None:
+        self.now -= self._alive.pop(key, 0)
+
+
+def _key(tensor: Tensor) -> int:
+    return tensor.untyped_storage()._cdata
+
+
+def full_step(recipe: Recipe) -> list[tuple[int, int]]:
+    """The largest step a recipe allows, as micro-batches (rows, length): rows of full length, no padding."""
+    length = min(recipe.max_length, recipe.batch_tokens)
+    rows = max(1, recipe.batch_tokens // length)
+    most = max(1, recipe.micro_tokens // length) if recipe.backward == "layerwise" else rows
+    return [(min(most, rows - start), length) for start in range(0, rows, most)]
+
+
+def predict(
+    config: Path | PreTrainedConfig,
+    recipe: Recipe,
+    micro: Sequence[tuple[int, int]],
+    wanted: Sequence[int] | None = None,
+) -> Need:
+    """What one step of neko-lean needs.
+
+    Args:
+        config: the model's, or a folder that holds config.json; no weights are read.
+        recipe: the run's.
+        micro: rows and length (b, l) of each micro-batch of the step.
+        wanted: positions of each that reach the head; None: all.
+
+    Raises NekoLeanError where the model's layers cannot be walked and the recipe asks for it.
+    """
+    with FakeTensorMode():
+        lm = fake_model(config, getattr(torch, recipe.dtype))
+        if recipe.train_last:
+            freeze_below(lm, decoder_layers(lm), recipe.train_last)
+        learning = [p for p in lm.model.parameters() if p.requires_grad]
+        ids = [torch.zeros(shape, dtype=torch.int64) for shape in micro]
+        index = [torch.zeros(n, dtype=torch.int64) for n in wanted or [rows * length for rows, length in micro]]
+        with LiveTensors() as live:
+            inputs = _step(lm, recipe, ids, index)
+    widest = max(rows * length for rows, length in micro) * lm.head.shape[1] * lm.head.element_size()
+    lines = {
+        "student weights": _bytes(lm.model.parameters()),
+        "teacher weights": 0,
+        "Adam state": sum(state_size(p.numel(), recipe.state_bits) for p in learning),
+        "gradients, the largest alone": max(_bytes([p]) for p in learning),
+        "layer inputs": inputs,
+        "logits of a chunk": _chunk_bytes(lm, sum(map(len, index))),
+        "peak of all but weights and state": live.peak,
+    }
+    # Of inputs in host memory one is used on the device while the next arrives.
+    return _sent_to_host(Need(lines, sum(lines[k] for k in ON_DEVICE), 0), recipe, inputs - 2 * widest)
+
+
+ON_DEVICE = ("student weights", "Adam state", "peak of all but weights and state")
+
+
+def _sent_to_host(need: Need, recipe: Recipe, inputs: int) -> Need:
+    state = need.lines["Adam state"] if recipe.offload_state else 0
+    inputs = max(0, inputs) if recipe.offload_activations else 0
+    return Need(need.lines, need.peak - state - inputs, state + inputs)
+
+
+def predict_two_models(config: Path, way: Way, rows: int, length: int) -> Need:
+    """What one step of the two-model way needs, with `rows` rows of `length` tokens of each set; on a GPU."""
+    shape = (rows, way.max_length or length)
+    with FakeTensorMode():
+        lm = fake_model(config, way.dtype)
+        teacher = fake_model(config, way.dtype)
+        if way.checkpointing:
+            checkpoint_activations(lm.model)
+        ids = torch.zeros(shape, dtype=torch.int64)
+        with LiveTensors() as live:
+            two_model_loss(lm.model, teacher.model, (ids, ids), (ids, ids), 0.2).backward()
+    weights = _bytes(lm.model.parameters())
+    # After backward all gradients are there, and AdamW's foreach form takes as much again for its denominators.
+    moving = max(live.peak, 2 * weights)
+    lines = {
+        "student weights": weights,
+        "teacher weights": weights,
+        "Adam state": 2 * weights,
+        "gradients, all": weights,
+        "peak of all but weights and state": moving,
+    }
+    return Need(lines, 4 * weights + moving, 0)
+
+
+def plan_run(model: str | Path, recipe: str | Path, overrides: Mapping[str, Any], card: int | None) -> dict[str, Any]:
+    """The need of a recipe's largest step, for this tool and for two models, and which options fit a card of `card`
+    bytes (`options`, flags of unlearn; None when not even all of them do)."""
+    folder = model_folder(model, config_only=True)
+    chosen = load_recipe(recipe, overrides)
+    micro = full_step(chosen)
+    length = micro[0][1]
+    rows = sum(one[0] for one in micro)
+    needs = {"neko-lean": predict(folder, chosen, micro)}
+    for way in WAYS:
+        needs[way.name] = predict_two_models(folder, way, max(1, rows // 2), length)
+    found: dict[str, Any] = {
+        "title": f"{model_name(model)}, recipe {chosen.name}: {rows} rows of {length} tokens a step, all used",
+        "ways": {name: dataclasses.asdict(need) for name, need in needs.items()},
+    }
+    if card is not None:
+        options, fits = _fitting(folder, chosen, card)
+        found |= {"options": options, "fits": fits and dataclasses.asdict(fits)}
+    return found
+
+
+def _fitting(folder: Path, recipe: Recipe, card: int) -> tuple[list[str] | None, Need | None]:
+    """The cheapest options, in flags, with which the recipe's largest step fits the card; and its need with them."""
+    for positions in (recipe.micro_tokens, 512):
+        smaller = ["--set micro_tokens=512"] if positions < recipe.micro_tokens else []
+        for flags in ([], ["activations"], ["state"], ["state", "activations"]):
+            values = {f"offload_{flag}": True for flag in flags}
+            changed = dataclasses.replace(recipe, micro_tokens=positions, **values)
+            need = predict(folder, changed, full_step(changed))
+            if need.peak + CONTEXT <= card:
+                return [f"--offload-{flag}" for flag in flags] + smaller, need
+    return None, None
+
+
+def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
+    """A model without storage from its config; under FakeTensorMode only."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    shape = config
+    if isinstance(config, Path):
+        shape = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
+    model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False).eval()
+    return CausalLM(model, model.base_model, model.get_output_embeddings().weight)
+
+
+def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor]) -> int:
+    """One step's allocations; returns the bytes of the layers' inputs that it keeps."""
+
+    def complete(parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            torch.empty(UPDATE_BYTES * min(SLICE, parameter.numel()), dtype=torch.uint8)
+            parameter.grad = None
+
+    walk, inputs = None, 0
+    if recipe.backward == "layerwise":
+        walk = LayerPass(lm, decoder_layers(lm))
+        hidden = walk.forward(ids, index)
+        inputs = sum(_bytes([call.hidden]) for calls in walk.calls for call in calls)
+    else:
+        if recipe.backward == "checkpointed":
+            checkpoint_activations(lm.model)
+        for parameter in lm.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(complete)
+        hidden = torch.cat([lm.hidden(i).flatten(0, 1)[wanted] for i, wanted in zip(ids, index, strict=True)])
+    # token_stats looks at values, which fake tensors lack: its buffers and gradients stand for it.
+    head: nn.Parameter = lm.head  # type: ignore[assignment]
+    slope = torch.empty_like(hidden)
+    if head.requires_grad:
+        head.grad = torch.empty_like(head)
+    torch.empty(_chunk_bytes(lm, len(hidden)), dtype=torch.uint8)
+    if head is not lm.embedding and walk is None:
+        complete(head)
+    torch.autograd.backward(hidden, slope)
+    del hidden, slope
+    if walk is not None:
+        walk.backward(complete)
+    return inputs
+
+
+def _chunk_bytes(lm: CausalLM, positions: int) -> int:
+    return CHUNK_BYTES * min(CHUNK_ELEMENTS, positions * lm.head.shape[0])
+
+
+def _bytes(tensors: Iterable[Tensor]) -> int:
+    return sum(t.numel() * t.element_size() for t in tensors)
 
 
 def reset_peak(device: torch.device) -> None:
     """Start counting the GPU's peak afresh; a process's own peak cannot be reset."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+
+
+def resident() -> int:
+    """Bytes of this process in memory now; its peak so far where the system does not say."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_memory(torch.device("cpu"))["process"]
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:

@@ -39,10 +39,20 @@ class CausalLM:
     def device(self) -> torch.device:
         return self.head.device
 
-    def hidden(self, input_ids: Tensor, attention_mask: Tensor) -> Tensor:
-        """Last hidden states [B, L, d] after the final norm, for right-padded ids [B, L] and a 0/1 mask [B, L]."""
-        out = self.backbone(input_ids=input_ids, attention_mask=attention_mask, use_cache=False)
-        return out.last_hidden_state
+    @property
+    def embedding(self) -> Tensor:
+        """The [V, d] weight of the input embedding; `head` itself where the two are tied."""
+        weight: Tensor = self.model.get_input_embeddings().weight
+        return weight
+
+    def hidden(self, input_ids: Tensor) -> Tensor:
+        """Last hidden states [B, L, d] after the final norm, for right-padded ids [B, L].
+
+        No mask is needed: attention is causal, so a real position never sees the padding behind it, and without a mask
+        the attention kernel skips the upper triangle instead of reading it.
+        """
+        hidden: Tensor = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        return hidden
 
 
 @torch.no_grad()
@@ -50,7 +60,7 @@ def next_token_logp(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) ->
     """Log-probability of every token but the first of each row, row after row: [sum of (length - 1)] float32."""
     input_ids, mask = pad(rows, pad_id, lm.device)
     real = mask[:, 1:].bool()  # [B, L - 1]
-    hidden = lm.hidden(input_ids, mask)[:, :-1][real]
+    hidden = lm.hidden(input_ids)[:, :-1][real]
     target_logp: Tensor = token_stats(hidden, lm.head, input_ids[:, 1:][real])[0]
     return target_logp
 
@@ -75,8 +85,9 @@ def pick_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def model_folder(model: str | Path) -> Path:
-    """The local folder of a checkpoint; a hub name ('owner/name') is downloaded, anything else is an error."""
+def model_folder(model: str | Path, *, config_only: bool = False) -> Path:
+    """The local folder of a checkpoint; a hub name ('owner/name') is downloaded (with `config_only` no more than
+    config.json), anything else is an error."""
     path = Path(model)
     if path.is_dir():
         if not (path / "config.json").is_file():
@@ -88,7 +99,7 @@ def model_folder(model: str | Path) -> Path:
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=_HUB_FILES))
+        return Path(snapshot_download(text, allow_patterns=["config.json"] if config_only else _HUB_FILES))
     except Exception as error:  # the hub's client raises a dozen types; all of them mean that there is no model
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NekoLeanError(f"{text} is no local folder, and the hub did not give it: {reason}") from error
@@ -159,7 +170,7 @@ def split(model: PreTrainedModel) -> CausalLM:
     model.eval()
     probe = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]  # [1, 4]
     wanted = model(input_ids=probe, use_cache=False).logits[0].float()  # [4, V]
-    got = logits(parts.hidden(probe, torch.ones_like(probe))[0], head.weight)  # [4, V]
+    got = logits(parts.hidden(probe)[0], head.weight)  # [4, V]
     model.train(was_training)
     tolerance = 0.02 if head.weight.dtype == torch.bfloat16 else 1e-4
     if (wanted - got).abs().max() > tolerance * (1 + wanted.abs().max()):

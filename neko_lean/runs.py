@@ -12,6 +12,7 @@ from neko_lean import __version__
 from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.data import Encoded, encode, read_rows, truncation_line
 from neko_lean.errors import NekoLeanError, staged_folder
+from neko_lean.memory import resident
 from neko_lean.modeling import (
     load_model,
     load_tokenizer,
@@ -105,9 +106,10 @@ def unlearn(
                 f"warning: the length limit of {chosen.max_length} removes the whole answer of {lost} of "
                 f"{len(forget_rows)} forget rows; they get no forget loss."
             )
+        before = resident()
         student = load_model(folder, pick_dtype(chosen.dtype), place)
         loop = Trainer(student, tokenizer, forget_rows, retain_rows, teacher, chosen, seed, stage, quiet)
-        run = _train(loop, {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost})
+        run = _train(loop, before, {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost})
     _raise_failure(run, out)
     return run
 
@@ -146,12 +148,13 @@ def memorize(
     encoded = [one for name in sets for one in _encode(data, name, tokenizer, chosen, split)]
     say(truncation_line(encoded, chosen.max_length), quiet)
     with staged_folder(Path(out), overwrite) as stage:
+        before = resident()
         if any(folder.glob("*.safetensors")):
             student = load_model(folder, pick_dtype(chosen.dtype), place)
         else:
             student = new_model(folder, pick_dtype(chosen.dtype), place, seed)
         loop = Trainer(student, tokenizer, [], encoded, None, chosen, seed, stage, quiet)
-        run = _train(loop, {"command": "memorize", "model": model_name(model), "sets": list(sets)})
+        run = _train(loop, before, {"command": "memorize", "model": model_name(model), "sets": list(sets)})
     _raise_failure(run, out)
     return run
 
@@ -168,9 +171,11 @@ def _encode(
     return encode(rows, tokenizer, recipe.format, recipe.max_length, append_eos=recipe.append_eos)
 
 
-def _train(loop: Trainer, about: dict[str, Any]) -> dict[str, Any]:
-    """Train, and write run.json beside the checkpoint."""
+def _train(loop: Trainer, before: int, about: dict[str, Any]) -> dict[str, Any]:
+    """Train, and write run.json beside the checkpoint. `before` is the resident set before the model was loaded."""
     run = {**about, **loop.train(), "versions": versions()}
+    peaks = run["peak_memory"]
+    run["measured_peak"] = peaks.get("allocated", peaks["process"] - before)
     (loop.stage / RUN).write_text(json.dumps(run, indent=1) + "\n")
     return run
 

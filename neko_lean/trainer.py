@@ -22,12 +22,13 @@ import torch
 from neko_lean.cache import TeacherCache
 from neko_lean.data import Encoded, length_batches, paired_batches
 from neko_lean.errors import NekoLeanError
-from neko_lean.memory import peak_memory, reset_peak
+from neko_lean.layerwise import LayerPass, decoder_layers, freeze_below
+from neko_lean.memory import peak_memory, predict, reset_peak
 from neko_lean.modeling import CausalLM, checkpoint_activations
 from neko_lean.optim import InBackwardAdam8bit
-from neko_lean.progress import bar
+from neko_lean.progress import bar, say
 from neko_lean.recipes import Recipe
-from neko_lean.step import Batch, batch_losses, make_batch
+from neko_lean.step import Batch, batch_losses, chosen_hidden, make_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -54,6 +55,23 @@ def prefetched(make: Callable[[], T]) -> Iterator[T]:
             yield one
 
 
+def _way_back(student: CausalLM, recipe: Recipe) -> tuple[Recipe, LayerPass | None]:
+    """How this model's backward pass will go: the recipe's way, or checkpointed where its layers cannot be walked."""
+    if recipe.train_last:
+        freeze_below(student, decoder_layers(student), recipe.train_last)
+    if recipe.backward == "layerwise":
+        try:
+            return recipe, LayerPass(student, decoder_layers(student), offload=recipe.offload_activations)
+        except NekoLeanError as error:
+            say(
+                f"warning: {error} Going on with backward=checkpointed, in which a layer's activations are alive for a "
+                f"step's {recipe.batch_tokens} positions at once instead of {recipe.micro_tokens}."
+            )
+            recipe = dataclasses.replace(recipe, backward="checkpointed", offload_activations=False)
+    # One graph for all rows, so that each gradient is complete as soon as backward has passed it.
+    return dataclasses.replace(recipe, micro_tokens=recipe.batch_tokens), None
+
+
 class NotFinite(Exception):
     """The loss of the step about to be taken is no number; the weights are as the step before left them."""
 
@@ -73,13 +91,9 @@ class Trainer:
         stage: Path,
         quiet: bool,
     ) -> None:
-        self.student, self.tokenizer, self.recipe, self.seed, self.quiet = (
-            student,
-            tokenizer,
-            recipe,
-            seed,
-            quiet,
-        )
+        self.student, self.tokenizer, self.seed, self.quiet = student, tokenizer, seed, quiet
+        self.recipe, self.walk = _way_back(student, recipe)
+        recipe = self.recipe
         self.forget, self.retain, self.teacher, self.stage = forget, retain, teacher, stage
         rng = random.Random(seed)
         self.batches = paired_batches(
@@ -101,6 +115,7 @@ class Trainer:
         self.steps_done = 0
         self.positions = self.tokens = 0
         self.waited = 0.0  # seconds that steps stood still for their batch
+        self.largest: Batch | None = None  # the step with the most positions
 
     def _steps_of_epoch(self) -> int:
         sizes = []
@@ -151,22 +166,38 @@ class Trainer:
             "wall_seconds": time.monotonic() - start,
             "wait_seconds": self.waited,
             "peak_memory": peak_memory(self.student.device),
+            "predicted_peak": self._predicted(),
             "device": str(self.student.device),
         }
 
+    def _predicted(self) -> int | None:
+        """Bytes that the largest step was to need by `memory.predict`."""
+        if self.largest is None:
+            return None
+        shapes = [(ids.shape[0], ids.shape[1]) for ids in self.largest.micro]
+        wanted = [len(index) for index in self.largest.index]
+        try:
+            need = predict(self.student.model.config, self.recipe, shapes, wanted)
+        except Exception:  # of the model's own code on fake tensors: it must not cost a finished run
+            return None
+        return need.peak + (need.host if self.student.device.type == "cpu" else 0)
+
     def _run(self) -> str:
         """Train; returns why it ended. Raises NotFinite before a step whose loss is no number."""
-        recipe, model = self.recipe, self.student.model
-        if recipe.checkpointing:
-            checkpoint_activations(model)
-        model.train()
+        recipe = self.recipe
         optimizer = InBackwardAdam8bit(
-            model.parameters(),
+            self.student.model.named_parameters(),
             betas=(recipe.beta1, recipe.beta2),
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
+            clip=recipe.clip,
+            bits=recipe.state_bits,
+            offload=recipe.offload_state,
             seed=self.seed,
         )
+        self._ready()
+        if self.walk is None:
+            optimizer.attach()
         label = "memorize" if recipe.retain_objective == "ce" else "unlearn"
         try:
             with (
@@ -183,6 +214,12 @@ class Trainer:
             optimizer.close()
         return "all steps taken"
 
+    def _ready(self) -> None:
+        """Dropout only where a layer runs once a step, or where checkpointing restores its random numbers."""
+        if self.recipe.backward == "checkpointed":
+            checkpoint_activations(self.student.model)
+        self.student.model.train(self.walk is None)
+
     def _next_batch(self) -> Batch:
         forget_index, retain_index = next(self.batches)
         return self._batch([self.forget[i] for i in forget_index], [self.retain[i] for i in retain_index])
@@ -194,19 +231,27 @@ class Trainer:
         batch = next(batches)
         waited = time.monotonic() - start
         self.waited += waited
-        losses = batch_losses(self.student, batch, self.recipe)
+        if self.walk is None:
+            hidden = chosen_hidden(self.student, batch)
+        else:
+            hidden = self.walk.forward(batch.micro, batch.index)
+        losses = batch_losses(hidden, self.student.head, batch, self.recipe)
         values = {name: loss.item() for name, loss in losses.items()}
+        del hidden
         if not math.isfinite(values["loss"]):
             raise NotFinite(f"the loss became {values['loss']} at step {step}, before its update")
         lr = learning_rate(self.recipe, step, self.steps)
         optimizer.begin_step(lr)
         losses["loss"].backward()
+        if self.walk is not None:
+            self.walk.backward(optimizer.update)
         self.steps_done = step
-        positions, tokens = batch.mask.numel(), int(batch.mask.sum())
-        self.positions += positions
-        self.tokens += tokens
-        line: dict[str, Any] = {"step": step, **values, "lr": lr, "rows": len(batch.mask), "tokens": tokens}
-        line["padding"] = 1 - tokens / positions
+        if self.largest is None or batch.positions > self.largest.positions:
+            self.largest = batch
+        self.positions += batch.positions
+        self.tokens += batch.tokens
+        line: dict[str, Any] = {"step": step, **values, "lr": lr, "rows": batch.rows, "tokens": batch.tokens}
+        line["padding"] = 1 - batch.tokens / batch.positions
         if self.recipe.eval_every and step % self.recipe.eval_every == 0:
             line |= self._evaluate(step)
         line["wait_seconds"] = waited
@@ -220,8 +265,9 @@ class Trainer:
     def _evaluate(self, step: int) -> dict[str, float]:
         """The losses on the fixed sample; a new lowest total becomes the checkpoint to fall back on."""
         self.student.model.eval()
-        losses = batch_losses(self.student, self._batch(*self.sample), self.recipe)
-        self.student.model.train()
+        batch = self._batch(*self.sample)
+        losses = batch_losses(chosen_hidden(self.student, batch), self.student.head, batch, self.recipe)
+        self._ready()
         values = {f"eval_{name}": loss.item() for name, loss in losses.items()}
         total = values["eval_loss"]
         if math.isfinite(total) and (self.best is None or total < self.best):

@@ -7,7 +7,9 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from neko_lean import head
 from neko_lean.head import token_stats
+from neko_lean.memory import LiveTensors
 
 N, D, V = 13, 8, 29
 
@@ -131,3 +133,41 @@ def test_bfloat16_gradients_point_where_float64_ones_do():
         for one, two in zip(got, wanted, strict=True):
             assert one.dtype == torch.bfloat16
             assert torch.cosine_similarity(one.double().flatten(), two.flatten(), dim=0) > 0.9999
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("k", [0, 3])
+def test_nothing_larger_than_a_chunk_of_logits_is_made(monkeypatch, dtype, k):
+    monkeypatch.setattr(head, "WEIGHT_SLICE", 100)
+    rows, width, vocabulary, chunk = 60, 8, 1000, 4
+    torch.manual_seed(0)
+    hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
+    weight = torch.randn(vocabulary, width, dtype=dtype, requires_grad=True)
+    teacher = top_k((hidden @ weight.T).detach().float(), k) if k else ()
+    target = torch.randint(0, vocabulary, (rows,))
+    with LiveTensors() as live:
+        sum(x.sum() for x in token_stats(hidden, weight, target, *teacher, chunk=chunk)).backward()
+    assert live.largest <= max(4 * chunk * vocabulary, weight.nbytes)
+    # A few buffers of a chunk and one gradient of the weight, far from the rows x V of materialised logits.
+    assert live.peak < 5 * 4 * chunk * vocabulary + weight.nbytes + 8 * hidden.nbytes < 4 * rows * vocabulary
+
+
+def test_rows_that_need_nothing_never_meet_the_weight(monkeypatch):
+    hidden, weight, target, teacher = problem(7)
+    ids, logp, tail = top_k(teacher, 5)
+    target[[0, 3, 4]] = -1
+    logp[[0, 4, 6]], tail[[0, 4, 6]] = -torch.inf, -torch.inf
+    seen = []
+
+    def counted(rows, weight):
+        seen.append(len(rows))
+        return rows @ weight.T
+
+    monkeypatch.setattr(head, "logits", counted)
+    target_logp, kl = token_stats(hidden, weight, target, ids, logp, tail, chunk=2)
+    assert sum(seen) == N - 2
+    assert (target_logp[[0, 3, 4]] == 0).all() and (kl[[0, 4, 6]] == 0).all() and kl[3] > 0 and target_logp[6] < 0
+    (grad,) = torch.autograd.grad(target_logp.sum() + kl.sum(), hidden)
+    assert (grad[[0, 4]] == 0).all() and (grad[[1, 2, 3, 5, 6]].abs().sum(1) > 0).all()
+    nothing = token_stats(hidden, weight, torch.full((N,), -1))
+    assert all(torch.equal(x, torch.zeros(N, dtype=x.dtype)) for x in nothing)

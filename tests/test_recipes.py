@@ -31,7 +31,7 @@ def test_published_differs_where_the_code_does():
 @pytest.mark.parametrize(
     ("text", "pair"),
     [("lr=1e-5", ("lr", 1e-5)), ("format=plain", ("format", "plain")),
-     ("checkpointing=false", ("checkpointing", False)),
+     ("append_eos=false", ("append_eos", False)),
      ('format="plain"', ("format", "plain")), ("max_steps=3", ("max_steps", 3))],
 )  # fmt: skip
 def test_overrides(text, pair):

@@ -8,9 +8,10 @@ import torch
 
 from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.data import encode, read_rows
+from neko_lean.layerwise import LayerPass, decoder_layers
 from neko_lean.modeling import checkpoint_activations, load_model, load_tokenizer
 from neko_lean.recipes import load_recipe
-from neko_lean.step import batch_losses, make_batch
+from neko_lean.step import batch_losses, chosen_hidden, make_batch
 from tests.helpers import random_model
 
 CPU = torch.device("cpu")
@@ -55,10 +56,10 @@ def naive(teacher, student, forget, retain, recipe):
 
 
 @pytest.mark.parametrize("name", ["neko", "neko-published"])
-@pytest.mark.parametrize("checkpointing", [False, True])
-def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, checkpointing):
+@pytest.mark.parametrize("backward", ["plain", "checkpointed", "layerwise"])
+def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, backward):
     teacher_folder, student_folder, rows, cache = pieces
-    recipe = load_recipe(name)
+    recipe = load_recipe(name, {"micro_tokens": 256})
     forget, retain = rows["forget"][:7], rows["retain"][3:12]
     teacher = load_model(teacher_folder, torch.float32, CPU).model.double().eval()
     reference = load_model(student_folder, torch.float32, CPU).model.double().train()
@@ -66,11 +67,16 @@ def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, chec
     wanted.backward()
     lm = load_model(student_folder, torch.float32, CPU)
     lm.model.double()
-    if checkpointing:
+    if backward == "checkpointed":
         checkpoint_activations(lm.model)
     batch = make_batch(forget, retain, cache, recipe, 0, CPU)
-    losses = batch_losses(lm, batch, recipe)
+    assert len(batch.micro) > 1
+    walk = LayerPass(lm, decoder_layers(lm)) if backward == "layerwise" else None
+    hidden = walk.forward(batch.micro, batch.index) if walk else chosen_hidden(lm, batch)
+    losses = batch_losses(hidden, lm.head, batch, recipe)
     losses["loss"].backward()
+    if walk:
+        walk.backward(lambda parameter: None)
     # The student runs in float64; the teacher's probabilities come from a float32 forward, stored in float16.
     assert losses["loss"].item() == pytest.approx(wanted.item(), rel=1e-3)
     for (key, one), two in zip(lm.model.named_parameters(), reference.parameters(), strict=True):
@@ -78,36 +84,51 @@ def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, chec
         assert (one.grad - two.grad).norm() < 2e-3 * two.grad.norm() + 1e-9, key
 
 
-def test_loss_does_not_change_with_padding_or_order(pieces):
+def test_loss_does_not_change_with_padding_order_or_micro_batches(pieces):
     _, student_folder, rows, cache = pieces
-    recipe = load_recipe("neko")
     lm = load_model(student_folder, torch.float32, CPU)
     forget, retain = rows["forget"][:6], rows["retain"][:8]
-    with torch.no_grad():
-        one = batch_losses(lm, make_batch(forget, retain, cache, recipe, 0, CPU), recipe)
-        shuffled = random.Random(0).sample(forget, 6), random.Random(1).sample(retain, 8)
-        two = batch_losses(lm, make_batch(*shuffled, cache, recipe, 1, CPU), recipe)
-    for name in one:
-        assert one[name].item() == pytest.approx(two[name].item(), rel=1e-5)
+    shuffled = random.Random(0).sample(forget, 6), random.Random(1).sample(retain, 8)
+
+    def losses(forget, retain, pad_id, micro_tokens):
+        recipe = load_recipe("neko", {"micro_tokens": micro_tokens})
+        batch = make_batch(forget, retain, cache, recipe, pad_id, CPU)
+        with torch.no_grad():
+            return batch_losses(chosen_hidden(lm, batch), lm.head, batch, recipe)
+
+    one = losses(forget, retain, 0, 2048)
+    for micro_tokens in (1, 100, 2048):
+        two = losses(*shuffled, 1, micro_tokens)
+        for name in one:
+            assert one[name].item() == pytest.approx(two[name].item(), rel=1e-5)
 
 
 def test_positions(pieces):
     _, _, rows, cache = pieces
-    recipe = load_recipe("neko")
+    recipe = load_recipe("neko", {"micro_tokens": 200})
     forget, retain = rows["forget"][:3], rows["retain"][:2]
     batch = make_batch(forget, retain, cache, recipe, 0, CPU)
-    length = batch.input_ids.shape[1]
-    assert batch.forget == sum(one.answer for one in forget)
-    assert len(batch.index) == batch.forget + sum(len(one) for one in retain)
-    for place, target in zip(batch.index[: batch.forget], batch.target, strict=False):
-        assert batch.input_ids.view(-1)[place + 1] == target
-    assert (batch.target[batch.forget :] == -1).all()
-    assert (batch.teacher[1][: batch.forget] == -torch.inf).all()
+    assert batch.forget.sum() == sum(one.answer for one in forget)
+    assert len(batch.row) == batch.forget.sum() + sum(len(one) for one in retain) == sum(map(len, batch.index))
+    assert batch.rows == 5 and batch.tokens == sum(len(one) for one in [*forget, *retain])
+    assert batch.positions == sum(ids.numel() for ids in batch.micro) >= batch.tokens
+    following = torch.cat([ids.view(-1).roll(-1)[i] for ids, i in zip(batch.micro, batch.index, strict=True)])
+    assert torch.equal(following[batch.forget], batch.target[batch.forget])
+    assert (batch.target[~batch.forget] == -1).all()
+    assert ((batch.teacher[1] == -torch.inf).all(1) == batch.forget).all()
+    # What the cache holds of a row stands at that row's positions, in their order.
+    for number, one in enumerate(retain):
+        ids, logp, tail = cache.read([one])
+        here = batch.row == len(forget) + number
+        width = ids.shape[1]
+        assert torch.equal(batch.teacher[2][here], tail)
+        assert torch.equal(batch.teacher[1][here][:, :width], logp)
+        assert torch.equal(batch.teacher[0][here][:, :width][logp > -torch.inf], ids[logp > -torch.inf])
     # Rows whose answer was cut off whole give no forget position, and the loss stays a number.
     cut = [dataclasses.replace(one, ids=one.ids[: one.prompt]) for one in forget]
-    assert make_batch(cut, retain, cache, recipe, 0, CPU).forget == 0
+    assert not make_batch(cut, retain, cache, recipe, 0, CPU).forget.any()
     # Cross-entropy looks at every next token there is.
     memorize = load_recipe("memorize")
     batch = make_batch([], retain, None, memorize, 0, CPU)
-    assert batch.teacher is None and len(batch.index) == sum(len(one) - 1 for one in retain)
-    assert batch.retain_positions == batch.mask.numel() == 2 * max(len(one) for one in retain) and length
+    assert batch.teacher is None and len(batch.row) == sum(len(one) - 1 for one in retain)
+    assert batch.retain_positions == 2 * max(len(one) for one in retain)

@@ -139,7 +139,8 @@ class TeacherCache:
         position = np.repeat(np.arange(len(sizes)), sizes)  # [E], to which position an entry belongs
         if (ids < 0).any() or (ids >= self.manifest.vocab_size).any() or not (p >= 0).all():
             raise CacheError(f"{where}: holds a token id or probability that cannot be.")
-        if len(np.unique(position * self.manifest.vocab_size + ids)) < len(ids):
+        pairs = np.sort(position * self.manifest.vocab_size + ids)
+        if (pairs[1:] == pairs[:-1]).any():
             raise CacheError(f"{where}: holds a token id twice.")
         if (np.diff(p)[np.diff(position) == 0] > 0).any():
             raise CacheError(f"{where}: entries are not sorted by probability.")

@@ -29,7 +29,7 @@ class Kept:
 def hidden_states(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int) -> Tensor:
     """Last hidden states [P, d] of the real positions of a batch, row after row."""
     input_ids, mask = pad([one.ids for one in batch], pad_id, teacher.device)
-    return teacher.hidden(input_ids, mask)[mask.bool()]
+    return teacher.hidden(input_ids)[mask.bool()]
 
 
 @torch.no_grad()
@@ -46,19 +46,20 @@ def keep(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int, top_k: int, m
 
 def _top(z: Tensor, k: int, mass: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """Logits z [c, V] -> counts [c], ids [E] and p [E] likeliest first, log of the mass outside them [c]. Spends z."""
-    q = z.sub_(z.amax(1, keepdim=True)).exp_()  # a softmax in place
-    q.div_(q.sum(1, keepdim=True))
+    most, likeliest = z.max(1, keepdim=True)  # [c, 1]
+    e = z.sub_(most).exp_()  # [c, V], 1 at the likeliest token
+    total = e.sum(1, keepdim=True)  # [c, 1]; dividing all of e by it would cost another pass
     if mass < 1:
-        p, ids = (torch.cat([one, one.new_zeros(len(q), k - 1)], dim=1) for one in q.max(1, keepdim=True))  # [c, k]
+        p, ids = (torch.cat([one, one.new_zeros(len(e), k - 1)], dim=1) for one in (torch.ones_like(most), likeliest))
         # Most positions of a teacher that knows its rows are told by one token: only the others are searched for more.
         for width in sorted({min(8, k), k}):
-            short = (p.sum(1) < mass).nonzero().squeeze(1)
+            short = (p.sum(1) < mass * total[:, 0]).nonzero().squeeze(1)
             if width > 1 and len(short):
-                p[short, :width], ids[short, :width] = q[short].topk(width, dim=1)
+                p[short, :width], ids[short, :width] = e[short].topk(width, dim=1)
         # A token is kept while those before it fall short of the mass.
-        kept = (p.cumsum(1) - p < mass) & (p > 0)  # [c, k]
+        kept = (p.cumsum(1) - p < mass * total) & (p > 0)  # [c, k]
     else:
-        p, ids = q.topk(k, dim=1)
+        p, ids = e.topk(k, dim=1)
         kept = torch.ones_like(p, dtype=torch.bool)
-    q.scatter_(1, torch.where(kept, ids, ids[:, :1]), 0.0)
-    return kept.sum(1), ids[kept], p[kept], q.sum(1).log()
+    e.scatter_(1, torch.where(kept, ids, ids[:, :1]), 0.0)
+    return kept.sum(1), ids[kept], (p / total)[kept], (e.sum(1) / total[:, 0]).log()

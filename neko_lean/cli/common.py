@@ -39,7 +39,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from error
         except KeyboardInterrupt as error:
-            print("interrupted; nothing was written.", file=sys.stderr)
+            print("interrupted; the output folder was not written.", file=sys.stderr)
             raise typer.Exit(130) from error
 
     return wrapped
@@ -48,20 +48,19 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 def _quieten_libraries() -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+    for name in ("bitsandbytes", "torchao", "torch.utils._pytree"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
 
 
-def overrides(pairs: list[str] | None, max_steps: int | None) -> dict[str, Any]:
-    """--set pairs and --max-steps as values of a recipe."""
+def overrides(pairs: list[str] | None, **options: Any) -> dict[str, Any]:
+    """--set pairs, and the options that were given, as values of a recipe."""
     from neko_lean.recipes import parse_override
 
-    values = dict(parse_override(pair) for pair in pairs or [])
-    if max_steps is not None:
-        values["max_steps"] = max_steps
-    return values
+    given = {key: value for key, value in options.items() if value is not None}
+    return {**dict(parse_override(pair) for pair in pairs or []), **given}
 
 
 def emit(result: Any) -> None:

@@ -55,7 +55,7 @@ def memorize(
         data,
         out,
         recipe=recipe,
-        overrides=overrides(set_, max_steps),
+        overrides=overrides(set_, max_steps=max_steps),
         sets=("retain",) if retain_only else ("forget", "retain"),
         split=split,
         seed=seed,

@@ -33,6 +33,12 @@ def unlearn(
     recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = "neko",
     set_: Set = None,
     max_steps: MaxSteps = None,
+    train_last: Annotated[int | None, typer.Option(min=1, help="Only the last N layers (and the head) learn.")] = None,
+    offload_state: Annotated[bool, typer.Option("--offload-state", help="Adam's state in host memory.")] = False,
+    offload_activations: Annotated[
+        bool, typer.Option("--offload-activations", help="The layers' inputs in host memory.")
+    ] = False,
+    state_bits: Annotated[int | None, typer.Option(help="Of Adam's state: 8, or 4 with torchao installed.")] = None,
     seed: Seed = 0,
     device: Device = None,
     overwrite: Overwrite = False,
@@ -52,7 +58,14 @@ def unlearn(
         retain,
         cache=cache,
         recipe=recipe,
-        overrides=overrides(set_, max_steps),
+        overrides=overrides(
+            set_,
+            max_steps=max_steps,
+            train_last=train_last,
+            state_bits=state_bits,
+            offload_state=offload_state or None,
+            offload_activations=offload_activations or None,
+        ),
         seed=seed,
         device=device,
         overwrite=overwrite,
@@ -61,8 +74,10 @@ def unlearn(
     if json:
         emit({"out": str(out), **result})
     elif not quiet:
-        peak = result["peak_memory"].get("allocated", result["peak_memory"]["process"])
+        predicted = result["predicted_peak"]
         print(
             f"{out}: {result['ended']}; weights of step {result['weights_of_step']}; "
-            f"{result['wall_seconds']:.0f} s, peak {gibibytes(peak)}, {result['padding']:.1%} padding"
+            f"{result['wall_seconds']:.0f} s, {result['padding']:.1%} padding\n"
+            f"peak memory: {gibibytes(result['measured_peak'])} measured, "
+            f"{'none' if predicted is None else gibibytes(predicted)} predicted"
         )

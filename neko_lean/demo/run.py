@@ -21,7 +21,7 @@ from neko_lean.scoring import score
 VOCABULARY = 2048
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 # Batches by positions rather than rows: the short rows of qa would otherwise take most of the steps.
-MEMORIZE: dict[str, Any] = {"retain_rows": 64, "batch_tokens": 768, "epochs": 50.0, "checkpointing": False}
+MEMORIZE: dict[str, Any] = {"retain_rows": 64, "batch_tokens": 768, "epochs": 50.0, "backward": "plain"}
 
 
 def demo(
@@ -100,15 +100,16 @@ def copy_rows(source: Path, split: str | None, out: Path) -> None:
         (out / "mia" / "nonmember.jsonl").write_bytes(nonmembers.read_bytes())
 
 
-def write_base(folder: Path, rows: Sequence[Row]) -> None:
-    """Write config and tokenizer of a small OLMo model, the tokenizer trained on these rows; no weights."""
+def write_base(folder: Path, rows: Sequence[Row], vocabulary: int = VOCABULARY) -> None:
+    """Write config and tokenizer of a small OLMo model, no weights; the tokenizer is trained on these rows and has at
+    most `vocabulary` tokens."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import OlmoConfig, PreTrainedTokenizerFast
 
     trained = ByteLevelBPETokenizer()
     texts = [f"{row.input} {row.output}" for row in rows]
     trained.train_from_iterator(
-        texts, vocab_size=VOCABULARY, min_frequency=2, special_tokens=[EOS, PAD], show_progress=False
+        texts, vocab_size=vocabulary, min_frequency=2, special_tokens=[EOS, PAD], show_progress=False
     )
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=trained._tokenizer, eos_token=EOS, pad_token=PAD)
     tokenizer.save_pretrained(folder)

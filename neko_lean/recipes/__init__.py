@@ -16,6 +16,7 @@ from neko_lean.objectives import FORGET, REDUCTIONS, RETAIN
 DEFAULT = "neko"
 FOLDER = Path(__file__).parent
 SCHEDULES = ("linear", "constant")
+BACKWARD = ("layerwise", "checkpointed", "plain")
 
 
 @dataclass(frozen=True)
@@ -49,8 +50,15 @@ class Recipe:
     eval_every: int  # steps between evaluations of the total loss on a fixed sample; 0: never
     eval_rows: int  # rows of each set in that sample
     patience: int  # evaluations without improvement before stopping; 0: never stop early
+    clip: float  # largest L2 norm of one tensor's gradient; 0: none
+    train_last: int  # only the last N layers, the final norm and an untied head learn; 0: everything
     dtype: str  # weights: bfloat16 (rounded stochastically) or float32
-    checkpointing: bool  # keep layer inputs only and compute the rest again on the way back
+    # What follows changes memory and speed, not what is computed; a TOML may leave it out.
+    backward: str = "layerwise"  # or checkpointed (any family), or plain (all activations kept: for small models)
+    micro_tokens: int = 2048  # positions that one layer works on at a time, padding included
+    offload_state: bool = False  # Adam's state in host memory
+    offload_activations: bool = False  # the layers' inputs in host memory; layerwise only
+    state_bits: int = 8  # of Adam's state; 4 needs torchao
 
 
 def recipe_names() -> list[str]:
@@ -76,7 +84,8 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         if key not in known:
             raise NekoLeanError(f"recipe {path.stem}: {key!r} is no value of a recipe: use {', '.join(known)}.")
         values[key] = _typed(key, value, known[key])
-    missing = [key for key in known if key not in values]
+    required = [f.name for f in dataclasses.fields(Recipe) if f.default is dataclasses.MISSING]
+    missing = [key for key in required if key not in values]
     if missing:
         raise NekoLeanError(f"{path} lacks {', '.join(missing)}.")
     return _checked(Recipe(**values))
@@ -110,11 +119,12 @@ def _checked(recipe: Recipe) -> Recipe:
         "retain_reduction": REDUCTIONS,
         "schedule": SCHEDULES,
         "dtype": ("bfloat16", "float32"),
+        "backward": BACKWARD,
     }
     for key, allowed in choices.items():
         if getattr(recipe, key) not in allowed:
             raise NekoLeanError(f"recipe value {key} is {getattr(recipe, key)!r}, not one of {', '.join(allowed)}.")
-    positive = ("max_length", "forget_rows", "retain_rows", "batch_tokens", "eval_rows", "lr", "eps")
+    positive = ("max_length", "forget_rows", "retain_rows", "batch_tokens", "micro_tokens", "eval_rows", "lr", "eps")
     for field in dataclasses.fields(Recipe):
         value = getattr(recipe, field.name)
         if field.type not in ("int", "float"):
@@ -123,6 +133,10 @@ def _checked(recipe: Recipe) -> Recipe:
             raise NekoLeanError(f"recipe value {field.name} is {value!r}: it must be larger.")
     if not (recipe.beta1 < 1 and recipe.beta2 < 1 and recipe.warmup < 1):
         raise NekoLeanError(f"recipe {recipe.name}: beta1, beta2 and warmup must be below 1.")
+    if recipe.state_bits not in (4, 8):
+        raise NekoLeanError(f"recipe value state_bits is {recipe.state_bits}: it is 8, or 4 with torchao.")
+    if recipe.offload_activations and recipe.backward != "layerwise":
+        raise NekoLeanError("offload_activations needs backward=layerwise: no other keeps layer inputs apart.")
     if recipe.forget_objective == recipe.retain_objective == "none":
         raise NekoLeanError(f"recipe {recipe.name} has neither a forget nor a retain objective.")
     if not recipe.max_steps and not recipe.epochs:

@@ -53,7 +53,7 @@ def test_kl_from_the_cache_against_two_live_models(world, tmp_path, scale):
     lm = load_model(student, torch.float32, torch.device("cpu"))
     one = max(encoded(world), key=len)
     with torch.no_grad():
-        hidden = lm.hidden(torch.tensor([one.ids]), torch.ones(1, len(one)).long())[0]
+        hidden = lm.hidden(torch.tensor([one.ids]))[0]
     logp, logq = (live(m, one).double().log_softmax(1) for m in (teacher, student))
     dense = (logp.exp() * (logp - logq)).sum(1)
     vocabulary = lm.head.shape[0]
@@ -73,7 +73,7 @@ def test_student_equal_to_teacher_has_no_kl_and_no_gradient(world, model, cache)
     lm = load_model(model, torch.float32, torch.device("cpu"))
     rows = encoded(world)[:6]
     for one in rows:
-        hidden = lm.hidden(torch.tensor([one.ids]), torch.ones(1, len(one)).long())[0].detach().requires_grad_()
+        hidden = lm.hidden(torch.tensor([one.ids]))[0].detach().requires_grad_()
         _, kl = token_stats(hidden, lm.head.detach(), torch.full((len(one),), -1), *TeacherCache(cache).read([one]))
         (grad,) = torch.autograd.grad(kl.sum(), hidden)
         assert kl.abs().max() < 1e-5 and grad.abs().max() < 2e-2  # float16 entries, heads of scale 20

@@ -14,8 +14,11 @@ import torch
 from safetensors.numpy import load_file
 
 from neko_lean.cache import TeacherCache, cache_teacher, writer
+from neko_lean.cache import teacher as kept
 from neko_lean.cache.format import SCALE, CacheError, file_sha256
 from neko_lean.errors import NekoLeanError
+from neko_lean.memory import LiveTensors
+from neko_lean.modeling import load_model
 from tests.helpers import encoded, live, random_model
 
 KILLED_AT_SYNC = """
@@ -36,6 +39,20 @@ errors.sync = format.sync = writer.sync = sync
 writer.SHARD_POSITIONS = 100
 writer.cache_teacher(model, retain, out, forget=retain, batch_tokens=256, quiet=True)
 """
+
+
+def test_memory_is_one_layer_or_one_chunk_of_logits(monkeypatch, model, world):
+    """Above the teacher: what its backbone needs for a layer, and never more logits than a chunk's."""
+    teacher = load_model(model, torch.float32, torch.device("cpu"))
+    batch = encoded(world)
+    positions, vocabulary = sum(map(len, batch)), teacher.head.shape[0]
+    monkeypatch.setattr(kept, "CHUNK_ELEMENTS", 64 * vocabulary)
+    with LiveTensors() as backbone:
+        kept.hidden_states(teacher, batch, 0)
+    with LiveTensors() as live:
+        kept.keep(teacher, batch, 0, 64, 0.999)
+    assert live.peak <= backbone.peak + 4 * 64 * vocabulary
+    assert live.largest <= max(backbone.largest, 4 * 64 * vocabulary) < 4 * positions * vocabulary
 
 
 def files(folder: Path) -> dict[str, str]:

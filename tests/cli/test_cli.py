@@ -9,7 +9,7 @@ from typer.testing import CliRunner
 from neko_lean.cli import app
 from tests.helpers import make_rows, write_rows
 
-COMMANDS = ("cache-teacher", "inspect", "unlearn", "score", "memorize", "demo")
+COMMANDS = ("cache-teacher", "inspect", "plan", "unlearn", "score", "memorize", "demo")
 
 
 def call(*args):
@@ -21,7 +21,7 @@ def test_help_has_an_example(command):
     result = call(command, "--help")
     assert result.exit_code == 0
     assert f"Example: neko-lean {command}" in result.output
-    assert "--json" in result.output and "--quiet" in result.output
+    assert "--json" in result.output and ("--quiet" in result.output or command == "plan")
 
 
 def test_the_three_commands(world, model, tmp_path):
@@ -48,6 +48,23 @@ def test_tables_and_lines_for_people(world, model, tmp_path):
     assert "task aggregate" in scored.stdout and "not measured" in scored.stdout
     quiet = call("cache-teacher", model, world, "--out", tmp_path / "quiet", "--quiet")
     assert quiet.exit_code == 0 and quiet.output == ""
+
+
+def test_plan_and_the_peak_at_the_end_of_unlearn(world, model, cache, tmp_path):
+    planned = call("plan", model, "--batch-tokens", 256, "--gpu", "8GB")
+    assert planned.exit_code == 0, planned.output
+    assert "teacher weights" in planned.stdout and "peak on the device" in planned.stdout
+    assert "Fits 8GB less" in planned.stdout and planned.stdout.strip().endswith("as it is.")
+    found = json.loads(call("plan", model, "--batch-tokens", 256, "--json").stdout)
+    assert found["ways"]["neko-lean"]["peak"] > 0 and len(found["ways"]) == 3
+    wrong = call("plan", model, "--gpu", "large")
+    assert wrong.exit_code == 2 and "write it as 8GB" in wrong.output
+    data = ("--forget", world, "--retain", world, "--cache", cache, "--max-steps", 2, "--train-last", 1)
+    run = call("unlearn", model, *data, "--out", tmp_path / "out", "--offload-state", "--offload-activations")
+    assert run.exit_code == 0, run.output
+    assert re.search(r"peak memory: \d+\.\d\d GiB measured, \d+\.\d\d GiB predicted", run.stdout)
+    recipe = json.loads((tmp_path / "out" / "run.json").read_text())["recipe"]
+    assert recipe["train_last"] == 1 and recipe["offload_state"] and recipe["offload_activations"]
 
 
 def test_inspect_and_check(world, model, tmp_path):

@@ -1,0 +1,243 @@
+"""One contender of bench/memory.py and bench/step.py, in a process of its own; prints one JSON line.
+
+    .venv/bin/python bench/contenders.py lean /tmp/bench-step --passes 2
+
+The folder is what `prepare` wrote: a random model of OLMo-1B-0724's shape, its teacher cache, and the rows of a step.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
+
+from neko_lean.cache import TeacherCache, cache_teacher
+from neko_lean.data import encode, pad, read_rows, write_jsonl
+from neko_lean.demo.run import write_base
+from neko_lean.layerwise import LayerPass, decoder_layers
+from neko_lean.memory import predict
+from neko_lean.modeling import checkpoint_activations, load_model, pick_device
+from neko_lean.optim import InBackwardAdam8bit
+from neko_lean.recipes import load_recipe
+from neko_lean.step import batch_losses, make_batch
+from neko_lean.twomodels import LEAN, PUBLISHED, Way, two_model_loss
+
+NAMES = {
+    "lean": "neko-lean",
+    "lean-offloaded": "neko-lean, --offload-state --offload-activations",
+    "two-bf16": LEAN.name,
+    "two-fp32": PUBLISHED.name,
+}
+STEPS = 3  # different sets of rows; each pass takes the next
+LIMIT = 0.93  # share of the machine's memory at which a contender on a CPU is stopped rather than the machine
+
+
+def rows_a_step(device: torch.device) -> int:
+    """Rows of each set: 32 where there is a GPU, 4 on a CPU."""
+    return 32 if device.type == "cuda" else 4
+
+
+def prepare(work: Path, lume: Path, device: torch.device) -> None:
+    """Write model/, cache/, forget.jsonl and retain.jsonl, unless they are there."""
+    if (work / "ready").is_file():
+        return
+    work.mkdir(parents=True, exist_ok=True)
+    count = STEPS * rows_a_step(device)
+    every = {name: read_rows(lume, name, "train") for name in ("forget", "retain")}
+    # Token ids of real rows need a tokenizer of the real one's size; it is trained on the rows, as no hub is asked.
+    write_base(work / "model", [*every["forget"], *every["retain"]], vocabulary=50280)
+    for name, rows in every.items():
+        write_jsonl(work / f"{name}.jsonl", map(asdict, rows[:: len(rows) // count][:count]))
+    config = OlmoConfig(
+        vocab_size=50304, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=16,
+        tie_word_embeddings=False, pad_token_id=1, eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    OlmoForCausalLM(config).save_pretrained(work / "model")
+    torch.set_default_dtype(torch.float32)
+    cache_teacher(work / "model", work, work / "cache", max_length=128, device=str(device), overwrite=True)
+    (work / "ready").touch()
+
+
+class Resident(threading.Thread):
+    """The largest resident set, sampled every 20 ms; ends the process before it takes the machine with it."""
+
+    def __init__(self) -> None:
+        super().__init__(daemon=True)
+        self.start_bytes = self.peak = self.now()
+        self.limit = int(LIMIT * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
+
+    @staticmethod
+    def now() -> int:
+        pages = int(Path("/proc/self/statm").read_text().split()[1])
+        return pages * os.sysconf("SC_PAGE_SIZE")
+
+    def run(self) -> None:
+        while True:
+            self.peak = max(self.peak, self.now())
+            if self.peak > self.limit:
+                print(json.dumps({"out_of_memory": True, "peak": self.peak - self.start_bytes}), flush=True)
+                os._exit(0)
+            time.sleep(0.02)
+
+
+def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[str, Any]:
+    lm = load_model(work / "model", torch.bfloat16, device)
+    lm.model.eval()
+    recipe = replace(load_recipe("neko"), offload_state=offload, offload_activations=offload)
+    forget, retain = _encoded(work)
+    cache = TeacherCache(work / "cache")
+    n = rows_a_step(device)
+    steps = [slice(s * n, (s + 1) * n) for s in range(STEPS)]
+    batches = [make_batch(forget[s], retain[s], cache, recipe, 1, device) for s in steps]
+    optimizer = InBackwardAdam8bit(lm.model.named_parameters(), offload=offload)
+    walk = LayerPass(lm, decoder_layers(lm), offload=offload)
+    update_seconds = 0.0
+
+    def update(parameter: torch.nn.Parameter) -> None:
+        nonlocal update_seconds
+        start = _clock(device)
+        optimizer.update(parameter)
+        update_seconds += _clock(device) - start
+
+    def forget_gradient(parameter: torch.nn.Parameter) -> None:
+        parameter.grad = None
+
+    def one_pass(number: int, complete: Callable[[torch.nn.Parameter], None]) -> float:
+        start = _clock(device)
+        batch = batches[number % STEPS]
+        losses = batch_losses(walk.forward(batch.micro, batch.index), lm.head, batch, recipe)
+        losses["loss"].backward()
+        walk.backward(complete)
+        return _clock(device) - start
+
+    optimizer.begin_step(5e-5)
+    whole = one_pass(0, update)
+    seconds = [one_pass(number, forget_gradient) for number in range(passes)]
+    predicted = predict(
+        lm.model.config, recipe, [tuple(ids.shape) for ids in batches[0].micro], [len(i) for i in batches[0].index]
+    )
+    weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
+    return {
+        "update_seconds": update_seconds,
+        "first_step_seconds": whole,
+        "seconds": seconds,
+        "tokens": [batches[number % STEPS].tokens for number in range(passes)],
+        "floor": weights + optimizer.state_bytes(),
+        "weights": weights,
+        "predicted": predicted.peak + (predicted.host if device.type == "cpu" else 0),
+    }
+
+
+def two_models(work: Path, passes: int, device: torch.device, way: Way) -> dict[str, Any]:
+    student = load_model(work / "model", way.dtype, device).model.train()
+    teacher = load_model(work / "model", way.dtype, device).model.eval()
+    if way.checkpointing:
+        checkpoint_activations(student)
+    forget, retain = _encoded(work)
+    n = rows_a_step(device)
+    steps = [slice(s * n, (s + 1) * n) for s in range(STEPS)]
+    optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5)
+
+    def one_pass(number: int) -> float:
+        start = _clock(device)
+        part = steps[number % STEPS]
+        batches = [_padded([one.ids for one in some[part]], way, device) for some in (forget, retain)]
+        two_model_loss(student, teacher, *batches, 0.2).backward()
+        return _clock(device) - start
+
+    whole = one_pass(0)
+    start = _clock(device)
+    optimizer.step()
+    update_seconds = _clock(device) - start
+    optimizer.zero_grad()
+    seconds = []
+    for number in range(passes):
+        seconds.append(one_pass(number))
+        optimizer.zero_grad()
+    tokens = [sum(map(len, [*forget[part], *retain[part]])) for part in steps]
+    return {
+        "update_seconds": update_seconds,
+        "first_step_seconds": whole + update_seconds,
+        "seconds": seconds,
+        "tokens": [tokens[number % STEPS] for number in range(passes)],
+    }
+
+
+def _padded(rows: list[list[int]], way: Way, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+    ids, mask = pad(rows, 1, device)
+    missing = (way.max_length or 0) - ids.shape[1]
+    if missing > 0:
+        ids, mask = (torch.nn.functional.pad(t, (0, missing), value=v) for t, v in ((ids, 1), (mask, 0)))
+    return ids, mask
+
+
+def _encoded(work: Path) -> tuple[Any, Any]:
+    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+    forget, retain = (encode(read_rows(work, name), tokenizer, "neko", 128) for name in ("forget", "retain"))
+    return forget, retain
+
+
+def _clock(device: torch.device) -> float:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    return time.perf_counter()
+
+
+def run(name: str, work: Path, passes: int, device: torch.device) -> dict[str, Any]:
+    """Run one contender in a process of its own and read its line."""
+    command = [sys.executable, __file__, name, str(work), "--passes", str(passes), "--device", str(device)]
+    done = subprocess.run(command, capture_output=True, text=True)
+    lines = done.stdout.strip().splitlines()
+    if not lines:
+        raise SystemExit(f"{name} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+    result: dict[str, Any] = json.loads(lines[-1])
+    return result
+
+
+def device_name(device: torch.device) -> str:
+    if device.type == "cuda":
+        return torch.cuda.get_device_name(device)
+    models = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return f"{models[0].partition(': ')[2]}, {torch.get_num_threads()} threads"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("name", choices=NAMES)
+    parser.add_argument("work", type=Path)
+    parser.add_argument("--passes", type=int, default=2)
+    parser.add_argument("--device")
+    options = parser.parse_args()
+    device = pick_device(options.device)
+    resident = Resident()  # after the imports
+    if device.type == "cpu":
+        resident.start()
+    torch.manual_seed(0)
+    try:
+        if options.name.startswith("lean"):
+            result = lean(options.work, options.passes, device, options.name == "lean-offloaded")
+        else:
+            way = LEAN if options.name == "two-bf16" else PUBLISHED
+            result = two_models(options.work, options.passes, device, way)
+    except torch.OutOfMemoryError:
+        result = {"out_of_memory": True}
+    result["peak"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident.peak
+    if device.type == "cpu":
+        result["peak"] -= resident.start_bytes
+    print(json.dumps(result), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""`neko-lean plan`: what a run will hold and peak at, from the config alone."""
+
+from __future__ import annotations
+
+import re
+from typing import Annotated, Any
+
+import typer
+
+from neko_lean.cli.common import Json, Model, Set, command, emit, gibibytes, overrides
+from neko_lean.errors import NekoLeanError
+
+
+@command
+def plan(
+    model: Model,
+    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = "neko",
+    batch_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Positions of a step.  [default: the recipe's]")
+    ] = None,
+    gpu: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of a card, as 8GB: what fits it?")] = None,
+    set_: Set = None,
+    json: Json = False,
+) -> None:
+    """Say what `unlearn` will need of a GPU's memory, and what two models would. Reads the config, no weights.
+
+    Example: neko-lean plan allenai/OLMo-1B-0724-hf --gpu 8GB
+    """
+    from neko_lean.memory import CONTEXT, plan_run
+
+    size = _bytes(gpu) if gpu else None
+    found = plan_run(model, recipe, overrides(set_, batch_tokens=batch_tokens), size)
+    if json:
+        emit(found)
+        return
+    _print(found)
+    if size is not None:
+        room = f"{gpu} less {gibibytes(CONTEXT)} for CUDA itself"
+        if found["options"] is None:
+            print(f"No option makes it fit {room}: lower --batch-tokens, or train fewer layers (--train-last).")
+        elif found["options"]:
+            print(f"Fits {room} with {' '.join(found['options'])}: peak {gibibytes(found['fits']['peak'])}.")
+        else:
+            print(f"Fits {room} as it is.")
+
+
+def _print(found: dict[str, Any]) -> None:
+    from rich import box
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(box=box.SIMPLE, title_justify="left", title=found["title"])
+    table.add_column("")
+    for name in found["ways"]:
+        table.add_column(name, justify="right", max_width=22)
+    for line in dict.fromkeys(key for way in found["ways"].values() for key in way["lines"]):
+        cells = (way["lines"].get(line) for way in found["ways"].values())
+        table.add_row(line, *("" if cell is None else gibibytes(cell) for cell in cells))
+    table.add_section()
+    table.add_row("peak on the device", *(gibibytes(way["peak"]) for way in found["ways"].values()))
+    Console().print(table)
+
+
+def _bytes(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", text, re.IGNORECASE)
+    if match is None or not float(match[1]):
+        raise NekoLeanError(f"--gpu {text!r} is no size: write it as 8GB.")
+    return int(float(match[1]) * 2**30)

@@ -1,0 +1,149 @@
+"""What a run will need: predictions on fake tensors against what the real step allocates."""
+
+import dataclasses
+
+import pytest
+import torch
+from transformers import OlmoConfig, OlmoForCausalLM
+
+from neko_lean.head import token_stats
+from neko_lean.layerwise import LayerPass, decoder_layers, freeze_below
+from neko_lean.memory import CONTEXT, LiveTensors, fake_model, full_step, plan_run, predict, predict_two_models
+from neko_lean.modeling import checkpoint_activations, split
+from neko_lean.optim import InBackwardAdam8bit
+from neko_lean.recipes import load_recipe
+from neko_lean.twomodels import LEAN, PUBLISHED
+
+GIB = 2**30
+MIDDLE = OlmoConfig(
+    vocab_size=3000, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
+    tie_word_embeddings=False, architectures=["OlmoForCausalLM"],
+)  # fmt: skip
+OLMO_1B = OlmoConfig(
+    vocab_size=50304, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=16,
+    tie_word_embeddings=False, architectures=["OlmoForCausalLM"],
+)  # fmt: skip
+
+
+def test_live_tensors_counts_what_is_alive():
+    with LiveTensors() as live:
+        one = torch.zeros(1000)
+        two = one + 1
+        view = two[:10]
+        del one
+        assert live.now == 4000 and live.peak == 8000
+        del two
+        assert live.now == 4000  # the view holds it
+        del view
+        assert live.now == 0
+        torch.zeros(10).add_(1)
+    assert live.peak == 8000 and live.largest == 4000
+
+
+def real_step(recipe, micro):
+    """Peak bytes of the tensors that one real step makes, Adam's state left out."""
+    torch.manual_seed(0)
+    lm = split(OlmoForCausalLM(MIDDLE).to(getattr(torch, recipe.dtype)))
+    if recipe.train_last:
+        freeze_below(lm, decoder_layers(lm), recipe.train_last)
+    optimizer = InBackwardAdam8bit(lm.model.named_parameters())
+    for p in lm.model.parameters():  # the state of the first step
+        p.grad = torch.zeros_like(p) if p.requires_grad else None
+    optimizer.begin_step(0.0)
+    for p in optimizer.parameters.values():
+        optimizer.update(p)
+    ids = [torch.randint(0, 3000, shape) for shape in micro]
+    index = [torch.arange(i.numel()) for i in ids]
+    count = sum(map(len, index))
+    target, entries = torch.full((count,), -1), torch.arange(8).expand(count, 8)
+    teacher = (entries, torch.full((count, 8), 0.1).log(), torch.full((count,), 0.2).log())
+    if recipe.backward == "checkpointed":
+        checkpoint_activations(lm.model)
+    with LiveTensors() as live:
+        if recipe.backward == "layerwise":
+            walk = LayerPass(lm, decoder_layers(lm))
+            hidden = walk.forward(ids, index)
+        else:
+            optimizer.attach()
+            hidden = torch.cat([lm.hidden(i).flatten(0, 1) for i in ids])
+        loss = token_stats(hidden, lm.head, target, *teacher)[1].mean()
+        del hidden
+        loss.backward()
+        if recipe.backward == "layerwise":
+            walk.backward(optimizer.update)
+    return live.peak
+
+
+@pytest.mark.parametrize(
+    "change",
+    [{}, {"train_last": 2}, {"dtype": "float32"}, {"backward": "checkpointed"}, {"backward": "plain"}],
+    ids=str,
+)
+def test_prediction_is_what_the_real_step_allocates(change):
+    recipe = load_recipe("neko", change)
+    micro = [(8, 128)] * 3 if recipe.backward == "layerwise" else [(24, 128)]
+    need = predict(MIDDLE, recipe, micro)
+    moving = need.lines["peak of all but weights and state"]
+    assert moving == pytest.approx(real_step(recipe, micro), rel=0.1)
+    assert need.peak == need.lines["student weights"] + need.lines["Adam state"] + moving and need.host == 0
+
+
+def test_olmo_1b_stays_within_a_quarter_of_weights_and_state():
+    recipe = load_recipe("neko")
+    micro = full_step(recipe)
+    assert sum(rows for rows, _ in micro) == 64 and {length for _, length in micro} == {128}
+    need = predict(OLMO_1B, recipe, micro)
+    floor = need.lines["student weights"] + need.lines["Adam state"]
+    assert need.lines["student weights"] == 2 * 1_279_787_008
+    assert 4.79 * GIB < floor < 4.82 * GIB
+    assert need.peak < 1.25 * floor
+    lean = predict(OLMO_1B, dataclasses.replace(recipe, offload_state=True, offload_activations=True), micro)
+    assert lean.peak < 1.6 * need.lines["student weights"]
+    assert lean.peak + lean.host == pytest.approx(need.peak, rel=0.02)
+
+
+def test_each_option_is_worth_what_it_says():
+    recipe = load_recipe("neko")
+    micro = full_step(recipe)
+
+    def need(**change):
+        return predict(MIDDLE, dataclasses.replace(recipe, **change), micro)
+
+    plain = need()
+    assert need(offload_state=True).peak == plain.peak - plain.lines["Adam state"]
+    assert need(offload_state=True).host == plain.lines["Adam state"]
+    assert need(offload_activations=True).peak < plain.peak - 0.3 * plain.lines["layer inputs"]
+    assert need(state_bits=4).lines["Adam state"] < 0.55 * plain.lines["Adam state"]
+    last = need(train_last=1)
+    assert last.lines["Adam state"] < plain.lines["Adam state"] / 2
+    assert last.lines["layer inputs"] == plain.lines["layer inputs"] / 4
+
+
+def test_two_models_hold_two_models():
+    ours = predict(MIDDLE, load_recipe("neko"), full_step(load_recipe("neko")))
+    for way, size in ((LEAN, 2), (PUBLISHED, 4)):
+        need = predict_two_models(MIDDLE, way, 32, 128)
+        parameters = ours.lines["student weights"] // 2
+        assert need.lines["student weights"] == need.lines["teacher weights"] == size * parameters
+        assert need.lines["Adam state"] == 2 * size * parameters
+        # Logits of 32 rows in float32 are alive three times at least.
+        assert need.lines["peak of all but weights and state"] > 3 * 32 * 128 * 3000 * 4
+
+
+def test_plan_names_the_cheapest_options_that_fit(tmp_path):
+    OlmoConfig(**{**MIDDLE.to_dict(), "num_hidden_layers": 1}).save_pretrained(tmp_path)
+    found = plan_run(tmp_path, "neko", {}, None)
+    assert "options" not in found and len(found["ways"]) == 3 and "64 rows of 128 tokens" in found["title"]
+    peak = found["ways"]["neko-lean"]["peak"]
+    assert plan_run(tmp_path, "neko", {}, peak + CONTEXT)["options"] == []
+    with_less = plan_run(tmp_path, "neko", {}, peak + CONTEXT - 2**20)
+    assert with_less["options"] and with_less["fits"]["peak"] + CONTEXT <= peak + CONTEXT - 2**20
+    assert plan_run(tmp_path, "neko", {}, 2**20)["options"] is None
+
+
+def test_a_fake_model_has_no_storage():
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    with FakeTensorMode():
+        lm = fake_model(OLMO_1B, torch.bfloat16)
+    assert lm.head.shape == (50304, 2048) and lm.embedding is not lm.head
