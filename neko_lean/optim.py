@@ -107,9 +107,11 @@ class InBackwardAdam8bit:
         self._codes = tuple(bnb.create_dynamic_map(signed=signed).to(self.device) for signed in (True, False))
         self._adam = self._adam_8bit if bits == 8 else self._adam_4bit()
         self._names = {id(p): name for name, p in self.parameters.items()}
-        self._states: dict[str, _State] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         self._copies = torch.cuda.Stream(self.device) if offload and self.device.type == "cuda" else None
+        # All of it before the first step: made during backward it would lie scattered among gradients that are freed,
+        # and the holes they leave cost a third of the whole (7.05 GiB instead of 5.45 resident at 1.28 billion).
+        self._states = {name: self._new_state(p.numel()) for name, p in self.parameters.items()}
 
     def attach(self) -> None:
         """Have autograd call `update` for each parameter as soon as `loss.backward()` has completed its gradient."""
@@ -131,8 +133,6 @@ class InBackwardAdam8bit:
         if parameter.grad is None:
             return
         name = self._names[id(parameter)]
-        if name not in self._states:
-            self._states[name] = self._new_state(parameter.numel())
         weight, gradient = parameter.view(-1), parameter.grad.reshape(-1)
         scale = self._clip_scale(gradient)
         for part, state in self._slices(self._states[name], weight.numel()):
@@ -160,21 +160,15 @@ class InBackwardAdam8bit:
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Go on from what `state_dict` gave. Raises NekoLeanError when it belongs to other parameters."""
-        states = {}
-        for name, parameter in self.parameters.items():
-            given = {f.name: tensors.get(f"state.{name}.{f.name}") for f in fields(_State)}
-            if all(t is None for t in given.values()):
-                continue  # never stepped
-            states[name] = self._new_state(parameter.numel())
-            for key, mine in states[name].tensors().items():
-                theirs = given[key]
-                if theirs is None or theirs.shape != mine.shape or theirs.dtype != mine.dtype:
-                    raise NekoLeanError(f"the optimizer state of {name} is of another shape: it is another model's.")
-                mine.copy_(theirs)
-        known = {f"state.{name}.{key}" for name, s in states.items() for key in s.tensors()} | {"step", "generator"}
-        if set(tensors) != known:
+        mine = self.state_dict()
+        if set(tensors) != set(mine):
             raise NekoLeanError("the optimizer state belongs to other parameters: it is another model's.")
-        self._states, self.step = states, int(tensors["step"])
+        for key, theirs in tensors.items():
+            if theirs.shape != mine[key].shape or theirs.dtype != mine[key].dtype:
+                raise NekoLeanError(f"the optimizer's {key} is of another shape: it is another model's.")
+        for key, theirs in tensors.items():
+            mine[key].copy_(theirs)
+        self.step = int(tensors["step"])
         self.generator.set_state(tensors["generator"])
 
     def _new_state(self, n: int) -> _State:

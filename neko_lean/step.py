@@ -10,10 +10,35 @@ from torch import Tensor
 
 from neko_lean import objectives
 from neko_lean.cache import TeacherCache
-from neko_lean.data import Encoded, length_batches, pad
+from neko_lean.data import Encoded, pad
 from neko_lean.head import token_stats
 from neko_lean.modeling import CausalLM
 from neko_lean.recipes import Recipe
+
+# What one more micro-batch costs, in positions: every layer's weights are read once more and its kernels launched.
+OVERHEAD = 128
+
+
+def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+    """Indices of rows as micro-batches of at most `max_tokens` positions, so that padding and OVERHEAD cost least.
+
+    Rows of like length go together, shortest first; the cuts among them are the best there are (dynamic programming
+    over the sorted rows). A row longer than `max_tokens` is a micro-batch of its own.
+    """
+    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    best, cut = [0], [0]  # cost of the first n rows, and where their last micro-batch begins
+    for stop in range(1, len(order) + 1):
+        longest = lengths[order[stop - 1]]
+        starts = [n for n in range(stop) if (stop - n) * longest <= max_tokens or n == stop - 1]
+        costs = {n: best[n] + (stop - n) * longest + OVERHEAD for n in starts}
+        cut.append(min(costs, key=costs.__getitem__))
+        best.append(costs[cut[-1]])
+    groups = []
+    stop = len(order)
+    while stop:
+        groups.append(order[cut[stop] : stop])
+        stop = cut[stop]
+    return groups[::-1]
 
 
 @dataclass(frozen=True)
@@ -56,7 +81,9 @@ def make_batch(
     lengths = [len(one) for one in rows]
     spans = [(max(1, one.prompt + recipe.answer_skip) - 1, len(one) - 1) for one in forget]
     spans += [(0, len(one) - (teacher is None)) for one in retain]
-    groups = length_batches(lengths, max_rows=len(rows), max_tokens=recipe.micro_tokens)
+    # Any other way back keeps one graph, and each gradient is complete as soon as backward has passed it once.
+    apart = recipe.backward == "layerwise"
+    groups = micro_batches(lengths, recipe.micro_tokens) if apart else [list(range(len(rows)))]
     micro, index = [], []
     row: list[int] = []
     target: list[int] = []

@@ -68,8 +68,7 @@ def _way_back(student: CausalLM, recipe: Recipe) -> tuple[Recipe, LayerPass | No
                 f"step's {recipe.batch_tokens} positions at once instead of {recipe.micro_tokens}."
             )
             recipe = dataclasses.replace(recipe, backward="checkpointed", offload_activations=False)
-    # One graph for all rows, so that each gradient is complete as soon as backward has passed it.
-    return dataclasses.replace(recipe, micro_tokens=recipe.batch_tokens), None
+    return recipe, None
 
 
 class NotFinite(Exception):

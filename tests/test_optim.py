@@ -138,8 +138,11 @@ def test_going_on_from_a_state_dict_is_bit_for_bit_the_same(tmp_path, bits):
         other.load_state_dict(one.state_dict())
     fewer = one.state_dict()
     del fewer["state.p0.scale2"]
-    with pytest.raises(NekoLeanError, match="p0"):
+    with pytest.raises(NekoLeanError, match="other parameters"):
         two.load_state_dict(fewer)
+    wider = {**one.state_dict(), "state.p0.scale2": torch.zeros(1000)}
+    with pytest.raises(NekoLeanError, match=r"p0.scale2 is of another shape"):
+        two.load_state_dict(wider)
 
 
 def test_clipping_scales_one_tensors_gradient_to_the_norm(monkeypatch):

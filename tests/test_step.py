@@ -2,16 +2,19 @@
 
 import dataclasses
 import random
+from itertools import pairwise
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.data import encode, read_rows
 from neko_lean.layerwise import LayerPass, decoder_layers
 from neko_lean.modeling import checkpoint_activations, load_model, load_tokenizer
 from neko_lean.recipes import load_recipe
-from neko_lean.step import batch_losses, chosen_hidden, make_batch
+from neko_lean.step import OVERHEAD, batch_losses, chosen_hidden, make_batch, micro_batches
 from tests.helpers import random_model
 
 CPU = torch.device("cpu")
@@ -101,6 +104,25 @@ def test_loss_does_not_change_with_padding_order_or_micro_batches(pieces):
         two = losses(*shuffled, 1, micro_tokens)
         for name in one:
             assert one[name].item() == pytest.approx(two[name].item(), rel=1e-5)
+
+
+@given(lengths=st.lists(st.integers(1, 600), max_size=7), max_tokens=st.integers(1, 2000))
+def test_micro_batches_cost_the_least(lengths, max_tokens):
+    """Against every way of cutting the sorted rows."""
+
+    def cost(groups):
+        return sum(len(group) * max(group) + OVERHEAD for group in groups)
+
+    found = micro_batches(lengths, max_tokens)
+    assert sorted(i for group in found for i in group) == list(range(len(lengths)))
+    groups = [[lengths[i] for i in group] for group in found]
+    assert all(len(group) == 1 or len(group) * max(group) <= max_tokens for group in groups)
+    rows = sorted(lengths)
+    for cuts in range(2 ** max(0, len(rows) - 1)):
+        borders = [0, *(n for n in range(1, len(rows)) if cuts >> (n - 1) & 1), len(rows)]
+        other = [rows[a:b] for a, b in pairwise(borders) if a < b]
+        if all(len(group) == 1 or len(group) * max(group) <= max_tokens for group in other):
+            assert cost(groups) <= cost(other)
 
 
 def test_positions(pieces):
