@@ -64,7 +64,7 @@ def nearest(value: Tensor, generator: torch.Generator) -> Tensor:
     return value.bfloat16()
 
 
-def run(name: str, folder: Path, steps: int, seed: int) -> dict[str, float]:
+def run(name: str, folder: Path, cache: Path, steps: int, seed: int) -> dict[str, float]:
     kept = trainer.InBackwardAdam8bit, optim.round_stochastically
     change: dict[str, Any] = {"max_steps": steps, "eval_every": steps, "eval_rows": 10**6, "patience": 0}
     if name == "float32":
@@ -76,7 +76,7 @@ def run(name: str, folder: Path, steps: int, seed: int) -> dict[str, float]:
         with tempfile.TemporaryDirectory() as scratch:
             neko_lean.unlearn(
                 folder / "target", Path(scratch) / "out", folder / "data", folder / "data",
-                cache=folder / "teacher", overrides=change, seed=seed, quiet=True,
+                cache=cache, overrides=change, seed=seed, quiet=True,
             )  # fmt: skip
             lines = (Path(scratch) / "out" / "metrics.jsonl").read_text().splitlines()
     finally:
@@ -93,7 +93,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("bench-rounding.json"))
     options = parser.parse_args()
     seeds = range(options.seeds)
-    results = {name: [run(name, options.run, options.steps, seed) for seed in seeds] for name in NAMES}
+    with tempfile.TemporaryDirectory() as scratch:
+        cache = Path(scratch) / "teacher"
+        neko_lean.cache_teacher(options.run / "target", options.run / "data", cache, max_length=128, quiet=True)
+        results = {name: [run(name, options.run, cache, options.steps, seed) for seed in seeds] for name in NAMES}
     table = Table(title=f"recipe neko, {options.steps} steps, {options.seeds} seeds; CPU", title_justify="left")
     for head in ("", "forget loss", "x float32", "retain KL", "x float32"):
         table.add_column(head, justify="left" if not head else "right")
