@@ -1,18 +1,21 @@
 """Unlearning losses, as arithmetic on the per-token vectors that `token_stats` gives.
 
-Each is a weighted sum over tokens; the weights say how tokens count. So a loss does not change with padding, with the
-order of rows, or with how rows are spread over chunks.
+Each is a weighted sum over tokens, or a mean over rows of a function of the row's own tokens; weights say how tokens
+count. So a loss does not change with padding, with the order of rows, or with how rows are spread over micro-batches.
 """
 
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from neko_lean.errors import NekoLeanError
 
-FORGET = ("none", "ga")
+FORGET = ("none", "ga", "wga", "npo", "simnpo", "calibrated")
 RETAIN = ("none", "kl", "ce")
+# Nearest to log 1 that unlikelihood looks at. Float32 keeps 1 - q to a thousandth there; above it the gradient is 0.
+SURE = -1e-4
 REDUCTIONS = ("tokens", "rows", "positions")
 
 
@@ -46,3 +49,40 @@ def cross_entropy(target_logp: Tensor, weights: Tensor) -> Tensor:
 def teacher_kl(kl: Tensor, weights: Tensor) -> Tensor:
     """KL from the teacher to the student on the retain rows, in nats a position (arXiv 2310.10683, eq. 5)."""
     return (weights * kl).sum()
+
+
+def weighted_ascent(target_logp: Tensor, weights: Tensor, beta: float) -> Tensor:
+    """Gradient ascent in which a token counts by its probability to the power `beta`, which is held constant: what is
+    forgotten already is left alone (WGA, arXiv 2502.19301, eq. 10)."""
+    return (weights * (beta * target_logp.detach()).exp() * target_logp).sum()
+
+
+def npo(target_logp: Tensor, reference_logp: Tensor, row: Tensor, beta: float) -> Tensor:
+    """Negative preference optimisation: mean over rows of 2 / beta * log(1 + (q / p)^beta), with q and p the student's
+    and the teacher's probability of the row's whole answer, a sum of log-probabilities (arXiv 2404.05868, eq. 3)."""
+    ratio, _ = row_sums(target_logp - reference_logp, row)
+    return 2 / beta * F.softplus(beta * ratio).sum() / max(len(ratio), 1)
+
+
+def simnpo(target_logp: Tensor, row: Tensor, beta: float, gamma: float) -> Tensor:
+    """NPO without a reference: the mean log-probability of a row's tokens, not the sum, takes the ratio's place
+    (arXiv 2410.07163, eq. 4)."""
+    total, count = row_sums(target_logp, row)
+    return 2 / beta * F.softplus(beta * total / count + gamma).sum() / max(len(total), 1)
+
+
+def calibrated(target_logp: Tensor, weights: Tensor, level: float) -> Tensor:
+    """Ascent that stops: max(0, log q + level) - log(1 - q) a token, at least 0, so no run can diverge.
+
+    A token is pushed down while its loss is below `level`, in nats. Ascent alone hardly begins where the model is sure,
+    as its gradient on the logits is 1 - q there; the second term (unlikelihood, arXiv 1908.04319, eq. 3) has q instead,
+    and fades as the token is forgotten.
+    """
+    unlikelihood = -torch.log(-torch.expm1(target_logp.clamp(max=SURE)))
+    return (weights * (F.relu(target_logp + level) + unlikelihood)).sum()
+
+
+def row_sums(values: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
+    """Sum of values [N] over each of the R rows that they belong to, and how many there are: [R], [R]."""
+    _, inverse, sizes = row.unique(return_inverse=True, return_counts=True)
+    return values.new_zeros(len(sizes)).index_add(0, inverse, values), sizes

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neko_lean import __version__
+from neko_lean.anchor import read_anchor
 from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.data import Encoded, encode, read_rows, truncation_line
 from neko_lean.errors import NekoLeanError, staged_folder
@@ -41,6 +42,7 @@ def unlearn(
     retain: str | Path,
     *,
     cache: str | Path | None = None,
+    anchor: str | Path | None = None,
     recipe: str | Path = DEFAULT,
     overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -59,6 +61,7 @@ def unlearn(
         out: folder to write: a complete checkpoint with tokenizer, run.json and metrics.jsonl. Appears when complete.
         forget, retain: parquet, jsonl or csv files, or folders holding `forget.*` and `retain.*`.
         cache: folder that cache_teacher wrote for this model and these retain rows.
+        anchor: jsonl file of neutral documents (column document) to hold still as well; cache_teacher takes it too.
         recipe: name of a shipped recipe, or a .toml file.
         overrides: values of the recipe to replace, by key.
         seed: of the order of rows and of the rounding.
@@ -72,6 +75,8 @@ def unlearn(
     tokenizer = load_tokenizer(folder)
     forget_rows = _encode(forget, "forget", tokenizer, chosen) if chosen.forget_objective != "none" else []
     retain_rows = _encode(retain, "retain", tokenizer, chosen) if chosen.retain_objective != "none" else []
+    if anchor is not None:
+        retain_rows += encode(read_anchor(anchor), tokenizer, "plain", chosen.max_length)
     with staged_folder(Path(out), overwrite) as stage, tempfile.TemporaryDirectory() as scratch:
         if chosen.retain_objective == "kl" and cache is None:
             cache = Path(scratch) / "cache"
@@ -79,6 +84,8 @@ def unlearn(
                 folder,
                 retain,
                 cache,
+                anchor=anchor,
+                forget=forget if chosen.forget_objective == "npo" else None,
                 format=chosen.format,
                 max_length=chosen.max_length,
                 batch_tokens=chosen.batch_tokens,

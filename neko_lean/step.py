@@ -57,6 +57,7 @@ class Batch:
     tokens: int  # real positions
     retain_positions: int  # positions of the retain rows if all rows were padded to the longest
     teacher: tuple[Tensor, Tensor, Tensor] | None  # as token_stats takes them, [N, k], [N, k], [N]
+    reference: Tensor | None  # the teacher's log-probability of the forget positions' targets, in their order
 
     @property
     def positions(self) -> int:
@@ -74,12 +75,14 @@ def make_batch(
 ) -> Batch:
     """Put forget and retain rows into micro-batches by length and list the positions that the losses need.
 
-    Forget rows count at the positions that predict their answer tokens. Retain rows count at every real position: the
-    KL also at the last, whose distribution says whether the text ends there; cross-entropy at all but the last.
+    Forget rows count at the positions that predict their answer tokens (or all their tokens but the first). Retain
+    rows count at every real position: the KL also at the last, whose distribution says whether the text ends there;
+    cross-entropy at all but the last.
     """
     rows = [*forget, *retain]
     lengths = [len(one) for one in rows]
-    spans = [(max(1, one.prompt + recipe.answer_skip) - 1, len(one) - 1) for one in forget]
+    everything = recipe.forget_span == "all"
+    spans = [(0 if everything else max(1, one.prompt + recipe.answer_skip) - 1, len(one) - 1) for one in forget]
     spans += [(0, len(one) - (teacher is None)) for one in retain]
     # Any other way back keeps one graph, and each gradient is complete as soon as backward has passed it once.
     apart = recipe.backward == "layerwise"
@@ -108,6 +111,9 @@ def make_batch(
             logp.new_full((len(row), ids.shape[1]), -torch.inf).masked_scatter_(of_retain[:, None], logp).to(device),
             tail.new_full((len(row),), -torch.inf).masked_scatter_(of_retain, tail).to(device),
         )
+    reference = None
+    if recipe.forget_objective == "npo" and teacher is not None:
+        reference = teacher.read_forget([rows[i] for group in groups for i in group if i < len(forget)]).to(device)
     return Batch(
         micro=micro,
         index=index,
@@ -118,6 +124,7 @@ def make_batch(
         tokens=sum(lengths),
         retain_positions=len(retain) * max(lengths),
         teacher=taught,
+        reference=reference,
     )
 
 
@@ -137,9 +144,8 @@ def batch_losses(hidden: Tensor, head: Tensor, batch: Batch, recipe: Recipe) -> 
     forget, retain = batch.forget, ~batch.forget
     zero = target_logp.new_zeros(())
     losses = {"forget_loss": zero, "retain_loss": zero}
-    if recipe.forget_objective == "ga":
-        weights = objectives.token_weights(batch.row[forget], recipe.forget_reduction, len(batch.row))
-        losses["forget_loss"] = objectives.gradient_ascent(target_logp[forget], weights)
+    if recipe.forget_objective != "none":
+        losses["forget_loss"] = _forget_loss(target_logp[forget], batch, recipe)
     weights = objectives.token_weights(batch.row[retain], recipe.retain_reduction, batch.retain_positions)
     if recipe.retain_objective == "kl":
         losses["retain_loss"] = objectives.teacher_kl(kl[retain], weights)
@@ -147,3 +153,19 @@ def batch_losses(hidden: Tensor, head: Tensor, batch: Batch, recipe: Recipe) -> 
         losses["retain_loss"] = objectives.cross_entropy(target_logp[retain], weights)
     total = recipe.forget_weight * losses["forget_loss"] + recipe.retain_weight * losses["retain_loss"]
     return {"loss": total, **losses}
+
+
+def _forget_loss(logp: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
+    """The recipe's forget objective of the log-probabilities [n] of a batch's forget positions."""
+    row = batch.row[batch.forget]
+    weights = objectives.token_weights(row, recipe.forget_reduction, len(batch.row))
+    if recipe.forget_objective == "ga":
+        return objectives.gradient_ascent(logp, weights)
+    if recipe.forget_objective == "wga":
+        return objectives.weighted_ascent(logp, weights, recipe.beta)
+    if recipe.forget_objective == "calibrated":
+        return objectives.calibrated(logp, weights, recipe.level)
+    if recipe.forget_objective == "simnpo":
+        return objectives.simnpo(logp, row, recipe.beta, recipe.gamma)
+    assert batch.reference is not None
+    return objectives.npo(logp, batch.reference, row, recipe.beta)

@@ -1,6 +1,7 @@
 """One step's batch and its two-term loss, against two live models and plain autograd in float64."""
 
 import dataclasses
+import math
 import random
 from itertools import pairwise
 
@@ -26,7 +27,7 @@ def pieces(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pieces")
     teacher = random_model(world, folder / "teacher", seed=1, scale=10.0)
     student = random_model(world, folder / "student", seed=2, scale=10.0)
-    cache_teacher(teacher, world, folder / "cache", top_k=10**6, mass=1, dtype="float32", quiet=True)
+    cache_teacher(teacher, world, folder / "cache", forget=world, top_k=10**6, mass=1, dtype="float32", quiet=True)
     tokenizer = load_tokenizer(teacher)
     rows = {name: encode(read_rows(world, name), tokenizer, "neko", 128) for name in ("forget", "retain")}
     return teacher, student, rows, TeacherCache(folder / "cache")
@@ -104,6 +105,43 @@ def test_loss_does_not_change_with_padding_order_or_micro_batches(pieces):
         two = losses(*shuffled, 1, micro_tokens)
         for name in one:
             assert one[name].item() == pytest.approx(two[name].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("objective", ["wga", "npo", "simnpo", "calibrated"])
+def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batches(pieces, objective):
+    teacher_folder, student_folder, rows, cache = pieces
+    lm = load_model(student_folder, torch.float32, CPU)
+    forget, retain = rows["forget"][:6], rows["retain"][:4]
+
+    def loss(forget, pad_id, micro_tokens):
+        change = {"forget_objective": objective, "micro_tokens": micro_tokens, "forget_reduction": "rows"}
+        recipe = load_recipe("neko", change)
+        batch = make_batch(forget, retain, cache, recipe, pad_id, CPU)
+        with torch.no_grad():
+            return batch_losses(chosen_hidden(lm, batch), lm.head, batch, recipe)["forget_loss"].item()
+
+    one = loss(forget, 0, 2048)
+    assert one != 0
+    for micro_tokens in (1, 100):
+        assert loss(random.Random(0).sample(forget, 6), 1, micro_tokens) == pytest.approx(one, rel=1e-5)
+    if objective == "npo":  # against the live teacher
+        teacher = load_model(teacher_folder, torch.float32, CPU).model.eval()
+        student = lm.model.eval()
+        sums = []
+        for row in forget:
+            ids = torch.tensor([row.ids])
+            with torch.no_grad():
+                logs = [m(input_ids=ids).logits[0].log_softmax(1) for m in (student, teacher)]
+            sums.append(sum((logs[0] - logs[1])[i - 1, row.ids[i]].item() for i in range(row.prompt, len(row))))
+        wanted = sum(2 / 0.1 * math.log1p(math.exp(0.1 * s)) for s in sums) / len(sums)
+        assert one == pytest.approx(wanted, rel=1e-4)
+
+
+def test_all_tokens_of_forget_rows_can_count(pieces):
+    _, _, rows, cache = pieces
+    recipe = load_recipe("neko", {"forget_span": "all"})
+    batch = make_batch(rows["forget"][:3], rows["retain"][:2], cache, recipe, 0, CPU)
+    assert batch.forget.sum() == sum(len(one) - 1 for one in rows["forget"][:3])
 
 
 @given(lengths=st.lists(st.integers(1, 600), max_size=7), max_tokens=st.integers(1, 2000))

@@ -16,6 +16,7 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from neko_lean import __version__
+from neko_lean.anchor import read_anchor
 from neko_lean.cache.format import (
     MANIFEST,
     STORED,
@@ -59,6 +60,7 @@ def cache_teacher(
     out: str | Path,
     *,
     forget: str | Path | None = None,
+    anchor: str | Path | None = None,
     top_k: int = 64,
     mass: float = 0.999,
     format: str = "neko",
@@ -78,6 +80,7 @@ def cache_teacher(
         retain: parquet, jsonl or csv file, or a folder that holds `retain.*`.
         out: folder to write; it appears only when it is complete.
         forget: as `retain`; adds the teacher's log-probability of every token of these rows.
+        anchor: jsonl file of neutral documents to hold still; they join the retain rows, without a template.
         top_k: most entries a position keeps; at V or more, and with a mass of 1, all are kept.
         mass: a position keeps its fewest likeliest tokens whose probability reaches this, at most `top_k` of them; 1
             keeps `top_k` everywhere.
@@ -100,6 +103,7 @@ def cache_teacher(
     if format not in FORMATS:
         raise NekoLeanError(f"format {format!r} is not one of {', '.join(FORMATS)}.")
     rows = read_rows(retain, "retain")
+    anchor_rows = read_anchor(anchor) if anchor is not None else []
     forget_rows = read_rows(forget, "forget") if forget is not None else []
     place, precision, folder = pick_device(device), pick_dtype(dtype), model_folder(model)
     out = Path(out).absolute()
@@ -108,7 +112,7 @@ def cache_teacher(
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     sets = {
-        "shard": encode(rows, tokenizer, format, max_length),
+        "shard": encode(rows, tokenizer, format, max_length) + encode(anchor_rows, tokenizer, "plain", max_length),
         "forget": encode(forget_rows, tokenizer, format, max_length),
     }
     teacher = load_model(folder, precision, place)
@@ -127,7 +131,7 @@ def cache_teacher(
         teacher_dtype=dtype,
         batch_tokens=batch_tokens,
         stored_dtype=stored_dtype,
-        rows=len(rows),
+        rows=len(sets["shard"]),
         positions=sum(map(len, sets["shard"])),
         entries=0,
         truncated=sum(e.cut > 0 for e in sets["shard"]),

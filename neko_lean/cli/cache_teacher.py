@@ -18,6 +18,9 @@ def cache_teacher(
     forget: Annotated[
         Path | None, typer.Option(help="Also store the teacher's log-probability of every token of these rows.")
     ] = None,
+    anchor: Annotated[
+        Path | None, typer.Option(help="Neutral documents to hold still as well: jsonl with a column document.")
+    ] = None,
     top_k: Annotated[int, typer.Option(help="Most entries kept a position.")] = 64,
     mass: Annotated[
         float, typer.Option(help="Keep the fewest likeliest tokens that reach this; 1: top-k always.")
@@ -48,6 +51,7 @@ def cache_teacher(
         retain,
         out,
         forget=forget,
+        anchor=anchor,
         top_k=top_k,
         mass=mass,
         format=format,

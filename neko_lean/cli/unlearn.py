@@ -30,6 +30,7 @@ def unlearn(
     retain: Annotated[Path, typer.Option(help="Rows to hold still: a file, or a folder holding retain.*.")],
     cache: Annotated[Path, typer.Option(help="What cache-teacher wrote for this model and these retain rows.")],
     out: Annotated[Path, typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.")],
+    anchor: Annotated[Path | None, typer.Option(help="The neutral documents that cache-teacher was given.")] = None,
     recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = "neko",
     set_: Set = None,
     max_steps: MaxSteps = None,
@@ -57,6 +58,7 @@ def unlearn(
         forget,
         retain,
         cache=cache,
+        anchor=anchor,
         recipe=recipe,
         overrides=overrides(
             set_,

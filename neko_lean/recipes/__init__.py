@@ -17,6 +17,7 @@ DEFAULT = "neko"
 FOLDER = Path(__file__).parent
 SCHEDULES = ("linear", "constant")
 BACKWARD = ("layerwise", "checkpointed", "plain")
+SPANS = ("answers", "all")
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,10 @@ class Recipe:
     clip: float  # largest L2 norm of one tensor's gradient; 0: none
     train_last: int  # only the last N layers, the final norm and an untied head learn; 0: everything
     dtype: str  # weights: bfloat16 (rounded stochastically) or float32
+    forget_span: str = "answers"  # which tokens of a forget row are pushed: answers, or all of the row
+    beta: float = 0.1  # of npo and simnpo: how sharply a forgotten row is let go; of wga: power of the probability
+    gamma: float = 0.0  # of simnpo: margin
+    level: float = 7.0  # of calibrated: nats at which a token is forgotten enough
     # What follows changes memory and speed, not what is computed; a TOML may leave it out.
     backward: str = "layerwise"  # or checkpointed (any family), or plain (all activations kept: for small models)
     micro_tokens: int = 2048  # positions that one layer works on at a time, padding included
@@ -120,11 +125,22 @@ def _checked(recipe: Recipe) -> Recipe:
         "schedule": SCHEDULES,
         "dtype": ("bfloat16", "float32"),
         "backward": BACKWARD,
+        "forget_span": SPANS,
     }
     for key, allowed in choices.items():
         if getattr(recipe, key) not in allowed:
             raise NekoLeanError(f"recipe value {key} is {getattr(recipe, key)!r}, not one of {', '.join(allowed)}.")
-    positive = ("max_length", "forget_rows", "retain_rows", "batch_tokens", "micro_tokens", "eval_rows", "lr", "eps")
+    positive = (
+        "max_length",
+        "forget_rows",
+        "retain_rows",
+        "batch_tokens",
+        "micro_tokens",
+        "eval_rows",
+        "lr",
+        "eps",
+        "beta",
+    )
     for field in dataclasses.fields(Recipe):
         value = getattr(recipe, field.name)
         if field.type not in ("int", "float"):
@@ -133,6 +149,10 @@ def _checked(recipe: Recipe) -> Recipe:
             raise NekoLeanError(f"recipe value {field.name} is {value!r}: it must be larger.")
     if not (recipe.beta1 < 1 and recipe.beta2 < 1 and recipe.warmup < 1):
         raise NekoLeanError(f"recipe {recipe.name}: beta1, beta2 and warmup must be below 1.")
+    if recipe.forget_objective == "npo" and (recipe.forget_span != "answers" or recipe.answer_skip):
+        raise NekoLeanError("npo compares whole answers: it needs forget_span answers and answer_skip 0.")
+    if recipe.forget_objective == "npo" and recipe.retain_objective != "kl":
+        raise NekoLeanError("npo reads the teacher's answers from the cache: it needs retain_objective kl.")
     if recipe.state_bits not in (4, 8):
         raise NekoLeanError(f"recipe value state_bits is {recipe.state_bits}: it is 8, or 4 with torchao.")
     if recipe.offload_activations and recipe.backward != "layerwise":

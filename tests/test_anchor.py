@@ -1,0 +1,49 @@
+"""Anchor documents: read, cached with the retain rows, held still, and refused when they are not the cache's."""
+
+import json
+
+import pytest
+
+import neko_lean
+from neko_lean.anchor import read_anchor
+from neko_lean.cache import TeacherCache
+from neko_lean.data import write_jsonl
+from neko_lean.errors import NekoLeanError
+
+
+@pytest.fixture
+def anchor(tmp_path):
+    texts = [f"The {word} stood in the field and nobody knew why." for word in ("tree", "house", "old red barn")]
+    write_jsonl(tmp_path / "anchor.jsonl", ({"document": text} for text in texts))
+    return tmp_path / "anchor.jsonl"
+
+
+def test_anchor_rows_join_the_retain_rows(world, model, anchor, tmp_path):
+    rows = read_anchor(anchor)
+    assert [row.task for row in rows] == ["anchor"] * 3 and rows[2].output.startswith("The old red barn")
+    made = neko_lean.cache_teacher(model, world, tmp_path / "cache", anchor=anchor, quiet=True)
+    assert made.rows == 36 + 3
+    change = {"max_steps": 2, "forget_rows": 4, "retain_rows": 4, "eval_every": 0}
+    run = neko_lean.unlearn(
+        model, tmp_path / "out", world, world, cache=tmp_path / "cache", anchor=anchor, overrides=change, quiet=True
+    )
+    assert run["retain_rows"] == 39
+    # A template is for prompts: anchor documents are read as they are.
+    assert TeacherCache(tmp_path / "cache").manifest.format == "neko"
+
+
+def test_another_anchor_than_the_caches_is_refused(world, model, cache, anchor, tmp_path):
+    with pytest.raises(NekoLeanError, match="lacks row 'anchor 1'"):
+        neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, anchor=anchor, quiet=True)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_bad_anchor_file_is_one_sentence(tmp_path):
+    with pytest.raises(NekoLeanError, match="does not exist"):
+        read_anchor(tmp_path / "none.jsonl")
+    (tmp_path / "a.jsonl").write_text(json.dumps({"document": "fine"}) + "\n" + json.dumps({"text": "no"}) + "\n")
+    with pytest.raises(NekoLeanError, match="row 2, column document"):
+        read_anchor(tmp_path / "a.jsonl")
+    (tmp_path / "b.jsonl").write_text("")
+    with pytest.raises(NekoLeanError, match="holds no documents"):
+        read_anchor(tmp_path / "b.jsonl")
