@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from contenders import random_olmo_1b
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -156,20 +157,6 @@ def measure(folder: Path, retain: Path, style: str) -> list[dict[str, Any]]:
     return found
 
 
-def large_teacher() -> CausalLM:
-    """A teacher of OLMo-1B-0724's shape (d 2048, 16 layers, MLP 8192, V 50304) with random weights, in bfloat16."""
-    from transformers import OlmoConfig, OlmoForCausalLM
-
-    config = OlmoConfig(
-        vocab_size=50304, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=16,
-        tie_word_embeddings=False,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    model = OlmoForCausalLM(config).eval()
-    torch.set_default_dtype(torch.float32)
-    return split(model)
-
-
 def speed(teacher: CausalLM, rows: list[Encoded], rounds: int = 5) -> dict[str, float]:
     """Seconds of the teacher's bare forward pass (transformers' own, with logits) and of the caching pass over the same
     batches, batch by batch in turn: the median ratio. Memory of the caching pass over the largest batch, above the
@@ -271,7 +258,7 @@ def main() -> None:
     teacher.model.eval()
     quick = {"target": speed(teacher, rows)}
     if options.large:
-        quick["OLMo-1B-0724 geometry"] = speed(large_teacher(), rows[:: len(rows) // 8], rounds=3)
+        quick["OLMo-1B-0724 geometry"] = speed(split(random_olmo_1b().eval()), rows[:: len(rows) // 8], rounds=3)
     print(json.dumps({"device": "CPU", "threads": torch.get_num_threads(), "speed": quick}))
     torch.set_num_threads(1)  # row by row there is little to share
     results = {}

@@ -26,7 +26,7 @@ from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.data import encode, pad, read_rows, write_jsonl
 from neko_lean.demo.run import write_base
 from neko_lean.layerwise import LayerPass, decoder_layers
-from neko_lean.memory import predict
+from neko_lean.memory import predict, resident
 from neko_lean.modeling import checkpoint_activations, load_model, pick_device
 from neko_lean.optim import InBackwardAdam8bit
 from neko_lean.recipes import load_recipe
@@ -48,6 +48,28 @@ def rows_a_step(device: torch.device) -> int:
     return 32 if device.type == "cuda" else 4
 
 
+def names(device: torch.device) -> list[str]:
+    """The contenders that make sense there: on a CPU there is no host memory apart to offload to."""
+    return [name for name in NAMES if device.type == "cuda" or name != "lean-offloaded"]
+
+
+def title(device: torch.device) -> str:
+    n = rows_a_step(device)
+    return f"One step of 1.28 billion parameters, {n} forget and {n} retain rows of LUME; {device_name(device)}"
+
+
+def random_olmo_1b() -> OlmoForCausalLM:
+    """A model of OLMo-1B-0724's shape with random weights, in bfloat16."""
+    config = OlmoConfig(
+        vocab_size=50304, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=16,
+        tie_word_embeddings=False, pad_token_id=1, eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    torch.set_default_dtype(torch.bfloat16)
+    model = OlmoForCausalLM(config)
+    torch.set_default_dtype(torch.float32)
+    return model
+
+
 def prepare(work: Path, lume: Path, device: torch.device) -> None:
     """Write model/, cache/, forget.jsonl and retain.jsonl, unless they are there."""
     if (work / "ready").is_file():
@@ -59,13 +81,7 @@ def prepare(work: Path, lume: Path, device: torch.device) -> None:
     write_base(work / "model", [*every["forget"], *every["retain"]], vocabulary=50280)
     for name, rows in every.items():
         write_jsonl(work / f"{name}.jsonl", map(asdict, rows[:: len(rows) // count][:count]))
-    config = OlmoConfig(
-        vocab_size=50304, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=16,
-        tie_word_embeddings=False, pad_token_id=1, eos_token_id=0, bos_token_id=None,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    OlmoForCausalLM(config).save_pretrained(work / "model")
-    torch.set_default_dtype(torch.float32)
+    random_olmo_1b().save_pretrained(work / "model")
     cache_teacher(work / "model", work, work / "cache", max_length=128, device=str(device), overwrite=True)
     (work / "ready").touch()
 
@@ -75,17 +91,12 @@ class Resident(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.start_bytes = self.peak = self.now()
+        self.start_bytes = self.peak = resident()
         self.limit = int(LIMIT * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
-
-    @staticmethod
-    def now() -> int:
-        pages = int(Path("/proc/self/statm").read_text().split()[1])
-        return pages * os.sysconf("SC_PAGE_SIZE")
 
     def run(self) -> None:
         while True:
-            self.peak = max(self.peak, self.now())
+            self.peak = max(self.peak, resident())
             if self.peak > self.limit:
                 print(json.dumps({"out_of_memory": True, "peak": self.peak - self.start_bytes}), flush=True)
                 os._exit(0)
@@ -107,20 +118,20 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
 
     def update(parameter: torch.nn.Parameter) -> None:
         nonlocal update_seconds
-        start = _clock(device)
+        start = clock(device)
         optimizer.update(parameter)
-        update_seconds += _clock(device) - start
+        update_seconds += clock(device) - start
 
     def forget_gradient(parameter: torch.nn.Parameter) -> None:
         parameter.grad = None
 
     def one_pass(number: int, complete: Callable[[torch.nn.Parameter], None]) -> float:
-        start = _clock(device)
+        start = clock(device)
         batch = batches[number % STEPS]
         losses = batch_losses(walk.forward(batch.micro, batch.index), lm.head, batch, recipe)
         losses["loss"].backward()
         walk.backward(complete)
-        return _clock(device) - start
+        return clock(device) - start
 
     optimizer.begin_step(5e-5)
     whole = one_pass(0, update)
@@ -135,8 +146,7 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
         "seconds": seconds,
         "tokens": [batches[number % STEPS].tokens for number in range(passes)],
         "floor": weights + optimizer.state_bytes(),
-        "weights": weights,
-        "predicted": predicted.peak + (predicted.host if device.type == "cpu" else 0),
+        "predicted": predicted.on(device),
     }
 
 
@@ -151,16 +161,16 @@ def two_models(work: Path, passes: int, device: torch.device, way: Way) -> dict[
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5)
 
     def one_pass(number: int) -> float:
-        start = _clock(device)
+        start = clock(device)
         part = steps[number % STEPS]
         batches = [_padded([one.ids for one in some[part]], way, device) for some in (forget, retain)]
         two_model_loss(student, teacher, *batches, 0.2).backward()
-        return _clock(device) - start
+        return clock(device) - start
 
     whole = one_pass(0)
-    start = _clock(device)
+    start = clock(device)
     optimizer.step()
-    update_seconds = _clock(device) - start
+    update_seconds = clock(device) - start
     optimizer.zero_grad()
     seconds = []
     for number in range(passes):
@@ -189,7 +199,7 @@ def _encoded(work: Path) -> tuple[Any, Any]:
     return forget, retain
 
 
-def _clock(device: torch.device) -> float:
+def clock(device: torch.device) -> float:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
@@ -221,9 +231,9 @@ def main() -> None:
     parser.add_argument("--device")
     options = parser.parse_args()
     device = pick_device(options.device)
-    resident = Resident()  # after the imports
+    sampler = Resident()  # after the imports
     if device.type == "cpu":
-        resident.start()
+        sampler.start()
     torch.manual_seed(0)
     try:
         if options.name.startswith("lean"):
@@ -233,9 +243,9 @@ def main() -> None:
             result = two_models(options.work, options.passes, device, way)
     except torch.OutOfMemoryError:
         result = {"out_of_memory": True}
-    result["peak"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else resident.peak
+    result["peak"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else sampler.peak
     if device.type == "cpu":
-        result["peak"] -= resident.start_bytes
+        result["peak"] -= sampler.start_bytes
     print(json.dumps(result), flush=True)
 
 

@@ -14,15 +14,15 @@ import json
 from pathlib import Path
 from typing import Any
 
-from contenders import NAMES, device_name, prepare, rows_a_step, run
+from contenders import NAMES, names, prepare, run, title
 from rich.console import Console
 from rich.table import Table
 
 from neko_lean.modeling import pick_device
 
 
-def table(results: dict[str, dict[str, Any]], title: str) -> Table:
-    found = Table(title=title, title_justify="left")
+def table(results: dict[str, dict[str, Any]], heading: str) -> Table:
+    found = Table(title=heading, title_justify="left")
     for head in ("", "peak GiB", "x (weights + 8-bit state)", "x neko-lean", "predicted GiB"):
         found.add_column(head, justify="left" if not head else "right")
     ours = results["lean"]
@@ -46,12 +46,9 @@ def main() -> None:
     options = parser.parse_args()
     device = pick_device()
     prepare(options.work, options.lume, device)
-    names = list(NAMES) if device.type == "cuda" else ["lean", "two-bf16", "two-fp32"]  # no host apart on a CPU
-    results = {name: run(name, options.work, 0, device) for name in names}
-    n = rows_a_step(device)
-    title = f"One step of 1.28 billion parameters, {n} forget and {n} retain rows of LUME; {device_name(device)}"
-    Console(width=140).print(table(results, title))
-    options.out.write_text(json.dumps({"title": title, **results}, indent=1) + "\n")
+    results = {name: run(name, options.work, 0, device) for name in names(device)}
+    Console(width=140).print(table(results, title(device)))
+    options.out.write_text(json.dumps({"title": title(device), **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -14,14 +14,13 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from contenders import NAMES, device_name, prepare, rows_a_step, run
+from contenders import NAMES, clock, names, prepare, run, title
 from rich.console import Console
 from rich.table import Table
 
@@ -54,25 +53,19 @@ def head(device: torch.device, rounds: int) -> dict[str, float]:
         for name, way in ways.items():
             for leaf in leaves:
                 leaf.grad = None
-            _wait(device)
-            start = time.perf_counter()
+            start = clock(device)
             way().backward()
-            _wait(device)
+            spent = clock(device) - start
             if number:  # the first warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(spent)
     return {name: statistics.median(some) for name, some in seconds.items()}
 
 
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def steps(work: Path, names: list[str], rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
+def steps(work: Path, rounds: int, device: torch.device) -> dict[str, dict[str, Any]]:
     """Median seconds of forward plus backward and of the update, and real tokens a second, of each contender."""
-    seen: dict[str, list[dict[str, Any]]] = {name: [] for name in names}
+    seen: dict[str, list[dict[str, Any]]] = {name: [] for name in names(device)}
     for _ in range(rounds):
-        for name in names:
+        for name in seen:
             if not (seen[name] and seen[name][-1].get("out_of_memory")):
                 seen[name].append(run(name, work, 2, device))
     found = {}
@@ -90,8 +83,8 @@ def steps(work: Path, names: list[str], rounds: int, device: torch.device) -> di
     return found
 
 
-def table(results: dict[str, dict[str, Any]], title: str) -> Table:
-    found = Table(title=title, title_justify="left")
+def table(results: dict[str, dict[str, Any]], heading: str) -> Table:
+    found = Table(title=heading, title_justify="left")
     for name in ("", "forward + backward s", "real tokens/s", "neko-lean's speed over it", "update s"):
         found.add_column(name, justify="left" if not name else "right")
     for name, one in results.items():
@@ -113,18 +106,15 @@ def main() -> None:
     options = parser.parse_args()
     device = pick_device()
     prepare(options.work, options.lume, device)
-    names = [name for name in NAMES if device.type == "cuda" or name != "lean-offloaded"]
     alone = head(device, 3)
-    results = steps(options.work, names, options.rounds, device)
-    n = rows_a_step(device)
-    title = f"One step of 1.28 billion parameters, {n} forget and {n} retain rows of LUME; {device_name(device)}"
-    Console(width=140).print(table(results, title))
+    results = steps(options.work, options.rounds, device)
+    Console(width=140).print(table(results, title(device)))
     ratio = alone["token_stats"] / alone["materialised"]
     print(
         f"Head, {ROWS} rows, forward + backward: token_stats {alone['token_stats']:.2f} s, materialised logits "
         f"{alone['materialised']:.2f} s: {ratio:.2f} x"
     )
-    options.out.write_text(json.dumps({"title": title, "head": alone, **results}, indent=1) + "\n")
+    options.out.write_text(json.dumps({"title": title(device), "head": alone, **results}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

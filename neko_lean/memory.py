@@ -26,6 +26,7 @@ from neko_lean.layerwise import LayerPass, decoder_layers, freeze_below
 from neko_lean.modeling import CausalLM, checkpoint_activations, model_folder, model_name
 from neko_lean.optim import SLICE, UPDATE_BYTES, state_size
 from neko_lean.recipes import Recipe, load_recipe
+from neko_lean.step import chosen_hidden
 from neko_lean.twomodels import WAYS, Way, two_model_loss
 
 if TYPE_CHECKING:
@@ -37,11 +38,15 @@ CONTEXT = 600 * 2**20  # what CUDA and its libraries take of a card beside tenso
 
 @dataclass(frozen=True)
 class Need:
-    """Bytes that a step holds (`lines`, on the device unless a name says otherwise) and peaks at."""
+    """Bytes that a step holds, wherever they lie (`lines`), and peaks at."""
 
     lines: dict[str, int]
     peak: int  # on the device
     host: int  # in host memory, where something was sent there
+
+    def on(self, device: torch.device) -> int:
+        """The peak in the memory that `device` has: on a CPU the host's is the same."""
+        return self.peak + (self.host if device.type == "cpu" else 0)
 
 
 class LiveTensors(TorchDispatchMode):
@@ -100,6 +105,17 @@ def predict(
 
     Raises NekoLeanError where the model's layers cannot be walked and the recipe asks for it.
     """
+    lines, movable = _held(config, recipe, micro, wanted)
+    return _need(lines, movable, recipe.offload_state, recipe.offload_activations)
+
+
+def _held(
+    config: Path | PreTrainedConfig,
+    recipe: Recipe,
+    micro: Sequence[tuple[int, int]],
+    wanted: Sequence[int] | None = None,
+) -> tuple[dict[str, int], int]:
+    """A step's `lines` with everything on the device, and how many bytes of layer inputs could leave it."""
     with FakeTensorMode():
         lm = fake_model(config, getattr(torch, recipe.dtype))
         if recipe.train_last:
@@ -120,16 +136,13 @@ def predict(
         "peak of all but weights and state": live.peak,
     }
     # Of inputs in host memory one is used on the device while the next arrives.
-    return _sent_to_host(Need(lines, sum(lines[k] for k in ON_DEVICE), 0), recipe, inputs - 2 * widest)
+    return lines, max(0, inputs - 2 * widest)
 
 
-ON_DEVICE = ("student weights", "Adam state", "peak of all but weights and state")
-
-
-def _sent_to_host(need: Need, recipe: Recipe, inputs: int) -> Need:
-    state = need.lines["Adam state"] if recipe.offload_state else 0
-    inputs = max(0, inputs) if recipe.offload_activations else 0
-    return Need(need.lines, need.peak - state - inputs, state + inputs)
+def _need(lines: dict[str, int], movable: int, offload_state: bool, offload_activations: bool) -> Need:
+    host = (lines["Adam state"] if offload_state else 0) + (movable if offload_activations else 0)
+    together = lines["student weights"] + lines["Adam state"] + lines["peak of all but weights and state"]
+    return Need(lines, together - host, host)
 
 
 def predict_two_models(config: Path, way: Way, rows: int, length: int) -> Need:
@@ -164,7 +177,8 @@ def plan_run(model: str | Path, recipe: str | Path, overrides: Mapping[str, Any]
     micro = full_step(chosen)
     length = micro[0][1]
     rows = sum(one[0] for one in micro)
-    needs = {"neko-lean": predict(folder, chosen, micro)}
+    held = _held(folder, chosen, micro)
+    needs = {"neko-lean": _need(*held, chosen.offload_state, chosen.offload_activations)}
     for way in WAYS:
         needs[way.name] = predict_two_models(folder, way, max(1, rows // 2), length)
     found: dict[str, Any] = {
@@ -172,19 +186,24 @@ def plan_run(model: str | Path, recipe: str | Path, overrides: Mapping[str, Any]
         "ways": {name: dataclasses.asdict(need) for name, need in needs.items()},
     }
     if card is not None:
-        options, fits = _fitting(folder, chosen, card)
+        options, fits = _fitting(folder, chosen, held, card)
         found |= {"options": options, "fits": fits and dataclasses.asdict(fits)}
     return found
 
 
-def _fitting(folder: Path, recipe: Recipe, card: int) -> tuple[list[str] | None, Need | None]:
-    """The cheapest options, in flags, with which the recipe's largest step fits the card; and its need with them."""
-    for positions in (recipe.micro_tokens, 512):
+def _fitting(
+    folder: Path, recipe: Recipe, held: tuple[dict[str, int], int], card: int
+) -> tuple[list[str] | None, Need | None]:
+    """The cheapest options, in flags, with which the recipe's largest step fits the card; and its need with them.
+    `held` is what `_held` found for that step."""
+    for positions in sorted({recipe.micro_tokens, min(512, recipe.micro_tokens)}, reverse=True):
         smaller = ["--set micro_tokens=512"] if positions < recipe.micro_tokens else []
+        if smaller:
+            changed = dataclasses.replace(recipe, micro_tokens=positions)
+            held = _held(folder, changed, full_step(changed))
         for flags in ([], ["activations"], ["state"], ["state", "activations"]):
-            values = {f"offload_{flag}": True for flag in flags}
-            changed = dataclasses.replace(recipe, micro_tokens=positions, **values)
-            need = predict(folder, changed, full_step(changed))
+            state, activations = (getattr(recipe, f"offload_{f}") or f in flags for f in ("state", "activations"))
+            need = _need(*held, state, activations)
             if need.peak + CONTEXT <= card:
                 return [f"--offload-{flag}" for flag in flags] + smaller, need
     return None, None
@@ -220,7 +239,7 @@ def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor]) 
         for parameter in lm.model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(complete)
-        hidden = torch.cat([lm.hidden(i).flatten(0, 1)[wanted] for i, wanted in zip(ids, index, strict=True)])
+        hidden = chosen_hidden(lm, ids, index)
     # token_stats looks at values, which fake tensors lack: its buffers and gradients stand for it.
     head: nn.Parameter = lm.head  # type: ignore[assignment]
     slope = torch.empty_like(hidden)

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neko_lean import __version__
-from neko_lean.anchor import read_anchor
 from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.data import Encoded, encode, read_rows, truncation_line
+from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, staged_folder
 from neko_lean.memory import resident
 from neko_lean.modeling import (

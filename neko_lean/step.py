@@ -128,12 +128,9 @@ def make_batch(
     )
 
 
-def chosen_hidden(student: CausalLM, batch: Batch) -> Tensor:
-    """Last hidden states [N, d] of the positions that the losses need, by plain forward passes."""
-    rows = [
-        student.hidden(ids).flatten(0, 1)[wanted]  # [n, d]
-        for ids, wanted in zip(batch.micro, batch.index, strict=True)
-    ]
+def chosen_hidden(student: CausalLM, micro: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
+    """Last hidden states [N, d] at chosen positions, as `LayerPass.forward` takes them, by plain forward passes."""
+    rows = [student.hidden(ids).flatten(0, 1)[wanted] for ids, wanted in zip(micro, index, strict=True)]  # [n, d] each
     return torch.cat(rows)
 
 

@@ -179,7 +179,7 @@ class Trainer:
             need = predict(self.student.model.config, self.recipe, shapes, wanted)
         except Exception:  # of the model's own code on fake tensors: it must not cost a finished run
             return None
-        return need.peak + (need.host if self.student.device.type == "cpu" else 0)
+        return need.on(self.student.device)
 
     def _run(self) -> str:
         """Train; returns why it ended. Raises NotFinite before a step whose loss is no number."""
@@ -194,6 +194,8 @@ class Trainer:
             offload=recipe.offload_state,
             seed=self.seed,
         )
+        if recipe.backward == "checkpointed":
+            checkpoint_activations(self.student.model)
         self._ready()
         if self.walk is None:
             optimizer.attach()
@@ -215,8 +217,6 @@ class Trainer:
 
     def _ready(self) -> None:
         """Dropout only where a layer runs once a step, or where checkpointing restores its random numbers."""
-        if self.recipe.backward == "checkpointed":
-            checkpoint_activations(self.student.model)
         self.student.model.train(self.walk is None)
 
     def _next_batch(self) -> Batch:
@@ -231,7 +231,7 @@ class Trainer:
         waited = time.monotonic() - start
         self.waited += waited
         if self.walk is None:
-            hidden = chosen_hidden(self.student, batch)
+            hidden = chosen_hidden(self.student, batch.micro, batch.index)
         else:
             hidden = self.walk.forward(batch.micro, batch.index)
         losses = batch_losses(hidden, self.student.head, batch, self.recipe)
@@ -265,7 +265,8 @@ class Trainer:
         """The losses on the fixed sample; a new lowest total becomes the checkpoint to fall back on."""
         self.student.model.eval()
         batch = self._batch(*self.sample)
-        losses = batch_losses(chosen_hidden(self.student, batch), self.student.head, batch, self.recipe)
+        hidden = chosen_hidden(self.student, batch.micro, batch.index)
+        losses = batch_losses(hidden, self.student.head, batch, self.recipe)
         self._ready()
         values = {f"eval_{name}": loss.item() for name, loss in losses.items()}
         total = values["eval_loss"]

@@ -147,7 +147,7 @@ def test_two_term_loss_keeps_one_layers_gradients_alive(two_term, tied):
         rows["forget"][:8], rows["retain"][:8], cache, dataclasses.replace(recipe, micro_tokens=10**6), 0, CPU
     )
     assert len(whole.micro) == 1
-    wanted = batch_losses(chosen_hidden(lm, whole), lm.head, whole, recipe)
+    wanted = batch_losses(chosen_hidden(lm, whole.micro, whole.index), lm.head, whole, recipe)
     wanted["loss"].backward()
     plain = gradients(lm)
     lm.model.zero_grad()

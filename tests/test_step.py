@@ -76,7 +76,7 @@ def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, back
     batch = make_batch(forget, retain, cache, recipe, 0, CPU)
     assert len(batch.micro) > 1
     walk = LayerPass(lm, decoder_layers(lm)) if backward == "layerwise" else None
-    hidden = walk.forward(batch.micro, batch.index) if walk else chosen_hidden(lm, batch)
+    hidden = walk.forward(batch.micro, batch.index) if walk else chosen_hidden(lm, batch.micro, batch.index)
     losses = batch_losses(hidden, lm.head, batch, recipe)
     losses["loss"].backward()
     if walk:
@@ -98,7 +98,7 @@ def test_loss_does_not_change_with_padding_order_or_micro_batches(pieces):
         recipe = load_recipe("neko", {"micro_tokens": micro_tokens})
         batch = make_batch(forget, retain, cache, recipe, pad_id, CPU)
         with torch.no_grad():
-            return batch_losses(chosen_hidden(lm, batch), lm.head, batch, recipe)
+            return batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm.head, batch, recipe)
 
     one = losses(forget, retain, 0, 2048)
     for micro_tokens in (1, 100, 2048):
@@ -118,7 +118,9 @@ def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batc
         recipe = load_recipe("neko", change)
         batch = make_batch(forget, retain, cache, recipe, pad_id, CPU)
         with torch.no_grad():
-            return batch_losses(chosen_hidden(lm, batch), lm.head, batch, recipe)["forget_loss"].item()
+            return batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm.head, batch, recipe)[
+                "forget_loss"
+            ].item()
 
     one = loss(forget, 0, 2048)
     assert one != 0

@@ -16,7 +16,6 @@ import numpy as np
 from safetensors.numpy import load_file, save_file
 
 from neko_lean import __version__
-from neko_lean.anchor import read_anchor
 from neko_lean.cache.format import (
     MANIFEST,
     STORED,
@@ -31,6 +30,7 @@ from neko_lean.cache.format import (
 )
 from neko_lean.cache.teacher import keep
 from neko_lean.data import FORMATS, Encoded, encode, length_batches, read_rows, truncation_line
+from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, sync
 from neko_lean.modeling import (
     CausalLM,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
-from neko_lean.data import length_batches, read_jsonl
+from neko_lean.data import length_batches
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import CausalLM, next_token_logp
 from neko_lean.progress import Bar
@@ -18,21 +17,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_LENGTH = 2048
-
-
-def read_documents(path: Path) -> list[str]:
-    """The `document` texts of a jsonl file. Raises NekoLeanError naming file, row and column."""
-    if not path.is_file():
-        raise NekoLeanError(f"{path} does not exist: --mia wants a folder with member.jsonl and nonmember.jsonl.")
-    documents = []
-    for number, raw in enumerate(read_jsonl(path), start=1):
-        text = raw.get("document")
-        if not isinstance(text, str) or not text.strip():
-            raise NekoLeanError(f"{path}, row {number}, column document: expected text.")
-        documents.append(text)
-    if not documents:
-        raise NekoLeanError(f"{path} holds no documents.")
-    return documents
 
 
 @torch.no_grad()

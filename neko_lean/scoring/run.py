@@ -11,6 +11,7 @@ from rich.console import Group
 from rich.table import Table
 
 from neko_lean.data import TASKS, read_rows
+from neko_lean.documents import read_documents
 from neko_lean.errors import NekoLeanError, staged_folder
 from neko_lean.memory import peak_memory
 from neko_lean.modeling import load_model, load_tokenizer, model_folder, model_name, pick_device, pick_dtype
@@ -20,6 +21,7 @@ from neko_lean.scoring.generation import generate
 from neko_lean.scoring.task import CELLS, KINDS, SPLITS, cell_means, missing_cells, row_score, task_aggregate
 
 NOT_MEASURED = "not measured"
+MIA = "--mia wants a folder with member.jsonl and nonmember.jsonl"
 BATCH_TOKENS = 8192
 
 
@@ -56,7 +58,7 @@ def score(
     rows = {name: read_rows(data, name, split) for name in SPLITS}
     documents = None
     if mia is not None:
-        documents = [membership.read_documents(Path(mia) / f"{name}.jsonl") for name in ("member", "nonmember")]
+        documents = [read_documents(Path(mia) / f"{name}.jsonl", MIA) for name in ("member", "nonmember")]
     place, folder = pick_device(device), model_folder(model)
     precision = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     start = time.monotonic()

@@ -8,9 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neko_lean.documents import read_documents
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import load_model, load_tokenizer
-from neko_lean.scoring.membership import auc, document_losses, membership_score, perfect_range, read_documents
+from neko_lean.scoring.membership import auc, document_losses, membership_score, perfect_range
 
 losses = st.lists(st.integers(0, 6), min_size=1, max_size=30)
 
@@ -50,6 +51,6 @@ def test_losses_are_transformers_own(world, model):
 def test_bad_documents_are_named(tmp_path, text, words):
     (tmp_path / "member.jsonl").write_text(text)
     with pytest.raises(NekoLeanError, match=words):
-        read_documents(tmp_path / "member.jsonl")
+        read_documents(tmp_path / "member.jsonl", "a hint")
     with pytest.raises(NekoLeanError, match="does not exist"):
-        read_documents(tmp_path / "other.jsonl")
+        read_documents(tmp_path / "other.jsonl", "a hint")

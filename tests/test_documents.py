@@ -5,9 +5,9 @@ import json
 import pytest
 
 import neko_lean
-from neko_lean.anchor import read_anchor
 from neko_lean.cache import TeacherCache
 from neko_lean.data import write_jsonl
+from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError
 
 
