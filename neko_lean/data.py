@@ -63,12 +63,16 @@ class Row:
 
 @dataclass(frozen=True)
 class Encoded:
-    """A tokenised row. `ids` holds the prompt's `prompt` tokens, then the answer's; `cut` tokens were dropped."""
+    """A tokenised row. `ids` holds the prompt's `prompt` tokens, then the answer's; `cut` tokens were dropped.
+
+    `levels`, where an objective wants them, are the nats at which each token but the first counts as forgotten.
+    """
 
     row: Row
     ids: list[int]
     prompt: int
     cut: int
+    levels: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
         return len(self.ids)

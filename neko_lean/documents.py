@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from neko_lean.data import Row, read_jsonl
+from neko_lean.data import TASKS, Row, read_jsonl
 from neko_lean.errors import NekoLeanError
 
 TASK = "anchor"
@@ -13,6 +13,11 @@ TASK = "anchor"
 def read_documents(path: Path, hint: str) -> list[str]:
     """The `document` texts of a jsonl file. Raises NekoLeanError naming file, row and column; `hint` says what a
     missing file should have been."""
+    return [text for text, _ in _read(path, hint)]
+
+
+def _read(path: Path, hint: str) -> list[tuple[str, str]]:
+    """Text and task of each document of a jsonl file; the task may be left out."""
     if not path.is_file():
         raise NekoLeanError(f"{path} does not exist: {hint}.")
     documents = []
@@ -20,13 +25,19 @@ def read_documents(path: Path, hint: str) -> list[str]:
         text = raw.get("document")
         if not isinstance(text, str) or not text.strip():
             raise NekoLeanError(f"{path}, row {number}, column document: expected text.")
-        documents.append(text)
+        task = raw.get("task", TASK)
+        if task not in (TASK, *TASKS):
+            raise NekoLeanError(f"{path}, row {number}, column task: {task!r} is not one of {', '.join(TASKS)}.")
+        documents.append((text, task))
     if not documents:
         raise NekoLeanError(f"{path} holds no documents.")
     return documents
 
 
 def read_anchor(path: str | Path) -> list[Row]:
-    """An anchor's documents as rows without a prompt: a cache and a batch hold them as they hold retain rows."""
-    documents = read_documents(Path(path), "an anchor is a jsonl file with a column document")
-    return [Row(f"{TASK} {number}", "", text, TASK) for number, text in enumerate(documents, start=1)]
+    """An anchor's documents as rows without a prompt: a cache and a batch hold them as they hold retain rows.
+
+    An optional column `task` says which forget rows a document is like.
+    """
+    documents = _read(Path(path), "an anchor is a jsonl file with a column document")
+    return [Row(f"{TASK} {number}", "", text, task) for number, (text, task) in enumerate(documents, start=1)]

@@ -11,6 +11,7 @@ layer (embeddings) and after the last (the final norm) runs with gradient as par
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -70,13 +71,23 @@ def decoder_layers(lm: CausalLM) -> nn.ModuleList:
     return layers
 
 
-def freeze_below(lm: CausalLM, layers: nn.ModuleList, last: int) -> None:
-    """Leave only the last `last` layers, what follows them and an untied head to learn."""
-    if last > len(layers):
-        raise NekoLeanError(f"train_last is {last}, but the model has {len(layers)} layers.")
-    lm.embedding.requires_grad_(False)
-    for layer in layers[: len(layers) - last]:
-        layer.requires_grad_(False)
+def freeze(lm: CausalLM, last: int = 0, only: str = "") -> None:
+    """Choose what learns: with `last` above 0 the last so many layers, what follows them and an untied head; with
+    `only`, a regular expression, of those the parameters in whose names it is found."""
+    if last:
+        layers = decoder_layers(lm)
+        if last > len(layers):
+            raise NekoLeanError(f"train_last is {last}, but the model has {len(layers)} layers.")
+        lm.embedding.requires_grad_(False)
+        for layer in layers[: len(layers) - last]:
+            layer.requires_grad_(False)
+    if only:
+        learning = False
+        for name, parameter in lm.model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and re.search(only, name) is not None)
+            learning |= parameter.requires_grad
+        if not learning:
+            raise NekoLeanError(f"train_only {only!r} is found in the name of no parameter that learns.")
 
 
 class LayerPass:

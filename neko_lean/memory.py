@@ -22,7 +22,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from neko_lean.head import CHUNK_ELEMENTS
-from neko_lean.layerwise import LayerPass, decoder_layers, freeze_below
+from neko_lean.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.modeling import CausalLM, checkpoint_activations, model_folder, model_name
 from neko_lean.optim import SLICE, UPDATE_BYTES, state_size
 from neko_lean.recipes import Recipe, load_recipe
@@ -118,8 +118,7 @@ def _held(
     """A step's `lines` with everything on the device, and how many bytes of layer inputs could leave it."""
     with FakeTensorMode():
         lm = fake_model(config, getattr(torch, recipe.dtype))
-        if recipe.train_last:
-            freeze_below(lm, decoder_layers(lm), recipe.train_last)
+        freeze(lm, recipe.train_last, recipe.train_only)
         learning = [p for p in lm.model.parameters() if p.requires_grad]
         ids = [torch.zeros(shape, dtype=torch.int64) for shape in micro]
         index = [torch.zeros(n, dtype=torch.int64) for n in wanted or [rows * length for rows, length in micro]]

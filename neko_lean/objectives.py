@@ -6,13 +6,15 @@ count. So a loss does not change with padding, with the order of rows, or with h
 
 from __future__ import annotations
 
+import math
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from neko_lean.errors import NekoLeanError
 
-FORGET = ("none", "ga", "wga", "npo", "simnpo", "calibrated")
+FORGET = ("none", "ga", "wga", "npo", "simnpo", "dpo", "undial", "calibrated")
 RETAIN = ("none", "kl", "ce")
 # Nearest to log 1 that unlikelihood looks at. Float32 keeps 1 - q to a thousandth there; above it the gradient is 0.
 SURE = -1e-4
@@ -71,15 +73,44 @@ def simnpo(target_logp: Tensor, row: Tensor, beta: float, gamma: float) -> Tenso
     return 2 / beta * F.softplus(beta * total / count + gamma).sum() / max(len(total), 1)
 
 
-def calibrated(target_logp: Tensor, weights: Tensor, level: float) -> Tensor:
-    """Ascent that stops: max(0, log q + level) - log(1 - q) a token, at least 0, so no run can diverge.
+def dpo(chosen_ratio: Tensor, rejected_ratio: Tensor, beta: float) -> Tensor:
+    """Direct preference for a substitute over the forgotten answer: mean over rows of -1 / beta * log sigmoid(beta *
+    (chosen - rejected)), each [R] a sum over an answer's tokens of the student's less the teacher's log-probability
+    (arXiv 2305.18290, eq. 7, scaled by 1 / beta as in arXiv 2404.05868, eq. 2)."""
+    return F.softplus(beta * (rejected_ratio - chosen_ratio)).sum() / (beta * max(len(chosen_ratio), 1))
 
-    A token is pushed down while its loss is below `level`, in nats. Ascent alone hardly begins where the model is sure,
-    as its gradient on the logits is 1 - q there; the second term (unlikelihood, arXiv 1908.04319, eq. 3) has q instead,
-    and fades as the token is forgotten.
+
+def undial_teacher(
+    topk_ids: Tensor, topk_logp: Tensor, tail_logp: Tensor, target: Tensor, reference_logp: Tensor, strength: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The teacher's distribution with `strength` taken off the logit of the memorised token, normalised again: what
+    UNDIAL distils, by the KL, into the student (arXiv 2402.10052, eq. 3).
+
+    Takes ids and log-probabilities [N, k], tail_logp [N], target [N] and the teacher's log-probability of it [N], as
+    token_stats and the cache have them, and gives the first three. A token outside the top k leaves the tail.
+    """
+    here = (topk_ids == target[:, None]) & (topk_logp > -torch.inf)  # [N, k]
+    lost = torch.where(here.any(1), -torch.inf, reference_logp + math.log(-math.expm1(-strength)))  # [N]
+    logp = topk_logp - strength * here
+    # Where rounding left no more in the tail than what is taken out, nothing stays in it.
+    tail = tail_logp + torch.log(-torch.expm1((lost - tail_logp).nan_to_num(-torch.inf).clamp(max=0)))
+    total = torch.cat([logp, tail[:, None]], dim=1).logsumexp(1)
+    return topk_ids, logp - total[:, None], tail - total
+
+
+def calibrated(target_logp: Tensor, level: Tensor, row: Tensor, weights: Tensor) -> Tensor:
+    """Ascent that stops where an unseen row would be: bounded below by 0, so no run can diverge.
+
+    A token whose loss is below its `level` [n], in nats, is pushed by max(0, log q + level) and by unlikelihood,
+    -log(1 - q) (arXiv 1908.04319, eq. 3), less its value at the level. Ascent alone hardly begins where the model is
+    sure, as its gradient on the logits is 1 - q there; that of unlikelihood is q. What is learned of one token moves
+    others, so a row whose mean loss has passed the mean of its levels is drawn back by as much as it is above.
     """
     unlikelihood = -torch.log(-torch.expm1(target_logp.clamp(max=SURE)))
-    return (weights * (F.relu(target_logp + level) + unlikelihood)).sum()
+    enough = -torch.log(-torch.expm1((-level).clamp(max=SURE)))
+    push = F.relu(target_logp + level) + F.relu(unlikelihood - enough)
+    above, _ = row_sums(weights * (-target_logp - level), row)
+    return (weights * push).sum() + F.relu(above).sum()
 
 
 def row_sums(values: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:

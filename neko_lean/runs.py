@@ -13,6 +13,7 @@ from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.data import Encoded, encode, read_rows, truncation_line
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, staged_folder
+from neko_lean.levels import with_levels
 from neko_lean.memory import resident
 from neko_lean.modeling import (
     load_model,
@@ -26,7 +27,8 @@ from neko_lean.modeling import (
     weights_fingerprint,
 )
 from neko_lean.progress import say
-from neko_lean.recipes import DEFAULT, Recipe, load_recipe
+from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, Recipe, forgets, load_recipe, needs_teacher
+from neko_lean.substitutes import random_answers, refusals
 from neko_lean.trainer import Trainer
 
 if TYPE_CHECKING:
@@ -73,19 +75,21 @@ def unlearn(
     chosen = load_recipe(recipe, overrides)
     folder, place = model_folder(model), pick_device(device)
     tokenizer = load_tokenizer(folder)
-    forget_rows = _encode(forget, "forget", tokenizer, chosen) if chosen.forget_objective != "none" else []
+    forget_rows = _encode(forget, "forget", tokenizer, chosen) if forgets(chosen) else []
     retain_rows = _encode(retain, "retain", tokenizer, chosen) if chosen.retain_objective != "none" else []
-    if anchor is not None:
-        retain_rows += encode(read_anchor(anchor), tokenizer, "plain", chosen.max_length)
+    anchors = encode(read_anchor(anchor), tokenizer, "plain", chosen.max_length) if anchor is not None else []
+    substitutes = _substitutes(forget_rows, retain_rows, tokenizer, chosen, seed)
+    if chosen.retain_objective != "none":
+        retain_rows += anchors
     with staged_folder(Path(out), overwrite) as stage, tempfile.TemporaryDirectory() as scratch:
-        if chosen.retain_objective == "kl" and cache is None:
+        if needs_teacher(chosen) and cache is None:
             cache = Path(scratch) / "cache"
             cache_teacher(
                 folder,
                 retain,
                 cache,
                 anchor=anchor,
-                forget=forget if chosen.forget_objective == "npo" else None,
+                forget=forget if chosen.forget_objective in NEED_FORGET_CACHE else None,
                 format=chosen.format,
                 max_length=chosen.max_length,
                 batch_tokens=chosen.batch_tokens,
@@ -94,7 +98,7 @@ def unlearn(
                 quiet=quiet,
             )
         teacher = None
-        if chosen.retain_objective == "kl" and cache is not None:
+        if needs_teacher(chosen) and cache is not None:
             teacher = TeacherCache(cache)
             teacher.check(
                 weights=weights_fingerprint(folder),
@@ -103,6 +107,8 @@ def unlearn(
                 max_length=chosen.max_length,
                 encoded=retain_rows,
             )
+            if chosen.forget_objective == "calibrated" and not chosen.level:
+                forget_rows = with_levels(forget_rows, anchors, [-teacher.target_logp(one) for one in anchors])
         for name, encoded in (("forget", forget_rows), ("retain", retain_rows)):
             if encoded:
                 say(f"{name}: {truncation_line(encoded, chosen.max_length)}", quiet)
@@ -115,7 +121,7 @@ def unlearn(
             )
         before = resident()
         student = load_model(folder, pick_dtype(chosen.dtype), place)
-        loop = Trainer(student, tokenizer, forget_rows, retain_rows, teacher, chosen, seed, stage, quiet)
+        loop = Trainer(student, tokenizer, forget_rows, retain_rows, teacher, chosen, seed, stage, quiet, substitutes)
         run = _train(loop, before, {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost})
     _raise_failure(run, out)
     return run
@@ -164,6 +170,17 @@ def memorize(
         run = _train(loop, before, {"command": "memorize", "model": model_name(model), "sets": list(sets)})
     _raise_failure(run, out)
     return run
+
+
+def _substitutes(
+    forget: Sequence[Encoded], retain: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, seed: int
+) -> list[Encoded] | None:
+    """What the recipe puts in the place of each forget row's answer."""
+    if recipe.substitute == "none":
+        return None
+    rows, others = [one.row for one in forget], [one.row for one in retain]
+    chosen = refusals(rows) if recipe.substitute == "refusal" else random_answers(rows, others, seed)
+    return encode(chosen, tokenizer, recipe.format, recipe.max_length)
 
 
 def answers_lost(encoded: Sequence[Encoded]) -> int:

@@ -1,10 +1,11 @@
-"""One step's batch and its losses: forget and retain rows in the same micro-batches, one forward, one loss."""
+"""One step's batch and its losses: all rows of a step in the same micro-batches, one forward, one loss."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -45,7 +46,8 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
 class Batch:
     """Rows of one step as micro-batches, and the N positions whose next token or distribution the losses look at.
 
-    The N are in the order of the micro-batches; no other position reaches the head.
+    The N are in the order of the micro-batches; no other position reaches the head. Row numbers count the forget rows
+    first, then the retain rows, then the substitutes: the first forget row's, the second's, ...
     """
 
     micro: list[Tensor]  # token ids [b, l] int64, right-padded; rows of like length together
@@ -53,16 +55,24 @@ class Batch:
     row: Tensor  # [N] int64, which row of the batch a position belongs to
     target: Tensor  # [N] int64, -1 where only the teacher's distribution counts
     forget: Tensor  # [N] bool, whether it belongs to a forget row
+    retain: Tensor  # [N] bool
     rows: int
+    substitutes: int  # how many of the rows are substitutes: as many as forget rows, or none
     tokens: int  # real positions
     retain_positions: int  # positions of the retain rows if all rows were padded to the longest
     teacher: tuple[Tensor, Tensor, Tensor] | None  # as token_stats takes them, [N, k], [N, k], [N]
-    reference: Tensor | None  # the teacher's log-probability of the forget positions' targets, in their order
+    reference: Tensor | None  # [N], the teacher's log-probability of the targets of forget rows and substitutes
+    level: Tensor | None  # [N], nats at which the target of a forget position counts as forgotten
 
     @property
     def positions(self) -> int:
         """Positions that the model works on, padding included."""
         return sum(ids.numel() for ids in self.micro)
+
+    @property
+    def substitute(self) -> Tensor:
+        """[N] bool, whether a position belongs to a substitute."""
+        return ~(self.forget | self.retain)
 
 
 def make_batch(
@@ -72,21 +82,25 @@ def make_batch(
     recipe: Recipe,
     pad_id: int,
     device: torch.device,
+    substitutes: Sequence[Encoded] = (),
 ) -> Batch:
-    """Put forget and retain rows into micro-batches by length and list the positions that the losses need.
+    """Put rows into micro-batches by length and list the positions that the losses need.
 
-    Forget rows count at the positions that predict their answer tokens (or all their tokens but the first). Retain
-    rows count at every real position: the KL also at the last, whose distribution says whether the text ends there;
-    cross-entropy at all but the last.
+    Forget rows count at the positions that predict the recipe's span of them, substitutes (one for each forget row,
+    or none) at those that predict their answers. Retain rows count at every real position: the KL also at the last,
+    whose distribution says whether the text ends there; cross-entropy at all but the last.
     """
-    rows = [*forget, *retain]
+    rows = [*forget, *retain, *substitutes]
     lengths = [len(one) for one in rows]
-    everything = recipe.forget_span == "all"
-    spans = [(0 if everything else max(1, one.prompt + recipe.answer_skip) - 1, len(one) - 1) for one in forget]
-    spans += [(0, len(one) - (teacher is None)) for one in retain]
+    kl = recipe.retain_objective == "kl"
+    spans = [(forget_start(one, recipe), len(one) - 1) for one in forget]
+    spans += [(0, len(one) - (not kl)) for one in retain]
+    spans += [(max(1, one.prompt) - 1, len(one) - 1) for one in substitutes]
+    is_retain = [len(forget) <= n < len(forget) + len(retain) for n in range(len(rows))]
     # Any other way back keeps one graph, and each gradient is complete as soon as backward has passed it once.
     apart = recipe.backward == "layerwise"
     groups = micro_batches(lengths, recipe.micro_tokens) if apart else [list(range(len(rows)))]
+    order = [number for group in groups for number in group]
     micro, index = [], []
     row: list[int] = []
     target: list[int] = []
@@ -97,35 +111,83 @@ def make_batch(
             start, stop = spans[number]
             wanted += [place * micro[-1].shape[1] + i for i in range(start, stop)]
             row += [number] * max(0, stop - start)
-            kl = teacher is not None and number >= len(forget)
-            target += [-1 if kl else rows[number].ids[i + 1] for i in range(start, stop)]
+            distribution = kl and is_retain[number]
+            target += [-1 if distribution else rows[number].ids[i + 1] for i in range(start, stop)]
         index.append(torch.tensor(wanted, dtype=torch.int64, device=device))
     of_row = torch.tensor(row, dtype=torch.int64)
+    of_retain = torch.tensor(is_retain, dtype=torch.bool)[of_row]
     taught = None
-    if teacher is not None:
-        ids, logp, tail = teacher.read([rows[i] for group in groups for i in group if i >= len(forget)])
-        # Forget positions have no teacher: their entries are all unused and their tail is empty.
-        of_retain = of_row >= len(forget)
-        taught = (
-            ids.new_zeros(len(row), ids.shape[1]).masked_scatter_(of_retain[:, None], ids).to(device),
-            logp.new_full((len(row), ids.shape[1]), -torch.inf).masked_scatter_(of_retain[:, None], logp).to(device),
-            tail.new_full((len(row),), -torch.inf).masked_scatter_(of_retain, tail).to(device),
+    if teacher is not None and kl:
+        undial = recipe.forget_objective == "undial"
+        known = [i for i in order if is_retain[i] or (undial and i < len(forget))]
+        if known:
+            taught = _taught(teacher, [rows[i] for i in known], [spans[i] for i in known], torch.tensor(known), of_row)
+    reference = level = None
+    if recipe.forget_objective in ("npo", "dpo", "undial") and teacher is not None:
+        values = [np.zeros(len(rows[i])) if is_retain[i] else teacher.target_logp(rows[i]) for i in order]
+        reference = _at_spans(values, [spans[i] for i in order], device)
+    if recipe.forget_objective == "calibrated":
+        values = [np.array(rows[i].levels or [recipe.level] * len(rows[i])) for i in order]
+        level = _at_spans(values, [spans[i] for i in order], device)
+    if taught is not None and recipe.forget_objective == "undial":
+        assert reference is not None
+        some = of_row < len(forget)
+        changed = objectives.undial_teacher(
+            *(one[some] for one in taught), torch.tensor(target)[some], reference.cpu()[some], recipe.gamma
         )
-    reference = None
-    if recipe.forget_objective == "npo" and teacher is not None:
-        reference = teacher.read_forget([rows[i] for group in groups for i in group if i < len(forget)]).to(device)
+        for one, two in zip(taught, changed, strict=True):
+            one[some] = two
     return Batch(
         micro=micro,
         index=index,
         row=of_row.to(device),
         target=torch.tensor(target, dtype=torch.int64, device=device),
         forget=(of_row < len(forget)).to(device),
+        retain=of_retain.to(device),
         rows=len(rows),
+        substitutes=len(substitutes),
         tokens=sum(lengths),
         retain_positions=len(retain) * max(lengths),
-        teacher=taught,
+        teacher=None if taught is None else tuple(one.to(device) for one in taught),  # type: ignore[arg-type]
         reference=reference,
+        level=level,
     )
+
+
+def forget_start(one: Encoded, recipe: Recipe) -> int:
+    """First position of a forget row whose next token is pushed."""
+    whole = recipe.forget_span == "all" or (recipe.forget_span == "documents" and one.row.kind == "sc")
+    return 0 if whole else max(1, one.prompt + recipe.answer_skip) - 1
+
+
+def _taught(
+    teacher: TeacherCache,
+    rows: Sequence[Encoded],
+    spans: Sequence[tuple[int, int]],
+    numbers: Tensor,
+    of_row: Tensor,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What the cache holds of these rows at their spans, laid out over all N positions as token_stats takes it.
+
+    Elsewhere the entries are all unused and the tail is empty.
+    """
+    ids, logp, tail = teacher.read(rows)
+    ends = np.cumsum([len(one) for one in rows])
+    used = [slice(end - len(one) + a, end - len(one) + b) for one, end, (a, b) in zip(rows, ends, spans, strict=True)]
+    place = torch.from_numpy(np.concatenate([np.arange(len(ids))[one] for one in used]))
+    some = torch.isin(of_row, numbers)
+    count, k = len(of_row), ids.shape[1]
+    return (
+        ids.new_zeros(count, k).masked_scatter_(some[:, None], ids[place]),
+        logp.new_full((count, k), -torch.inf).masked_scatter_(some[:, None], logp[place]),
+        tail.new_full((count,), -torch.inf).masked_scatter_(some, tail[place]),
+    )
+
+
+def _at_spans(values: Sequence[np.ndarray], spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
+    """Values of a row's tokens but the first, one array a row, at the positions that count: [N] float32."""
+    parts = [value[start:stop] for value, (start, stop) in zip(values, spans, strict=True)]
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32)).to(device)
 
 
 def chosen_hidden(student: CausalLM, micro: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
@@ -135,34 +197,47 @@ def chosen_hidden(student: CausalLM, micro: Sequence[Tensor], index: Sequence[Te
 
 
 def batch_losses(hidden: Tensor, head: Tensor, batch: Batch, recipe: Recipe) -> dict[str, Tensor]:
-    """Scalars `loss`, `forget_loss` and `retain_loss` (nats, before their weights) of one batch, with gradient, from
-    the last hidden states [N, d] of its positions and the head [V, d]."""
+    """Scalars `loss`, `forget_loss`, `retain_loss` and, with substitutes, `substitute_loss` (nats, before their
+    weights) of one batch, with gradient, from the last hidden states [N, d] of its positions and the head [V, d]."""
     target_logp, kl = token_stats(hidden, head, batch.target, *(batch.teacher or ()))
-    forget, retain = batch.forget, ~batch.forget
     zero = target_logp.new_zeros(())
     losses = {"forget_loss": zero, "retain_loss": zero}
     if recipe.forget_objective != "none":
-        losses["forget_loss"] = _forget_loss(target_logp[forget], batch, recipe)
-    weights = objectives.token_weights(batch.row[retain], recipe.retain_reduction, batch.retain_positions)
+        losses["forget_loss"] = _forget_loss(target_logp, kl, batch, recipe)
+    weights = objectives.token_weights(batch.row[batch.retain], recipe.retain_reduction, batch.retain_positions)
     if recipe.retain_objective == "kl":
-        losses["retain_loss"] = objectives.teacher_kl(kl[retain], weights)
+        losses["retain_loss"] = objectives.teacher_kl(kl[batch.retain], weights)
     elif recipe.retain_objective == "ce":
-        losses["retain_loss"] = objectives.cross_entropy(target_logp[retain], weights)
+        losses["retain_loss"] = objectives.cross_entropy(target_logp[batch.retain], weights)
     total = recipe.forget_weight * losses["forget_loss"] + recipe.retain_weight * losses["retain_loss"]
+    if recipe.substitute_weight and batch.substitutes:
+        weights = objectives.token_weights(batch.row[batch.substitute], "rows")
+        losses["substitute_loss"] = objectives.cross_entropy(target_logp[batch.substitute], weights)
+        total = total + recipe.substitute_weight * losses["substitute_loss"]
     return {"loss": total, **losses}
 
 
-def _forget_loss(logp: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
-    """The recipe's forget objective of the log-probabilities [n] of a batch's forget positions."""
-    row = batch.row[batch.forget]
+def _forget_loss(target_logp: Tensor, kl: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
+    """The recipe's forget objective, from the vectors [N] that token_stats gave for a batch."""
+    logp, row = target_logp[batch.forget], batch.row[batch.forget]
     weights = objectives.token_weights(row, recipe.forget_reduction, len(batch.row))
     if recipe.forget_objective == "ga":
         return objectives.gradient_ascent(logp, weights)
     if recipe.forget_objective == "wga":
         return objectives.weighted_ascent(logp, weights, recipe.beta)
-    if recipe.forget_objective == "calibrated":
-        return objectives.calibrated(logp, weights, recipe.level)
     if recipe.forget_objective == "simnpo":
         return objectives.simnpo(logp, row, recipe.beta, recipe.gamma)
+    if recipe.forget_objective == "undial":
+        return objectives.teacher_kl(kl[batch.forget], weights)
+    if recipe.forget_objective == "calibrated":
+        assert batch.level is not None
+        return objectives.calibrated(logp, batch.level[batch.forget], row, weights)
     assert batch.reference is not None
-    return objectives.npo(logp, batch.reference, row, recipe.beta)
+    if recipe.forget_objective == "dpo":
+        ratio = (target_logp - batch.reference).masked_fill(batch.retain, 0.0)
+        sums = ratio.new_zeros(batch.rows).index_add(0, batch.row, ratio)  # [rows]
+        sizes = torch.bincount(batch.row, minlength=batch.rows)
+        pairs = batch.substitutes
+        both = (sizes[:pairs] > 0) & (sizes[-pairs:] > 0)  # a row whose answer was cut off has no preference
+        return objectives.dpo(sums[-pairs:][both], sums[:pairs][both], recipe.beta)
+    return objectives.npo(logp, batch.reference[batch.forget], row, recipe.beta)

@@ -20,29 +20,24 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 import torch
 
 from neko_lean.cache import TeacherCache
-from neko_lean.data import Encoded, length_batches, paired_batches
+from neko_lean.data import Encoded
 from neko_lean.errors import NekoLeanError
-from neko_lean.layerwise import LayerPass, decoder_layers, freeze_below
+from neko_lean.evaluation import answers, quality
+from neko_lean.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.memory import peak_memory, predict, reset_peak
 from neko_lean.modeling import CausalLM, checkpoint_activations
 from neko_lean.optim import InBackwardAdam8bit
 from neko_lean.progress import bar, say
 from neko_lean.recipes import Recipe
+from neko_lean.schedules import Phase, batches, learning_rate, phases
 from neko_lean.step import Batch, batch_losses, chosen_hidden, make_batch
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 METRICS = "metrics.jsonl"
+SETS = ("forget", "retain")
 T = TypeVar("T")
-
-
-def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """Learning rate of step 1..steps: a linear rise over the warm-up, then constant or linear to 0."""
-    done = (step - 1) / steps
-    if done < recipe.warmup:
-        return recipe.lr * step / (recipe.warmup * steps)
-    return recipe.lr if recipe.schedule == "constant" else recipe.lr * (1 - done) / (1 - recipe.warmup)
 
 
 def prefetched(make: Callable[[], T]) -> Iterator[T]:
@@ -57,8 +52,7 @@ def prefetched(make: Callable[[], T]) -> Iterator[T]:
 
 def _way_back(student: CausalLM, recipe: Recipe) -> tuple[Recipe, LayerPass | None]:
     """How this model's backward pass will go: the recipe's way, or checkpointed where its layers cannot be walked."""
-    if recipe.train_last:
-        freeze_below(student, decoder_layers(student), recipe.train_last)
+    freeze(student, recipe.train_last, recipe.train_only)
     if recipe.backward == "layerwise":
         try:
             return recipe, LayerPass(student, decoder_layers(student), offload=recipe.offload_activations)
@@ -89,24 +83,20 @@ class Trainer:
         seed: int,
         stage: Path,
         quiet: bool,
+        substitutes: list[Encoded] | None = None,
     ) -> None:
         self.student, self.tokenizer, self.seed, self.quiet = student, tokenizer, seed, quiet
         self.recipe, self.walk = _way_back(student, recipe)
         recipe = self.recipe
         self.forget, self.retain, self.teacher, self.stage = forget, retain, teacher, stage
-        rng = random.Random(seed)
-        self.batches = paired_batches(
-            [len(one) for one in forget],
-            [len(one) for one in retain],
-            forget_rows=recipe.forget_rows,
-            retain_rows=recipe.retain_rows,
-            max_tokens=recipe.batch_tokens,
-            rng=rng,
-        )
-        self.steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * self._steps_of_epoch()))
+        self.substitutes = substitutes
+        self.lengths = [len(one) for one in forget], [len(one) for one in retain]
+        self.rng = random.Random(seed)
+        self.phases = phases(recipe, *self.lengths, self.rng)
+        self.steps = sum(phase.steps for phase in self.phases)
         sample = random.Random(f"{seed} evaluation")
         self.sample = tuple(
-            sample.sample(rows, min(recipe.eval_rows, len(rows))) if rows else [] for rows in (forget, retain)
+            sample.sample(range(len(rows)), min(recipe.eval_rows, len(rows))) for rows in (forget, retain)
         )
         self.best: float | None = None
         self.best_step = 0
@@ -116,23 +106,21 @@ class Trainer:
         self.waited = 0.0  # seconds that steps stood still for their batch
         self.largest: Batch | None = None  # the step with the most positions
 
-    def _steps_of_epoch(self) -> int:
-        sizes = []
-        for rows, most in ((self.forget, self.recipe.forget_rows), (self.retain, self.recipe.retain_rows)):
-            lengths = [len(one) for one in rows]
-            sizes.append(len(length_batches(lengths, max_rows=most, max_tokens=self.recipe.batch_tokens)))
-        return max(sizes)
-
-    def _batch(self, forget: Sequence[Encoded], retain: Sequence[Encoded]) -> Batch:
+    def _batch(self, forget: Sequence[int], retain: Sequence[int]) -> Batch:
+        """The batch of these rows, by number."""
         pad_id = int(self.tokenizer.pad_token_id)  # type: ignore[arg-type]
-        return make_batch(forget, retain, self.teacher, self.recipe, pad_id, self.student.device)
+        rows = [self.forget[i] for i in forget] if self.recipe.forget_objective != "none" else []
+        held = [self.retain[i] for i in retain]
+        others = [self.substitutes[i] for i in forget] if self.substitutes else []
+        return make_batch(rows, held, self.teacher, self.recipe, pad_id, self.student.device, others)
 
     def train(self) -> dict[str, Any]:
         """Train, and leave the output checkpoint in the stage folder; returns what run.json says of the run.
 
-        The output holds the weights after the last step. When early stopping fired, or the loss stopped being finite,
-        it holds those of the best evaluation; in the second case `failure` says so. Raises NekoLeanError when the loss
-        stopped being finite before there was an evaluation to fall back on.
+        The output holds the weights after the last step, or with `choose` other than last those of the best
+        evaluation. When early stopping fired, or the loss stopped being finite, it holds the best evaluation's anyway;
+        in the second case `failure` says so. Raises NekoLeanError when the loss stopped being finite before there was
+        an evaluation to fall back on.
         """
         reset_peak(self.student.device)
         start = time.monotonic()
@@ -144,7 +132,7 @@ class Trainer:
             failure = ended = str(error)
             if not self.best_step:
                 raise NekoLeanError(f"{error}; nothing was written: lower lr and run again.") from error
-        early = self.steps_done < self.steps
+        early = self.steps_done < self.steps or (self.recipe.choose != "last" and self.best_step > 0)
         if early:
             for file in best.iterdir():
                 file.rename(self.stage / file.name)
@@ -184,6 +172,24 @@ class Trainer:
     def _run(self) -> str:
         """Train; returns why it ended. Raises NotFinite before a step whose loss is no number."""
         recipe = self.recipe
+        if recipe.backward == "checkpointed":
+            checkpoint_activations(self.student.model)
+        self._ready()
+        label = "memorize" if not self.forget else "unlearn"
+        with (
+            (self.stage / METRICS).open("w") as metrics,
+            bar(label, self.steps, "steps", self.quiet) as progress,
+        ):
+            for phase in self.phases:
+                for losses in self._phase(phase, metrics):
+                    progress.advance(note=f"loss {losses['loss']:.4g}")
+                    if recipe.patience and self.best_step and self.worse >= recipe.patience:
+                        return f"early stopping at step {self.steps_done}: none better since step {self.best_step}"
+        return "all steps taken"
+
+    def _phase(self, phase: Phase, metrics: IO[str]) -> Iterator[dict[str, float]]:
+        """Take a phase's steps, with an optimizer of its own; gives the losses of each."""
+        recipe = self.recipe
         optimizer = InBackwardAdam8bit(
             self.student.model.named_parameters(),
             betas=(recipe.beta1, recipe.beta2),
@@ -192,40 +198,26 @@ class Trainer:
             clip=recipe.clip,
             bits=recipe.state_bits,
             offload=recipe.offload_state,
-            seed=self.seed,
+            seed=self.seed + self.steps_done,
         )
-        if recipe.backward == "checkpointed":
-            checkpoint_activations(self.student.model)
-        self._ready()
         if self.walk is None:
             optimizer.attach()
-        label = "memorize" if recipe.retain_objective == "ce" else "unlearn"
+        steps = batches(recipe, phase, *self.lengths, self.rng)
         try:
-            with (
-                (self.stage / METRICS).open("w") as metrics,
-                bar(label, self.steps, "steps", self.quiet) as progress,
-                closing(prefetched(self._next_batch)) as batches,
-            ):
-                for step in range(1, self.steps + 1):
-                    losses = self._step(optimizer, step, batches, metrics)
-                    progress.advance(note=f"loss {losses['loss']:.4g}")
-                    if recipe.patience and self.best_step and self.worse >= recipe.patience:
-                        return f"early stopping at step {step}: no lower total loss since step {self.best_step}"
+            with closing(prefetched(lambda: self._batch(*next(steps)))) as prepared:
+                for step in range(1, phase.steps + 1):
+                    yield self._step(optimizer, learning_rate(recipe, step, phase.steps), prepared, metrics)
         finally:
             optimizer.close()
-        return "all steps taken"
 
     def _ready(self) -> None:
         """Dropout only where a layer runs once a step, or where checkpointing restores its random numbers."""
         self.student.model.train(self.walk is None)
 
-    def _next_batch(self) -> Batch:
-        forget_index, retain_index = next(self.batches)
-        return self._batch([self.forget[i] for i in forget_index], [self.retain[i] for i in retain_index])
-
     def _step(
-        self, optimizer: InBackwardAdam8bit, step: int, batches: Iterator[Batch], metrics: IO[str]
+        self, optimizer: InBackwardAdam8bit, lr: float, batches: Iterator[Batch], metrics: IO[str]
     ) -> dict[str, float]:
+        step = self.steps_done + 1
         start = time.monotonic()
         batch = next(batches)
         waited = time.monotonic() - start
@@ -239,7 +231,6 @@ class Trainer:
         del hidden
         if not math.isfinite(values["loss"]):
             raise NotFinite(f"the loss became {values['loss']} at step {step}, before its update")
-        lr = learning_rate(self.recipe, step, self.steps)
         optimizer.begin_step(lr)
         losses["loss"].backward()
         if self.walk is not None:
@@ -262,16 +253,24 @@ class Trainer:
 
     @torch.no_grad()
     def _evaluate(self, step: int) -> dict[str, float]:
-        """The losses on the fixed sample; a new lowest total becomes the checkpoint to fall back on."""
+        """Losses and answers of the fixed sample; the best so far by the recipe's rule is kept to fall back on."""
         self.student.model.eval()
         batch = self._batch(*self.sample)
         hidden = chosen_hidden(self.student, batch.micro, batch.index)
         losses = batch_losses(hidden, self.student.head, batch, self.recipe)
-        self._ready()
         values = {f"eval_{name}": loss.item() for name, loss in losses.items()}
-        total = values["eval_loss"]
-        if math.isfinite(total) and (self.best is None or total < self.best):
-            self.best, self.best_step, self.worse = total, step, 0
+        if self.recipe.retain_objective == "kl":
+            values["eval_retain_kl"] = values["eval_retain_loss"]
+        for name, rows, chosen in zip(SETS, (self.forget, self.retain), self.sample, strict=True):
+            # An anchor's documents have no prompt, so all of them would be answer.
+            asked = [rows[i] for i in chosen if rows[i].prompt]
+            found = answers(self.student, asked, int(self.tokenizer.pad_token_id))  # type: ignore[arg-type]
+            values |= {f"eval_{name}_{key}": value for key, value in found.items()}
+        values["eval_quality"] = quality(values)
+        self._ready()
+        merit = values["eval_quality"] if self.recipe.choose == "quality" else -values["eval_loss"]
+        if math.isfinite(merit) and (self.best is None or merit > self.best):
+            self.best, self.best_step, self.worse = merit, step, 0
             self._save(self.stage / "best")
         else:
             self.worse += 1

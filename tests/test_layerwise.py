@@ -9,7 +9,7 @@ import transformers
 from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.data import encode, read_rows
 from neko_lean.errors import NekoLeanError
-from neko_lean.layerwise import LayerPass, decoder_layers, freeze_below
+from neko_lean.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.memory import LiveTensors
 from neko_lean.modeling import load_model, load_tokenizer, split
 from neko_lean.recipes import load_recipe
@@ -92,7 +92,7 @@ def test_gradients_equal_one_plain_backward(family, tied):
 @pytest.mark.parametrize("last", [1, 2])
 def test_only_the_last_layers_learn(last, tied):
     lm = small("Llama", tied)
-    freeze_below(lm, decoder_layers(lm), last)
+    freeze(lm, last)
     plain, found = both_ways(lm)
     assert set(found) == set(plain)
     assert all(torch.allclose(found[name], one, rtol=1e-11, atol=1e-13) for name, one in plain.items())
@@ -101,12 +101,12 @@ def test_only_the_last_layers_learn(last, tied):
     assert ("lm_head.weight" in found) != tied and "model.norm.weight" in found
     assert "model.embed_tokens.weight" not in found
     with pytest.raises(NekoLeanError, match="train_last is 4"):
-        freeze_below(lm, decoder_layers(lm), 4)
+        freeze(lm, 4)
 
 
 def test_no_activation_is_kept_for_frozen_layers():
     lm = small("Olmo")
-    freeze_below(lm, decoder_layers(lm), 1)
+    freeze(lm, 1)
     walk = LayerPass(lm, decoder_layers(lm))
     walk.forward(*micro_batches(lm))
     assert [len(calls) for calls in walk.calls] == [1, 1, 1] and not walk.embedded

@@ -7,7 +7,7 @@ import torch
 from transformers import OlmoConfig, OlmoForCausalLM
 
 from neko_lean.head import token_stats
-from neko_lean.layerwise import LayerPass, decoder_layers, freeze_below
+from neko_lean.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.memory import CONTEXT, LiveTensors, fake_model, full_step, plan_run, predict, predict_two_models
 from neko_lean.modeling import checkpoint_activations, split
 from neko_lean.optim import InBackwardAdam8bit
@@ -45,7 +45,7 @@ def real_step(recipe, micro):
     torch.manual_seed(0)
     lm = split(OlmoForCausalLM(MIDDLE).to(getattr(torch, recipe.dtype)))
     if recipe.train_last:
-        freeze_below(lm, decoder_layers(lm), recipe.train_last)
+        freeze(lm, recipe.train_last)
     optimizer = InBackwardAdam8bit(lm.model.named_parameters())
     for p in lm.model.parameters():  # the state of the first step
         p.grad = torch.zeros_like(p) if p.requires_grad else None

@@ -16,6 +16,7 @@ from neko_lean.layerwise import LayerPass, decoder_layers
 from neko_lean.modeling import checkpoint_activations, load_model, load_tokenizer
 from neko_lean.recipes import load_recipe
 from neko_lean.step import OVERHEAD, batch_losses, chosen_hidden, make_batch, micro_batches
+from neko_lean.substitutes import random_answers, refusals
 from tests.helpers import random_model
 
 CPU = torch.device("cpu")
@@ -107,7 +108,7 @@ def test_loss_does_not_change_with_padding_order_or_micro_batches(pieces):
             assert one[name].item() == pytest.approx(two[name].item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("objective", ["wga", "npo", "simnpo", "calibrated"])
+@pytest.mark.parametrize("objective", ["wga", "npo", "simnpo", "dpo", "undial", "calibrated"])
 def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batches(pieces, objective):
     teacher_folder, student_folder, rows, cache = pieces
     lm = load_model(student_folder, torch.float32, CPU)
@@ -115,8 +116,11 @@ def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batc
 
     def loss(forget, pad_id, micro_tokens):
         change = {"forget_objective": objective, "micro_tokens": micro_tokens, "forget_reduction": "rows"}
+        change |= {"gamma": 3.0, "substitute": "refusal" if objective == "dpo" else "none", "level": 2.0}
         recipe = load_recipe("neko", change)
-        batch = make_batch(forget, retain, cache, recipe, pad_id, CPU)
+        tokenizer = load_tokenizer(student_folder)
+        others = encode(refusals([one.row for one in forget]), tokenizer, "neko", 128) if objective == "dpo" else []
+        batch = make_batch(forget, retain, cache, recipe, pad_id, CPU, others)
         with torch.no_grad():
             return batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm.head, batch, recipe)[
                 "forget_loss"
@@ -126,17 +130,72 @@ def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batc
     assert one != 0
     for micro_tokens in (1, 100):
         assert loss(random.Random(0).sample(forget, 6), 1, micro_tokens) == pytest.approx(one, rel=1e-5)
-    if objective == "npo":  # against the live teacher
-        teacher = load_model(teacher_folder, torch.float32, CPU).model.eval()
-        student = lm.model.eval()
-        sums = []
-        for row in forget:
-            ids = torch.tensor([row.ids])
-            with torch.no_grad():
-                logs = [m(input_ids=ids).logits[0].log_softmax(1) for m in (student, teacher)]
-            sums.append(sum((logs[0] - logs[1])[i - 1, row.ids[i]].item() for i in range(row.prompt, len(row))))
-        wanted = sum(2 / 0.1 * math.log1p(math.exp(0.1 * s)) for s in sums) / len(sums)
+    # Against two live models, row by row.
+    teacher, student = load_model(teacher_folder, torch.float32, CPU).model.eval(), lm.model.eval()
+    tokenizer = load_tokenizer(student_folder)
+    refused = encode(refusals([row.row for row in forget]), tokenizer, "neko", 128)
+
+    def ratio(row):
+        ids = torch.tensor([row.ids])
+        with torch.no_grad():
+            logs = [m(input_ids=ids).logits[0].log_softmax(1) for m in (student, teacher)]
+        return sum((logs[0] - logs[1])[i - 1, row.ids[i]].item() for i in range(row.prompt, len(row)))
+
+    def distilled(row):
+        ids = torch.tensor([row.ids])
+        with torch.no_grad():
+            q, z = student(input_ids=ids).logits[0].log_softmax(1), teacher(input_ids=ids).logits[0]
+        place, following = torch.arange(row.prompt - 1, len(row) - 1), ids[0, row.prompt :]
+        z[place, following] -= 3.0
+        p = z.log_softmax(1)
+        return (p.exp() * (p - q)).sum(1)[place].mean().item()
+
+    if objective == "npo":
+        wanted = sum(2 / 0.1 * math.log1p(math.exp(0.1 * ratio(row))) for row in forget) / 6
         assert one == pytest.approx(wanted, rel=1e-4)
+    elif objective == "dpo":
+        gaps = [ratio(row) - ratio(other) for row, other in zip(forget, refused, strict=True)]
+        assert one == pytest.approx(sum(math.log1p(math.exp(0.1 * gap)) / 0.1 for gap in gaps) / 6, rel=1e-4)
+    elif objective == "undial":
+        assert one == pytest.approx(sum(map(distilled, forget)) / 6, rel=1e-3)
+
+
+def test_substitutes_take_the_answers_place(pieces):
+    """Ascent, cross-entropy on substitutes and KL in one loss, against a row by row computation."""
+    _, student_folder, rows, cache = pieces
+    lm = load_model(student_folder, torch.float32, CPU)
+    forget, retain = rows["forget"][:3], rows["retain"][:2]
+    tokenizer = load_tokenizer(student_folder)
+    others = encode(random_answers([o.row for o in forget], [o.row for o in retain], 0), tokenizer, "neko", 128)
+    recipe = load_recipe("neko", {"substitute": "random", "substitute_weight": 0.5})
+    batch = make_batch(forget, retain, cache, recipe, 0, CPU, others)
+    assert batch.rows == 8 and batch.substitute.sum() == sum(one.answer for one in others)
+    assert not (batch.substitute & (batch.forget | batch.retain)).any()
+    losses = batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm.head, batch, recipe)
+    means = []
+    for one in others:
+        logq = lm.model(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(1)
+        means.append(-torch.stack([logq[i - 1, one.ids[i]] for i in range(one.prompt, len(one))]).mean())
+    assert losses["substitute_loss"].item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
+    bare = load_recipe("neko")
+    plain = batch_losses(
+        *(lambda b: (chosen_hidden(lm, b.micro, b.index), lm.head, b))(make_batch(forget, retain, cache, bare, 0, CPU)),
+        bare,
+    )
+    wanted = plain["loss"] + 0.5 * losses["substitute_loss"]
+    assert losses["loss"].item() == pytest.approx(wanted.item(), rel=1e-5)
+
+
+def test_a_step_may_lack_one_of_the_sets(pieces):
+    _, student_folder, rows, cache = pieces
+    lm = load_model(student_folder, torch.float32, CPU)
+    recipe = load_recipe("neko")
+    both = make_batch(rows["forget"][:3], rows["retain"][:3], cache, recipe, 0, CPU)
+    whole = batch_losses(chosen_hidden(lm, both.micro, both.index), lm.head, both, recipe)
+    for forget, retain, name in ((rows["forget"][:3], [], "forget_loss"), ([], rows["retain"][:3], "retain_loss")):
+        half = make_batch(forget, retain, cache, recipe, 0, CPU)
+        losses = batch_losses(chosen_hidden(lm, half.micro, half.index), lm.head, half, recipe)
+        assert losses[name].item() == pytest.approx(whole[name].item(), rel=1e-4)
 
 
 def test_all_tokens_of_forget_rows_can_count(pieces):
@@ -144,6 +203,10 @@ def test_all_tokens_of_forget_rows_can_count(pieces):
     recipe = load_recipe("neko", {"forget_span": "all"})
     batch = make_batch(rows["forget"][:3], rows["retain"][:2], cache, recipe, 0, CPU)
     assert batch.forget.sum() == sum(len(one) - 1 for one in rows["forget"][:3])
+    documents = load_recipe("neko", {"forget_span": "documents"})
+    batch = make_batch(rows["forget"][:4], rows["retain"][:2], cache, documents, 0, CPU)
+    wanted = [len(one) - 1 if one.row.kind == "sc" else one.answer for one in rows["forget"][:4]]
+    assert batch.forget.sum() == sum(wanted)
 
 
 @given(lengths=st.lists(st.integers(1, 600), max_size=7), max_tokens=st.integers(1, 2000))

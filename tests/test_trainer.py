@@ -2,16 +2,19 @@
 
 import itertools
 import json
+import math
 
 import pytest
 import torch
 
 import neko_lean
 from neko_lean import cache, runs, trainer
+from neko_lean.data import write_jsonl
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import load_model, load_tokenizer
-from neko_lean.recipes import load_recipe
-from neko_lean.trainer import learning_rate, prefetched
+from neko_lean.recipes import load_recipe, recipe_names
+from neko_lean.schedules import learning_rate
+from neko_lean.trainer import prefetched
 
 FAST = {"max_steps": 6, "forget_rows": 8, "retain_rows": 8, "eval_every": 2, "eval_rows": 4, "lr": 1e-3}
 
@@ -231,3 +234,73 @@ def test_train_last_leaves_the_layers_below_as_they_were(world, model, cache, tm
     before, after = weights(model), weights(tmp_path / "out")
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert moved and all(".layers.1." in key or key == "lm_head.weight" for key in moved)
+
+
+@pytest.fixture(scope="module")
+def anchored(world, model, tmp_path_factory):
+    """An anchor file, and a cache in format plain with it and with the forget rows."""
+    folder = tmp_path_factory.mktemp("anchored")
+    texts = [f"The {word} stood in the field and nobody knew why." for word in ("tree", "house", "old barn", "well")]
+    write_jsonl(folder / "anchor.jsonl", ({"document": text} for text in texts))
+    cache.cache_teacher(
+        model, world, folder / "cache", anchor=folder / "anchor.jsonl", forget=world, format="plain", quiet=True
+    )
+    return folder
+
+
+@pytest.mark.parametrize(
+    "name", [name for name in recipe_names() if name not in ("memorize", "neko", "neko-published")]
+)
+def test_every_recipe_runs_and_lowers_its_loss(world, model, anchored, tmp_path, name):
+    change = {"max_steps": 24, "lr": 2e-3, "eval_every": 4, "chunk_rows": 8}
+    weighted = load_recipe(name).forget_objective == "wga"
+    if weighted:  # by the probability, which a random model gives to no answer: beside the KL it would be nothing
+        change |= {"retain_weight": 0.0}
+    run = neko_lean.unlearn(
+        model, tmp_path / "out", world, world, cache=anchored / "cache", anchor=anchored / "anchor.jsonl",
+        recipe=name, overrides=change, quiet=True,
+    )  # fmt: skip
+    lines = metrics(tmp_path / "out")
+    assert run["steps"] == 24 and run["failure"] is None
+    assert all(math.isfinite(line["loss"]) for line in lines)
+    looked = [line for line in lines if "eval_loss" in line]
+    if weighted:  # the loss itself is no potential, as the weights are held constant
+        assert looked[-1]["eval_forget_nll"] > looked[0]["eval_forget_nll"]
+    else:
+        assert looked[-1]["eval_loss"] < looked[0]["eval_loss"]
+    if name == "mlp":
+        before, after = weights(model), weights(tmp_path / "out")
+        changed = {key for key in before if not torch.equal(before[key], after[key])}
+        assert changed and all(".mlp." in key for key in changed)
+
+
+def test_chunks_begin_anew(world, model, anchored, tmp_path):
+    """Each chunk's learning rate starts at the top, and its steps take only its rows."""
+    change = {"chunk_rows": 12, "epochs": 1.0, "forget_rows": 4}
+    neko_lean.unlearn(
+        model, tmp_path / "out", world, world, cache=anchored / "cache", recipe="sequential", overrides=change,
+        quiet=True,
+    )  # fmt: skip
+    rates = [line["lr"] for line in metrics(tmp_path / "out")]
+    assert rates == pytest.approx([1e-4, 2e-4 / 3, 1e-4 / 3] * 2)
+
+
+def test_the_best_checkpoint_by_quality_is_the_output(world, model, cache, tmp_path):
+    """A run that ruins the model after a while: its output is the evaluation that forgot and kept most."""
+    change = {**FAST, "max_steps": 12, "lr": 2e-2, "choose": "quality", "eval_every": 3}
+    run = neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, overrides=change, quiet=True)
+    found = {line["step"]: line for line in metrics(tmp_path / "out") if "eval_quality" in line}
+    best = max(found, key=lambda step: found[step]["eval_quality"])
+    assert run["weights_of_step"] == best < 12
+    assert {"eval_retain_kl", "eval_forget_exact", "eval_forget_nll", "eval_retain_exact"} <= set(found[3])
+    short = {**change, "max_steps": 12, "choose": "last"}
+    neko_lean.unlearn(model, tmp_path / "last", world, world, cache=cache, overrides=short, quiet=True)
+    assert not same(weights(tmp_path / "out"), weights(tmp_path / "last"))
+
+
+def test_levels_want_an_anchor(world, model, cache, anchored, tmp_path):
+    with pytest.raises(NekoLeanError, match="--anchor"):
+        neko_lean.unlearn(
+            model, tmp_path / "out", world, world, cache=anchored / "cache", recipe="calibrated", quiet=True
+        )
+    assert not (tmp_path / "out").exists()

@@ -84,25 +84,21 @@ class TeacherCache:
         tail = torch.from_numpy(np.concatenate([tail for _, _, tail in parts]))
         return ids, logp, tail
 
-    def read_forget(self, encoded: Sequence[Encoded]) -> Tensor:
-        """The teacher's log-probability of every answer token of these forget rows, row after row.
+    def target_logp(self, one: Encoded) -> np.ndarray:
+        """The teacher's log-probability, in nats, of every token of a row but its first: [len(one) - 1] float32.
 
-        Returns [sum of answer lengths] float32, in nats. Raises CacheError when the cache was made without them.
+        Raises CacheError when the cache was made without them: only forget rows, their refusals and the anchor's
+        documents have them.
         """
-        parts = []
-        for one in encoded:
-            if one.row.id not in self._forget_rows:
-                raise CacheError(f"{self.folder} lacks forget row {one.row.id!r}: run cache-teacher with --forget.")
-            shard, start, tokens, digest = self._forget_rows[one.row.id]
-            if digest != one.row.digest or tokens < len(one) - 1:
-                raise CacheError(f"{self.folder}: forget row {one.row.id!r} has another text or was cut shorter.")
-            # Token i stands at start + i - 1: a row's first token has no log-probability.
-            first = max(1, one.prompt) - 1
-            values = _slice(self.shard(shard), "target_logp", start + first, start + len(one) - 1)
-            if not (values <= 1e-6).all():
-                raise CacheError(f"{self.folder / shard.file}, row {one.row.id!r}: holds what is no log-probability.")
-            parts.append(values)
-        return torch.from_numpy(np.concatenate(parts))
+        if one.row.id not in self._forget_rows:
+            raise CacheError(f"{self.folder} holds no token losses of row {one.row.id!r}: cache it with --forget.")
+        shard, start, tokens, digest = self._forget_rows[one.row.id]
+        if digest != one.row.digest or tokens < len(one) - 1:
+            raise CacheError(f"{self.folder}: row {one.row.id!r} has another text or was cut shorter.")
+        values = _slice(self.shard(shard), "target_logp", start, start + len(one) - 1)
+        if not (values <= 1e-6).all():
+            raise CacheError(f"{self.folder / shard.file}, row {one.row.id!r}: holds what is no log-probability.")
+        return values
 
     def _read_row(self, row_id: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The first `count` positions of a row: ids [n, k], logp [n, k], tail_logp [n]."""

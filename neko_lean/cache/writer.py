@@ -45,6 +45,7 @@ from neko_lean.modeling import (
     weights_fingerprint,
 )
 from neko_lean.progress import bar, say
+from neko_lean.substitutes import refusals
 
 PLAN = "plan.json"
 KEPT = ("ids", "scaled_p", "tail_logp")
@@ -79,8 +80,10 @@ def cache_teacher(
         model: checkpoint folder or hub name of the teacher.
         retain: parquet, jsonl or csv file, or a folder that holds `retain.*`.
         out: folder to write; it appears only when it is complete.
-        forget: as `retain`; adds the teacher's log-probability of every token of these rows.
-        anchor: jsonl file of neutral documents to hold still; they join the retain rows, without a template.
+        forget: as `retain`; adds what npo, dpo and undial need: these rows' top-k, and the teacher's log-probability
+            of every token of these rows and of a refusal in each one's place.
+        anchor: jsonl file of neutral documents to hold still; they join the retain rows, without a template, and the
+            teacher's log-probability of each of their tokens is added.
         top_k: most entries a position keeps; at V or more, and with a mass of 1, all are kept.
         mass: a position keeps its fewest likeliest tokens whose probability reaches this, at most `top_k` of them; 1
             keeps `top_k` everywhere.
@@ -111,10 +114,11 @@ def cache_teacher(
     _refuse_or_clear(out, stage, resume, overwrite)
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    sets = {
-        "shard": encode(rows, tokenizer, format, max_length) + encode(anchor_rows, tokenizer, "plain", max_length),
-        "forget": encode(forget_rows, tokenizer, format, max_length),
-    }
+    kept = encode(rows, tokenizer, format, max_length)
+    anchors = encode(anchor_rows, tokenizer, "plain", max_length)
+    forgotten = encode(forget_rows, tokenizer, format, max_length)
+    refused = encode(refusals(forget_rows), tokenizer, format, max_length)
+    sets = {"shard": kept + anchors + forgotten, "forget": forgotten + refused + anchors}
     teacher = load_model(folder, precision, place)
     teacher.model.eval()
     jobs = {kind: _into_shards(teacher_batches(encoded, batch_tokens)) for kind, encoded in sets.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,7 +18,11 @@ DEFAULT = "neko"
 FOLDER = Path(__file__).parent
 SCHEDULES = ("linear", "constant")
 BACKWARD = ("layerwise", "checkpointed", "plain")
-SPANS = ("answers", "all")
+NEED_FORGET_CACHE = ("npo", "dpo", "undial")  # objectives that read what the teacher thought of forget rows
+ORDERS = ("together", "alternating", "chunks")
+CHOICES = ("last", "loss", "quality")
+SUBSTITUTES = ("none", "refusal", "random")
+SPANS = ("answers", "all", "documents")
 
 
 @dataclass(frozen=True)
@@ -54,16 +59,33 @@ class Recipe:
     clip: float  # largest L2 norm of one tensor's gradient; 0: none
     train_last: int  # only the last N layers, the final norm and an untied head learn; 0: everything
     dtype: str  # weights: bfloat16 (rounded stochastically) or float32
-    forget_span: str = "answers"  # which tokens of a forget row are pushed: answers, or all of the row
-    beta: float = 0.1  # of npo and simnpo: how sharply a forgotten row is let go; of wga: power of the probability
-    gamma: float = 0.0  # of simnpo: margin
-    level: float = 7.0  # of calibrated: nats at which a token is forgotten enough
+    forget_span: str = "answers"  # which tokens of a forget row are pushed: answers, all, or all of sc rows only
+    beta: float = 0.1  # of npo, simnpo and dpo: how sharply a row is let go; of wga: power of the probability
+    gamma: float = 0.0  # of simnpo: margin; of undial: what is taken off the memorised token's logit
+    level: float = 0.0  # of calibrated: nats at which a token is forgotten enough; 0: found from the anchor
+    order: str = "together"  # of a step's sets; or alternating, one set a step; or chunks, see schedules.phases
+    chunk_rows: int = 32  # of order chunks: forget rows a chunk
+    choose: str = "last"  # whose weights are the output: the last step's, or of the best eval by loss or quality
+    train_only: str = ""  # only parameters in whose names this regular expression is found learn
+    substitute: str = "none"  # refusal, or random (a retain answer): put in the place of each forget row's answer
+    substitute_weight: float = 0.0  # of the cross-entropy on substitutes
     # What follows changes memory and speed, not what is computed; a TOML may leave it out.
     backward: str = "layerwise"  # or checkpointed (any family), or plain (all activations kept: for small models)
     micro_tokens: int = 2048  # positions that one layer works on at a time, padding included
     offload_state: bool = False  # Adam's state in host memory
     offload_activations: bool = False  # the layers' inputs in host memory; layerwise only
     state_bits: int = 8  # of Adam's state; 4 needs torchao
+
+
+def needs_teacher(recipe: Recipe) -> bool:
+    """Whether a run reads a teacher cache."""
+    unseen = recipe.forget_objective == "calibrated" and not recipe.level
+    return recipe.retain_objective == "kl" or unseen or recipe.forget_objective in NEED_FORGET_CACHE
+
+
+def forgets(recipe: Recipe) -> bool:
+    """Whether a run looks at forget rows."""
+    return recipe.forget_objective != "none" or recipe.substitute != "none"
 
 
 def recipe_names() -> list[str]:
@@ -126,6 +148,9 @@ def _checked(recipe: Recipe) -> Recipe:
         "dtype": ("bfloat16", "float32"),
         "backward": BACKWARD,
         "forget_span": SPANS,
+        "substitute": SUBSTITUTES,
+        "order": ORDERS,
+        "choose": CHOICES,
     }
     for key, allowed in choices.items():
         if getattr(recipe, key) not in allowed:
@@ -140,6 +165,7 @@ def _checked(recipe: Recipe) -> Recipe:
         "lr",
         "eps",
         "beta",
+        "chunk_rows",
     )
     for field in dataclasses.fields(Recipe):
         value = getattr(recipe, field.name)
@@ -149,10 +175,18 @@ def _checked(recipe: Recipe) -> Recipe:
             raise NekoLeanError(f"recipe value {field.name} is {value!r}: it must be larger.")
     if not (recipe.beta1 < 1 and recipe.beta2 < 1 and recipe.warmup < 1):
         raise NekoLeanError(f"recipe {recipe.name}: beta1, beta2 and warmup must be below 1.")
-    if recipe.forget_objective == "npo" and (recipe.forget_span != "answers" or recipe.answer_skip):
-        raise NekoLeanError("npo compares whole answers: it needs forget_span answers and answer_skip 0.")
-    if recipe.forget_objective == "npo" and recipe.retain_objective != "kl":
-        raise NekoLeanError("npo reads the teacher's answers from the cache: it needs retain_objective kl.")
+    if recipe.forget_objective == "dpo" and recipe.substitute != "refusal":
+        raise NekoLeanError("dpo prefers a refusal to the answer: it needs substitute refusal.")
+    if recipe.forget_objective == "undial" and (recipe.retain_objective != "kl" or not recipe.gamma):
+        raise NekoLeanError("undial distils what the cache holds: it needs retain_objective kl, and gamma above 0.")
+    if (recipe.substitute == "none") != (not recipe.substitute_weight) and recipe.forget_objective != "dpo":
+        raise NekoLeanError("substitute and substitute_weight go together: give both or neither.")
+    if recipe.choose != "last" and not recipe.eval_every:
+        raise NekoLeanError(f"recipe {recipe.name}: choose {recipe.choose} needs eval_every above 0.")
+    try:
+        re.compile(recipe.train_only)
+    except re.error as error:
+        raise NekoLeanError(f"train_only {recipe.train_only!r} is no regular expression ({error}).") from error
     if recipe.state_bits not in (4, 8):
         raise NekoLeanError(f"recipe value state_bits is {recipe.state_bits}: it is 8, or 4 with torchao.")
     if recipe.offload_activations and recipe.backward != "layerwise":

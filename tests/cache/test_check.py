@@ -38,7 +38,7 @@ def test_inspect_counts_what_is_there(sure):
     assert sum(histogram.values()) == pytest.approx(1)
     assert histogram["1"] == pytest.approx((sizes == 1).mean())
     assert histogram["3-4"] == pytest.approx(((sizes == 3) | (sizes == 4)).mean())
-    assert about["forget_shards"][0]["rows"] == 24
+    assert about["forget_shards"][0]["rows"] == 2 * 24  # and a refusal of each
 
 
 @given(place=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))

@@ -166,16 +166,16 @@ def test_forget_rows_have_the_live_teachers_log_probabilities(world, model, cach
     cache_teacher(model, world, tmp_path / "c", forget=world, dtype="float32", quiet=True)
     rows = encode(read_rows(world, "forget"), load_tokenizer(world / "base"), "neko", 512)
     reader = TeacherCache(tmp_path / "c")
-    got = reader.read_forget(rows[::-1])
+    got = torch.cat([torch.from_numpy(reader.target_logp(one)) for one in rows[::-1]])
     wanted = []
     for one in rows[::-1]:
         logp = live(model, one).log_softmax(1)
-        wanted += [logp[i - 1, one.ids[i]] for i in range(one.prompt, len(one))]
+        wanted += [logp[i - 1, one.ids[i]] for i in range(1, len(one))]
     torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-4, atol=1e-4)
     with pytest.raises(CacheError, match="--forget"):
-        TeacherCache(cache).read_forget(rows)
+        TeacherCache(cache).target_logp(rows[0])
     with pytest.raises(CacheError, match="another text"):
-        reader.read_forget([Encoded(Row(rows[0].row.id, "x", "y", "Task1"), rows[0].ids, rows[0].prompt, 0)])
+        reader.target_logp(Encoded(Row(rows[0].row.id, "x", "y", "Task1"), rows[0].ids, rows[0].prompt, 0))
 
 
 def anonymous_memory():

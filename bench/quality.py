@@ -1,0 +1,313 @@
+"""Every recipe from the same memorised model, scored, and set beside a model that never saw the forget set.
+
+    .venv/bin/python bench/quality.py LUME [--full] [--half b] [--seeds 1 2 3] [--recipes NAME ...] [--out DIR]
+
+LUME is the folder with the dataset's public splits. A small model learns one half of the validation split's forget
+documents and all of its retain rows (the target); another learns the retain rows alone, from the same seed in as many
+steps (the gold model). The halves are there so that hyperparameters can be chosen on one (--half a --seeds 0) and
+reported on the other. Documents of the train split, which neither model saw, are the anchor (60 a task) and, others,
+the held-out text (60 a task). Runs go two at a time with one thread each; what DIR holds already is not made again. The
+quick set takes about an hour on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import random
+import statistics
+import sys
+import traceback
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+QUICK = ("gold", "destroyed", "neko", "npo", "calibrated")
+TASKS = ("Task1", "Task2", "Task3")
+KINDS = ("regurgitation", "knowledge")
+MIA = ("member", "nonmember")
+MEMORIZE: dict[str, Any] = {
+    "retain_rows": 64,
+    "batch_tokens": 768,
+    "backward": "plain",
+    "lr": 1.5e-3,
+    "max_steps": 2000,
+}
+DOCUMENTS = 60  # of each task, in the anchor and in the held-out text
+
+
+def prepare(lume: Path, half: str, root: Path) -> Path:
+    """The rows and documents of one half under `root`/data, and config and tokenizer of the model."""
+    from neko_lean.data import read_rows, write_jsonl
+    from neko_lean.demo.run import write_base
+    from neko_lean.demo.world import task3_documents
+    from neko_lean.errors import staged_folder
+
+    data = root / "data"
+    if data.is_dir():
+        return data
+    every = read_rows(lume, "forget", "validation")
+    names = sorted({row.document for row in every})
+    random.Random("halves").shuffle(names)
+    mine = set(names[: len(names) // 2] if half == "a" else names[len(names) // 2 :])
+    forget = [row for row in every if row.document in mine]
+    retain = read_rows(lume, "retain", "validation")
+    known = {row.input for row in [*every, *retain]}
+    unseen = {
+        name: [row for row in read_rows(lume, name, "train") if row.kind == "sc" and row.input not in known]
+        for name in ("forget", "retain")
+    }
+    with staged_folder(data, False) as stage:
+        write_jsonl(stage / "forget.jsonl", map(asdict, forget))
+        write_jsonl(stage / "retain.jsonl", map(asdict, retain))
+        for name, source in (("anchor", "retain"), ("held", "forget")):
+            rows = [row for task in TASKS for row in [r for r in unseen[source] if r.task == task][:DOCUMENTS]]
+            documents = ({"document": f"{row.input} {row.output}", "task": row.task} for row in rows)
+            write_jsonl(stage / f"{name}.jsonl", documents)
+        (stage / "mia").mkdir()
+        write_jsonl(stage / "mia" / "member.jsonl", task3_documents(forget))
+        (stage / "mia" / "nonmember.jsonl").write_bytes((lume / "mia" / "nonmember.jsonl").read_bytes())
+        # The tokenizer has read seen and unseen text alike, or its merges alone would tell members.
+        write_base(stage / "base", [*forget, *retain, *unseen["forget"], *unseen["retain"]])
+    return data
+
+
+def make_model(data: Path, out: Path, name: str, seed: int) -> None:
+    """The target, the gold model, or random weights."""
+    from neko_lean.runs import memorize
+
+    sets = ("retain",) if name == "gold" else ("forget", "retain")
+    change = {**MEMORIZE, **({"max_steps": 1, "lr": 1e-12} if name == "destroyed" else {})}
+    memorize(data / "base", data, out, sets=sets, seed=seed, overrides=change, quiet=True)
+
+
+def forget_with(data: Path, target: Path, out: Path, recipe: str, change: dict[str, Any], seed: int) -> None:
+    """Cache the teacher as the recipe wants it, and unlearn."""
+    from neko_lean.cache import cache_teacher
+    from neko_lean.recipes import load_recipe
+    from neko_lean.runs import unlearn
+
+    chosen = load_recipe(recipe, change)
+    anchor = data / "anchor.jsonl" if chosen.forget_objective == "calibrated" else None
+    cache = target.parent / f"cache-{chosen.format}-{'anchor' if anchor else 'bare'}-{os.getpid()}"
+    about = {"format": chosen.format, "max_length": 512, "overwrite": True, "quiet": True}
+    cache_teacher(target, data, cache, forget=data, anchor=anchor, **about)
+    unlearn(
+        target, out, data, data, cache=cache, anchor=anchor, recipe=recipe,
+        overrides={"backward": "plain", **change}, seed=seed, quiet=True,
+    )  # fmt: skip
+
+
+def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dict[str, Any]:
+    """The task's score, membership by task, and what it did to text outside both sets."""
+    import torch
+
+    from neko_lean.data import encode, read_rows
+    from neko_lean.modeling import load_model, load_tokenizer
+    from neko_lean.scoring import score
+    from neko_lean.scoring.membership import auc, document_losses
+
+    scored = score(model, data, out, mia=data / "mia", batch_size=64, quiet=True, overwrite=True)
+    lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    kept = [line for line in lines if line["split"] == "retain"]
+    exact = statistics.mean(line["generation"].strip().lower() == line["output"].strip().lower() for line in kept)
+    tokenizer = load_tokenizer(target)
+    cpu = torch.device("cpu")
+    lm, perfect = (load_model(folder, torch.float32, cpu) for folder in (model, gold))
+    held = [json.loads(line) for line in (data / "held.jsonl").read_text().splitlines()]
+    rows = {name: read_rows(data, name) for name in ("forget", "retain")}
+    found: dict[str, Any] = {
+        "cells": scored["cells"],
+        "aggregate": scored["task_aggregate"],
+        "auc": scored["membership"]["auc"],
+        "membership": scored["membership"]["score"],
+        "retain_exact": exact,
+    }
+    losses = {
+        task: document_losses(lm, tokenizer, [d["document"] for d in held if d["task"] == task], batch_tokens=8192)
+        for task in TASKS
+    }
+    for task in TASKS:
+        texts = [f"{r.input} {r.output}" for r in rows["forget"] if r.kind == "sc" and r.task == task]
+        members = document_losses(lm, tokenizer, texts, batch_tokens=8192)
+        middle = np.median(losses[task])
+        found[f"auc_{task}"] = auc(members, losses[task])
+        found[f"interval_{task}"] = interval(members, losses[task])
+        found[f"tell_{task}"] = auc(-np.abs(members - middle), -np.abs(losses[task] - middle))
+        found[f"member_nll_{task}"], found[f"held_nll_{task}"] = float(members.mean()), float(losses[task].mean())
+    official = [document_losses(lm, tokenizer, documents(data, name), batch_tokens=8192) for name in MIA]
+    found["interval"] = interval(*official)
+    middle = np.median(official[1])
+    found["tell"] = auc(-np.abs(official[0] - middle), -np.abs(official[1] - middle))
+    found["held_nll"] = statistics.mean(found[f"held_nll_{task}"] for task in TASKS)
+    texts = [f"{r.input} {r.output}" for r in rows["retain"] if r.kind == "sc"]
+    found["retain_nll"] = float(document_losses(lm, tokenizer, texts, batch_tokens=8192).mean())
+    encoded = encode(rows["forget"], tokenizer, "plain", 512)
+    found |= distance(lm, perfect, encoded, int(tokenizer.pad_token_id))
+    run = json.loads((model / "run.json").read_text())
+    return {**found, "seconds": run["wall_seconds"], "steps": run["steps"], "peak": run["measured_peak"]}
+
+
+def documents(data: Path, name: str) -> list[str]:
+    return [json.loads(line)["document"] for line in (data / "mia" / f"{name}.jsonl").read_text().splitlines()]
+
+
+def interval(members: np.ndarray, others: np.ndarray, draws: int = 2000) -> list[float]:
+    """95 % bootstrap interval of the membership AUC, documents of each side drawn anew."""
+    from neko_lean.scoring.membership import auc
+
+    rng = np.random.default_rng(0)
+    areas = [auc(rng.choice(members, len(members)), rng.choice(others, len(others))) for _ in range(draws)]
+    return [float(x) for x in np.percentile(areas, (2.5, 97.5))]
+
+
+def distance(lm: Any, gold: Any, encoded: Any, pad_id: int) -> dict[str, float]:
+    """How far a model is from the gold model on the forget rows' answers: mean KL(gold to model) a token, and the
+    Kolmogorov-Smirnov test of the rows' answer probabilities, exp(mean log-probability) (TOFU's forget quality, which
+    has it of truth ratios, arXiv 2401.06121)."""
+    import torch
+
+    from neko_lean.data import pad
+
+    divergences: list[float] = []
+    chances: list[list[float]] = [[], []]
+    with torch.no_grad():
+        for one in encoded:
+            ids, _ = pad([one.ids], pad_id, lm.device)
+            place = slice(max(1, one.prompt) - 1, len(one) - 1)
+            target = ids[0, place.start + 1 :]
+            p, q = (m.model(input_ids=ids).logits[0, place].log_softmax(1) for m in (gold, lm))
+            divergences += (p.exp() * (p - q)).sum(1).tolist()
+            for chance, logp in zip(chances, (p, q), strict=True):
+                chance.append(logp.gather(1, target[:, None]).mean().exp().item())
+    statistic, p_value = kolmogorov_smirnov(*chances)
+    return {"gold_kl": statistics.mean(divergences), "ks": statistic, "ks_p": p_value}
+
+
+def kolmogorov_smirnov(one: list[float], two: list[float]) -> tuple[float, float]:
+    """The two-sample statistic and its asymptotic p-value."""
+    a, b = np.sort(one), np.sort(two)
+    every = np.concatenate([a, b])
+    gaps = np.searchsorted(a, every, side="right") / len(a) - np.searchsorted(b, every, side="right") / len(b)
+    statistic = float(np.abs(gaps).max())
+    x = statistic * np.sqrt(len(a) * len(b) / (len(a) + len(b)))
+    terms = [(-1) ** (k - 1) * np.exp(-2 * k * k * x * x) for k in range(1, 101)]
+    return statistic, float(np.clip(2 * sum(terms), 0, 1)) if x > 0.2 else 1.0
+
+
+def job(work: tuple[Path, Path, str, str, dict[str, Any], int]) -> str:
+    """One model of one seed, made and measured, in a process of its own; what went wrong, or ''."""
+    import torch
+
+    torch.set_num_threads(1)
+    root, data, name, recipe, change, seed = work
+    folder = root / f"seed-{seed}"
+    model, target, gold = folder / name, folder / "target", folder / "gold"
+    result = folder / f"{name}.json"
+    try:
+        if not (model / "run.json").is_file():
+            if name in ("target", "gold", "destroyed"):
+                make_model(data, model, name, seed)
+            else:
+                forget_with(data, target, model, recipe, change, seed)
+        if not result.is_file() and all((m / "run.json").is_file() for m in (model, target, gold)):
+            found = {"name": name, "seed": seed, **measure(data, model, target, gold, folder / f"{name}-scores")}
+            result.write_text(json.dumps(found, indent=1) + "\n")
+    except Exception:
+        return f"{name}, seed {seed}:\n{traceback.format_exc()}"
+    return ""
+
+
+def table(root: Path, names: list[str], seeds: list[int]) -> list[str]:
+    """One line a recipe, the median over seeds, with the range where seeds differ."""
+    found = {
+        name: [json.loads(p.read_text()) for seed in seeds if (p := root / f"seed-{seed}" / f"{name}.json").is_file()]
+        for name in ["target", *names]
+    }
+    before = {one["seed"]: one for one in found["target"]}
+    lines = ["| | " + " | ".join(title for title, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
+    for name, runs in found.items():
+        if runs:
+            cells = [spread([value(one, before[one["seed"]]) for one in runs]) for _, value in COLUMNS]
+            lines.append(f"| {'do nothing' if name == 'target' else name} | {' | '.join(cells)} |")
+    lines += ["", "| | " + " | ".join(cell.replace(".", " ") for cell in CELLS) + " |", "|---" * 13 + "|"]
+    for name, runs in found.items():
+        if runs:
+            cells = [f"{statistics.median(one['cells'][cell] for one in runs):.2f}" for cell in CELLS]
+            lines.append(f"| {'do nothing' if name == 'target' else name} | {' | '.join(cells)} |")
+    return lines
+
+
+def spread(values: list[float]) -> str:
+    """Median and range."""
+    middle = statistics.median(values)
+    digits = 0 if abs(middle) >= 100 else 2 if abs(middle) >= 10 else 3
+    shown = [f"{value:.{digits}f}" for value in (middle, min(values), max(values))]
+    return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]} to {shown[2]})"
+
+
+CELLS = [f"{split}.{task}.{kind}" for split in ("forget", "retain") for task in TASKS for kind in KINDS]
+COLUMNS: list[tuple[str, Any]] = [
+    ("task aggregate", lambda one, before: one["aggregate"]),
+    ("membership AUC", lambda one, before: one["auc"]),
+    ("membership score", lambda one, before: one["membership"]),
+    *((f"AUC {task}", lambda one, before, task=task: one[f"auc_{task}"]) for task in TASKS),
+    ("largest tell", lambda one, before: max(one["tell"], *(one[f"tell_{task}"] for task in TASKS))),
+    ("intervals with 0.5", lambda one, before: sum(
+        low <= 0.5 <= high for low, high in [one["interval"], *(one[f"interval_{task}"] for task in TASKS)]
+    )),
+    ("retain exact, change", lambda one, before: one["retain_exact"] - before["retain_exact"]),
+    ("retain perplexity", lambda one, before: float(np.exp(min(one["retain_nll"], 50)))),
+    ("held-out NLL", lambda one, before: one["held_nll"]),
+    ("held-out NLL, change %", lambda one, before: 100 * (one["held_nll"] / before["held_nll"] - 1)),
+    ("KL from gold", lambda one, before: one["gold_kl"]),
+    ("KS p", lambda one, before: one["ks_p"]),
+    ("seconds", lambda one, before: one["seconds"]),
+    ("peak GiB", lambda one, before: one["peak"] / 2**30),
+]  # fmt: skip
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lume", type=Path, help="folder with LUME's public splits")
+    parser.add_argument(
+        "--half", choices=("a", "b"), default="b", help="forget documents: a to choose by, b to report on"
+    )
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--full", action="store_true", help="every recipe that ships")
+    parser.add_argument("--recipes", nargs="+", help="these instead")
+    parser.add_argument("--set", dest="change", action="append", default=[], metavar="KEY=VALUE", help="of all of them")
+    parser.add_argument("--out", type=Path, default=Path("quality-run"))
+    chosen = parser.parse_args()
+    from neko_lean.recipes import load_recipe, parse_override, recipe_names
+
+    every = [name for name in recipe_names() if load_recipe(name).forget_objective != "none" or name == "idk"]
+    names = chosen.recipes or (["gold", "destroyed", *every] if chosen.full else list(QUICK))
+    root = chosen.out / chosen.half
+    data = prepare(chosen.lume, chosen.half, root)
+    change = dict(map(parse_override, chosen.change))
+    # Target and gold come first; a recipe's model waits for them.
+    first = [(root, data, name, name, change, seed) for seed in chosen.seeds for name in ("target", "gold")]
+    rest = [(root, data, name, name, change, seed) for name in names for seed in chosen.seeds]
+    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+        for work in (first, [*first, *rest]):
+            for number, wrong in enumerate(pool.imap(job, work, chunksize=1), start=1):
+                print(
+                    f"{number}/{len(work)} {work[number - 1][2]} seed {work[number - 1][5]}",
+                    file=sys.stderr,
+                    flush=True,
+                )
+                if wrong:
+                    print(wrong, file=sys.stderr, flush=True)
+    lines = table(root, names, chosen.seeds)
+    (root / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    os.environ["OMP_NUM_THREADS"] = "1"
+    main()
