@@ -82,7 +82,9 @@ def prepare(work: Path, lume: Path, device: torch.device) -> None:
     for name, rows in every.items():
         write_jsonl(work / f"{name}.jsonl", map(asdict, rows[:: len(rows) // count][:count]))
     random_olmo_1b().save_pretrained(work / "model")
-    cache_teacher(work / "model", work, work / "cache", max_length=128, device=str(device), overwrite=True)
+    cache_teacher(
+        work / "model", work, work / "cache", max_length=128, device=str(device), overwrite=True, format="neko"
+    )
     (work / "ready").touch()
 
 

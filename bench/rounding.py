@@ -76,7 +76,7 @@ def run(name: str, folder: Path, cache: Path, steps: int, seed: int) -> dict[str
         with tempfile.TemporaryDirectory() as scratch:
             neko_lean.unlearn(
                 folder / "target", Path(scratch) / "out", folder / "data", folder / "data",
-                cache=cache, overrides=change, seed=seed, quiet=True,
+                cache=cache, recipe="neko", overrides=change, seed=seed, quiet=True,
             )  # fmt: skip
             lines = (Path(scratch) / "out" / "metrics.jsonl").read_text().splitlines()
     finally:
@@ -95,7 +95,9 @@ def main() -> None:
     seeds = range(options.seeds)
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "teacher"
-        neko_lean.cache_teacher(options.run / "target", options.run / "data", cache, max_length=128, quiet=True)
+        neko_lean.cache_teacher(
+            options.run / "target", options.run / "data", cache, max_length=128, quiet=True, format="neko"
+        )
         results = {name: [run(name, options.run, cache, options.steps, seed) for seed in seeds] for name in NAMES}
     table = Table(title=f"recipe neko, {options.steps} steps, {options.seeds} seeds; CPU", title_justify="left")
     for head in ("", "forget loss", "x float32", "retain KL", "x float32"):

@@ -15,7 +15,6 @@ import numpy as np
 
 from neko_lean.data import Encoded
 from neko_lean.documents import TASK
-from neko_lean.errors import NekoLeanError
 
 ORDERS = (1, 2, 3)  # tokens of context, the token itself among them, that an estimate looks at
 PRIOR = 2.0  # occurrences that the shorter context's estimate counts as
@@ -57,7 +56,7 @@ def with_levels(forget: Sequence[Encoded], anchor: Sequence[Encoded], losses: Se
 
     Args:
         forget: encoded forget rows.
-        anchor: encoded documents that the teacher never saw; those of a row's task are looked at where there are any.
+        anchor: at least one encoded document that the teacher never saw; those of a row's task where there are any.
         losses: the teacher's loss of every token but the first of each, in nats: [len - 1] each.
 
     A token's cost is the mean over the same token in the same context of up to two tokens, shrunk towards shorter
@@ -65,8 +64,6 @@ def with_levels(forget: Sequence[Encoded], anchor: Sequence[Encoded], losses: Se
     anchor document of its rank, so that their losses are spread as those of unseen documents are; qa rows are scaled
     as the task's sc rows are on average.
     """
-    if not anchor:
-        raise NekoLeanError("level 0 is found from documents that the model never saw: give them with --anchor.")
     by_task: dict[str, list[int]] = defaultdict(list)
     for number, one in enumerate(anchor):
         by_task[one.row.task].append(number)

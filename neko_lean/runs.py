@@ -107,8 +107,13 @@ def unlearn(
                 max_length=chosen.max_length,
                 encoded=retain_rows,
             )
-            if chosen.forget_objective == "calibrated" and not chosen.level:
+            if chosen.forget_objective == "calibrated" and anchors:
                 forget_rows = with_levels(forget_rows, anchors, [-teacher.target_logp(one) for one in anchors])
+        if chosen.forget_objective == "calibrated" and forget_rows[0].levels is None:
+            say(
+                f"warning: without --anchor nothing says what unseen text costs: every token counts as forgotten at "
+                f"{chosen.level} nats."
+            )
         for name, encoded in (("forget", forget_rows), ("retain", retain_rows)):
             if encoded:
                 say(f"{name}: {truncation_line(encoded, chosen.max_length)}", quiet)

@@ -41,5 +41,5 @@ def cache(world: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from neko_lean.cache import cache_teacher
 
     out = tmp_path_factory.mktemp("cache")
-    cache_teacher(model, world, out, dtype="float32", quiet=True)
+    cache_teacher(model, world, out, dtype="float32", quiet=True, format="neko")
     return out

@@ -21,11 +21,19 @@ def anchor(tmp_path):
 def test_anchor_rows_join_the_retain_rows(world, model, anchor, tmp_path):
     rows = read_anchor(anchor)
     assert [row.task for row in rows] == ["anchor"] * 3 and rows[2].output.startswith("The old red barn")
-    made = neko_lean.cache_teacher(model, world, tmp_path / "cache", anchor=anchor, quiet=True)
+    made = neko_lean.cache_teacher(model, world, tmp_path / "cache", anchor=anchor, quiet=True, format="neko")
     assert made.rows == 36 + 3
     change = {"max_steps": 2, "forget_rows": 4, "retain_rows": 4, "eval_every": 0}
     run = neko_lean.unlearn(
-        model, tmp_path / "out", world, world, cache=tmp_path / "cache", anchor=anchor, overrides=change, quiet=True
+        model,
+        tmp_path / "out",
+        world,
+        world,
+        cache=tmp_path / "cache",
+        anchor=anchor,
+        recipe="neko",
+        overrides=change,
+        quiet=True,
     )
     assert run["retain_rows"] == 39
     # A template is for prompts: anchor documents are read as they are.
@@ -34,7 +42,7 @@ def test_anchor_rows_join_the_retain_rows(world, model, anchor, tmp_path):
 
 def test_another_anchor_than_the_caches_is_refused(world, model, cache, anchor, tmp_path):
     with pytest.raises(NekoLeanError, match="lacks row 'anchor 1'"):
-        neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, anchor=anchor, quiet=True)
+        neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, anchor=anchor, recipe="neko", quiet=True)
     assert not (tmp_path / "out").exists()
 
 

@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from neko_lean.data import Encoded, Row
-from neko_lean.errors import NekoLeanError
 from neko_lean.levels import with_levels
 
 
@@ -51,8 +50,3 @@ def test_each_task_is_judged_by_its_own_documents():
     both = with_levels([row(0, [1, 2, 3]), row(1, [1, 2, 3], kind="qa")], anchor, losses)
     assert both[1].levels == pytest.approx(both[0].levels)
     assert np.isfinite(with_levels([row(1, [4, 5], kind="qa")], anchor, losses)[0].levels).all()
-
-
-def test_without_an_anchor_there_is_no_level():
-    with pytest.raises(NekoLeanError, match="--anchor"):
-        with_levels([row(0, [1, 2])], [], [])

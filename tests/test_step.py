@@ -28,7 +28,9 @@ def pieces(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pieces")
     teacher = random_model(world, folder / "teacher", seed=1, scale=10.0)
     student = random_model(world, folder / "student", seed=2, scale=10.0)
-    cache_teacher(teacher, world, folder / "cache", forget=world, top_k=10**6, mass=1, dtype="float32", quiet=True)
+    cache_teacher(
+        teacher, world, folder / "cache", forget=world, top_k=10**6, mass=1, dtype="float32", quiet=True, format="neko"
+    )
     tokenizer = load_tokenizer(teacher)
     rows = {name: encode(read_rows(world, name), tokenizer, "neko", 128) for name in ("forget", "retain")}
     return teacher, student, rows, TeacherCache(folder / "cache")

@@ -34,7 +34,7 @@ def same(one, two):
 @pytest.fixture(scope="module")
 def unlearned(world, model, cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("unlearned") / "out"
-    run = neko_lean.unlearn(model, out, world, world, cache=cache, overrides=FAST, quiet=True)
+    run = neko_lean.unlearn(model, out, world, world, cache=cache, recipe="neko", overrides=FAST, quiet=True)
     return out, run
 
 
@@ -65,7 +65,7 @@ def test_output_is_a_complete_checkpoint_with_its_story(world, unlearned):
 def test_the_same_seed_gives_the_same_weights(world, model, cache, unlearned, tmp_path):
     for seed, equal in ((0, True), (1, False)):
         out = tmp_path / str(seed)
-        neko_lean.unlearn(model, out, world, world, cache=cache, overrides=FAST, seed=seed, quiet=True)
+        neko_lean.unlearn(model, out, world, world, cache=cache, recipe="neko", overrides=FAST, seed=seed, quiet=True)
         assert same(weights(out), weights(unlearned[0])) == equal
 
 
@@ -83,12 +83,12 @@ def test_four_arguments_cache_and_train_and_the_teacher_is_never_loaded_beside_t
     monkeypatch.setattr(runs, "load_model", counted)
     monkeypatch.setattr("neko_lean.cache.writer.load_model", counted)
     monkeypatch.setattr(runs, "load_recipe", lambda name, _: load_recipe(name, FAST))
-    neko_lean.unlearn(str(model), str(tmp_path / "out"), str(world), str(world))
+    neko_lean.unlearn(str(model), str(tmp_path / "out"), str(world), str(world), recipe="neko")
     assert (tmp_path / "out" / "config.json").is_file() and len(loads) == 2
     loads.clear()
-    cache.cache_teacher(model, world, tmp_path / "cache", max_length=128, quiet=True)
+    cache.cache_teacher(model, world, tmp_path / "cache", max_length=128, quiet=True, format="neko")
     loads.clear()
-    neko_lean.unlearn(model, tmp_path / "two", world, world, cache=tmp_path / "cache", quiet=True)
+    neko_lean.unlearn(model, tmp_path / "two", world, world, cache=tmp_path / "cache", recipe="neko", quiet=True)
     assert len(loads) == 1
     assert same(weights(tmp_path / "out"), weights(tmp_path / "two"))
 
@@ -99,14 +99,14 @@ def test_ascent_forgets_and_kl_holds(world, model, cache, tmp_path):
     for weight in (0.0, 1.0):
         out = tmp_path / str(weight)
         change = {**FAST, "max_steps": 20, "forget_weight": weight, "eval_every": 20, "lr": 2e-3}
-        neko_lean.unlearn(model, out, world, world, cache=cache, overrides=change, quiet=True)
+        neko_lean.unlearn(model, out, world, world, cache=cache, recipe="neko", overrides=change, quiet=True)
         ends[weight] = metrics(out)[-1]
     assert ends[1.0]["eval_forget_loss"] < ends[0.0]["eval_forget_loss"] - 1
 
 
 def test_lost_answers_are_counted_and_said(world, model, tmp_path, capsys):
     change = {**FAST, "max_length": 8, "max_steps": 1}
-    run = neko_lean.unlearn(model, tmp_path / "out", world, world, overrides=change, quiet=True)
+    run = neko_lean.unlearn(model, tmp_path / "out", world, world, recipe="neko", overrides=change, quiet=True)
     assert run["forget_answers_lost"] > 0
     assert f"whole answer of {run['forget_answers_lost']} of 24 forget rows" in capsys.readouterr().err
 
@@ -132,7 +132,7 @@ def spoil(monkeypatch, at, values):
 def test_a_loss_that_is_no_number_stops_before_the_step_and_keeps_the_last_good_checkpoint(
     world, model, cache, tmp_path, monkeypatch
 ):
-    options = {"cache": cache, "overrides": FAST, "quiet": True}
+    options = {"cache": cache, "recipe": "neko", "overrides": FAST, "quiet": True}
     neko_lean.unlearn(model, tmp_path / "four", world, world, **{**options, "overrides": {**FAST, "max_steps": 6}})
     spoil(monkeypatch, 6, None)
     with pytest.raises(NekoLeanError, match=r"step 6, before its update; .* holds the checkpoint of step"):
@@ -150,7 +150,9 @@ def test_a_loss_that_is_no_number_stops_before_the_step_and_keeps_the_last_good_
 def test_early_stopping_takes_the_best_evaluation(world, model, cache, tmp_path, monkeypatch):
     change = {**FAST, "max_steps": 50, "eval_every": 1, "patience": 2}
     spoil(monkeypatch, 0, [5.0, 3.0, 4.0, 3.5, 1.0])
-    run = neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, overrides=change, quiet=True)
+    run = neko_lean.unlearn(
+        model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides=change, quiet=True
+    )
     assert run["steps"] == 4 and run["weights_of_step"] == 2 and run["ended"].startswith("early stopping at step 4")
     assert (tmp_path / "out" / "tokenizer.json").is_file()
 
@@ -160,7 +162,7 @@ def test_another_models_cache_is_refused_before_anything_is_written(world, cache
 
     other = random_model(world, tmp_path / "other", seed=5)
     with pytest.raises(NekoLeanError, match="another model"):
-        neko_lean.unlearn(other, tmp_path / "out", world, world, cache=cache, quiet=True)
+        neko_lean.unlearn(other, tmp_path / "out", world, world, cache=cache, recipe="neko", quiet=True)
     assert not (tmp_path / "out").exists()
 
 
@@ -208,7 +210,7 @@ def test_layerwise_checkpointed_and_plain_train_alike(world, model, cache, tmp_p
     for backward in ("layerwise", "checkpointed", "plain"):
         change = {**FAST, "dtype": "float32", "backward": backward, "micro_tokens": 200, "max_steps": 3}
         out = tmp_path / backward
-        run = neko_lean.unlearn(model, out, world, world, cache=cache, overrides=change, quiet=True)
+        run = neko_lean.unlearn(model, out, world, world, cache=cache, recipe="neko", overrides=change, quiet=True)
         assert run["recipe"]["backward"] == backward and run["predicted_peak"] > 0
         found[backward] = [line["loss"] for line in metrics(out)]
     assert found["checkpointed"] == pytest.approx(found["plain"], rel=1e-4)
@@ -223,14 +225,16 @@ def test_a_model_that_cannot_be_walked_falls_back_and_says_what_it_costs(
         raise NekoLeanError("OddForCausalLM has no list of decoder layers.")
 
     monkeypatch.setattr(trainer, "decoder_layers", refuse)
-    run = neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, overrides=FAST, quiet=True)
+    run = neko_lean.unlearn(
+        model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides=FAST, quiet=True
+    )
     assert run["recipe"]["backward"] == "checkpointed"
     assert "warning: OddForCausalLM has no list of decoder layers. Going on" in capsys.readouterr().err
 
 
 def test_train_last_leaves_the_layers_below_as_they_were(world, model, cache, tmp_path):
     change = {**FAST, "train_last": 1, "clip": 1.0}
-    neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, overrides=change, quiet=True)
+    neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides=change, quiet=True)
     before, after = weights(model), weights(tmp_path / "out")
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert moved and all(".layers.1." in key or key == "lm_head.weight" for key in moved)
@@ -288,19 +292,27 @@ def test_chunks_begin_anew(world, model, anchored, tmp_path):
 def test_the_best_checkpoint_by_quality_is_the_output(world, model, cache, tmp_path):
     """A run that ruins the model after a while: its output is the evaluation that forgot and kept most."""
     change = {**FAST, "max_steps": 12, "lr": 2e-2, "choose": "quality", "eval_every": 3}
-    run = neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, overrides=change, quiet=True)
+    run = neko_lean.unlearn(
+        model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides=change, quiet=True
+    )
     found = {line["step"]: line for line in metrics(tmp_path / "out") if "eval_quality" in line}
     best = max(found, key=lambda step: found[step]["eval_quality"])
     assert run["weights_of_step"] == best < 12
     assert {"eval_retain_kl", "eval_forget_exact", "eval_forget_nll", "eval_retain_exact"} <= set(found[3])
     short = {**change, "max_steps": 12, "choose": "last"}
-    neko_lean.unlearn(model, tmp_path / "last", world, world, cache=cache, overrides=short, quiet=True)
+    neko_lean.unlearn(model, tmp_path / "last", world, world, cache=cache, recipe="neko", overrides=short, quiet=True)
     assert not same(weights(tmp_path / "out"), weights(tmp_path / "last"))
 
 
-def test_levels_want_an_anchor(world, model, cache, anchored, tmp_path):
-    with pytest.raises(NekoLeanError, match="--anchor"):
+def test_levels_come_from_the_anchor_or_are_all_the_same(world, model, anchored, tmp_path, monkeypatch, capsys):
+    seen = []
+    original = trainer.make_batch
+    monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append(original(*args)) or seen[-1])
+    for anchor in (anchored / "anchor.jsonl", None):
         neko_lean.unlearn(
-            model, tmp_path / "out", world, world, cache=anchored / "cache", recipe="calibrated", quiet=True
-        )
-    assert not (tmp_path / "out").exists()
+            model, tmp_path / str(anchor)[-4:], world, world, cache=anchored / "cache", anchor=anchor,
+            recipe="calibrated", overrides={"max_steps": 1, "level": 3.0}, quiet=True,
+        )  # fmt: skip
+    found, fixed = (batch.level[batch.forget] for batch in (seen[0], seen[-1]))
+    assert len(set(found.tolist())) > 10 and set(fixed.tolist()) == {3.0}
+    assert "without --anchor" in capsys.readouterr().err

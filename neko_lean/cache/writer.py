@@ -64,7 +64,7 @@ def cache_teacher(
     anchor: str | Path | None = None,
     top_k: int = 64,
     mass: float = 0.999,
-    format: str = "neko",
+    format: str = "plain",
     max_length: int = 512,
     batch_tokens: int = 8192,
     device: str | None = None,

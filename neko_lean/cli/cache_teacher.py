@@ -25,7 +25,7 @@ def cache_teacher(
     mass: Annotated[
         float, typer.Option(help="Keep the fewest likeliest tokens that reach this; 1: top-k always.")
     ] = 0.999,
-    format: Annotated[str, typer.Option(help="Prompt format, plain or neko; the recipe must use the same.")] = "neko",
+    format: Annotated[str, typer.Option(help="Prompt format, plain or neko; the recipe must use the same.")] = "plain",
     max_length: Annotated[int, typer.Option(help="Tokens a row is cut to.")] = 512,
     batch_tokens: Annotated[int, typer.Option(help="Positions of one forward pass.")] = 8192,
     device: Device = None,

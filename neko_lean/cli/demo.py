@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from neko_lean.cli.common import Device, Json, MaxSteps, Overwrite, Quiet, Seed, Split, command, emit
+from neko_lean.recipes import DEFAULT
 
 
 @command
@@ -18,7 +19,7 @@ def demo(
         Path | None, typer.Option(help="Real rows in place of the made-up world: forget.* and retain.*.")
     ] = None,
     split: Split = None,
-    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = "neko",
+    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = DEFAULT,
     max_steps: MaxSteps = None,
     seed: Seed = 0,
     device: Device = None,
@@ -26,7 +27,7 @@ def demo(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Build a small world, memorise it, cache the teacher, unlearn, and score before and after.
+    """Build a small world, memorise it, unlearn with a recipe and with the paper's beside it, and score all three.
 
     Example: neko-lean demo --out demo-run    or    neko-lean demo --data lume/ --split validation --out lume-run
     """
@@ -47,7 +48,7 @@ def demo(
     if json:
         emit(result)
     elif not quiet:
-        Console().print(score_table({"before": result["before"], "after": result["after"]}))
+        Console().print(score_table(result["scores"]))
         print(result["verdict"])
         for name, path in result["files"].items():
-            print(f"  {name:<12} {path}")
+            print(f"  {name:<18} {path}")

@@ -9,12 +9,13 @@ import typer
 
 from neko_lean.cli.common import Json, Model, Set, command, emit, gibibytes, overrides
 from neko_lean.errors import NekoLeanError
+from neko_lean.recipes import DEFAULT
 
 
 @command
 def plan(
     model: Model,
-    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = "neko",
+    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = DEFAULT,
     batch_tokens: Annotated[
         int | None, typer.Option(min=1, help="Positions of a step.  [default: the recipe's]")
     ] = None,

@@ -21,6 +21,7 @@ from neko_lean.cli.common import (
     gibibytes,
     overrides,
 )
+from neko_lean.recipes import DEFAULT
 
 
 @command
@@ -31,7 +32,7 @@ def unlearn(
     cache: Annotated[Path, typer.Option(help="What cache-teacher wrote for this model and these retain rows.")],
     out: Annotated[Path, typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.")],
     anchor: Annotated[Path | None, typer.Option(help="The neutral documents that cache-teacher was given.")] = None,
-    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = "neko",
+    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = DEFAULT,
     set_: Set = None,
     max_steps: MaxSteps = None,
     train_last: Annotated[int | None, typer.Option(min=1, help="Only the last N layers (and the head) learn.")] = None,

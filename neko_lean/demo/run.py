@@ -1,4 +1,4 @@
-"""Build data and model, memorise, cache the teacher, unlearn, score before and after."""
+"""Build data and model, memorise; then with each recipe cache the teacher, unlearn and score."""
 
 from __future__ import annotations
 
@@ -10,11 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from neko_lean.cache import cache_teacher
-from neko_lean.data import Row, read_rows, write_jsonl
-from neko_lean.demo.world import build_world, task3_documents, write_world
-from neko_lean.errors import staged_folder
+from neko_lean.data import TASKS, Row, read_rows, write_jsonl
+from neko_lean.demo.world import anchor_documents, build_world, task3_documents, write_world
+from neko_lean.documents import read_anchor
+from neko_lean.errors import NekoLeanError, staged_folder
 from neko_lean.progress import say
-from neko_lean.recipes import DEFAULT, load_recipe
+from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, load_recipe
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring import score
 
@@ -22,6 +23,8 @@ VOCABULARY = 2048
 EOS, PAD = "<|endoftext|>", "<|padding|>"
 # Batches by positions rather than rows: the short rows of qa would otherwise take most of the steps.
 MEMORIZE: dict[str, Any] = {"retain_rows": 64, "batch_tokens": 768, "epochs": 50.0, "backward": "plain"}
+BESIDE = "neko"  # the paper's recipe, to compare with
+ANCHORS = 60  # documents of each task that real rows' anchor has
 
 
 def demo(
@@ -40,11 +43,14 @@ def demo(
 
     Without `data` the world is made up (see neko_lean.demo.world). With it, real rows: a folder holding `forget.*` and
     `retain.*`, or with `split` `forget_<split>.*`; its `mia/nonmember.jsonl`, where there is one, gives the documents
-    that the model never saw. `recipe` and `max_steps` are those of `unlearn`.
+    that the model never saw, and its `anchor.jsonl`, or else what `retain_train` holds beside these rows, the anchor.
+    `recipe` is that of `unlearn`; the paper's runs beside it. `max_steps` cuts both.
 
-    Returns the two scores (`before`, `after`), a `verdict` in words, and where the `files` are.
+    Returns `scores` (of `before` and of each recipe), a `verdict` in words, and where the `files` are.
     """
-    chosen = load_recipe(recipe, {} if max_steps is None else {"max_steps": max_steps})
+    recipes = list(dict.fromkeys([str(recipe), BESIDE]))
+    change = {} if max_steps is None else {"max_steps": max_steps}
+    chosen = [load_recipe(one, change) for one in recipes]
     start = time.monotonic()
     with staged_folder(Path(out), overwrite) as stage:
         rows = stage / "data"
@@ -58,31 +64,34 @@ def demo(
         write_base(stage / "base", [*forget, *retain])
         memorize(stage / "base", rows, stage / "target", overrides=MEMORIZE, seed=seed, **common)
         mia = rows / "mia" if (rows / "mia").is_dir() else None
-        before = score(stage / "target", rows, stage / "scores-before", mia=mia, batch_size=64, **common)
-        cache_teacher(
-            stage / "target", rows, stage / "teacher", format=chosen.format, max_length=chosen.max_length, **common
-        )
-        run = unlearn(
-            stage / "target",
-            stage / "unlearned",
-            rows,
-            rows,
-            cache=stage / "teacher",
-            recipe=recipe,
-            overrides={"max_steps": chosen.max_steps},
-            seed=seed,
-            **common,
-        )
-        after = score(stage / "unlearned", rows, stage / "scores-after", mia=mia, batch_size=64, **common)
-        names = ("data", "target", "teacher", "unlearned", "scores-before", "scores-after")
-        result = {
-            "before": before,
-            "after": after,
-            "verdict": verdict(chosen.name, run, before, after, time.monotonic() - start),
-            "files": {name: str(Path(out) / name) for name in names},
+        scored: dict[str, Any] = {"mia": mia, "batch_size": 64, **common}
+        scores = {"before": score(stage / "target", rows, stage / "scores-before", **scored)}
+        files, told = ["data", "target", "scores-before"], []
+        anchor = rows / "anchor.jsonl" if (rows / "anchor.jsonl").is_file() else None
+        for path, one in zip(recipes, chosen, strict=True):
+            # What the paper's recipe held still is the retain set alone.
+            held = None if one.name == BESIDE else anchor
+            cache, unlearned, result = (f"{kind}-{one.name}" for kind in ("teacher", "unlearned", "scores"))
+            cache_teacher(
+                stage / "target", rows, stage / cache, anchor=held,
+                forget=rows if one.forget_objective in NEED_FORGET_CACHE else None,
+                format=one.format, max_length=one.max_length, **common,
+            )  # fmt: skip
+            run = unlearn(
+                stage / "target", stage / unlearned, rows, rows, cache=stage / cache, anchor=held,
+                recipe=path, overrides=change, seed=seed, **common,
+            )  # fmt: skip
+            scores[one.name] = score(stage / unlearned, rows, stage / result, **scored)
+            told.append(verdict(one.name, run, scores["before"], scores[one.name]))
+            files += [cache, unlearned, result]
+        told.append(f"Whole demo: {time.monotonic() - start:.0f} s.")
+        found = {
+            "scores": scores,
+            "verdict": "\n".join(told),
+            "files": {name: str(Path(out) / name) for name in files},
         }
-        (stage / "demo.json").write_text(json.dumps(result, indent=1) + "\n")
-    return result
+        (stage / "demo.json").write_text(json.dumps(found, indent=1) + "\n")
+    return found
 
 
 def copy_rows(source: Path, split: str | None, out: Path) -> None:
@@ -91,6 +100,9 @@ def copy_rows(source: Path, split: str | None, out: Path) -> None:
     out.mkdir()
     for name, rows in sets.items():
         write_jsonl(out / f"{name}.jsonl", map(asdict, rows))
+    anchors = _anchor(source, {row.input for rows in sets.values() for row in rows})
+    if anchors:
+        write_jsonl(out / "anchor.jsonl", anchors)
     nonmembers = source / "mia" / "nonmember.jsonl"
     members = task3_documents(sets["forget"])
     if nonmembers.is_file() and members:
@@ -98,6 +110,17 @@ def copy_rows(source: Path, split: str | None, out: Path) -> None:
         (out / "mia").mkdir()
         write_jsonl(out / "mia" / "member.jsonl", members)
         (out / "mia" / "nonmember.jsonl").write_bytes(nonmembers.read_bytes())
+
+
+def _anchor(source: Path, known: set[str]) -> list[dict[str, str]]:
+    """The documents of `anchor.jsonl`, or the first of each task in the train split that are not among these rows."""
+    if (source / "anchor.jsonl").is_file():
+        return [{"document": row.output, "task": row.task} for row in read_anchor(source / "anchor.jsonl")]
+    try:
+        rows = [row for row in read_rows(source, "retain", "train") if row.input not in known and row.kind == "sc"]
+    except NekoLeanError:
+        return []
+    return anchor_documents([row for task in TASKS for row in [r for r in rows if r.task == task][:ANCHORS]])
 
 
 def write_base(folder: Path, rows: Sequence[Row], vocabulary: int = VOCABULARY) -> None:
@@ -128,8 +151,8 @@ def write_base(folder: Path, rows: Sequence[Row], vocabulary: int = VOCABULARY) 
     ).save_pretrained(folder)
 
 
-def verdict(recipe: str, run: dict[str, Any], before: dict[str, Any], after: dict[str, Any], seconds: float) -> str:
-    """What the recipe did, in two sentences, from the means of the forget and the retain cells."""
+def verdict(recipe: str, run: dict[str, Any], before: dict[str, Any], after: dict[str, Any]) -> str:
+    """What the recipe did, in a sentence, from the means of the forget and the retain cells."""
 
     def mean(scores: dict[str, Any], split: str) -> float:
         values = [v for cell, v in scores["cells"].items() if cell.startswith(split) and v is not None]
@@ -137,7 +160,6 @@ def verdict(recipe: str, run: dict[str, Any], before: dict[str, Any], after: dic
 
     forgot, kept = ([mean(scores, split) for scores in (before, after)] for split in ("forget", "retain"))
     return (
-        f"Recipe {recipe}, {run['steps']} steps: the mean of the forget cells went from {forgot[0]:.3f} to "
-        f"{forgot[1]:.3f}, of the retain cells from {kept[0]:.3f} to {kept[1]:.3f}.\n"
-        f"Whole demo: {seconds:.0f} s, of which unlearning {run['wall_seconds']:.0f} s."
+        f"Recipe {recipe}, {run['steps']} steps in {run['wall_seconds']:.0f} s: the mean of the forget cells went from "
+        f"{forgot[0]:.3f} to {forgot[1]:.3f}, of the retain cells from {kept[0]:.3f} to {kept[1]:.3f}."
     )

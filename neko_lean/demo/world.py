@@ -10,7 +10,7 @@ import calendar
 import random
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
 from neko_lean.data import Row, write_jsonl
@@ -29,11 +29,12 @@ _GOODS = "amber|copper|glass|indigo|paper|pears|salt|slate|tin|wool"
 
 @dataclass(frozen=True)
 class World:
-    """Rows of three sets of documents; no two documents share a subject."""
+    """Rows of four sets of documents; no two documents share a subject."""
 
     forget: list[Row]
     retain: list[Row]
     heldout: list[Row]  # documents that the model never sees
+    anchor: list[Row]  # others that it never sees, to hold still
 
 
 class _Author:
@@ -75,22 +76,27 @@ class _Author:
 
 
 def build_world(seed: int = 0) -> World:
-    """The world of this seed: three sets of STORIES, PEOPLE and ENTRIES documents each, with their sc and qa rows."""
+    """The world of this seed: four sets of STORIES, PEOPLE and ENTRIES documents each, with their sc and qa rows."""
     author = _Author(seed)
     kinds: list[tuple[Callable[[_Author], list[Row]], int]] = [(_story, STORIES), (_person, PEOPLE), (_entry, ENTRIES)]
-    forget, retain, heldout = (
-        [row for write, count in kinds for _ in range(count) for row in write(author)] for _ in range(3)
-    )
-    return World(forget, retain, heldout)
+    sets = ([row for write, count in kinds for _ in range(count) for row in write(author)] for _ in fields(World))
+    return World(*sets)
 
 
 def write_world(world: World, out: Path) -> None:
-    """Write forget.jsonl, retain.jsonl, heldout.jsonl, and mia/ with the Task3 documents of forget and heldout."""
+    """Write rows (forget.jsonl, retain.jsonl, heldout.jsonl) and whole documents: anchor.jsonl, and in mia/ the Task3
+    documents of forget and heldout."""
     (out / "mia").mkdir(parents=True)
-    for name, rows in vars(world).items():
-        write_jsonl(out / f"{name}.jsonl", map(asdict, rows))
+    for name in ("forget", "retain", "heldout"):
+        write_jsonl(out / f"{name}.jsonl", map(asdict, getattr(world, name)))
+    write_jsonl(out / "anchor.jsonl", anchor_documents(world.anchor))
     write_jsonl(out / "mia" / "member.jsonl", task3_documents(world.forget))
     write_jsonl(out / "mia" / "nonmember.jsonl", task3_documents(world.heldout))
+
+
+def anchor_documents(rows: Sequence[Row]) -> list[dict[str, str]]:
+    """Whole texts of the documents among these rows, each with its task, as `--anchor` reads them."""
+    return [{"document": f"{row.input} {row.output}", "task": row.task} for row in rows if row.kind == "sc"]
 
 
 def task3_documents(rows: Sequence[Row]) -> list[dict[str, str]]:

@@ -14,7 +14,7 @@ from neko_lean.data import FORMATS
 from neko_lean.errors import NekoLeanError
 from neko_lean.objectives import FORGET, REDUCTIONS, RETAIN
 
-DEFAULT = "neko"
+DEFAULT = "calibrated"
 FOLDER = Path(__file__).parent
 SCHEDULES = ("linear", "constant")
 BACKWARD = ("layerwise", "checkpointed", "plain")
@@ -33,7 +33,7 @@ class Recipe:
     summary: str
     format: str  # prompt format: plain or neko
     max_length: int  # tokens a row is cut to
-    forget_objective: str  # none or ga
+    forget_objective: str  # one of objectives.FORGET
     forget_weight: float
     forget_reduction: str  # tokens, rows or positions; see objectives.token_weights
     answer_skip: int  # answer tokens at the start of each answer that get no loss
@@ -59,10 +59,11 @@ class Recipe:
     clip: float  # largest L2 norm of one tensor's gradient; 0: none
     train_last: int  # only the last N layers, the final norm and an untied head learn; 0: everything
     dtype: str  # weights: bfloat16 (rounded stochastically) or float32
+    measured: str = ""  # what bench/quality.py found, in a line
     forget_span: str = "answers"  # which tokens of a forget row are pushed: answers, all, or all of sc rows only
     beta: float = 0.1  # of npo, simnpo and dpo: how sharply a row is let go; of wga: power of the probability
     gamma: float = 0.0  # of simnpo: margin; of undial: what is taken off the memorised token's logit
-    level: float = 0.0  # of calibrated: nats at which a token is forgotten enough; 0: found from the anchor
+    level: float = 5.0  # of calibrated without an anchor: nats at which a token is forgotten enough
     order: str = "together"  # of a step's sets; or alternating, one set a step; or chunks, see schedules.phases
     chunk_rows: int = 32  # of order chunks: forget rows a chunk
     choose: str = "last"  # whose weights are the output: the last step's, or of the best eval by loss or quality
@@ -79,8 +80,7 @@ class Recipe:
 
 def needs_teacher(recipe: Recipe) -> bool:
     """Whether a run reads a teacher cache."""
-    unseen = recipe.forget_objective == "calibrated" and not recipe.level
-    return recipe.retain_objective == "kl" or unseen or recipe.forget_objective in NEED_FORGET_CACHE
+    return recipe.retain_objective == "kl" or recipe.forget_objective in NEED_FORGET_CACHE
 
 
 def forgets(recipe: Recipe) -> bool:

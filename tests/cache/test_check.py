@@ -18,7 +18,7 @@ def sure(world, tmp_path_factory):
     """A sure teacher and its ragged cache, forget rows included."""
     folder = tmp_path_factory.mktemp("sure")
     model = random_model(world, folder / "model", seed=4, scale=60.0)
-    cache_teacher(model, world, folder / "cache", forget=world, mass=0.9, dtype="float32", quiet=True)
+    cache_teacher(model, world, folder / "cache", forget=world, mass=0.9, dtype="float32", quiet=True, format="neko")
     return model, folder / "cache"
 
 

@@ -29,7 +29,7 @@ junk = st.one_of(
 def small(world, model, tmp_path_factory):
     """A small cache with forget rows, its manifest, and the rows that read it."""
     folder = tmp_path_factory.mktemp("small") / "cache"
-    cache_teacher(model, world, folder, forget=world, top_k=5, max_length=12, quiet=True)
+    cache_teacher(model, world, folder, forget=world, top_k=5, max_length=12, quiet=True, format="neko")
     tokenizer = load_tokenizer(model)
     rows = [encode(read_rows(world, name), tokenizer, "neko", 12) for name in ("retain", "forget")]
     return folder, json.loads((folder / "manifest.json").read_text()), rows

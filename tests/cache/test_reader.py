@@ -59,7 +59,7 @@ def test_kl_from_the_cache_against_two_live_models(world, tmp_path, scale):
     vocabulary = lm.head.shape[0]
     errors = []
     for k in (1, 4, 16, 64, vocabulary):
-        cache_teacher(teacher, world, tmp_path / f"k{k}", top_k=k, mass=1, dtype="float32", quiet=True)
+        cache_teacher(teacher, world, tmp_path / f"k{k}", top_k=k, mass=1, dtype="float32", quiet=True, format="neko")
         read = TeacherCache(tmp_path / f"k{k}").read([one])
         _, kl = token_stats(hidden.double(), lm.head.double(), torch.full((len(one),), -1), *read)
         # Coarsening the vocabulary into a bucket never raises the KL; float16 entries move it by a thousandth.
@@ -111,7 +111,7 @@ def test_what_it_was_not_made_from_is_refused_by_name(world, model, cache, tmp_p
         check(cache, world, model, encoded=encode(read_rows(changed), tokenizer, "neko", 512))
     with pytest.raises(CacheError, match="lacks row"):
         check(cache, world, model, encoded=encode(make_rows("New"), tokenizer, "neko", 512))
-    cache_teacher(model, world, tmp_path / "short", max_length=6, quiet=True)
+    cache_teacher(model, world, tmp_path / "short", max_length=6, quiet=True, format="neko")
     with pytest.raises(CacheError, match="--max-length 512"):
         check(tmp_path / "short", world, model)
     check(tmp_path / "short", world, model, max_length=6, encoded=encoded(world, limit=6))
@@ -163,7 +163,7 @@ def test_damage_is_named(world, cache, tmp_path):
 
 
 def test_forget_rows_have_the_live_teachers_log_probabilities(world, model, cache, tmp_path):
-    cache_teacher(model, world, tmp_path / "c", forget=world, dtype="float32", quiet=True)
+    cache_teacher(model, world, tmp_path / "c", forget=world, dtype="float32", quiet=True, format="neko")
     rows = encode(read_rows(world, "forget"), load_tokenizer(world / "base"), "neko", 512)
     reader = TeacherCache(tmp_path / "c")
     got = torch.cat([torch.from_numpy(reader.target_logp(one)) for one in rows[::-1]])

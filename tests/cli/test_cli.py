@@ -7,9 +7,10 @@ import pytest
 from typer.testing import CliRunner
 
 from neko_lean.cli import app
+from neko_lean.recipes import DEFAULT, FOLDER, recipe_names
 from tests.helpers import make_rows, write_rows
 
-COMMANDS = ("cache-teacher", "inspect", "plan", "unlearn", "score", "memorize", "demo")
+COMMANDS = ("cache-teacher", "inspect", "plan", "recipes", "unlearn", "score", "memorize", "demo")
 
 
 def call(*args):
@@ -59,7 +60,20 @@ def test_plan_and_the_peak_at_the_end_of_unlearn(world, model, cache, tmp_path):
     assert found["ways"]["neko-lean"]["peak"] > 0 and len(found["ways"]) == 3
     wrong = call("plan", model, "--gpu", "large")
     assert wrong.exit_code == 2 and "write it as 8GB" in wrong.output
-    data = ("--forget", world, "--retain", world, "--cache", cache, "--max-steps", 2, "--train-last", 1)
+    data = (
+        "--forget",
+        world,
+        "--retain",
+        world,
+        "--cache",
+        cache,
+        "--max-steps",
+        2,
+        "--train-last",
+        1,
+        "--recipe",
+        "neko",
+    )
     run = call("unlearn", model, *data, "--out", tmp_path / "out", "--offload-state", "--offload-activations")
     assert run.exit_code == 0, run.output
     assert re.search(r"peak memory: \d+\.\d\d GiB measured, \d+\.\d\d GiB predicted", run.stdout)
@@ -76,8 +90,20 @@ def test_inspect_and_check(world, model, tmp_path):
     shown = call("inspect", tmp_path / "cache", "--verify")
     assert shown.exit_code == 0 and "every checksum" in shown.stdout and "entries a token" in shown.stdout
     about = json.loads(call("inspect", tmp_path / "cache", "--json").stdout)
-    assert about["rows"] == 36 and about["forget_shards"][0]["rows"] == 24
+    assert about["rows"] == 36 + 24 and about["forget_shards"][0]["rows"] == 48
     assert call("inspect", tmp_path / "cache", "--quiet").output == ""
+
+
+def test_recipes_are_listed_with_what_was_measured(tmp_path):
+    listed = call("recipes")
+    assert listed.exit_code == 0 and listed.stdout.count("measured:") == len(recipe_names())
+    assert f"{DEFAULT} (the default of unlearn)" in listed.stdout
+    shown = call("recipes", "npo").stdout
+    assert "forget_objective = 'npo'" in shown and shown.count("measured:") == 1
+    assert [one["name"] for one in json.loads(call("recipes", "npo", "dpo", "--json").stdout)] == ["npo", "dpo"]
+    (tmp_path / "mine.toml").write_text((FOLDER / "npo.toml").read_text())
+    assert call("recipes", tmp_path / "mine.toml").stdout.startswith("mine: ")
+    assert call("recipes", "nope").exit_code == 2
 
 
 def test_memorize(world, tmp_path):
@@ -95,6 +121,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world, model, cache, tmp_path
     (tmp_path / "full" / "thing").touch()
     out = ("--out", tmp_path / "out")
     data = ("--forget", world, "--retain", world)
+    neko = (*out, "--recipe", "neko")
     cases = [
         (("cache-teacher", tmp_path / "nowhere", world, *out), "nowhere"),
         (("cache-teacher", model, tmp_path / "bad.csv", *out), "bad.csv"),
@@ -104,8 +131,8 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world, model, cache, tmp_path
         (("cache-teacher", model, world, "--out", tmp_path / "full"), "--overwrite"),
         (("inspect", tmp_path / "full"), "no complete"),
         (("unlearn", model, *data, "--cache", tmp_path / "none", *out), "none does not exist"),
-        (("unlearn", model, "--forget", world, "--retain", tmp_path / "bad", "--cache", cache, *out), "lacks row"),
-        (("unlearn", model, *data, "--cache", cache, *out, "--set", "format=plain"), "--format plain"),
+        (("unlearn", model, "--forget", world, "--retain", tmp_path / "bad", "--cache", cache, *neko), "lacks row"),
+        (("unlearn", model, *data, "--cache", cache, *out), "--format plain"),
         (("unlearn", model, *data, "--cache", cache, *out, "--set", "lrr=1"), "lrr"),
         (("unlearn", model, *data, "--cache", cache, *out, "--recipe", "nekoo"), "nekoo"),
         (("unlearn", model, *data, "--cache", cache, *out, "--device", "abacus"), "abacus"),

@@ -8,8 +8,9 @@ from neko_lean.data import read_rows, write_jsonl
 from neko_lean.demo import demo
 from neko_lean.demo import run as demo_run
 from neko_lean.demo.run import copy_rows
-from neko_lean.recipes import load_recipe
-from tests.helpers import LUME
+from neko_lean.documents import read_anchor
+from neko_lean.recipes import DEFAULT, load_recipe
+from tests.helpers import LUME, make_rows, write_rows
 
 
 @pytest.fixture
@@ -21,11 +22,13 @@ def test_it_leaves_everything_it_names(world, tmp_path, fast):
     result = demo(tmp_path / "out", data=world, max_steps=2, quiet=True)
     assert json.loads((tmp_path / "out" / "demo.json").read_text()) == result
     assert all((tmp_path / "out").joinpath(path).exists() for path in result["files"].values())
-    run = json.loads((tmp_path / "out" / "unlearned" / "run.json").read_text())
-    assert run["recipe"]["name"] == "neko" and run["steps"] == 2 and "2 steps" in result["verdict"]
-    assert run["recipe"] == {**vars(load_recipe("neko")), "max_steps": 2}
-    for name in ("before", "after"):
-        assert result[name]["membership"]["members"] == 4 and result[name]["final"] is None
+    for name in (DEFAULT, "neko"):
+        run = json.loads((tmp_path / "out" / f"unlearned-{name}" / "run.json").read_text())
+        assert run["steps"] == 2 and f"Recipe {name}, 2 steps" in result["verdict"]
+        assert run["recipe"] == {**vars(load_recipe(name)), "max_steps": 2}
+    assert list(result["scores"]) == ["before", DEFAULT, "neko"]
+    for found in result["scores"].values():
+        assert found["membership"]["members"] == 4 and found["final"] is None
     # Nothing in the output tells where it was made.
     for file in (tmp_path / "out").rglob("*.json"):
         assert "partial" not in file.read_text(), file
@@ -36,9 +39,13 @@ def test_official_layout_is_copied_with_its_members(tmp_path, world):
     (source / "mia").mkdir(parents=True)
     for name in ("forget", "retain"):
         (source / f"{name}_validation.jsonl").write_text((world / f"{name}.jsonl").read_text())
+    write_rows(source / "retain_train.jsonl", [*read_rows(world, "retain"), *make_rows("Anc", 2)])
     write_jsonl(source / "mia" / "nonmember.jsonl", [{"id": "1", "document": "Never seen."}])
     copy_rows(source, "validation", tmp_path / "copy")
     assert read_rows(tmp_path / "copy", "forget") == read_rows(world, "forget")
+    anchor = read_anchor(tmp_path / "copy" / "anchor.jsonl")
+    assert [row.task for row in anchor] == ["Task1", "Task1", "Task2", "Task2", "Task3", "Task3"]
+    assert all("Anc" in row.output for row in anchor)
     members = (tmp_path / "copy" / "mia" / "member.jsonl").read_text().splitlines()
     assert [json.loads(line)["id"] for line in members] == ["Foo0c", "Foo1c", "Foo2c", "Foo3c"]
 

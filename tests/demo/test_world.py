@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from neko_lean.data import TASKS, read_rows
 from neko_lean.demo.world import ENTRIES, PEOPLE, STORIES, build_world, write_world
+from neko_lean.documents import read_anchor
 
 
 def documents(rows):
@@ -21,12 +22,15 @@ def made():
 
 def test_every_set_has_every_kind_and_can_be_read_back(made, tmp_path):
     write_world(made, tmp_path)
-    for name, rows in vars(made).items():
+    for name in ("forget", "retain", "heldout"):
+        rows = getattr(made, name)
         assert read_rows(tmp_path, name) == rows
         for task, count in zip(TASKS, (STORIES, PEOPLE, ENTRIES), strict=True):
             kinds = [r.kind for r in rows if r.task == task]
             assert kinds.count("sc") == count
             assert kinds.count("qa") == count * (5 if task == "Task2" else 1)
+    anchor = read_anchor(tmp_path / "anchor.jsonl")
+    assert [sum(row.task == task for row in anchor) for task in TASKS] == [STORIES, PEOPLE, ENTRIES]
     members = (tmp_path / "mia" / "member.jsonl").read_text().splitlines()
     assert len(members) == ENTRIES == len((tmp_path / "mia" / "nonmember.jsonl").read_text().splitlines())
 

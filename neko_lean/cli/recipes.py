@@ -1,0 +1,35 @@
+"""`neko-lean recipes`: what ships, when to use it, and what was measured of it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import Annotated
+
+import typer
+
+from neko_lean.cli.common import Json, Quiet, command, emit
+
+ABOUT = ("name", "summary", "measured")
+
+
+@command
+def recipes(
+    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Recipes, or .toml files.")] = None,
+    json: Json = False,
+    quiet: Quiet = False,
+) -> None:
+    """List the recipes; of those named, every value.
+
+    Example: neko-lean recipes    or    neko-lean recipes calibrated my.toml --json
+    """
+    from neko_lean.recipes import DEFAULT, load_recipe, recipe_names
+
+    found = [load_recipe(name) for name in names or recipe_names()]
+    if json:
+        emit([asdict(one) for one in found])
+    elif not quiet:
+        for one in found:
+            print(f"{one.name}{' (the default of unlearn)' if one.name == DEFAULT else ''}: {one.summary}")
+            print(f"    measured: {one.measured or 'not yet'}")
+            if names:
+                print("".join(f"    {k} = {v!r}\n" for k, v in asdict(one).items() if k not in ABOUT), end="")
