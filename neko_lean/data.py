@@ -30,9 +30,6 @@ TASKS = ("Task1", "Task2", "Task3")
 FORMATS = ("plain", "neko")
 SUFFIXES = (".parquet", ".jsonl", ".csv")  # in the order they are preferred when a folder holds several
 _ID = re.compile(r"^(?P<document>.+?)(?P<kind>sc|qa)\d+$", re.DOTALL)
-# Batches are cut from length-sorted groups of this many batches. LUME's lengths run from 12 to 400: groups of 8 batches
-# of 32 left 16 to 23 % of the positions padding, groups of 64 leave 2 to 5 %. Rows of one length still trade places.
-GROUP = 64
 
 
 @dataclass(frozen=True)
@@ -246,42 +243,39 @@ def truncation_line(encoded: Sequence[Encoded], max_length: int) -> str:
     return f"{cut} of {len(encoded)} rows cut to {max_length} tokens ({sum(e.cut for e in encoded)} tokens lost)"
 
 
-def length_batches(
-    lengths: Sequence[int], *, max_rows: int, max_tokens: int, shuffle: random.Random | None = None
-) -> list[list[int]]:
+def length_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> list[list[int]]:
     """Indices of rows, in batches of at most `max_rows` rows and `max_tokens` positions, padding included.
 
-    Rows of like length go together. With `shuffle` each epoch's batches differ: rows are shuffled, sorted by length
-    within groups of GROUP batches, cut, and the batches shuffled. Without it the order is that of the lengths alone
-    and so the same on every run. A single row longer than `max_tokens` becomes a batch of its own.
+    Rows of like length go together, shortest first, so the batches are the same on every run. A single row longer than
+    `max_tokens` becomes a batch of its own.
     """
-    order = list(range(len(lengths)))
-    if shuffle is None:
-        groups = [order]
-    else:
-        shuffle.shuffle(order)
-        size = GROUP * max_rows
-        groups = [order[start : start + size] for start in range(0, len(order), size)]
     batches: list[list[int]] = []
-    for group in groups:
-        batch: list[int] = []
-        for index in sorted(group, key=lambda i: lengths[i]):
-            full = len(batch) == max_rows or (len(batch) + 1) * lengths[index] > max_tokens
-            if batch and full:
-                batches.append(batch)
-                batch = []
-            batch.append(index)
-        if batch:
+    for index in sorted(range(len(lengths)), key=lambda i: lengths[i]):
+        batch = batches[-1] if batches else []
+        if not batch or len(batch) == max_rows or (len(batch) + 1) * lengths[index] > max_tokens:
+            batch = []
             batches.append(batch)
-    if shuffle is not None:
-        shuffle.shuffle(batches)
+        batch.append(index)
     return batches
 
 
-def padding_share(lengths: Sequence[int], batches: Sequence[Sequence[int]]) -> float:
-    """Share of the positions of these batches that is padding, 0 to 1."""
-    positions = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
-    return 1.0 - sum(lengths[i] for batch in batches for i in batch) / positions
+def random_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int, rng: random.Random) -> list[list[int]]:
+    """Indices of rows in random order, in batches of at most `max_rows` rows and `max_tokens` tokens.
+
+    Long rows and short ones go together: batches by length would train long documents and short answers in turn, each
+    undoing some of what the other did. A step puts rows of like length into micro-batches by itself.
+    """
+    order = list(range(len(lengths)))
+    rng.shuffle(order)
+    batches: list[list[int]] = []
+    tokens = 0
+    for index in order:
+        if not batches or len(batches[-1]) == max_rows or tokens + lengths[index] > max_tokens:
+            batches.append([])
+            tokens = 0
+        batches[-1].append(index)
+        tokens += lengths[index]
+    return batches
 
 
 def paired_batches(
@@ -295,33 +289,22 @@ def paired_batches(
 ) -> Iterator[tuple[list[int], list[int]]]:
     """Endless steps of (forget indices, retain indices), drawn from two lists of lengths; either list may be empty.
 
-    Both halves of a step share one rectangle of positions, so in each round the forget batches are matched with the
-    retain batches of the same rank in length; a round is one epoch of the set with more batches. A pair over
-    `max_tokens` positions is halved.
+    Each set goes through its rows in an order of its own. A step of more than `max_tokens` tokens is halved.
     """
-
-    def epoch(lengths: Sequence[int], max_rows: int) -> list[list[int]]:
-        return length_batches(lengths, max_rows=max_rows, max_tokens=max_tokens, shuffle=rng)
 
     def endless(lengths: Sequence[int], max_rows: int) -> Iterator[list[int]]:
         while lengths:
-            yield from epoch(lengths, max_rows)
+            yield from random_batches(lengths, max_rows=max_rows, max_tokens=max_tokens, rng=rng)
         yield from itertools.repeat([])
 
     def fits(left: list[int], right: list[int]) -> bool:
-        longest = max([forget[i] for i in left] + [retain[i] for i in right])
-        return (len(left) + len(right)) * longest <= max_tokens or len(left) + len(right) <= 2
+        tokens = sum(forget[i] for i in left) + sum(retain[i] for i in right)
+        return tokens <= max_tokens or len(left) + len(right) <= 2
 
     if not forget and not retain:
         raise NekoLeanError("there are no rows to train on.")
-    left_stream, right_stream = endless(forget, forget_rows), endless(retain, retain_rows)
-    steps = max(len(epoch(forget, forget_rows)), len(epoch(retain, retain_rows)))
-    while True:
-        left, right = (list(itertools.islice(stream, steps)) for stream in (left_stream, right_stream))
-        left.sort(key=lambda batch: max((forget[i] for i in batch), default=0))
-        right.sort(key=lambda batch: max((retain[i] for i in batch), default=0))
-        pending = list(zip(left, right, strict=True))
-        rng.shuffle(pending)
+    for pair in zip(endless(forget, forget_rows), endless(retain, retain_rows), strict=True):
+        pending = [pair]
         while pending:
             one, two = pending.pop()
             if fits(one, two):

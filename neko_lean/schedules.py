@@ -7,7 +7,7 @@ import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
-from neko_lean.data import length_batches, paired_batches
+from neko_lean.data import paired_batches, random_batches
 from neko_lean.recipes import Recipe
 
 
@@ -52,7 +52,7 @@ def phases(recipe: Recipe, forget: Sequence[int], retain: Sequence[int], rng: ra
 def _steps_of_epoch(recipe: Recipe, forget: Sequence[int], retain: Sequence[int]) -> int:
     """Steps that the set with more batches takes; in turn, those of both."""
     counts = [
-        len(length_batches(lengths, max_rows=most, max_tokens=recipe.batch_tokens))
+        len(random_batches(lengths, max_rows=most, max_tokens=recipe.batch_tokens, rng=random.Random(0)))
         for lengths, most in ((forget, recipe.forget_rows), (retain, recipe.retain_rows))
     ]
     return 2 * max(counts) if recipe.order == "alternating" else max(counts)

@@ -14,7 +14,7 @@ from neko_lean.cache import TeacherCache
 from neko_lean.data import Encoded, pad
 from neko_lean.head import token_stats
 from neko_lean.modeling import CausalLM
-from neko_lean.recipes import Recipe
+from neko_lean.recipes import NEED_FORGET_CACHE, Recipe
 
 # What one more micro-batch costs, in positions: every layer's weights are read once more and its kernels launched.
 OVERHEAD = 128
@@ -56,12 +56,13 @@ class Batch:
     target: Tensor  # [N] int64, -1 where only the teacher's distribution counts
     forget: Tensor  # [N] bool, whether it belongs to a forget row
     retain: Tensor  # [N] bool
+    anchor: Tensor  # [N] bool, whether it belongs to an anchor's document and has a next token; among retain
     rows: int
     substitutes: int  # how many of the rows are substitutes: as many as forget rows, or none
     tokens: int  # real positions
     retain_positions: int  # positions of the retain rows if all rows were padded to the longest
     teacher: tuple[Tensor, Tensor, Tensor] | None  # as token_stats takes them, [N, k], [N, k], [N]
-    reference: Tensor | None  # [N], the teacher's log-probability of the targets of forget rows and substitutes
+    reference: Tensor | None  # [N], the teacher's log-probability of the targets that are not of retain rows
     level: Tensor | None  # [N], nats at which the target of a forget position counts as forgotten
 
     @property
@@ -97,9 +98,10 @@ def make_batch(
     spans += [(0, len(one) - (not kl)) for one in retain]
     spans += [(max(1, one.prompt) - 1, len(one) - 1) for one in substitutes]
     is_retain = [len(forget) <= n < len(forget) + len(retain) for n in range(len(rows))]
-    # Any other way back keeps one graph, and each gradient is complete as soon as backward has passed it once.
-    apart = recipe.backward == "layerwise"
-    groups = micro_batches(lengths, recipe.micro_tokens) if apart else [list(range(len(rows)))]
+    # The losses on an anchor's documents tell what unseen text costs the student now.
+    leveled = recipe.forget_objective == "calibrated" and teacher is not None
+    is_anchor = [leveled and held and teacher.has_target_logp(one) for one, held in zip(rows, is_retain, strict=True)]
+    groups = micro_batches(lengths, recipe.micro_tokens)
     order = [number for group in groups for number in group]
     micro, index = [], []
     row: list[int] = []
@@ -112,7 +114,8 @@ def make_batch(
             wanted += [place * micro[-1].shape[1] + i for i in range(start, stop)]
             row += [number] * max(0, stop - start)
             distribution = kl and is_retain[number]
-            target += [-1 if distribution else rows[number].ids[i + 1] for i in range(start, stop)]
+            last = -1 if distribution and not is_anchor[number] else len(rows[number]) - 1
+            target += [rows[number].ids[i + 1] if i < last else -1 for i in range(start, stop)]
         index.append(torch.tensor(wanted, dtype=torch.int64, device=device))
     of_row = torch.tensor(row, dtype=torch.int64)
     of_retain = torch.tensor(is_retain, dtype=torch.bool)[of_row]
@@ -123,8 +126,9 @@ def make_batch(
         if known:
             taught = _taught(teacher, [rows[i] for i in known], [spans[i] for i in known], torch.tensor(known), of_row)
     reference = level = None
-    if recipe.forget_objective in ("npo", "dpo", "undial") and teacher is not None:
-        values = [np.zeros(len(rows[i])) if is_retain[i] else teacher.target_logp(rows[i]) for i in order]
+    if teacher is not None and (recipe.forget_objective in NEED_FORGET_CACHE or any(is_anchor)):
+        known = {i for i in order if is_anchor[i] or (not leveled and not is_retain[i])}
+        values = [np.append(teacher.target_logp(rows[i]), 0) if i in known else np.zeros(len(rows[i])) for i in order]
         reference = _at_spans(values, [spans[i] for i in order], device)
     if recipe.forget_objective == "calibrated":
         values = [np.array(rows[i].levels or [recipe.level] * len(rows[i])) for i in order]
@@ -144,6 +148,7 @@ def make_batch(
         target=torch.tensor(target, dtype=torch.int64, device=device),
         forget=(of_row < len(forget)).to(device),
         retain=of_retain.to(device),
+        anchor=(torch.tensor(is_anchor, dtype=torch.bool)[of_row] & (torch.tensor(target) >= 0)).to(device),
         rows=len(rows),
         substitutes=len(substitutes),
         tokens=sum(lengths),
@@ -196,14 +201,18 @@ def chosen_hidden(student: CausalLM, micro: Sequence[Tensor], index: Sequence[Te
     return torch.cat(rows)
 
 
-def batch_losses(hidden: Tensor, head: Tensor, batch: Batch, recipe: Recipe) -> dict[str, Tensor]:
+def batch_losses(hidden: Tensor, head: Tensor, batch: Batch, recipe: Recipe, drift: float = 1.0) -> dict[str, Tensor]:
     """Scalars `loss`, `forget_loss`, `retain_loss` and, with substitutes, `substitute_loss` (nats, before their
-    weights) of one batch, with gradient, from the last hidden states [N, d] of its positions and the head [V, d]."""
+    weights) of one batch, with gradient, from the last hidden states [N, d] of its positions and the head [V, d].
+
+    Levels are multiplied by `drift`. With an anchor's documents in the batch there are also `anchor_nll` and
+    `anchor_teacher_nll`, sums over their tokens, without gradient.
+    """
     target_logp, kl = token_stats(hidden, head, batch.target, *(batch.teacher or ()))
     zero = target_logp.new_zeros(())
     losses = {"forget_loss": zero, "retain_loss": zero}
     if recipe.forget_objective != "none":
-        losses["forget_loss"] = _forget_loss(target_logp, kl, batch, recipe)
+        losses["forget_loss"] = _forget_loss(target_logp, kl, batch, recipe, drift)
     weights = objectives.token_weights(batch.row[batch.retain], recipe.retain_reduction, batch.retain_positions)
     if recipe.retain_objective == "kl":
         losses["retain_loss"] = objectives.teacher_kl(kl[batch.retain], weights)
@@ -214,10 +223,13 @@ def batch_losses(hidden: Tensor, head: Tensor, batch: Batch, recipe: Recipe) -> 
         weights = objectives.token_weights(batch.row[batch.substitute], "rows")
         losses["substitute_loss"] = objectives.cross_entropy(target_logp[batch.substitute], weights)
         total = total + recipe.substitute_weight * losses["substitute_loss"]
+    if batch.anchor.any() and batch.reference is not None:
+        losses["anchor_nll"] = -target_logp.detach()[batch.anchor].sum()
+        losses["anchor_teacher_nll"] = -batch.reference[batch.anchor].sum()
     return {"loss": total, **losses}
 
 
-def _forget_loss(target_logp: Tensor, kl: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
+def _forget_loss(target_logp: Tensor, kl: Tensor, batch: Batch, recipe: Recipe, drift: float) -> Tensor:
     """The recipe's forget objective, from the vectors [N] that token_stats gave for a batch."""
     logp, row = target_logp[batch.forget], batch.row[batch.forget]
     weights = objectives.token_weights(row, recipe.forget_reduction, len(batch.row))
@@ -231,7 +243,7 @@ def _forget_loss(target_logp: Tensor, kl: Tensor, batch: Batch, recipe: Recipe) 
         return objectives.teacher_kl(kl[batch.forget], weights)
     if recipe.forget_objective == "calibrated":
         assert batch.level is not None
-        return objectives.calibrated(logp, batch.level[batch.forget], row, weights)
+        return objectives.calibrated(logp, drift * batch.level[batch.forget], row, weights)
     assert batch.reference is not None
     if recipe.forget_objective == "dpo":
         ratio = (target_logp - batch.reference).masked_fill(batch.retain, 0.0)

@@ -36,6 +36,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 METRICS = "metrics.jsonl"
+LATELY = 0.9  # how much of the anchor's last losses a step keeps
 SETS = ("forget", "retain")
 T = TypeVar("T")
 
@@ -102,6 +103,7 @@ class Trainer:
         self.best_step = 0
         self.worse = 0  # evaluations since the best
         self.steps_done = 0
+        self.unseen = [0.0, 0.0]  # the student's and the teacher's losses on the anchor's tokens, lately
         self.positions = self.tokens = 0
         self.waited = 0.0  # seconds that steps stood still for their batch
         self.largest: Batch | None = None  # the step with the most positions
@@ -226,9 +228,13 @@ class Trainer:
             hidden = chosen_hidden(self.student, batch.micro, batch.index)
         else:
             hidden = self.walk.forward(batch.micro, batch.index)
-        losses = batch_losses(hidden, self.student.head, batch, self.recipe)
+        losses = batch_losses(hidden, self.student.head, batch, self.recipe, self._drift())
         values = {name: loss.item() for name, loss in losses.items()}
         del hidden
+        if "anchor_nll" in values:
+            now = values.pop("anchor_nll"), values.pop("anchor_teacher_nll")
+            self.unseen = [LATELY * old + new for old, new in zip(self.unseen, now, strict=True)]
+            values["drift"] = self._drift()
         if not math.isfinite(values["loss"]):
             raise NotFinite(f"the loss became {values['loss']} at step {step}, before its update")
         optimizer.begin_step(lr)
@@ -251,13 +257,20 @@ class Trainer:
         metrics.flush()
         return values
 
+    def _drift(self) -> float:
+        """What unseen text costs the student now, as a multiple of what it cost the teacher: forgotten text is to cost
+        as much as it, so that the levels follow."""
+        student, teacher = self.unseen
+        return student / teacher if teacher > 0 else 1.0
+
     @torch.no_grad()
     def _evaluate(self, step: int) -> dict[str, float]:
         """Losses and answers of the fixed sample; the best so far by the recipe's rule is kept to fall back on."""
         self.student.model.eval()
         batch = self._batch(*self.sample)
         hidden = chosen_hidden(self.student, batch.micro, batch.index)
-        losses = batch_losses(hidden, self.student.head, batch, self.recipe)
+        losses = batch_losses(hidden, self.student.head, batch, self.recipe, self._drift())
+        losses = {name: loss for name, loss in losses.items() if name.endswith("loss")}
         values = {f"eval_{name}": loss.item() for name, loss in losses.items()}
         if self.recipe.retain_objective == "kl":
             values["eval_retain_kl"] = values["eval_retain_loss"]

@@ -10,10 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neko_lean.data import Row, encode, find_rows, length_batches, padding_share, paired_batches, prompt_and_answer
+from neko_lean.data import Row, encode, find_rows, length_batches, paired_batches, prompt_and_answer, random_batches
 from neko_lean.data import read_rows as read
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import load_tokenizer
+from neko_lean.step import micro_batches
 from tests.helpers import LUME, make_rows, write_rows
 
 GOOD = {"id": "1sc1", "input": "a", "output": "b", "task": "Task1"}
@@ -117,16 +118,18 @@ def test_truncation_is_counted(world):
     lengths=st.lists(st.integers(1, 400), min_size=1, max_size=120),
     max_rows=st.integers(1, 40),
     max_tokens=st.integers(1, 4000),
-    seed=st.none() | st.integers(0, 5),
 )
 @settings(deadline=None)
-def test_every_row_is_in_one_batch_and_no_batch_is_too_large(lengths, max_rows, max_tokens, seed):
-    rng = None if seed is None else random.Random(seed)
-    batches = length_batches(lengths, max_rows=max_rows, max_tokens=max_tokens, shuffle=rng)
-    assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
-    for batch in batches:
-        assert len(batch) <= max_rows
-        assert len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens
+def test_every_row_is_in_one_batch_and_no_batch_is_too_large(lengths, max_rows, max_tokens):
+    limits = {"max_rows": max_rows, "max_tokens": max_tokens}
+    together = length_batches(lengths, **limits)
+    mixed = random_batches(lengths, **limits, rng=random.Random(0))
+    for batches in (together, mixed):
+        assert sorted(i for batch in batches for i in batch) == list(range(len(lengths)))
+        assert all(1 <= len(batch) <= max_rows for batch in batches)
+    assert all(len(batch) == 1 or len(batch) * max(lengths[i] for i in batch) <= max_tokens for batch in together)
+    assert all(len(batch) == 1 or sum(lengths[i] for i in batch) <= max_tokens for batch in mixed)
+    assert [lengths[i] for batch in together for i in batch] == sorted(lengths)
 
 
 @given(
@@ -135,7 +138,7 @@ def test_every_row_is_in_one_batch_and_no_batch_is_too_large(lengths, max_rows, 
     max_tokens=st.integers(300, 4000),
 )
 @settings(deadline=None, max_examples=50)
-def test_pairs_share_a_rectangle_within_the_budget(forget, retain, max_tokens):
+def test_steps_keep_to_the_budget_and_leave_nothing_out(forget, retain, max_tokens):
     options = {"forget_rows": 8, "retain_rows": 4, "max_tokens": max_tokens, "rng": random.Random(0)}
     if not forget and not retain:
         with pytest.raises(NekoLeanError, match="no rows"):
@@ -143,21 +146,25 @@ def test_pairs_share_a_rectangle_within_the_budget(forget, retain, max_tokens):
         return
     seen = ([], [])
     for left, right in itertools.islice(paired_batches(forget, retain, **options), 60):
-        rows = len(left) + len(right)
         assert left or right
-        assert rows <= 2 or rows * max([forget[i] for i in left] + [retain[i] for i in right]) <= max_tokens
+        tokens = sum(forget[i] for i in left) + sum(retain[i] for i in right)
+        assert len(left) + len(right) <= 2 or tokens <= max_tokens
         seen[0].extend(left)
         seen[1].extend(right)
-    # Nothing is forgotten by the sampler: in 60 steps of up to 8 and 4 rows every row of 40 has come by.
+    # In 60 steps of up to 8 and 4 rows every row of 40 has come by.
     if max_tokens >= 300 * 12:
         assert set(seen[0]) == set(range(len(forget))) and set(seen[1]) == set(range(len(retain)))
 
 
 @lume
 @pytest.mark.parametrize("limit", [128, 512])
-def test_an_epoch_of_lume_retain_has_at_most_a_tenth_padding(world, limit):
+def test_an_epoch_of_lume_has_at_most_a_tenth_padding(world, limit):
+    """In the micro-batches of the default step of 64 rows."""
     # By characters: a tokenizer only scales lengths, and the suite needs none of LUME's own.
     rows = read(LUME, "retain", "train")
     lengths = [min(limit, 1 + len(f"{r.input} {r.output}") // 4) for r in rows]
-    batches = length_batches(lengths, max_rows=32, max_tokens=8192, shuffle=random.Random(0))
-    assert padding_share(lengths, batches) <= 0.10
+    positions = 0
+    for batch in random_batches(lengths, max_rows=64, max_tokens=8192, rng=random.Random(0)):
+        of_batch = [lengths[i] for i in batch]
+        positions += sum(len(group) * max(of_batch[i] for i in group) for group in micro_batches(of_batch, 2048))
+    assert 1 - sum(lengths) / positions <= 0.10

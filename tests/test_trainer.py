@@ -3,15 +3,18 @@
 import itertools
 import json
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 
 import neko_lean
 from neko_lean import cache, runs, trainer
-from neko_lean.data import write_jsonl
+from neko_lean.data import encode, read_rows, write_jsonl
+from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.levels import with_levels
+from neko_lean.modeling import load_model, load_tokenizer, next_token_logp
 from neko_lean.recipes import load_recipe, recipe_names
 from neko_lean.schedules import learning_rate
 from neko_lean.trainer import prefetched
@@ -316,3 +319,36 @@ def test_levels_come_from_the_anchor_or_are_all_the_same(world, model, anchored,
     found, fixed = (batch.level[batch.forget] for batch in (seen[0], seen[-1]))
     assert len(set(found.tolist())) > 10 and set(fixed.tolist()) == {3.0}
     assert "without --anchor" in capsys.readouterr().err
+
+
+def test_levels_follow_what_unseen_text_costs_the_student(world, model, anchored, tmp_path):
+    """At the start the student is its teacher, so the drift is 1; a student that is not has its own losses' ratio."""
+    change = {"max_steps": 3, "lr": 1e-9}
+    options = {"cache": anchored / "cache", "anchor": anchored / "anchor.jsonl", "recipe": "calibrated", "quiet": True}
+    neko_lean.unlearn(model, tmp_path / "still", world, world, overrides=change, **options)
+    found = [line["drift"] for line in metrics(tmp_path / "still") if "drift" in line]
+    assert found and found == pytest.approx([1.0] * len(found), rel=2e-3)
+    tokenizer = load_tokenizer(model)
+    documents = encode(read_anchor(anchored / "anchor.jsonl"), tokenizer, "plain", 512)
+    teacher = cache.TeacherCache(anchored / "cache")
+    recipe = load_recipe("calibrated")
+    lm = load_model(model, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        lm.head.mul_(0.5)
+    (forget, *_) = with_levels(
+        encode(read_rows(world, "forget"), tokenizer, "plain", 512)[:1],
+        documents,
+        [-teacher.target_logp(one) for one in documents],
+    )
+    batch = trainer.make_batch([forget], documents, teacher, recipe, 1, torch.device("cpu"))
+    hidden = trainer.chosen_hidden(lm, batch.micro, batch.index)
+    losses = trainer.batch_losses(hidden, lm.head, batch, recipe)
+    logp = next_token_logp(lm, [one.ids for one in documents], 1)
+    assert losses["anchor_nll"].item() == pytest.approx(-logp.sum().item(), rel=1e-4)
+    wanted = -sum(teacher.target_logp(one).sum() for one in documents)
+    assert losses["anchor_teacher_nll"].item() == pytest.approx(wanted, rel=1e-5)
+    halved = trainer.batch_losses(hidden, lm.head, batch, recipe, 0.5)["forget_loss"]
+    scaled = replace(forget, levels=tuple(0.5 * level for level in forget.levels))
+    again = trainer.make_batch([scaled], documents, teacher, recipe, 1, torch.device("cpu"))
+    other = trainer.batch_losses(hidden, lm.head, again, recipe)["forget_loss"]
+    assert halved.item() == pytest.approx(other.item(), rel=1e-5) != losses["forget_loss"].item()

@@ -84,6 +84,10 @@ class TeacherCache:
         tail = torch.from_numpy(np.concatenate([tail for _, _, tail in parts]))
         return ids, logp, tail
 
+    def has_target_logp(self, one: Encoded) -> bool:
+        """Whether the teacher's log-probabilities of this row's tokens are in the cache."""
+        return one.row.id in self._forget_rows
+
     def target_logp(self, one: Encoded) -> np.ndarray:
         """The teacher's log-probability, in nats, of every token of a row but its first: [len(one) - 1] float32.
 

@@ -42,7 +42,7 @@ class Recipe:
     retain_reduction: str
     forget_rows: int  # rows a step, at most
     retain_rows: int
-    batch_tokens: int  # positions a step, padding included, at most
+    batch_tokens: int  # tokens a step, at most
     lr: float
     beta1: float
     beta2: float
