@@ -102,10 +102,60 @@ def make_batch(
     leveled = recipe.forget_objective == "calibrated" and teacher is not None
     is_anchor = [leveled and held and teacher.has_target_logp(one) for one, held in zip(rows, is_retain, strict=True)]
     groups = micro_batches(lengths, recipe.micro_tokens)
+    micro, index, of_row, following = _laid_out(rows, spans, groups, pad_id, device)
+    of_retain, of_anchor = (torch.tensor(flags, dtype=torch.bool)[of_row] for flags in (is_retain, is_anchor))
+    target = following.masked_fill(of_retain & ~of_anchor, -1) if kl else following
     order = [number for group in groups for number in group]
+    taught = reference = level = None
+    if teacher is not None:
+        undial = recipe.forget_objective == "undial"
+        known = [i for i in order if kl and (is_retain[i] or (undial and i < len(forget)))]
+        if known:
+            taught = _taught(teacher, [rows[i] for i in known], [spans[i] for i in known], torch.tensor(known), of_row)
+        losses = {
+            i for i in order if is_anchor[i] or (recipe.forget_objective in NEED_FORGET_CACHE and not is_retain[i])
+        }
+        if losses:
+            values = [teacher.target_logp(rows[i]) if i in losses else np.zeros(len(rows[i])) for i in order]
+            reference = _at_spans(values, [spans[i] for i in order])
+        if undial and taught is not None and reference is not None:
+            some = of_row < len(forget)
+            pushed = (one[some] for one in (*taught, target, reference))
+            for one, changed in zip(taught, objectives.undial_teacher(*pushed, recipe.gamma), strict=True):
+                one[some] = changed
+    if recipe.forget_objective == "calibrated":
+        values = [np.array(rows[i].levels or [recipe.level] * len(rows[i])) for i in order]
+        level = _at_spans(values, [spans[i] for i in order])
+    return Batch(
+        micro=micro,
+        index=index,
+        row=of_row.to(device),
+        target=target.to(device),
+        forget=(of_row < len(forget)).to(device),
+        retain=of_retain.to(device),
+        anchor=(of_anchor & (target >= 0)).to(device),
+        rows=len(rows),
+        substitutes=len(substitutes),
+        tokens=sum(lengths),
+        retain_positions=len(retain) * max(lengths),
+        teacher=None if taught is None else tuple(one.to(device) for one in taught),  # type: ignore[arg-type]
+        reference=None if reference is None else reference.to(device),
+        level=None if level is None else level.to(device),
+    )
+
+
+def _laid_out(
+    rows: Sequence[Encoded],
+    spans: Sequence[tuple[int, int]],
+    groups: Sequence[Sequence[int]],
+    pad_id: int,
+    device: torch.device,
+) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
+    """Micro-batches and the positions in them, as Batch has them; on the host, each position's row [N] and the token
+    that follows it [N], -1 at a row's end."""
     micro, index = [], []
     row: list[int] = []
-    target: list[int] = []
+    following: list[int] = []
     for group in groups:
         micro.append(pad([rows[i].ids for i in group], pad_id, device)[0])
         wanted: list[int] = []
@@ -113,50 +163,9 @@ def make_batch(
             start, stop = spans[number]
             wanted += [place * micro[-1].shape[1] + i for i in range(start, stop)]
             row += [number] * max(0, stop - start)
-            distribution = kl and is_retain[number]
-            last = -1 if distribution and not is_anchor[number] else len(rows[number]) - 1
-            target += [rows[number].ids[i + 1] if i < last else -1 for i in range(start, stop)]
+            following += [*rows[number].ids[1:], -1][start:stop]
         index.append(torch.tensor(wanted, dtype=torch.int64, device=device))
-    of_row = torch.tensor(row, dtype=torch.int64)
-    of_retain = torch.tensor(is_retain, dtype=torch.bool)[of_row]
-    taught = None
-    if teacher is not None and kl:
-        undial = recipe.forget_objective == "undial"
-        known = [i for i in order if is_retain[i] or (undial and i < len(forget))]
-        if known:
-            taught = _taught(teacher, [rows[i] for i in known], [spans[i] for i in known], torch.tensor(known), of_row)
-    reference = level = None
-    if teacher is not None and (recipe.forget_objective in NEED_FORGET_CACHE or any(is_anchor)):
-        known = {i for i in order if is_anchor[i] or (not leveled and not is_retain[i])}
-        values = [np.append(teacher.target_logp(rows[i]), 0) if i in known else np.zeros(len(rows[i])) for i in order]
-        reference = _at_spans(values, [spans[i] for i in order], device)
-    if recipe.forget_objective == "calibrated":
-        values = [np.array(rows[i].levels or [recipe.level] * len(rows[i])) for i in order]
-        level = _at_spans(values, [spans[i] for i in order], device)
-    if taught is not None and recipe.forget_objective == "undial":
-        assert reference is not None
-        some = of_row < len(forget)
-        changed = objectives.undial_teacher(
-            *(one[some] for one in taught), torch.tensor(target)[some], reference.cpu()[some], recipe.gamma
-        )
-        for one, two in zip(taught, changed, strict=True):
-            one[some] = two
-    return Batch(
-        micro=micro,
-        index=index,
-        row=of_row.to(device),
-        target=torch.tensor(target, dtype=torch.int64, device=device),
-        forget=(of_row < len(forget)).to(device),
-        retain=of_retain.to(device),
-        anchor=(torch.tensor(is_anchor, dtype=torch.bool)[of_row] & (torch.tensor(target) >= 0)).to(device),
-        rows=len(rows),
-        substitutes=len(substitutes),
-        tokens=sum(lengths),
-        retain_positions=len(retain) * max(lengths),
-        teacher=None if taught is None else tuple(one.to(device) for one in taught),  # type: ignore[arg-type]
-        reference=reference,
-        level=level,
-    )
+    return micro, index, torch.tensor(row, dtype=torch.int64), torch.tensor(following, dtype=torch.int64)
 
 
 def forget_start(one: Encoded, recipe: Recipe) -> int:
@@ -189,10 +198,11 @@ def _taught(
     )
 
 
-def _at_spans(values: Sequence[np.ndarray], spans: Sequence[tuple[int, int]], device: torch.device) -> Tensor:
-    """Values of a row's tokens but the first, one array a row, at the positions that count: [N] float32."""
-    parts = [value[start:stop] for value, (start, stop) in zip(values, spans, strict=True)]
-    return torch.from_numpy(np.concatenate(parts).astype(np.float32)).to(device)
+def _at_spans(values: Sequence[np.ndarray], spans: Sequence[tuple[int, int]]) -> Tensor:
+    """Values of a row's tokens but the first, one array a row, at the positions that count: [N] float32; 0 at a row's
+    end."""
+    parts = [np.append(value, 0)[start:stop] for value, (start, stop) in zip(values, spans, strict=True)]
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32))
 
 
 def chosen_hidden(student: CausalLM, micro: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
@@ -211,7 +221,7 @@ def batch_losses(hidden: Tensor, head: Tensor, batch: Batch, recipe: Recipe, dri
     target_logp, kl = token_stats(hidden, head, batch.target, *(batch.teacher or ()))
     zero = target_logp.new_zeros(())
     losses = {"forget_loss": zero, "retain_loss": zero}
-    if recipe.forget_objective != "none":
+    if recipe.forget_objective != "none" and batch.forget.any():
         losses["forget_loss"] = _forget_loss(target_logp, kl, batch, recipe, drift)
     weights = objectives.token_weights(batch.row[batch.retain], recipe.retain_reduction, batch.retain_positions)
     if recipe.retain_objective == "kl":
