@@ -112,11 +112,10 @@ def make_batch(
         known = [i for i in order if kl and (is_retain[i] or (undial and i < len(forget)))]
         if known:
             taught = _taught(teacher, [rows[i] for i in known], [spans[i] for i in known], torch.tensor(known), of_row)
-        losses = {
-            i for i in order if is_anchor[i] or (recipe.forget_objective in NEED_FORGET_CACHE and not is_retain[i])
-        }
-        if losses:
-            values = [teacher.target_logp(rows[i]) if i in losses else np.zeros(len(rows[i])) for i in order]
+        compared = recipe.forget_objective in NEED_FORGET_CACHE
+        priced = {i for i in order if is_anchor[i] or (compared and not is_retain[i])}
+        if priced:
+            values = [teacher.target_logp(rows[i]) if i in priced else np.zeros(len(rows[i])) for i in order]
             reference = _at_spans(values, [spans[i] for i in order])
         if undial and taught is not None and reference is not None:
             some = of_row < len(forget)

@@ -46,7 +46,7 @@ def inspect(
         table.add_row(key.replace("_", " "), str(about[key]))
     table.add_section()
     table.add_row("retain rows", f"{about['rows']} ({about['truncated']} cut)")
-    table.add_row("forget rows", str(sum(shard["rows"] for shard in about["forget_shards"])))
+    table.add_row("rows with token losses", str(sum(shard["rows"] for shard in about["forget_shards"])))
     table.add_row("tokens", str(about["positions"]))
     table.add_row("bytes a token", f"{about['bytes_per_token']:.1f}")
     table.add_row("entries a token", f"{about['mean_entries']:.2f}")
