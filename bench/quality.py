@@ -18,6 +18,7 @@ import multiprocessing
 import os
 import random
 import statistics
+import subprocess
 import sys
 import traceback
 from dataclasses import asdict
@@ -87,15 +88,16 @@ def make_model(data: Path, out: Path, name: str, seed: int) -> None:
 
 def forget_with(data: Path, target: Path, out: Path, recipe: str, change: dict[str, Any], seed: int) -> None:
     """Cache the teacher as the recipe wants it, and unlearn."""
-    from neko_lean.cache import cache_teacher
     from neko_lean.recipes import load_recipe
     from neko_lean.runs import unlearn
 
     chosen = load_recipe(recipe, change)
     anchor = data / "anchor.jsonl" if chosen.forget_objective == "calibrated" else None
-    cache = target.parent / f"cache-{chosen.format}-{'anchor' if anchor else 'bare'}-{os.getpid()}"
-    about = {"format": chosen.format, "max_length": 512, "overwrite": True, "quiet": True}
-    cache_teacher(target, data, cache, forget=data, anchor=anchor, **about)
+    cache = target.parent / f"cache-{out.name}"
+    # In a process of its own, or its memory would count as the student's.
+    command = [sys.executable, "-m", "neko_lean", "cache-teacher", target, data, "--forget", data, "--out", cache]
+    command += ["--format", chosen.format, "--overwrite", "--quiet", *(["--anchor", anchor] if anchor else [])]
+    subprocess.run(list(map(str, command)), check=True)
     unlearn(
         target, out, data, data, cache=cache, anchor=anchor, recipe=recipe,
         overrides={"backward": "plain", **change}, seed=seed, quiet=True,

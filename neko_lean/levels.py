@@ -15,6 +15,7 @@ import numpy as np
 
 from neko_lean.data import Encoded
 from neko_lean.documents import TASK
+from neko_lean.errors import NekoLeanError
 
 ORDERS = (1, 2, 3)  # tokens of context, the token itself among them, that an estimate looks at
 PRIOR = 2.0  # occurrences that the shorter context's estimate counts as
@@ -65,11 +66,14 @@ def with_levels(forget: Sequence[Encoded], anchor: Sequence[Encoded], losses: Se
     as the task's sc rows are on average.
     """
     by_task: dict[str, list[int]] = defaultdict(list)
-    for number, one in enumerate(anchor):
-        by_task[one.row.task].append(number)
+    usable = [number for number, loss in enumerate(losses) if len(loss)]
+    if not usable:
+        raise NekoLeanError("no document of the anchor has two tokens, so none has a loss: give longer ones.")
+    for number in usable:
+        by_task[anchor[number].row.task].append(number)
     leveled: dict[int, Encoded] = {}
     for task in sorted({one.row.task for one in forget}):
-        pool = by_task.get(task) or by_task.get(TASK) or list(range(len(anchor)))
+        pool = by_task.get(task) or by_task.get(TASK) or usable
         rows = {n: one for n, one in enumerate(forget) if one.row.task == task}
         leveled |= _of_task(rows, [anchor[i] for i in pool], [losses[i] for i in pool])
     return [leveled[n] for n in range(len(forget))]
@@ -81,7 +85,7 @@ def _of_task(
     estimate = _Estimate(anchor, losses)
     raw = {n: estimate(one.ids) for n, one in rows.items()}
     unseen = np.array([loss.mean() for loss in losses])
-    documents = sorted((n for n in rows if rows[n].row.kind == "sc"), key=lambda n: float(raw[n].mean()))
+    documents = sorted((n for n in rows if rows[n].row.kind == "sc" and raw[n].sum()), key=lambda n: raw[n].mean())
     wanted = np.quantile(unseen, (np.arange(len(documents)) + 0.5) / max(1, len(documents)))
     scale = {n: float(mean / raw[n].mean()) for n, mean in zip(documents, wanted, strict=True)}
     usual = float(np.mean(list(scale.values()))) if scale else 1.0

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from neko_lean.data import Encoded, Row
+from neko_lean.errors import NekoLeanError
 from neko_lean.levels import with_levels
 
 
@@ -50,3 +51,12 @@ def test_each_task_is_judged_by_its_own_documents():
     both = with_levels([row(0, [1, 2, 3]), row(1, [1, 2, 3], kind="qa")], anchor, losses)
     assert both[1].levels == pytest.approx(both[0].levels)
     assert np.isfinite(with_levels([row(1, [4, 5], kind="qa")], anchor, losses)[0].levels).all()
+
+
+def test_rows_and_documents_of_one_token_are_borne():
+    anchor = [unseen(0, [1]), unseen(1, [1, 2, 3])]
+    losses = [np.array([]), np.array([2.0, 2.0])]
+    found = with_levels([row(0, [1]), row(1, [1, 2])], anchor, losses)
+    assert [one.levels for one in found] == [(), (2.0,)]
+    with pytest.raises(NekoLeanError, match="two tokens"):
+        with_levels([row(0, [1, 2])], anchor[:1], losses[:1])

@@ -16,10 +16,10 @@ def cache_teacher(
     retain: Annotated[Path, typer.Argument(help="Parquet, jsonl or csv file, or a folder holding retain.*.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     forget: Annotated[
-        Path | None, typer.Option(help="Also store the teacher's log-probability of every token of these rows.")
+        Path | None, typer.Option(help="Rows to forget, for recipes that ask the teacher about them: npo, dpo, undial.")
     ] = None,
     anchor: Annotated[
-        Path | None, typer.Option(help="Neutral documents to hold still as well: jsonl with a column document.")
+        Path | None, typer.Option(help="Documents never seen, to hold still: jsonl with document and, if wanted, task.")
     ] = None,
     top_k: Annotated[int, typer.Option(help="Most entries kept a position.")] = 64,
     mass: Annotated[
