@@ -44,7 +44,12 @@ def test_overrides(text, pair):
     [({"lrr": 1.0}, "lrr"), ({"lr": "fast"}, "lr"), ({"lr": 0.0}, "lr"), ({"lr": float("nan")}, "lr"),
      ({"format": "chat"}, "format"), ({"max_steps": 1.5}, "max_steps"), ({"max_steps": True}, "max_steps"),
      ({"patience": -1}, "patience"), ({"max_steps": 0}, "max_steps"), ({"beta1": 1.0}, "beta1"),
-     ({"forget_objective": "none", "retain_objective": "none"}, "objective")],
+     ({"forget_objective": "none", "retain_objective": "none"}, "objective"),
+     ({"forget_objective": "dpo"}, "refusal"), ({"forget_objective": "undial"}, "gamma"),
+     ({"order": "random"}, "order"),
+     ({"substitute": "random"}, "go together"), ({"substitute_weight": 1.0}, "go together"),
+     ({"chunk_rows": 0}, "chunk"),
+     ({"choose": "quality", "eval_every": 0}, "eval_every"), ({"train_only": "mlp("}, "regular expression")],
 )  # fmt: skip
 def test_what_cannot_be_is_named(override, words):
     with pytest.raises(NekoLeanError, match=words):

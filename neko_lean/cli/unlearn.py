@@ -29,9 +29,13 @@ def unlearn(
     model: Model,
     forget: Annotated[Path, typer.Option(help="Rows to forget: a file, or a folder holding forget.*.")],
     retain: Annotated[Path, typer.Option(help="Rows to hold still: a file, or a folder holding retain.*.")],
-    cache: Annotated[Path, typer.Option(help="What cache-teacher wrote for this model and these retain rows.")],
     out: Annotated[Path, typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.")],
-    anchor: Annotated[Path | None, typer.Option(help="The neutral documents that cache-teacher was given.")] = None,
+    cache: Annotated[
+        Path | None, typer.Option(help="What cache-teacher wrote.  [default: cached first, then thrown away]")
+    ] = None,
+    anchor: Annotated[
+        Path | None, typer.Option(help="The documents that cache-teacher was given; without --cache, any never seen.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = DEFAULT,
     set_: Set = None,
     max_steps: MaxSteps = None,
@@ -47,7 +51,7 @@ def unlearn(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Push the forget set out of the model and hold the retain set still. Never loads the teacher.
+    """Push the forget set out of the model and hold the retain set still, with one model in memory at any time.
 
     Example: neko-lean unlearn allenai/OLMo-1B-0724-hf --forget data/ --retain data/ --cache cache/ --out unlearned/
     """

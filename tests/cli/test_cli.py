@@ -42,6 +42,14 @@ def test_the_three_commands(world, model, tmp_path):
     assert json.loads(scored.stdout)["final"] is None
 
 
+def test_unlearn_caches_by_itself_and_some_recipes_need_no_teacher(world, model, tmp_path):
+    data = ("--forget", world, "--retain", world, "--max-steps", 2, "--quiet")
+    for recipe in ("npo", "graddiff"):
+        run = call("unlearn", model, *data, "--recipe", recipe, "--out", tmp_path / recipe)
+        assert run.exit_code == 0 and run.stdout == "", run.output
+        assert sorted(p.name for p in tmp_path.iterdir() if "cache" in p.name) == []
+
+
 def test_tables_and_lines_for_people(world, model, tmp_path):
     cached = call("cache-teacher", model, world, "--out", tmp_path / "cache")
     assert re.search(r"36 rows, \d+ positions, .* mean mass in the entries", cached.stdout)
