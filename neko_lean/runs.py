@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -45,6 +46,7 @@ def unlearn(
     *,
     cache: str | Path | None = None,
     anchor: str | Path | None = None,
+    base_cache: str | Path | None = None,
     recipe: str | Path = DEFAULT,
     overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
@@ -63,7 +65,10 @@ def unlearn(
         out: folder to write: a complete checkpoint with tokenizer, run.json and metrics.jsonl. Appears when complete.
         forget, retain: parquet, jsonl or csv files, or folders holding `forget.*` and `retain.*`.
         cache: folder that cache_teacher wrote for this model and these retain rows.
-        anchor: jsonl file of neutral documents (column document) to hold still as well; cache_teacher takes it too.
+        anchor: jsonl file of documents that the model never saw (columns document and, if wanted, task), to hold still
+            and to judge by what a forgotten token should cost; cache_teacher takes it too.
+        base_cache: folder that cache_teacher wrote, with these forget rows, of the model as it was before it learned
+            them, where that is at hand: then its losses are what each forgotten token should cost.
         recipe: name of a shipped recipe, or a .toml file.
         overrides: values of the recipe to replace, by key.
         seed: of the order of rows and of the rounding.
@@ -82,7 +87,8 @@ def unlearn(
     if chosen.retain_objective != "none":
         retain_rows += anchors
     with staged_folder(Path(out), overwrite) as stage, tempfile.TemporaryDirectory() as scratch:
-        if needs_teacher(chosen) and cache is None:
+        reads_cache = needs_teacher(chosen) or (chosen.forget_objective == "calibrated" and bool(anchors))
+        if reads_cache and cache is None:
             cache = Path(scratch) / "cache"
             cache_teacher(
                 folder,
@@ -98,7 +104,7 @@ def unlearn(
                 quiet=quiet,
             )
         teacher = None
-        if needs_teacher(chosen) and cache is not None:
+        if reads_cache and cache is not None:
             teacher = TeacherCache(cache)
             teacher.check(
                 weights=weights_fingerprint(folder),
@@ -107,13 +113,9 @@ def unlearn(
                 max_length=chosen.max_length,
                 encoded=retain_rows,
             )
-            if chosen.forget_objective == "calibrated" and anchors:
-                forget_rows = with_levels(forget_rows, anchors, [-teacher.target_logp(one) for one in anchors])
-        if chosen.forget_objective == "calibrated" and forget_rows[0].levels is None:
-            say(
-                f"warning: without --anchor nothing says what unseen text costs: every token counts as forgotten at "
-                f"{chosen.level} nats."
-            )
+        if chosen.forget_objective == "calibrated":
+            before_learning = None if base_cache is None else TeacherCache(base_cache)
+            forget_rows = _leveled(forget_rows, anchors, teacher, before_learning, tokenizer, chosen)
         for name, encoded in (("forget", forget_rows), ("retain", retain_rows)):
             if encoded:
                 say(f"{name}: {truncation_line(encoded, chosen.max_length)}", quiet)
@@ -175,6 +177,29 @@ def memorize(
         run = _train(loop, before, {"command": "memorize", "model": model_name(model), "sets": list(sets)})
     _raise_failure(run, out)
     return run
+
+
+def _leveled(
+    forget: Sequence[Encoded],
+    anchors: Sequence[Encoded],
+    teacher: TeacherCache | None,
+    base: TeacherCache | None,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+) -> list[Encoded]:
+    """The forget rows with what each token should cost, from the best source there is: the model before it learned
+    them, unseen documents, or the recipe's level for all."""
+    if base is not None:
+        made = {"style": recipe.format, "max_length": recipe.max_length, "encoded": []}
+        base.check(weights=base.manifest.weights, tokenizer=tokenizer_fingerprint(tokenizer), **made)
+        return [replace(one, levels=tuple((-base.target_logp(one)).tolist())) for one in forget]
+    if anchors and teacher is not None:
+        return with_levels(forget, anchors, [-teacher.target_logp(one) for one in anchors])
+    say(
+        f"warning: without --anchor or --base-cache nothing says what unseen text costs: every token counts as "
+        f"forgotten at {recipe.level} nats."
+    )
+    return list(forget)
 
 
 def _substitutes(

@@ -18,6 +18,7 @@ from neko_lean.modeling import load_model, load_tokenizer, next_token_logp
 from neko_lean.recipes import load_recipe, recipe_names
 from neko_lean.schedules import learning_rate
 from neko_lean.trainer import prefetched
+from tests.helpers import random_model
 
 FAST = {"max_steps": 6, "forget_rows": 8, "retain_rows": 8, "eval_every": 2, "eval_rows": 4, "lr": 1e-3}
 
@@ -161,8 +162,6 @@ def test_early_stopping_takes_the_best_evaluation(world, model, cache, tmp_path,
 
 
 def test_another_models_cache_is_refused_before_anything_is_written(world, cache, tmp_path):
-    from tests.helpers import random_model
-
     other = random_model(world, tmp_path / "other", seed=5)
     with pytest.raises(NekoLeanError, match="another model"):
         neko_lean.unlearn(other, tmp_path / "out", world, world, cache=cache, recipe="neko", quiet=True)
@@ -318,7 +317,29 @@ def test_levels_come_from_the_anchor_or_are_all_the_same(world, model, anchored,
         )  # fmt: skip
     found, fixed = (batch.level[batch.forget] for batch in (seen[0], seen[-1]))
     assert len(set(found.tolist())) > 10 and set(fixed.tolist()) == {3.0}
-    assert "without --anchor" in capsys.readouterr().err
+    assert "without --anchor or --base-cache" in capsys.readouterr().err
+
+
+def test_levels_can_be_those_of_the_model_before(world, model, anchored, tmp_path, monkeypatch):
+    """Another model stands for the one that never saw the forget rows: its losses, token by token, are the levels."""
+    base = random_model(world, tmp_path / "base", seed=9)
+    cache.cache_teacher(base, world, tmp_path / "base-cache", forget=world, dtype="float32", quiet=True)
+    seen = []
+    original = trainer.make_batch
+    monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append((args[0], original(*args))) or seen[-1][1])
+    options = {"cache": anchored / "cache", "base_cache": tmp_path / "base-cache", "recipe": "calibrated"}
+    neko_lean.unlearn(model, tmp_path / "out", world, world, overrides={"max_steps": 1}, quiet=True, **options)
+    rows, batch = seen[0]
+    lm = load_model(base, torch.float32, torch.device("cpu"))
+    losses = -next_token_logp(lm, [one.ids for one in rows], 1)
+    wanted = [loss for one, loss in zip(rows, losses.split([len(one) - 1 for one in rows]), strict=True)]
+    for number, (one, loss) in enumerate(zip(rows, wanted, strict=True)):
+        start = 0 if one.row.kind == "sc" else one.prompt - 1
+        torch.testing.assert_close(batch.level[batch.row == number], loss[start:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(NekoLeanError, match="--forget"):
+        cache.cache_teacher(base, world, tmp_path / "bare", quiet=True)
+        options["base_cache"] = tmp_path / "bare"
+        neko_lean.unlearn(model, tmp_path / "no", world, world, quiet=True, **options)
 
 
 def test_levels_follow_what_unseen_text_costs_the_student(world, model, anchored, tmp_path):

@@ -36,6 +36,9 @@ def unlearn(
     anchor: Annotated[
         Path | None, typer.Option(help="The documents that cache-teacher was given; without --cache, any never seen.")
     ] = None,
+    base_cache: Annotated[
+        Path | None, typer.Option(help="cache-teacher's of the model before it learned these rows, made with --forget.")
+    ] = None,
     recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = DEFAULT,
     set_: Set = None,
     max_steps: MaxSteps = None,
@@ -64,6 +67,7 @@ def unlearn(
         retain,
         cache=cache,
         anchor=anchor,
+        base_cache=base_cache,
         recipe=recipe,
         overrides=overrides(
             set_,
