@@ -111,7 +111,7 @@ def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dic
     from neko_lean.data import encode, read_rows
     from neko_lean.modeling import load_model, load_tokenizer
     from neko_lean.scoring import score
-    from neko_lean.scoring.membership import auc, document_losses
+    from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
 
     scored = score(model, data, out, mia=data / "mia", batch_size=64, quiet=True, overwrite=True)
     lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
@@ -136,15 +136,13 @@ def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dic
     for task in TASKS:
         texts = [f"{r.input} {r.output}" for r in rows["forget"] if r.kind == "sc" and r.task == task]
         members = document_losses(lm, tokenizer, texts, batch_tokens=8192)
-        middle = np.median(losses[task])
         found[f"auc_{task}"] = auc(members, losses[task])
-        found[f"interval_{task}"] = interval(members, losses[task])
-        found[f"tell_{task}"] = auc(-np.abs(members - middle), -np.abs(losses[task] - middle))
+        found[f"interval_{task}"] = auc_interval(members, losses[task])
+        found[f"tell_{task}"] = two_sided_auc(members, losses[task])
         found[f"member_nll_{task}"], found[f"held_nll_{task}"] = float(members.mean()), float(losses[task].mean())
     official = [document_losses(lm, tokenizer, documents(data, name), batch_tokens=8192) for name in MIA]
-    found["interval"] = interval(*official)
-    middle = np.median(official[1])
-    found["tell"] = auc(-np.abs(official[0] - middle), -np.abs(official[1] - middle))
+    found["interval"] = auc_interval(*official)
+    found["tell"] = two_sided_auc(*official)
     found["held_nll"] = statistics.mean(found[f"held_nll_{task}"] for task in TASKS)
     texts = [f"{r.input} {r.output}" for r in rows["retain"] if r.kind == "sc"]
     found["retain_nll"] = float(document_losses(lm, tokenizer, texts, batch_tokens=8192).mean())
@@ -156,15 +154,6 @@ def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dic
 
 def documents(data: Path, name: str) -> list[str]:
     return [json.loads(line)["document"] for line in (data / "mia" / f"{name}.jsonl").read_text().splitlines()]
-
-
-def interval(members: np.ndarray, others: np.ndarray, draws: int = 2000) -> list[float]:
-    """95 % bootstrap interval of the membership AUC, documents of each side drawn anew."""
-    from neko_lean.scoring.membership import auc
-
-    rng = np.random.default_rng(0)
-    areas = [auc(rng.choice(members, len(members)), rng.choice(others, len(others))) for _ in range(draws)]
-    return [float(x) for x in np.percentile(areas, (2.5, 97.5))]
 
 
 def distance(lm: Any, gold: Any, encoded: Any, pad_id: int) -> dict[str, float]:

@@ -52,6 +52,23 @@ def auc(members: Sequence[float] | np.ndarray, nonmembers: Sequence[float] | np.
     return float((above + 0.5 * ties).sum() / (len(member) * len(other)))
 
 
+def two_sided_auc(members: Sequence[float] | np.ndarray, nonmembers: Sequence[float] | np.ndarray) -> float:
+    """AUC of |loss - median non-member loss|, members expected further off: half of the members remembered and half
+    blown up have an AUC of 0.5, and are caught here. Below 0.5 members are the more alike."""
+    middle = np.median(np.asarray(nonmembers, dtype=np.float64))
+    return auc(-np.abs(np.asarray(members) - middle), -np.abs(np.asarray(nonmembers) - middle))
+
+
+def auc_interval(
+    members: Sequence[float] | np.ndarray, nonmembers: Sequence[float] | np.ndarray, draws: int = 2000
+) -> tuple[float, float]:
+    """95 % bootstrap interval of the AUC: the documents of each side drawn anew, with replacement."""
+    rng = np.random.default_rng(0)
+    areas = [auc(rng.choice(members, len(members)), rng.choice(nonmembers, len(nonmembers))) for _ in range(draws)]
+    low, high = np.percentile(areas, (2.5, 97.5))
+    return float(low), float(high)
+
+
 def membership_score(area: float) -> float:
     """1 - 2 |AUC - 0.5|: 1 when members and non-members cannot be told apart."""
     return 1 - 2 * abs(area - 0.5)

@@ -51,7 +51,8 @@ def score(
         dtype: 'float32' or 'bfloat16'; by default float32 on a CPU and bfloat16 on a GPU.
 
     Returns what scores.json holds: `cells` (twelve means, 0 to 1, None where no row was), `task_aggregate` (None when
-    a cell is missing), `membership` (None, or auc and score, 0 to 1), `mmlu` and `final` (None: not measured).
+    a cell is missing), `membership` (None, or auc, its 95 % auc_interval, two_sided_auc and score, 0 to 1), `mmlu` and
+    `final` (None: not measured).
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise NekoLeanError("batch-size and max-new-tokens must be at least 1.")
@@ -96,6 +97,8 @@ def score(
             found = {
                 "auc": area,
                 "score": membership.membership_score(area),
+                "auc_interval": list(membership.auc_interval(member, other)),
+                "two_sided_auc": membership.two_sided_auc(member, other),
                 "members": len(member),
                 "nonmembers": len(other),
                 "member_loss": float(member.mean()),
@@ -140,8 +143,12 @@ def score_table(named: dict[str, dict[str, Any]]) -> Group:
                 table.add_row(f"{split} {task} {kind}", *(_shown(s["cells"][cell]) for s in named.values()))
         table.add_section()
     table.add_row("task aggregate", *(_shown(s["task_aggregate"]) for s in named.values()))
-    for key, label in (("auc", "membership AUC"), ("score", "membership score")):
-        table.add_row(label, *(_shown(s["membership"] and s["membership"][key]) for s in named.values()))
+    found = [s["membership"] for s in named.values()]
+    table.add_row("membership AUC", *(_shown(one and one["auc"]) for one in found))
+    intervals = [one and " to ".join(f"{end:.2f}" for end in one["auc_interval"]) for one in found]
+    table.add_row("  95 % interval", *(one or NOT_MEASURED for one in intervals))
+    table.add_row("membership AUC, two-sided", *(_shown(one and one["two_sided_auc"]) for one in found))
+    table.add_row("membership score", *(_shown(one and one["score"]) for one in found))
     table.add_row("MMLU", *(_shown(s["mmlu"]) for s in named.values()))
     table.add_row("final", *(_shown(s["final"]) for s in named.values()))
     notes = ["All numbers are 0 to 1. Forget rows: lower is forgotten. Retain rows: higher is kept."]

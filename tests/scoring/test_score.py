@@ -47,7 +47,7 @@ def test_what_was_not_measured_is_called_so(world, model, tmp_path):
     assert scores["membership"] is None and scores["task_aggregate"] is None
     assert scores["missing_cells"] == ["forget.Task3.regurgitation", "forget.Task3.knowledge"]
     text = table_text(scores)
-    assert text.count("not measured") == 7 and "No aggregate: no rows for forget.Task3" in text.replace("\n", " ")
+    assert text.count("not measured") == 9 and "No aggregate: no rows for forget.Task3" in text.replace("\n", " ")
 
 
 def test_bad_input_writes_nothing(world, model, tmp_path):
