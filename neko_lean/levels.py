@@ -22,7 +22,7 @@ PRIOR = 2.0  # occurrences that the shorter context's estimate counts as
 
 
 class _Estimate:
-    """Mean loss of a token by its nearest context, from documents of one kind: Witten-Bell-like backing off."""
+    """Mean loss of a token by its nearest context, from documents of one kind, shrunk towards shorter contexts."""
 
     def __init__(self, documents: Sequence[Encoded], losses: Sequence[np.ndarray]) -> None:
         self.sums: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
