@@ -24,7 +24,7 @@ def test_published_differs_where_the_code_does():
     paper, code = load_recipe("neko"), load_recipe("neko-published")
     changed = {key for key, value in vars(paper).items() if vars(code)[key] != value}
     assert changed == {
-        "name", "summary", "forget_reduction", "answer_skip", "retain_reduction", "eval_every", "patience"
+        "name", "summary", "measured", "forget_reduction", "answer_skip", "retain_reduction", "eval_every", "patience"
     }  # fmt: skip
 
 
