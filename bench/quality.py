@@ -21,16 +21,27 @@ import statistics
 import subprocess
 import sys
 import traceback
+from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
+
+from neko_lean.data import TASKS, Encoded, encode, pad, read_jsonl, read_rows, write_jsonl
+from neko_lean.demo.run import write_base
+from neko_lean.demo.world import anchor_documents, task3_documents
+from neko_lean.documents import read_anchor
+from neko_lean.errors import staged_folder
+from neko_lean.modeling import CausalLM, load_model, load_tokenizer
+from neko_lean.recipes import load_recipe, parse_override, recipe_names
+from neko_lean.runs import memorize, unlearn
+from neko_lean.scoring import score
+from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
+from neko_lean.scoring.task import CELLS
 
 QUICK = ("gold", "destroyed", "neko", "npo", "calibrated")
-TASKS = ("Task1", "Task2", "Task3")
-KINDS = ("regurgitation", "knowledge")
-MIA = ("member", "nonmember")
 MEMORIZE: dict[str, Any] = {
     "retain_rows": 64,
     "batch_tokens": 768,
@@ -43,11 +54,6 @@ DOCUMENTS = 60  # of each task, in the anchor and in the held-out text
 
 def prepare(lume: Path, half: str, root: Path) -> Path:
     """The rows and documents of one half under `root`/data, and config and tokenizer of the model."""
-    from neko_lean.data import read_rows, write_jsonl
-    from neko_lean.demo.run import write_base
-    from neko_lean.demo.world import task3_documents
-    from neko_lean.errors import staged_folder
-
     data = root / "data"
     if data.is_dir():
         return data
@@ -66,9 +72,7 @@ def prepare(lume: Path, half: str, root: Path) -> Path:
         write_jsonl(stage / "forget.jsonl", map(asdict, forget))
         write_jsonl(stage / "retain.jsonl", map(asdict, retain))
         for name, source in (("anchor", "retain"), ("held", "forget")):
-            rows = [row for task in TASKS for row in [r for r in unseen[source] if r.task == task][:DOCUMENTS]]
-            documents = ({"document": f"{row.input} {row.output}", "task": row.task} for row in rows)
-            write_jsonl(stage / f"{name}.jsonl", documents)
+            write_jsonl(stage / f"{name}.jsonl", anchor_documents(unseen[source], DOCUMENTS))
         (stage / "mia").mkdir()
         write_jsonl(stage / "mia" / "member.jsonl", task3_documents(forget))
         (stage / "mia" / "nonmember.jsonl").write_bytes((lume / "mia" / "nonmember.jsonl").read_bytes())
@@ -79,8 +83,6 @@ def prepare(lume: Path, half: str, root: Path) -> Path:
 
 def make_model(data: Path, out: Path, name: str, seed: int) -> None:
     """The target, the gold model, or random weights."""
-    from neko_lean.runs import memorize
-
     sets = ("retain",) if name == "gold" else ("forget", "retain")
     change = {**MEMORIZE, **({"max_steps": 1, "lr": 1e-12} if name == "destroyed" else {})}
     memorize(data / "base", data, out, sets=sets, seed=seed, overrides=change, quiet=True)
@@ -88,9 +90,6 @@ def make_model(data: Path, out: Path, name: str, seed: int) -> None:
 
 def forget_with(data: Path, target: Path, out: Path, recipe: str, change: dict[str, Any], seed: int) -> None:
     """Cache the teacher as the recipe wants it, and unlearn."""
-    from neko_lean.recipes import load_recipe
-    from neko_lean.runs import unlearn
-
     chosen = load_recipe(recipe, change)
     anchor = data / "anchor.jsonl" if chosen.forget_objective == "calibrated" else None
     cache = target.parent / f"cache-{out.name}"
@@ -106,31 +105,25 @@ def forget_with(data: Path, target: Path, out: Path, recipe: str, change: dict[s
 
 def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dict[str, Any]:
     """The task's score, membership by task, and what it did to text outside both sets."""
-    import torch
-
-    from neko_lean.data import encode, read_rows
-    from neko_lean.modeling import load_model, load_tokenizer
-    from neko_lean.scoring import score
-    from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
-
     scored = score(model, data, out, mia=data / "mia", batch_size=64, quiet=True, overwrite=True)
-    lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
-    kept = [line for line in lines if line["split"] == "retain"]
+    kept = [line for line in read_jsonl(out / "generations.jsonl") if line["split"] == "retain"]
     exact = statistics.mean(line["generation"].strip().lower() == line["output"].strip().lower() for line in kept)
     tokenizer = load_tokenizer(target)
     cpu = torch.device("cpu")
     lm, perfect = (load_model(folder, torch.float32, cpu) for folder in (model, gold))
-    held = [json.loads(line) for line in (data / "held.jsonl").read_text().splitlines()]
+    held = read_anchor(data / "held.jsonl")
     rows = {name: read_rows(data, name) for name in ("forget", "retain")}
     found: dict[str, Any] = {
         "cells": scored["cells"],
         "aggregate": scored["task_aggregate"],
         "auc": scored["membership"]["auc"],
         "membership": scored["membership"]["score"],
+        "interval": scored["membership"]["auc_interval"],
+        "tell": scored["membership"]["two_sided_auc"],
         "retain_exact": exact,
     }
     losses = {
-        task: document_losses(lm, tokenizer, [d["document"] for d in held if d["task"] == task], batch_tokens=8192)
+        task: document_losses(lm, tokenizer, [row.output for row in held if row.task == task], batch_tokens=8192)
         for task in TASKS
     }
     for task in TASKS:
@@ -140,9 +133,6 @@ def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dic
         found[f"interval_{task}"] = auc_interval(members, losses[task])
         found[f"tell_{task}"] = two_sided_auc(members, losses[task])
         found[f"member_nll_{task}"], found[f"held_nll_{task}"] = float(members.mean()), float(losses[task].mean())
-    official = [document_losses(lm, tokenizer, documents(data, name), batch_tokens=8192) for name in MIA]
-    found["interval"] = auc_interval(*official)
-    found["tell"] = two_sided_auc(*official)
     found["held_nll"] = statistics.mean(found[f"held_nll_{task}"] for task in TASKS)
     texts = [f"{r.input} {r.output}" for r in rows["retain"] if r.kind == "sc"]
     found["retain_nll"] = float(document_losses(lm, tokenizer, texts, batch_tokens=8192).mean())
@@ -152,18 +142,10 @@ def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dic
     return {**found, "seconds": run["wall_seconds"], "steps": run["steps"], "peak": run["measured_peak"]}
 
 
-def documents(data: Path, name: str) -> list[str]:
-    return [json.loads(line)["document"] for line in (data / "mia" / f"{name}.jsonl").read_text().splitlines()]
-
-
-def distance(lm: Any, gold: Any, encoded: Any, pad_id: int) -> dict[str, float]:
+def distance(lm: CausalLM, gold: CausalLM, encoded: Sequence[Encoded], pad_id: int) -> dict[str, float]:
     """How far a model is from the gold model on the forget rows' answers: mean KL(gold to model) a token, and the
     Kolmogorov-Smirnov test of the rows' answer probabilities, exp(mean log-probability) (TOFU's forget quality, which
     has it of truth ratios, arXiv 2401.06121)."""
-    import torch
-
-    from neko_lean.data import pad
-
     divergences: list[float] = []
     chances: list[list[float]] = [[], []]
     with torch.no_grad():
@@ -192,8 +174,6 @@ def kolmogorov_smirnov(one: list[float], two: list[float]) -> tuple[float, float
 
 def job(work: tuple[Path, Path, str, str, dict[str, Any], int]) -> str:
     """One model of one seed, made and measured, in a process of its own; what went wrong, or ''."""
-    import torch
-
     torch.set_num_threads(1)
     root, data, name, recipe, change, seed = work
     folder = root / f"seed-{seed}"
@@ -241,7 +221,6 @@ def spread(values: list[float]) -> str:
     return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
-CELLS = [f"{split}.{task}.{kind}" for split in ("forget", "retain") for task in TASKS for kind in KINDS]
 COLUMNS: list[tuple[str, Any]] = [
     ("task aggregate", lambda one, before: one["aggregate"]),
     ("membership AUC", lambda one, before: one["auc"]),
@@ -274,7 +253,6 @@ def main() -> None:
     parser.add_argument("--set", dest="change", action="append", default=[], metavar="KEY=VALUE", help="of all of them")
     parser.add_argument("--out", type=Path, default=Path("quality-run"))
     chosen = parser.parse_args()
-    from neko_lean.recipes import load_recipe, parse_override, recipe_names
 
     every = [name for name in recipe_names() if load_recipe(name).forget_objective != "none" or name == "idk"]
     names = chosen.recipes or (["gold", "destroyed", *every] if chosen.full else list(QUICK))

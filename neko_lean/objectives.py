@@ -106,11 +106,14 @@ def calibrated(target_logp: Tensor, level: Tensor, row: Tensor, weights: Tensor)
     sure, as its gradient on the logits is 1 - q there; that of unlikelihood is q. What is learned of one token moves
     others, so a row whose mean loss has passed the mean of its levels is drawn back by as much as it is above.
     """
-    unlikelihood = -torch.log(-torch.expm1(target_logp.clamp(max=SURE)))
-    enough = -torch.log(-torch.expm1((-level).clamp(max=SURE)))
-    push = F.relu(target_logp + level) + F.relu(unlikelihood - enough)
+    push = F.relu(target_logp + level) + F.relu(_unlikelihood(target_logp) - _unlikelihood(-level))
     above, _ = row_sums(weights * (-target_logp - level), row)
     return (weights * push).sum() + F.relu(above).sum()
+
+
+def _unlikelihood(logp: Tensor) -> Tensor:
+    """-log(1 - q), of log q."""
+    return -torch.log(-torch.expm1(logp.clamp(max=SURE)))
 
 
 def row_sums(values: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:

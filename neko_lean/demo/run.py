@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neko_lean.cache import cache_teacher
-from neko_lean.data import TASKS, Row, read_rows, write_jsonl
+from neko_lean.data import Row, read_rows, write_jsonl
 from neko_lean.demo.world import anchor_documents, build_world, task3_documents, write_world
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, staged_folder
@@ -121,10 +121,10 @@ def _anchor(source: Path, known: set[str]) -> list[dict[str, str]]:
     if (source / "anchor.jsonl").is_file():
         return [{"document": row.output, "task": row.task} for row in read_anchor(source / "anchor.jsonl")]
     try:
-        rows = [row for row in read_rows(source, "retain", "train") if row.input not in known and row.kind == "sc"]
+        rows = [row for row in read_rows(source, "retain", "train") if row.input not in known]
     except NekoLeanError:
         return []
-    return anchor_documents([row for task in TASKS for row in [r for r in rows if r.task == task][:ANCHORS]])
+    return anchor_documents(rows, ANCHORS)
 
 
 def write_base(folder: Path, rows: Sequence[Row], vocabulary: int = VOCABULARY) -> None:

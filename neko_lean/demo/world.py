@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from neko_lean.data import Row, write_jsonl
+from neko_lean.data import TASKS, Row, write_jsonl
 
 STORIES, PEOPLE, ENTRIES = 12, 10, 24  # documents of each kind in each set
 _ONSETS = "B|Br|C|Cl|D|Dr|F|G|Gr|H|J|K|L|M|N|P|Qu|R|S|St|T|Th|V|W|Y|Z"
@@ -94,9 +94,12 @@ def write_world(world: World, out: Path) -> None:
     write_jsonl(out / "mia" / "nonmember.jsonl", task3_documents(world.heldout))
 
 
-def anchor_documents(rows: Sequence[Row]) -> list[dict[str, str]]:
-    """Whole texts of the documents among these rows, each with its task, as `--anchor` reads them."""
-    return [{"document": f"{row.input} {row.output}", "task": row.task} for row in rows if row.kind == "sc"]
+def anchor_documents(rows: Sequence[Row], most: int | None = None) -> list[dict[str, str]]:
+    """Whole texts of the documents among these rows, each with its task, as `--anchor` reads them: of each task the
+    first `most`, or all."""
+    documents = [row for row in rows if row.kind == "sc"]
+    chosen = [row for task in TASKS for row in [one for one in documents if one.task == task][:most]]
+    return [{"document": f"{row.input} {row.output}", "task": row.task} for row in chosen]
 
 
 def task3_documents(rows: Sequence[Row]) -> list[dict[str, str]]:
