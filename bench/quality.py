@@ -5,9 +5,10 @@
 LUME is the folder with the dataset's public splits. A small model learns one half of the validation split's forget
 documents and all of its retain rows (the target); another learns the retain rows alone, from the same seed in as many
 steps (the gold model). The halves are there so that hyperparameters can be chosen on one (--half a --seeds 0) and
-reported on the other. Documents of the train split, which neither model saw, are the anchor (60 a task) and, others,
-the held-out text (60 a task). Runs go two at a time with one thread each; what DIR holds already is not made again. The
-quick set takes about an hour on 2 cores.
+reported on the other. The anchor is text that neither model saw: documents of the train split (60 of Task1 and of
+Task2), and of Task3 half of LUME's non-members, the other half being what the loss attack compares with. The held-out
+text is other documents of the train split, 60 a task. Runs go two at a time with one thread each; what DIR holds
+already is not made again. The quick set takes about an hour on 2 cores.
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ MEMORIZE: dict[str, Any] = {
     "lr": 1.5e-3,
     "max_steps": 1600,
 }
-DOCUMENTS = 60  # of each task, in the anchor and in the held-out text
+DOCUMENTS = 60  # of each task, in the held-out text and, but for Task3, in the anchor
 
 
 def prepare(lume: Path, half: str, root: Path) -> Path:
@@ -68,14 +69,19 @@ def prepare(lume: Path, half: str, root: Path) -> Path:
         name: [row for row in read_rows(lume, name, "train") if row.kind == "sc" and row.input not in known]
         for name in ("forget", "retain")
     }
+    outside = list(read_jsonl(lume / "mia" / "nonmember.jsonl"))
+    random.Random("halves").shuffle(outside)
+    like, others = outside[: len(outside) // 2], outside[len(outside) // 2 :]
+    anchor = [one for one in anchor_documents(unseen["retain"], DOCUMENTS) if one["task"] != "Task3"]
+    anchor += [{"document": one["document"], "task": "Task3"} for one in like]
     with staged_folder(data, False) as stage:
         write_jsonl(stage / "forget.jsonl", map(asdict, forget))
         write_jsonl(stage / "retain.jsonl", map(asdict, retain))
-        for name, source in (("anchor", "retain"), ("held", "forget")):
-            write_jsonl(stage / f"{name}.jsonl", anchor_documents(unseen[source], DOCUMENTS))
+        write_jsonl(stage / "anchor.jsonl", anchor)
+        write_jsonl(stage / "held.jsonl", anchor_documents(unseen["forget"], DOCUMENTS))
         (stage / "mia").mkdir()
         write_jsonl(stage / "mia" / "member.jsonl", task3_documents(forget))
-        (stage / "mia" / "nonmember.jsonl").write_bytes((lume / "mia" / "nonmember.jsonl").read_bytes())
+        write_jsonl(stage / "mia" / "nonmember.jsonl", others)
         # The tokenizer has read seen and unseen text alike, or its merges alone would tell members.
         write_base(stage / "base", [*forget, *retain, *unseen["forget"], *unseen["retain"]])
     return data

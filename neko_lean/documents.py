@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import NamedTuple
 
 from neko_lean.data import TASKS, Row, read_jsonl
 from neko_lean.errors import NekoLeanError
@@ -10,14 +11,16 @@ from neko_lean.errors import NekoLeanError
 TASK = "anchor"
 
 
-def read_documents(path: Path, hint: str) -> list[str]:
-    """The `document` texts of a jsonl file. Raises NekoLeanError naming file, row and column; `hint` says what a
-    missing file should have been."""
-    return [text for text, _ in _read(path, hint)]
+class Document(NamedTuple):
+    """A text, and which task's it is like; TASK where that was not said."""
+
+    text: str
+    task: str
 
 
-def _read(path: Path, hint: str) -> list[tuple[str, str]]:
-    """Text and task of each document of a jsonl file; the task may be left out."""
+def read_documents(path: Path, hint: str) -> list[Document]:
+    """The texts of a jsonl file: columns `document` and, if wanted, `task`. Raises NekoLeanError naming file, row and
+    column; `hint` says what a missing file should have been."""
     if not path.is_file():
         raise NekoLeanError(f"{path} does not exist: {hint}.")
     documents = []
@@ -28,7 +31,7 @@ def _read(path: Path, hint: str) -> list[tuple[str, str]]:
         task = raw.get("task", TASK)
         if task not in (TASK, *TASKS):
             raise NekoLeanError(f"{path}, row {number}, column task: {task!r} is not one of {', '.join(TASKS)}.")
-        documents.append((text, task))
+        documents.append(Document(text, task))
     if not documents:
         raise NekoLeanError(f"{path} holds no documents.")
     return documents
@@ -39,5 +42,5 @@ def read_anchor(path: str | Path) -> list[Row]:
 
     An optional column `task` says which forget rows a document is like.
     """
-    documents = _read(Path(path), "an anchor is a jsonl file with a column document")
+    documents = read_documents(Path(path), "an anchor is a jsonl file with a column document")
     return [Row(f"{TASK} {number}", "", text, task) for number, (text, task) in enumerate(documents, start=1)]

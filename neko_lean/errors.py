@@ -41,6 +41,17 @@ def refuse_occupied(out: Path, overwrite: bool) -> None:
         raise NekoLeanError(f"{out} is a file, not a folder: choose another --out.")
 
 
+def refuse_unfinished(stage: Path, resume: bool, overwrite: bool) -> None:
+    """Raise NekoLeanError when `stage` holds an unfinished run that is neither gone on with nor replaced; clear away
+    one that is replaced."""
+    if stage.exists() and not resume:
+        if not overwrite:
+            raise NekoLeanError(
+                f"{stage} holds an unfinished run: go on with --resume, or start anew with --overwrite."
+            )
+        shutil.rmtree(stage)
+
+
 def publish(stage: Path, out: Path) -> None:
     """Move a complete folder to its place; an old one there makes way first and is removed last."""
     old = out.parent / f".{out.name}.old"

@@ -1,10 +1,13 @@
 """The one numerical primitive: what an objective needs of the vocabulary, without logits for all rows at once.
 
 `token_stats` is the only code that touches logits in training. It walks over chunks of rows, so at most
-`chunk x V` float32 logits exist at a time, keeps none of them for backward, and recomputes them there.
+`chunk x V` float32 logits exist at a time, keeps none of them for backward, and recomputes them there. `token_views` is
+its sister without a gradient: what the score asks of a token.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,6 +69,32 @@ def token_stats(
         full = (one.new_zeros(len(target)).index_copy(0, place, one) for one in some)
         return next(full), next(full)
     return _TokenStats.apply(hidden, weight, target, topk_ids, topk_logp, tail_logp, chunk)
+
+
+class TokenViews(NamedTuple):
+    """What a model thinks of each of N tokens, [N] each, in nats where that applies."""
+
+    logp: Tensor  # log-probability of the token
+    entropy: Tensor  # of the distribution it was drawn from, which is -E[log p]
+    deviation: Tensor  # standard deviation of log p under that distribution
+    rank: Tensor  # int64; 1 where the token is the likeliest
+
+
+@torch.no_grad()
+def token_views(hidden: Tensor, weight: Tensor, target: Tensor) -> TokenViews:
+    """Views of the tokens `target` [N] from last hidden states [N, d] and head [V, d], a chunk of rows at a time."""
+    parts = []
+    chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
+    for rows, wanted in zip(hidden.split(chunk), target.split(chunk), strict=True):
+        logp = logits(rows, weight).log_softmax(1)  # [c, V]
+        own = logp.gather(1, wanted[:, None])  # [c, 1]
+        rank = (logp > own).sum(1) + 1
+        p = logp.exp()
+        # 0 * -inf is no number: a token that cannot be adds nothing to a mean.
+        mean = torch.where(p > 0, p * logp, 0).sum(1, keepdim=True)  # [c, 1]
+        spread = torch.where(p > 0, p * (logp - mean) ** 2, 0).sum(1).sqrt()
+        parts.append((own[:, 0], -mean[:, 0], spread, rank))
+    return TokenViews(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 def logits(hidden: Tensor, weight: Tensor) -> Tensor:

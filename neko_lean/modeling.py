@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from neko_lean.data import pad
 from neko_lean.errors import NekoLeanError
-from neko_lean.head import logits, token_stats
+from neko_lean.head import TokenViews, logits, token_stats, token_views
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -63,6 +63,16 @@ def next_token_logp(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) ->
     hidden = lm.hidden(input_ids)[:, :-1][real]
     target_logp: Tensor = token_stats(hidden, lm.head, input_ids[:, 1:][real])[0]
     return target_logp
+
+
+@torch.no_grad()
+def next_token_views(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) -> list[TokenViews]:
+    """What the model thinks of every token but the first of each row: one TokenViews a row, [length - 1] each."""
+    input_ids, mask = pad(rows, pad_id, lm.device)
+    real = mask[:, 1:].bool()  # [B, L - 1]
+    views = token_views(lm.hidden(input_ids)[:, :-1][real], lm.head, input_ids[:, 1:][real])
+    columns = [column.split([len(row) - 1 for row in rows]) for column in views]
+    return [TokenViews(*one) for one in zip(*columns, strict=True)]
 
 
 def pick_device(name: str | None = None) -> torch.device:

@@ -31,7 +31,7 @@ from neko_lean.cache.format import (
 from neko_lean.cache.teacher import keep
 from neko_lean.data import FORMATS, Encoded, encode, length_batches, read_rows, truncation_line
 from neko_lean.documents import read_anchor
-from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, sync
+from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, refuse_unfinished, sync
 from neko_lean.modeling import (
     CausalLM,
     load_model,
@@ -203,12 +203,7 @@ def _refuse_or_clear(out: Path, stage: Path, resume: bool, overwrite: bool) -> N
     """Raise where something is in the way; clear an unfinished run away where that was asked for."""
     if not (resume and (out / MANIFEST).is_file()):
         refuse_occupied(out, overwrite)
-    if stage.exists() and not resume:
-        if not overwrite:
-            raise NekoLeanError(
-                f"{stage} holds an unfinished run: go on with --resume, or start anew with --overwrite."
-            )
-        shutil.rmtree(stage)
+    refuse_unfinished(stage, resume, overwrite)
 
 
 def _begin(stage: Path, plan: Manifest) -> None:

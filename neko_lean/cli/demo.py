@@ -32,7 +32,7 @@ def demo(
     Example: neko-lean demo --out demo-run    or    neko-lean demo --data lume/ --split validation --out lume-run
     """
     from neko_lean.demo import demo as run
-    from neko_lean.scoring.run import score_table
+    from neko_lean.scoring.table import score_table
 
     result = run(
         out,

@@ -1,28 +1,52 @@
-"""Score one checkpoint: generate, count, ask whether members stand out, and write what was found."""
+"""Score one checkpoint: generate, read its views of every document, count, attack, and write what was found."""
 
 from __future__ import annotations
 
 import json
+import math
 import time
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from rich.console import Group
-from rich.table import Table
-
-from neko_lean.data import TASKS, read_rows
+from neko_lean.data import Row, read_jsonl, read_rows, write_jsonl
 from neko_lean.documents import read_documents
-from neko_lean.errors import NekoLeanError, staged_folder
+from neko_lean.errors import NekoLeanError
 from neko_lean.memory import peak_memory
-from neko_lean.modeling import load_model, load_tokenizer, model_folder, model_name, pick_device, pick_dtype
+from neko_lean.modeling import (
+    load_model,
+    load_tokenizer,
+    model_folder,
+    model_name,
+    pick_device,
+    pick_dtype,
+    tokenizer_fingerprint,
+    weights_fingerprint,
+)
 from neko_lean.progress import bar
-from neko_lean.scoring import membership
-from neko_lean.scoring.generation import generate
-from neko_lean.scoring.task import CELLS, KINDS, SPLITS, cell_means, missing_cells, row_score, task_aggregate
+from neko_lean.runs import versions
+from neko_lean.scoring import attacks as attack
+from neko_lean.scoring import uncertainty
+from neko_lean.scoring.measure import (
+    generations,
+    held_out_nll,
+    line_of,
+    membership_attacks,
+    reference_logp,
+    row_numbers,
+)
+from neko_lean.scoring.mmlu import mmlu as run_mmlu
+from neko_lean.scoring.mmlu_data import read_mmlu
+from neko_lean.scoring.official import official_results
+from neko_lean.scoring.paraphrases import read_paraphrases
+from neko_lean.scoring.task import SPLITS, cell_means, missing_cells, row_score, task_aggregate
+from neko_lean.scoring.unfinished import GENERATIONS, unfinished
+from neko_lean.scoring.verdict import verdict
+from neko_lean.scoring.views import BATCH_TOKENS
 
-NOT_MEASURED = "not measured"
+SCORES = "scores.json"
 MIA = "--mia wants a folder with member.jsonl and nonmember.jsonl"
-BATCH_TOKENS = 8192
+SIDES = ("member", "nonmember")
 
 
 def score(
@@ -32,134 +56,183 @@ def score(
     *,
     mia: str | Path | None = None,
     split: str | None = None,
+    held: str | Path | None = None,
+    reference: str | Path | None = None,
+    paraphrases: str | Path | None = None,
+    mmlu: str | Path | None = None,
+    shots: int = 5,
+    lm_eval: Sequence[str] = (),
+    attacks: Sequence[str] = (),
+    relearn_lr: float = 1e-4,
+    before: str | Path | None = None,
+    official: str | Path | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 256,
+    seed: int = 0,
     device: str | None = None,
     dtype: str | None = None,
+    resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
-    """Score a checkpoint on forget and retain rows as the shared task does; write generations.jsonl and scores.json.
+    """Score a checkpoint on forget and retain rows as the shared task does, and ask what its number hides.
 
     Args:
         model: checkpoint folder or hub name.
         data: folder holding `forget.*` and `retain.*` (with `split`: `forget_<split>.*`, ...).
-        out: folder to write; appears only when it is complete.
+        out: folder to write: scores.json, generations.jsonl, documents.jsonl. Appears only when it is complete.
         mia: folder holding member.jsonl and nonmember.jsonl; without it membership is not measured.
+        held: jsonl file of documents that no training saw, to tell a broken model by.
+        reference: folder of a teacher cache of a reference model that holds the losses of all documents of `mia`.
+        paraphrases: jsonl file of other wordings, see `scoring.paraphrases`.
+        mmlu: folder of the MMLU questions; `shots` examples precede each.
+        lm_eval: tasks of lm-evaluation-harness to run on the checkpoint, where it is installed.
+        attacks: any of relearn (at `relearn_lr`), quantize, paraphrase, prefix.
+        before: folder of an earlier score of the same rows, to give the differences from.
+        official: file to write the shared task's own results to.
         batch_size: prompts generated together.
         max_new_tokens: most tokens of a generation; the task's own limit is 256.
+        seed: of the rows that relearn trains on.
         dtype: 'float32' or 'bfloat16'; by default float32 on a CPU and bfloat16 on a GPU.
+        resume: go on with a run that was cut off, from what it had generated.
 
-    Returns what scores.json holds: `cells` (twelve means, 0 to 1, None where no row was), `task_aggregate` (None when
-    a cell is missing), `membership` (None, or auc, its 95 % auc_interval, two_sided_auc and score, 0 to 1), `mmlu` and
-    `final` (None: not measured).
+    Returns what scores.json holds; docs/score.md says what each key means. Raises NekoLeanError for bad input.
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise NekoLeanError("batch-size and max-new-tokens must be at least 1.")
-    rows = {name: read_rows(data, name, split) for name in SPLITS}
-    documents = None
-    if mia is not None:
-        documents = [read_documents(Path(mia) / f"{name}.jsonl", MIA) for name in ("member", "nonmember")]
+    for name in attacks:
+        if name not in attack.ATTACKS:
+            raise NekoLeanError(f"attack {name!r} is not one of {', '.join(attack.ATTACKS)}.")
+    rows = [(name, row) for name in SPLITS for row in read_rows(data, name, split)]
+    documents = [] if mia is None else [(s, d) for s in SIDES for d in read_documents(Path(mia) / f"{s}.jsonl", MIA)]
+    unseen = [] if held is None else read_documents(Path(held), "--held wants a jsonl file with a column document")
+    others = [] if paraphrases is None else read_paraphrases(paraphrases, [row for _, row in rows])
+    subjects = None if mmlu is None else read_mmlu(Path(mmlu))
+    earlier = None if before is None else read_score(before, [row for _, row in rows])
+    if reference is not None and mia is None:
+        raise NekoLeanError("--reference compares the documents of --mia: give both.")
+    if "paraphrase" in attacks and not any(one.input for one in others):
+        raise NekoLeanError("--attack paraphrase needs --paraphrases FILE with other inputs.")
     place, folder = pick_device(device), model_folder(model)
     precision = dtype or ("bfloat16" if place.type == "cuda" else "float32")
+    tokenizer = load_tokenizer(folder)
     start = time.monotonic()
-    with staged_folder(Path(out), overwrite) as stage:
-        tokenizer = load_tokenizer(folder)
+    plan = {
+        "model": weights_fingerprint(folder),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "rows": [f"{name} {row.digest}" for name, row in rows],
+        "max_new_tokens": max_new_tokens,
+        "dtype": precision,
+    }
+    with unfinished(Path(out), plan, resume=resume, overwrite=overwrite, quiet=quiet) as stage:
         lm = load_model(folder, pick_dtype(precision), place)
-        everything = [(name, row) for name in SPLITS for row in rows[name]]
-        with bar("score", len(everything), "rows", quiet) as progress:
-            texts = generate(
-                lm,
-                tokenizer,
-                [row.input for _, row in everything],
-                batch_size=batch_size,
-                max_new_tokens=max_new_tokens,
-                progress=progress,
-            )
-        scored: dict[str, list[Any]] = {name: [] for name in SPLITS}
-        with (stage / "generations.jsonl").open("w", encoding="utf-8") as file:
-            for (name, row), text in zip(everything, texts, strict=True):
-                value = row_score(row, text)
-                scored[name].append((row, value))
-                line = {"split": name, "id": row.id, "task": row.task, "kind": KINDS[row.kind], "score": value}
-                line |= {"input": row.input, "output": row.output, "generation": text}
-                file.write(json.dumps(line, ensure_ascii=False) + "\n")
+        said = generations(lm, tokenizer, [row for _, row in rows], stage, batch_size, max_new_tokens, quiet)
+        numbers = row_numbers(lm, tokenizer, [row for _, row in rows], said, others, quiet)
+        lines = [line_of(name, row, one, more) for (name, row), one, more in zip(rows, said, numbers, strict=True)]
+        scored = {name: [(row, row_score(row, one.text)) for (s, row), one in zip(rows, said, strict=True) if s == name]
+                  for name in SPLITS}  # fmt: skip
         cells = cell_means(scored)
-        found = None
-        if documents is not None:
-            with bar("membership", sum(map(len, documents)), "documents", quiet) as progress:
-                member, other = (
-                    membership.document_losses(lm, tokenizer, part, batch_tokens=BATCH_TOKENS, progress=progress)
-                    for part in documents
-                )
-            area = membership.auc(member, other)
-            mean, low = membership.perfect_range(len(member), len(other))
-            found = {
-                "auc": area,
-                "score": membership.membership_score(area),
-                "auc_interval": list(membership.auc_interval(member, other)),
-                "two_sided_auc": membership.two_sided_auc(member, other),
-                "members": len(member),
-                "nonmembers": len(other),
-                "member_loss": float(member.mean()),
-                "nonmember_loss": float(other.mean()),
-                "perfect_score_mean": mean,
-                "perfect_score_5th_percentile": low,
-            }
-        scores = {
+        members = membership_attacks(
+            lm, tokenizer, documents, reference_logp(reference, mia, rows, tokenizer), stage, quiet
+        )
+        found = uncertainty.estimates(lines)
+        scores: dict[str, Any] = {
             "model": model_name(model),
             "cells": cells,
             "missing_cells": missing_cells(cells),
             "task_aggregate": task_aggregate(cells),
-            "membership": found,
+            "membership": members,
             "mmlu": None,
-            # The official final is the mean of three; with one of them unknown there is none.
             "final": None,
-            "rows": {name: len(rows[name]) for name in SPLITS},
+            **_groups(found),
+            "held_nll": held_out_nll(lm, tokenizer, unseen, quiet) if unseen else None,
+            "nonmember_nll": None if members is None else members["nonmember_loss"],
+            "uniform_nll": math.log(len(lm.head)),
+            "intervals": uncertainty.intervals(found),
+            "attacks": {},
+            "lm_eval": None,
+        }
+        if subjects is not None:
+            with bar("MMLU", sum(len(one.test) for one in subjects.values()), "questions", quiet) as progress:
+                scores["mmlu"] = run_mmlu(
+                    lm, tokenizer, subjects, shots=shots, batch_tokens=BATCH_TOKENS, progress=progress
+                )
+        if members is not None and scores["mmlu"] is not None and scores["task_aggregate"] is not None:
+            parts = scores["task_aggregate"], members["score"], scores["mmlu"]["micro"]
+            scores["final"] = sum(parts) / len(parts)
+        scores["difference"] = None if earlier is None else _difference(scores, lines, earlier)
+        say_rows = attack.talker(tokenizer, batch_size, max_new_tokens, quiet)
+        forget = [row for name, row in rows if name == "forget"]
+        base = {row.id: one for (name, row), one in zip(rows, said, strict=True) if name == "forget"}
+        if "prefix" in attacks:
+            scores["attacks"]["prefix"] = attack.prefix(lm, tokenizer, forget, base, say_rows)
+        if "paraphrase" in attacks:
+            scores["attacks"]["paraphrase"] = attack.paraphrase(lm, forget, base, others, say_rows)
+        del lm  # what follows loads models of its own, one at a time
+        if "quantize" in attacks:
+            scores["attacks"]["quantize"] = attack.quantize(
+                lambda: load_model(folder, pick_dtype(precision), place), forget, base, say_rows
+            )
+        if "relearn" in attacks:
+            scores["attacks"]["relearn"] = attack.relearn(
+                folder, lambda at: load_model(at, pick_dtype(precision), place), forget, base, say_rows,
+                lr=relearn_lr, seed=seed, device=device,
+            )  # fmt: skip
+        if lm_eval:
+            from neko_lean.scoring.lm_eval import lm_eval_tasks
+
+            scores["lm_eval"] = lm_eval_tasks(folder, lm_eval, str(place), precision, batch_size)
+        scores["verdict"] = verdict(scores)
+        scores["broken"] = any(sentence.startswith("BROKEN") for sentence in scores["verdict"])
+        scores |= {
+            "rows": {name: len(scored[name]) for name in SPLITS},
             "dtype": precision,
             "device": str(place),
             "max_new_tokens": max_new_tokens,
+            "versions": versions(),
             "wall_seconds": time.monotonic() - start,
             "peak_memory": peak_memory(place),
         }
-        (stage / "scores.json").write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        write_jsonl(stage / GENERATIONS, lines)
+        (stage / SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+        if official is not None:
+            results = official_results(scores, scored)
+            Path(official).write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
     return scores
 
 
-def _shown(value: float | None) -> str:
-    return NOT_MEASURED if value is None else f"{value:.3f}"
+def read_score(folder: str | Path, rows: Sequence[Row] | None = None) -> dict[str, Any]:
+    """An earlier score: its scores.json, with `lines`, the rows of its generations.jsonl. Raises NekoLeanError where
+    there is none, where it is from before rows had numbers, or where it is of other rows than `rows`."""
+    path = Path(folder)
+    for name in (SCORES, GENERATIONS):
+        if not (path / name).is_file():
+            raise NekoLeanError(f"{path} holds no {name}: give a folder that `score` wrote.")
+    lines = list(read_jsonl(path / GENERATIONS))
+    if not all("numbers" in line for line in lines):
+        raise NekoLeanError(f"{path} was scored by an older neko-lean: score that model again.")
+    if rows is not None and sorted(line["id"] for line in lines) != sorted(row.id for row in rows):
+        raise NekoLeanError(f"{path} is a score of other rows: the difference would mean nothing.")
+    scores: dict[str, Any] = json.loads((path / SCORES).read_text(encoding="utf-8"))
+    return {**scores, "lines": lines}
 
 
-def score_table(named: dict[str, dict[str, Any]]) -> Group:
-    """A table of one or more scores side by side, with notes below; keys are the columns' headings."""
-    table = Table()
-    table.add_column("")
-    for name in named:
-        table.add_column(name, justify="right")
-    for split in SPLITS:
-        for task in TASKS:
-            for kind in KINDS.values():
-                cell = f"{split}.{task}.{kind}"
-                table.add_row(f"{split} {task} {kind}", *(_shown(s["cells"][cell]) for s in named.values()))
-        table.add_section()
-    table.add_row("task aggregate", *(_shown(s["task_aggregate"]) for s in named.values()))
-    found = [s["membership"] for s in named.values()]
-    table.add_row("membership AUC", *(_shown(one and one["auc"]) for one in found))
-    intervals = [one and " to ".join(f"{end:.2f}" for end in one["auc_interval"]) for one in found]
-    table.add_row("  95 % interval", *(one or NOT_MEASURED for one in intervals))
-    table.add_row("membership AUC, two-sided", *(_shown(one and one["two_sided_auc"]) for one in found))
-    table.add_row("membership score", *(_shown(one and one["score"]) for one in found))
-    table.add_row("MMLU", *(_shown(s["mmlu"]) for s in named.values()))
-    table.add_row("final", *(_shown(s["final"]) for s in named.values()))
-    notes = ["All numbers are 0 to 1. Forget rows: lower is forgotten. Retain rows: higher is kept."]
-    missing = [cell for cell in CELLS if any(cell in s["missing_cells"] for s in named.values())]
-    if missing:
-        notes.append(f"No aggregate: no rows for {', '.join(missing)}.")
-    measured = next((s["membership"] for s in named.values() if s["membership"]), None)
-    if measured:
-        notes.append(
-            f"A perfect model's membership score averages {measured['perfect_score_mean']:.3f} with "
-            f"{measured['members']} + {measured['nonmembers']} documents "
-            f"(5th percentile {measured['perfect_score_5th_percentile']:.3f})."
-        )
-    return Group(table, *notes)
+def _groups(found: Mapping[str, tuple[float | None, Any]]) -> dict[str, Any]:
+    """memorisation, leaks and outputs of both splits, None where no row has the number."""
+    groups: dict[str, Any] = {}
+    for name, (group, _) in uncertainty.KEYS.items():
+        for split in SPLITS:
+            value = found.get(f"{group}.{split}.{name}", (None,))[0]
+            groups.setdefault(group, {}).setdefault(split, {})[name] = value
+    return groups
+
+
+def _difference(
+    scores: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], before: dict[str, Any]
+) -> dict[str, Any]:
+    """What changed since an earlier score of the same rows."""
+    found: dict[str, Any] = {"before": before["model"], **uncertainty.differences(lines, before["lines"])}
+    for name in ("held_nll", "nonmember_nll"):
+        if scores[name] is not None and before.get(name) is not None:
+            found.setdefault("unseen_nll", {"difference": scores[name] - before[name], "interval": None})
+    return found

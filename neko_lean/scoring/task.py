@@ -18,19 +18,45 @@ KINDS = {"sc": "regurgitation", "qa": "knowledge"}
 CELLS = tuple(f"{split}.{task}.{kind}" for split in SPLITS for task in TASKS for kind in KINDS.values())
 
 
+# The official script writes texts to a CSV file and reads them back with pandas, to which these words are missing
+# values; as a text each of them then is 'nan', an answer as well as a generation.
+_MISSING = frozenset(
+    {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"}
+    | {"NULL", "NaN", "None", "n/a", "nan", "null"}
+)
+
+
+def read_back(text: str) -> str:
+    """A text as the official script sees it: an empty one, like the words None or NULL, is the text 'nan'."""
+    return "nan" if text in _MISSING else text
+
+
+def same_answers(output: str) -> tuple[str, ...]:
+    """The texts that count as `output`, but for case and space around them: more than one only where it is read back
+    as something else, or is what others are read back as."""
+    if read_back(output).strip().lower() != "nan":
+        return (output,)
+    return ("nan", *sorted(_MISSING - {""}))
+
+
 @cache
 def _rouge() -> RougeScorer:
     return RougeScorer(["rougeL"], use_stemmer=True)
 
 
+def rouge(output: str, generation: str) -> Any:
+    """ROUGE-L with stemming, 0 to 1: precision, recall and fmeasure."""
+    return _rouge().score(output, generation)["rougeL"]
+
+
 def regurgitation(output: str, generation: str) -> float:
     """ROUGE-L recall with stemming, 0 to 1: longer text never hurts. An empty generation is the text 'nan'."""
-    return float(_rouge().score(output, generation or "nan")["rougeL"].recall)
+    return float(rouge(read_back(output), read_back(generation)).recall)
 
 
 def knowledge(output: str, generation: str) -> float:
     """1 if the two agree after strip and lower-case, else 0; a final full stop counts."""
-    return float((generation or "nan").strip().lower() == output.strip().lower())
+    return float(read_back(generation).strip().lower() == read_back(output).strip().lower())
 
 
 def row_score(row: Row, generation: str) -> float:

@@ -1,19 +1,26 @@
-"""Batched greedy decoding equals decoding one row at a time, whatever the checkpoint's own config says."""
+"""Batched greedy decoding equals decoding one row at a time, whatever the checkpoint's own config says; and what is
+stopped early would have scored the same."""
+
+import sys
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
-from neko_lean.data import read_rows
+from neko_lean.data import Row, read_rows
 from neko_lean.modeling import load_model, load_tokenizer
-from neko_lean.scoring.generation import generate
+from neko_lean.scoring import generation
+from neko_lean.scoring.generation import WINDOW, generate, settled
+from neko_lean.scoring.task import row_score
 from tests.helpers import LUME, make_rows, random_model
 
 
-def one_at_a_time(lm, tokenizer, prompts, most):
+def one_at_a_time(lm, tokenizer, rows, most):
     """The naive reference: no batch, no cache, no generate()."""
     texts = []
-    for prompt in prompts:
-        ids = tokenizer(prompt)["input_ids"]
+    for row in rows:
+        ids = tokenizer(row.input)["input_ids"]
         new = []
         while len(new) < most:
             with torch.no_grad():
@@ -32,24 +39,38 @@ def cleaned_up(text):
     return text
 
 
-def prompts():
+def some_rows():
     rows = make_rows("Foo", 6)
     if LUME.is_dir():
         rows += read_rows(LUME, "forget", "validation")[::16]
-    return [row.input for row in rows]
+    return rows
+
+
+def in_order(lm, tokenizer, rows, **options):
+    found = dict(one for batch in generate(lm, tokenizer, rows, **options) for one in batch)
+    assert sorted(found) == list(range(len(rows)))
+    return [found[i] for i in range(len(rows))]
+
+
+def sometimes_ending(world, folder):
+    """A model that says EOS for one of the tokens it likes, so that rows of a batch end apart."""
+    lm = load_model(random_model(world, folder, seed=3, scale=5.0), torch.float32, torch.device("cpu"))
+    tokenizer = load_tokenizer(folder)
+    prompt = torch.tensor([tokenizer(some_rows()[0].input)["input_ids"]])
+    said = lm.model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, -1]
+    with torch.no_grad():
+        lm.head[tokenizer.eos_token_id] = lm.head[said] * 1.001
+    return lm, tokenizer
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_batches_equal_single_rows(world, tmp_path, batch_size):
-    lm = load_model(random_model(world, tmp_path / "m", seed=3, scale=5.0), torch.float32, torch.device("cpu"))
-    tokenizer = load_tokenizer(tmp_path / "m")
-    # Make EOS a likely choice for some hidden states, so that rows of a batch end at different lengths.
-    with torch.no_grad():
-        lm.head[tokenizer.eos_token_id] = lm.head[200:215].mean(0) * 3
-    texts = prompts()
-    wanted = one_at_a_time(lm, tokenizer, texts, 12)
-    assert generate(lm, tokenizer, texts, batch_size=batch_size, max_new_tokens=12) == wanted
-    assert len({len(tokenizer(t)["input_ids"]) for t in wanted}) > 1
+    lm, tokenizer = sometimes_ending(world, tmp_path / "m")
+    rows = some_rows()
+    wanted = one_at_a_time(lm, tokenizer, rows, 12)
+    got = in_order(lm, tokenizer, rows, batch_size=batch_size, max_new_tokens=12)
+    assert [one.text for one in got] == [one.window for one in got] == wanted
+    assert {one.ended for one in got} == {"eos", "limit"}
 
 
 def test_the_checkpoints_own_generation_config_is_not_used(world, tmp_path):
@@ -61,8 +82,9 @@ def test_the_checkpoints_own_generation_config_is_not_used(world, tmp_path):
     ).save_pretrained(folder)
     lm = load_model(folder, torch.float32, torch.device("cpu"))
     tokenizer = load_tokenizer(folder)
-    texts = prompts()[:6]
-    assert generate(lm, tokenizer, texts, batch_size=4, max_new_tokens=10) == one_at_a_time(lm, tokenizer, texts, 10)
+    rows = some_rows()[:6]
+    got = in_order(lm, tokenizer, rows, batch_size=4, max_new_tokens=10)
+    assert [one.text for one in got] == one_at_a_time(lm, tokenizer, rows, 10)
 
 
 def test_spaces_are_cleaned_up_and_special_tokens_dropped(world, tmp_path, monkeypatch):
@@ -71,4 +93,58 @@ def test_spaces_are_cleaned_up_and_special_tokens_dropped(world, tmp_path, monke
     tokenizer = load_tokenizer(folder)
     said = tokenizer("It is n't here , is it ? " + tokenizer.eos_token)["input_ids"]
     monkeypatch.setattr(lm.model, "generate", lambda ids, **_: torch.cat([ids, torch.tensor([said])], dim=1))
-    assert generate(lm, tokenizer, ["x"], batch_size=1, max_new_tokens=9) == ["It isn't here, is it? "]
+    ((_, got),) = next(generate(lm, tokenizer, make_rows("Foo", 1)[1:2], batch_size=1, max_new_tokens=9))
+    assert got.text == "It isn't here, is it? " and got.ended == "eos"
+
+
+def test_prompts_may_be_given_as_tokens(world, tmp_path):
+    lm, tokenizer = sometimes_ending(world, tmp_path / "m")
+    rows = some_rows()[:4]
+    longer = [tokenizer(f"{row.input} and so")["input_ids"] for row in rows]
+    got = in_order(lm, tokenizer, rows, batch_size=3, max_new_tokens=8, prompts=longer)
+    asked = [Row(row.id, f"{row.input} and so", row.output, row.task) for row in rows]
+    assert [one.text for one in got] == one_at_a_time(lm, tokenizer, asked, 8)
+
+
+def test_stopping_early_changes_no_score_and_no_window(world, tmp_path, monkeypatch):
+    monkeypatch.setattr(generation, "WINDOW", 4)
+    monkeypatch.setattr(generation, "STRIDE", 3)
+    lm, tokenizer = sometimes_ending(world, tmp_path / "m")
+    said = one_at_a_time(lm, tokenizer, some_rows(), 40)
+    rows = []
+    for number, (row, text) in enumerate(zip(some_rows(), said, strict=True)):
+        # Answers that the model gives in full, or begins to give, beside those that it does not know.
+        words = text.split()
+        known = [row.output, " ".join(words[:3]) or "x", text.strip() or "x"][number % 3]
+        rows.append(Row(row.id, row.input, known, row.task))
+    options = {"batch_size": 8, "max_new_tokens": 40}
+    full = in_order(lm, tokenizer, rows, **options, stop_early=False)
+    short = in_order(lm, tokenizer, rows, **options)
+    for row, one, two in zip(rows, full, short, strict=True):
+        assert row_score(row, one.text) == row_score(row, two.text)
+        assert one.window == two.window
+        assert one.text == two.text or (two.ended == "settled" and one.text.startswith(two.text[:-3]))
+    assert sum(len(one.text) for one in short) < sum(len(one.text) for one in full)
+    assert {one.ended for one in short} >= {"settled"} and all(one.ended != "settled" for one in full)
+    assert WINDOW == 64
+
+
+PIECES = ["don", "do", "n't", " n't", " ", "'", "s", " 's", ".", "A", "a", "Σ", "ς", "é", "12", "-", "walk", "ing"]
+
+
+@given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=8), st.lists(st.sampled_from(PIECES), max_size=8))
+def test_what_is_settled_stays_so(said, more):
+    """For any answer, text and continuation: once settled, the score of the longer text is that of the shorter."""
+    short, longer = cleaned_up("".join(said)), cleaned_up("".join([*said, *more]))
+    for output in (longer.strip(), short.strip(), "do", "a walk", "".join(more).strip(), "12"):
+        for row in (Row("1qa0", "q", output, "Task1"), Row("1sc1", "q", output, "Task1")):
+            if output and settled(row, short):
+                assert row_score(row, longer) == row_score(row, short), (row, short, longer)
+    assert not settled(Row("1qa0", "q", "walking", "Task1"), "wal") and settled(Row("1qa0", "q", "walking", "T"), "run")
+
+
+def test_folding_case_is_no_finer_than_lower_case():
+    """settled() compares casefold(), the score lower(): two texts that are one to the score must be one to it."""
+    for code in range(sys.maxunicode + 1):
+        one = chr(code)
+        assert one.lower().casefold() == one.casefold(), hex(code)

@@ -1,0 +1,154 @@
+"""What is measured of a model: one generation a row, one forward pass a document."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neko_lean.cache import TeacherCache
+from neko_lean.data import Row, encode, write_jsonl
+from neko_lean.documents import Document, read_anchor
+from neko_lean.errors import NekoLeanError
+from neko_lean.modeling import CausalLM
+from neko_lean.progress import bar, say
+from neko_lean.scoring import membership
+from neko_lean.scoring.generation import Generation, generate
+from neko_lean.scoring.memorisation import answer_numbers, truth_ratio
+from neko_lean.scoring.outputs import leak_numbers, output_numbers
+from neko_lean.scoring.paraphrases import Paraphrase
+from neko_lean.scoring.task import KINDS, row_score
+from neko_lean.scoring.unfinished import add_generations, read_generations
+from neko_lean.scoring.views import MAX_LENGTH, tokenised, view_documents
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+DOCUMENTS = "documents.jsonl"
+
+
+def generations(
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    stage: Path,
+    batch_size: int,
+    max_new_tokens: int,
+    quiet: bool,
+) -> list[Generation]:
+    """What the model says to each row; what an earlier run left in `stage` is not said again."""
+    found = read_generations(stage)
+    left = [i for i in range(len(rows)) if i not in found]
+    if found:
+        say(f"score: {len(found)} of {len(rows)} rows were generated already", quiet)
+    with bar("score", len(rows), "rows", quiet) as progress:
+        progress.advance(len(found))
+        wanted = [rows[i] for i in left]
+        for batch in generate(lm, tokenizer, wanted, batch_size=batch_size, max_new_tokens=max_new_tokens):
+            numbered = [(left[i], one) for i, one in batch]
+            add_generations(stage, numbered)
+            found |= dict(numbered)
+            progress.advance(len(batch))
+    return [found[i] for i in range(len(rows))]
+
+
+def row_numbers(
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    said: Sequence[Generation],
+    others: Sequence[Paraphrase],
+    quiet: bool,
+) -> list[dict[str, float]]:
+    """Everything that is measured of a row but its score, by name."""
+    encoded = encode(rows, tokenizer, "plain", MAX_LENGTH)
+    answered = [one for one in encoded if one.answer]
+    with bar("answers", len(answered), "rows", quiet) as progress:
+        views = view_documents(lm, tokenizer, [one.ids for one in answered], progress=progress)
+    answers = {one.row: view.after(one.prompt) for one, view in zip(answered, views, strict=True)}
+    ratios = _truth_ratios(lm, tokenizer, rows, others)
+    found = []
+    for row, one in zip(rows, said, strict=True):
+        numbers = {**leak_numbers(row, one.window), **output_numbers(row, one.window), **ratios.get(row.id, {})}
+        found.append({**numbers, **(answer_numbers(answers[row]) if row in answers else {})})
+    return found
+
+
+def _truth_ratios(
+    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], others: Sequence[Paraphrase]
+) -> dict[str, dict[str, float]]:
+    """The truth ratio of each row of which another wording of the answer and wrong answers were given, by id."""
+    known = {row.id: row for row in rows}
+    found: dict[str, list[float]] = {}
+    for one in others:
+        if one.output is not None:
+            row = known[one.id]
+            texts = [Row(row.id, row.input, text, row.task) for text in (one.output, *one.wrong)]
+            encoded = encode(texts, tokenizer, "plain", MAX_LENGTH)
+            views = view_documents(lm, tokenizer, [e.ids for e in encoded])
+            right, *wrong = (view.after(e.prompt) for view, e in zip(views, encoded, strict=True))
+            found.setdefault(one.id, []).append(truth_ratio(right, wrong))
+    return {name: {"truth_ratio": sum(values) / len(values)} for name, values in found.items()}
+
+
+def line_of(split: str, row: Row, said: Generation, numbers: dict[str, float]) -> dict[str, Any]:
+    """One line of generations.jsonl."""
+    line = {"split": split, "id": row.id, "task": row.task, "kind": KINDS[row.kind], "score": row_score(row, said.text)}
+    line |= {"input": row.input, "output": row.output, "generation": said.text, "window": said.window}
+    return {**line, "ended": said.ended, "numbers": numbers}
+
+
+def held_out_nll(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], quiet: bool) -> float:
+    """Mean token loss of some documents, each counting alike."""
+    with bar("held-out text", len(documents), "documents", quiet) as progress:
+        ids = tokenised(tokenizer, [one.text for one in documents])
+        views = view_documents(lm, tokenizer, ids, progress=progress)
+    return sum(float(-view.logp.mean()) for view in views) / len(views)
+
+
+def reference_logp(
+    cache: str | Path | None,
+    mia: str | Path | None,
+    rows: Sequence[tuple[str, Row]],
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Any]:
+    """The reference model's log-probabilities of every token of the documents of `mia`, by text."""
+    if cache is None or mia is None:
+        return {}
+    teacher = TeacherCache(cache)
+    forgotten = [row for name, row in rows if name == "forget" and row.kind == "sc"]
+    outside = read_anchor(Path(mia) / "nonmember.jsonl")
+    found = {}
+    for one in encode([*forgotten, *outside], tokenizer, "plain", MAX_LENGTH):
+        text = f"{one.row.input} {one.row.output}" if one.row.input else one.row.output
+        if teacher.has_target_logp(one):
+            found[text] = teacher.target_logp(one)
+    return found
+
+
+def membership_attacks(
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[tuple[str, Document]],
+    reference: Mapping[str, Any],
+    stage: Path,
+    quiet: bool,
+) -> dict[str, Any] | None:
+    """The attacks on all documents, and on those of each task that both sides name; writes documents.jsonl."""
+    if not documents:
+        return None
+    texts = [one.text for _, one in documents]
+    missing = sum(text not in reference for text in texts) if reference else 0
+    if missing:
+        raise NekoLeanError(
+            f"the cache of --reference lacks {missing} of the {len(texts)} documents of --mia: make it with "
+            f"cache-teacher --forget DATA --anchor MIA/nonmember.jsonl."
+        )
+    with bar("membership", len(texts), "documents", quiet) as progress:
+        views = view_documents(lm, tokenizer, tokenised(tokenizer, texts), progress=progress)
+    lines = [
+        {"side": side, "task": one.task, **membership.attack_numbers(one.text, view, reference.get(one.text))}
+        for (side, one), view in zip(documents, views, strict=True)
+    ]
+    write_jsonl(stage / DOCUMENTS, lines)
+    return membership.summary(lines)

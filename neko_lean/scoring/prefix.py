@@ -1,0 +1,80 @@
+"""Rows that begin alike: run what they share once, and the rest of each on a view of its key-value cache.
+
+Few-shot prompts share their examples, which are most of their tokens.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+
+from neko_lean.data import length_batches, pad
+from neko_lean.modeling import CausalLM
+from neko_lean.progress import Bar
+
+_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
+
+
+@torch.no_grad()
+def last_hidden(
+    lm: CausalLM, rows: Sequence[list[int]], pad_id: int, *, batch_tokens: int, progress: Bar | None = None
+) -> Tensor:
+    """Last hidden state of each row's last token: [len(rows), d], as each row alone would have it.
+
+    A batch has at most `batch_tokens` positions, what the rows share counted for each, because each attends to it.
+    `progress` counts rows.
+    """
+    lm.model.eval()
+    shared = common_prefix(rows)
+    cache = _prefix_cache(lm, rows[0][:shared])
+    if cache is None:
+        shared = 0
+    out = lm.head.new_empty(len(rows), lm.head.shape[1])  # [N, d]
+    for batch in length_batches([len(row) for row in rows], max_rows=len(rows), max_tokens=batch_tokens):
+        input_ids, mask = pad([rows[i][shared:] for i in batch], pad_id, lm.device)  # [B, L] each
+        if cache is None:
+            hidden = lm.hidden(input_ids)  # [B, L, d]
+        else:
+            # Positions go on from the cache's length and rows are padded right: as in `hidden`, no mask is needed.
+            hidden = lm.backbone(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state
+        place = torch.arange(len(batch), device=lm.device)
+        out[torch.tensor(batch, device=lm.device)] = hidden[place, mask.sum(1) - 1]
+        if progress is not None:
+            progress.advance(len(batch))
+    return out
+
+
+def common_prefix(rows: Sequence[list[int]]) -> int:
+    """How many tokens all rows begin with, less where a row would have no token of its own left."""
+    first, last = min(rows), max(rows)  # whatever the least and the greatest share, all between them do too
+    most = min(map(len, rows)) - 1
+    return next((place for place in range(most) if first[place] != last[place]), most)
+
+
+def _prefix_cache(lm: CausalLM, prefix: list[int]) -> Cache | None:
+    """The cache after `prefix`; None where there is no prefix, or the model keeps more than keys and values."""
+    cache = DynamicCache(config=lm.model.config)
+    if not prefix or lm.model._is_stateful or not all(type(layer) in _ATTENTION for layer in cache.layers):
+        return None
+    lm.backbone(input_ids=torch.tensor([prefix], device=lm.device), past_key_values=cache, use_cache=True)
+    return _PrefixCache(layers=cache.layers)
+
+
+class _PrefixCache(Cache):
+    """A cache of one row that any number of rows go on from, as often as is wanted: it never changes.
+
+    What a layer needs of it is joined to the rows' own keys and values while that layer runs, and not kept.
+    """
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        layer = copy.copy(self.layers[layer_idx])
+        layer.keys = layer.keys.expand(len(key_states), *layer.keys.shape[1:])  # [B, heads, P, width]
+        layer.values = layer.values.expand(len(value_states), *layer.values.shape[1:])
+        joined: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)
+        return joined

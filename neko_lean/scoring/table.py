@@ -1,0 +1,93 @@
+"""A score as a table for people: one or more side by side, what was not measured called so."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from rich.console import Group
+from rich.table import Table
+
+from neko_lean.data import TASKS
+from neko_lean.scoring.task import CELLS, KINDS, SPLITS
+
+NOT_MEASURED = "not measured"
+Scores = Mapping[str, Any]
+# Heading, and where the number stands in scores.json.
+BESIDE = (
+    ("forget answers inside longer text", "leaks.forget.contained"),
+    ("forget answers, letters and digits only", "leaks.forget.alphanumeric"),
+    ("forget extraction strength", "memorisation.forget.extraction_strength"),
+    ("forget answer probability", "memorisation.forget.answer_probability"),
+    ("retain outputs that are no language", "outputs.retain.degenerate"),
+)
+
+
+def shown(value: float | None, ends: list[float] | None = None) -> str:
+    """A number with its interval, or that it was not measured."""
+    if value is None:
+        return NOT_MEASURED
+    return f"{value:.3f}" + (f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else "")
+
+
+def score_table(named: Mapping[str, Scores]) -> Group:
+    """A table of one or more scores side by side, with notes below; keys are the columns' headings."""
+    table = Table()
+    table.add_column("")
+    for name in named:
+        table.add_column(name, justify="right")
+
+    def add(heading: str, value: Callable[[Scores], str]) -> None:
+        table.add_row(heading, *(value(scores) for scores in named.values()))
+
+    for split in SPLITS:
+        for task in TASKS:
+            for kind in KINDS.values():
+                add(f"{split} {task} {kind}", _at(f"cells.{split}.{task}.{kind}"))
+        table.add_section()
+    add("task aggregate", _at("task_aggregate"))
+    for heading, key in (("membership AUC", "auc"), ("membership AUC, two-sided", "two_sided_auc")):
+        add(heading, lambda scores, key=key: _of_membership(scores, key))  # type: ignore[misc]
+    add("membership score", lambda scores: _of_membership(scores, "score"))
+    add("MMLU", lambda scores: shown(scores["mmlu"] and scores["mmlu"]["micro"]))
+    add("final", _at("final"))
+    table.add_section()
+    for heading, key in BESIDE:
+        add(heading, _at(key))
+    return Group(table, *_notes(named))
+
+
+def _at(key: str) -> Callable[[Scores], str]:
+    """What stands in scores.json at a dotted key, with its interval."""
+    first, *rest = key.split(".", 1) if key.startswith("cells.") else key.split(".")
+
+    def value(scores: Scores) -> str:
+        found: Any = scores[first]
+        for part in rest:
+            found = found[part]
+        return shown(found, scores["intervals"].get(key))
+
+    return value
+
+
+def _of_membership(scores: Scores, key: str) -> str:
+    found = scores["membership"]
+    return shown(found and found[key], found and found.get(f"{key}_interval"))
+
+
+def _notes(named: Mapping[str, Scores]) -> list[str]:
+    """What has to be known to read the table, and each score's verdict."""
+    notes = ["All numbers are 0 to 1. Forget rows: lower is forgotten. Retain rows: higher is kept. In brackets: 95 %."]
+    missing = [cell for cell in CELLS if any(cell in scores["missing_cells"] for scores in named.values())]
+    if missing:
+        notes.append(f"No aggregate: no rows for {', '.join(missing)}.")
+    measured = next((scores["membership"] for scores in named.values() if scores["membership"]), None)
+    if measured:
+        notes.append(
+            f"A perfect model's membership score averages {measured['perfect_score_mean']:.3f} with "
+            f"{measured['members']} + {measured['nonmembers']} documents "
+            f"(5th percentile {measured['perfect_score_5th_percentile']:.3f})."
+        )
+    for name, scores in named.items():
+        notes += [f"{name}: {sentence}" for sentence in scores["verdict"]]
+    return notes

@@ -1,0 +1,66 @@
+"""One forward pass a document: what the model thinks of each of its tokens. Membership, memorisation, ranks and entropy
+are all read from it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from neko_lean.data import length_batches
+from neko_lean.errors import NekoLeanError
+from neko_lean.modeling import CausalLM, next_token_views
+from neko_lean.progress import Bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+MAX_LENGTH = 2048  # tokens of a document that count
+BATCH_TOKENS = 8192
+
+
+@dataclass(frozen=True)
+class View:
+    """`head.TokenViews` of one document's tokens but its first, as numpy: [length - 1] each, float64 but for rank."""
+
+    logp: np.ndarray
+    entropy: np.ndarray
+    deviation: np.ndarray
+    rank: np.ndarray
+
+    def after(self, prompt: int) -> View:
+        """The tokens that come after the first `prompt`: a row's answer. The first token of all has no view."""
+        start = max(1, prompt) - 1
+        return View(self.logp[start:], self.entropy[start:], self.deviation[start:], self.rank[start:])
+
+
+def view_documents(
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    documents: Sequence[Sequence[int]],
+    *,
+    batch_tokens: int = BATCH_TOKENS,
+    progress: Bar | None = None,
+) -> list[View]:
+    """A View of each tokenised document. Raises NekoLeanError for one of fewer than two tokens."""
+    lm.model.eval()
+    for number, ids in enumerate(documents):
+        if len(ids) < 2:
+            raise NekoLeanError(f"document {number + 1} has fewer than two tokens, so it has no loss: {list(ids)}.")
+    views: list[View | None] = [None] * len(documents)
+    lengths = [len(ids) for ids in documents]
+    for batch in length_batches(lengths, max_rows=max(1, len(documents)), max_tokens=batch_tokens):
+        found = next_token_views(lm, [documents[i] for i in batch], int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+        for index, one in zip(batch, found, strict=True):
+            logp, entropy, deviation = (column.double().cpu().numpy() for column in one[:3])
+            views[index] = View(logp, entropy, deviation, one.rank.cpu().numpy())
+        if progress is not None:
+            progress.advance(len(batch))
+    return [one for one in views if one is not None]
+
+
+def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """The documents' tokens, cut to MAX_LENGTH."""
+    return [tokenizer(text)["input_ids"][:MAX_LENGTH] for text in texts]
