@@ -23,12 +23,10 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.head import logits
 from neko_lean.modeling import CausalLM
 from neko_lean.progress import Bar
-from neko_lean.scoring.mmlu_data import LETTERS, SUBJECTS, Subject, prompt, read_mmlu
+from neko_lean.scoring.mmlu_data import LETTERS, SUBJECTS, Subject, prompt
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-__all__ = ["AWARD_FLOOR", "Answered", "Prompt", "answer", "encode_prompts", "mmlu", "read_mmlu", "summary"]
 
 AWARD_FLOOR = 0.371  # below it the shared task gave no award
 MAX_LENGTH = 2048

@@ -1,6 +1,6 @@
-"""The loss attack: losses against transformers' own, the area by counting pairs."""
+"""The attacks: numbers by their definitions, areas by counting pairs."""
 
-import json
+import zlib
 
 import numpy as np
 import pytest
@@ -8,17 +8,20 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neko_lean.documents import read_documents
-from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import load_model, load_tokenizer
 from neko_lean.scoring.membership import (
+    attack_numbers,
     auc,
     auc_interval,
     document_losses,
     membership_score,
     perfect_range,
+    roc,
+    summary,
+    tpr,
     two_sided_auc,
 )
+from neko_lean.scoring.views import tokenised, view_documents
 
 losses = st.lists(st.integers(0, 6), min_size=1, max_size=30)
 
@@ -27,6 +30,13 @@ losses = st.lists(st.integers(0, 6), min_size=1, max_size=30)
 def test_auc_counts_pairs_with_ties_half(members, nonmembers):
     pairs = [1.0 if m < n else 0.5 if m == n else 0.0 for m in members for n in nonmembers]
     assert auc(members, nonmembers) == pytest.approx(np.mean(pairs), abs=1e-12)
+
+
+@given(losses, losses)
+def test_the_area_under_the_curve_is_the_auc(members, nonmembers):
+    curve = roc(members, nonmembers)
+    assert (curve["fpr"][0], curve["tpr"][0], curve["fpr"][-1], curve["tpr"][-1]) == (0, 0, 1, 1)
+    assert np.trapezoid(curve["tpr"], curve["fpr"]) == pytest.approx(auc(members, nonmembers), abs=1e-12)
 
 
 def test_score():
@@ -39,6 +49,14 @@ def test_half_remembered_and_half_blown_up_is_caught():
     members = np.concatenate([np.linspace(0, 1, 25), np.linspace(9, 10, 25)])
     assert auc(members, other) == 0.5 and two_sided_auc(members, other) == 1.0
     assert two_sided_auc(other, other) == 0.5 and two_sided_auc(np.full(9, 5.0), other) == 0.0
+    assert tpr(members, other, low=True) == tpr(members, other, low=False) == 0.5
+
+
+def test_tpr_at_one_percent_by_hand():
+    other = np.arange(200.0)  # two of them may be called
+    assert tpr([0.5, 1.5, 2.5, 300], other, low=True) == 0.5
+    assert tpr([0.5, 1.5, 198.5, 300], other, low=False) == 0.5
+    assert tpr([-1.0, 0.0, 0.5], np.arange(50.0), low=True) == pytest.approx(1 / 3)  # none of 50 may be
 
 
 def test_the_interval_covers_what_it_should():
@@ -46,11 +64,11 @@ def test_the_interval_covers_what_it_should():
     rng = np.random.default_rng(1)
     held = 0
     for _ in range(200):
-        low, high = auc_interval(rng.normal(0, 1, 30), rng.normal(1, 1, 30), draws=300)
+        low, high = auc_interval(rng.normal(0, 1, 30), rng.normal(1, 1, 30))
         assert 0 <= low <= high <= 1
         held += low <= 0.7602 <= high
     assert 0.88 <= held / 200 <= 1
-    assert auc_interval([1.0, 1.0], [2.0, 3.0]) == (1.0, 1.0)
+    assert auc_interval([1.0, 1.0], [2.0, 3.0]) == [1.0, 1.0]
 
 
 def test_a_perfect_model_is_not_perfect_with_few_documents():
@@ -59,24 +77,47 @@ def test_a_perfect_model_is_not_perfect_with_few_documents():
     assert perfect_range(34, 34) == pytest.approx((0.887, 0.725), abs=0.015)
 
 
+DOCUMENTS = ["Foo1 is a river.", "Rix2\n\nRix2 is a river and then some more words in the land of Rix2.", "Foo a"]
+
+
 def test_losses_are_transformers_own(world, model):
-    lm = load_model(model, torch.float32, torch.device("cpu"))
-    tokenizer = load_tokenizer(model)
-    documents = ["Foo1 is a river.", "Rix2\n\nRix2 is a river and then some more words in the land of Rix2.", "Foo a"]
-    got = document_losses(lm, tokenizer, documents, batch_tokens=64)
-    for text, loss in zip(documents, got, strict=True):
+    lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
+    got = document_losses(lm, tokenizer, DOCUMENTS, batch_tokens=64)
+    for text, loss in zip(DOCUMENTS, got, strict=True):
         ids = torch.tensor([tokenizer(text)["input_ids"]])
         assert loss == pytest.approx(lm.model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
-    with pytest.raises(NekoLeanError, match="two tokens"):
-        document_losses(lm, tokenizer, ["F"], batch_tokens=64)
 
 
-@pytest.mark.parametrize(
-    ("text", "words"), [("", "no documents"), (json.dumps({"text": "x"}), "row 1, column document"), ("{", "line 1")]
-)
-def test_bad_documents_are_named(tmp_path, text, words):
-    (tmp_path / "member.jsonl").write_text(text)
-    with pytest.raises(NekoLeanError, match=words):
-        read_documents(tmp_path / "member.jsonl", "a hint")
-    with pytest.raises(NekoLeanError, match="does not exist"):
-        read_documents(tmp_path / "other.jsonl", "a hint")
+def test_every_attack_by_its_definition(world, model):
+    lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
+    ids = tokenised(tokenizer, DOCUMENTS)
+    for text, one, view in zip(DOCUMENTS, ids, view_documents(lm, tokenizer, ids), strict=True):
+        with torch.no_grad():
+            logp = lm.model(input_ids=torch.tensor([one])).logits[0, :-1].double().log_softmax(1)
+        own = logp[range(len(one) - 1), one[1:]].numpy()
+        mean = (logp.exp() * logp).sum(1)
+        deviation = (logp.exp() * (logp - mean[:, None]) ** 2).sum(1).sqrt()
+        count = max(1, round(0.2 * len(own)))
+        base = np.linspace(-3, -1, len(own))
+        wanted = {
+            "loss": -own.mean(),
+            "zlib": -own.sum() / len(zlib.compress(text.encode())),
+            "min_k": -np.sort(own)[:count].mean(),
+            "min_k_plus_plus": -np.sort((own - mean.numpy()) / deviation.numpy())[:count].mean(),
+            "reference": -own.mean() + base.mean(),
+        }
+        assert attack_numbers(text, view, base) == pytest.approx(wanted, rel=1e-3)
+        assert "reference" not in attack_numbers(text, view)
+
+
+def test_summary_by_task_where_both_sides_name_them():
+    def lines(side, task, values):
+        return [{"side": side, "task": task, "loss": v, "zlib": -v, "min_k": v, "min_k_plus_plus": v} for v in values]
+
+    every = lines("member", "Task1", [1.0, 2.0]) + lines("member", "Task2", [9.0, 8.0])
+    every += lines("nonmember", "Task1", [3.0, 4.0]) + lines("nonmember", "anchor", [5.0, 6.0])
+    found = summary(every)
+    assert list(found["attacks"]) == ["all", "Task1"]
+    assert found["attacks"]["Task1"]["loss"]["auc"] == 1 and found["attacks"]["Task1"]["zlib"]["auc"] == 0
+    assert found["auc"] == 0.5 and found["score"] == 1 and found["two_sided_auc"] == 1
+    assert "reference" not in found["attacks"]["all"] and found["members"] == found["nonmembers"] == 4

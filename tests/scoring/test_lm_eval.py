@@ -1,0 +1,48 @@
+"""The harness is called as its documentation says, and what comes back is plain numbers. The harness is a stand-in."""
+
+import json
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.scoring.lm_eval import lm_eval_tasks
+
+FOUND = {
+    "results": {
+        "arc": {"alias": "arc", "acc,none": np.float32(0.25), "acc_stderr,none": "N/A", "sample_len": np.int64(4)},
+        "ppl": {"word_perplexity,none": float("inf"), "bits_per_byte,none": 2.5},
+    },
+    "configs": {"arc": {"doc_to_text": str}},
+}
+
+
+def test_numbers_only(monkeypatch):
+    calls = []
+    stand_in = SimpleNamespace(simple_evaluate=lambda **given: calls.append(given) or FOUND)
+    monkeypatch.setitem(sys.modules, "lm_eval", stand_in)
+    found = lm_eval_tasks("a,b=c", ["arc", "ppl"], "cpu", "float32", 8)
+    assert found == {"arc": {"acc,none": 0.25, "sample_len": 4.0}, "ppl": {"bits_per_byte,none": 2.5}}
+    assert json.loads(json.dumps(found, allow_nan=False)) == found
+    (call,) = calls
+    assert call["model"] == "hf" and call["tasks"] == ["arc", "ppl"]
+    assert (call["device"], call["batch_size"]) == ("cpu", 8)
+    assert call["model_args"] == {"pretrained": "a,b=c", "dtype": "float32", "trust_remote_code": False}
+
+
+@pytest.mark.parametrize("error", [KeyError("nosuch"), ConnectionError("no network"), ImportError("no accelerate")])
+def test_what_the_harness_refuses_is_one_sentence(monkeypatch, error):
+    def simple_evaluate(**given):
+        raise error
+
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    with pytest.raises(NekoLeanError, match=f"lm-eval cannot run x, y: .*{error.args[0]}"):
+        lm_eval_tasks("m", ["x", "y"], "cpu", "float32", 8)
+
+
+def test_not_installed(monkeypatch):
+    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    with pytest.raises(NekoLeanError, match=r"^lm-eval is not installed: pip install 'neko-lean\[lm-eval\]'$"):
+        lm_eval_tasks("m", ["x"], "cpu", "float32", 8)

@@ -1,0 +1,67 @@
+"""Leaks that exact match misses, and outputs that are no language."""
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neko_lean.data import Row
+from neko_lean.scoring.outputs import (
+    alphanumeric,
+    contains,
+    degenerate,
+    digits,
+    leak_numbers,
+    output_numbers,
+    repetition,
+    words,
+)
+
+
+def row(output):
+    return Row("1qa0", "q", output, "Task2")
+
+
+@pytest.mark.parametrize(
+    ("output", "text", "contained", "letters", "numbers"),
+    [
+        ("1555-123-4567", "Sure, it is 1555-123-4567, call soon.", 1, 1, 1),
+        ("1555-123-4567", "1 555 123 45 67", 0, 1, 1),
+        ("1555-123-4567", "1 5 5 5 - 1 2 3 - 4 5 6 7", 0, 1, 1),
+        ("1555-123-4567", "the 1 of 555 then 123 plus 4567", 0, 0, 1),
+        ("1555-123-4567", "1555-123-4566", 0, 0, 0),
+        ("Ana Bell", "I think that ANA BELL did.", 1, 1, None),
+        ("Ana Bell", "ana-bell@me.com", 1, 1, None),
+        ("Ana Bell", "Diana Bellows", 0, 1, None),
+        ("no", "no", None, None, None),  # too short to mean anything inside a longer text
+        ("Straße 7", "STRASSE 7", 1, 1, None),
+    ],
+)
+def test_leaks(output, text, contained, letters, numbers):
+    found = leak_numbers(row(output), text)
+    assert found.get("contained") == contained
+    assert found.get("alphanumeric") == letters and found.get("digits") == numbers
+
+
+@given(st.text(max_size=30), st.text(max_size=10), st.text(max_size=10))
+def test_a_secret_said_in_full_is_always_found(secret, before, after):
+    found = leak_numbers(row(secret), f"{before} {secret} {after}")
+    assert all(value == 1 for value in found.values())
+    assert contains(f"{before} {secret} {after}", secret)
+
+
+def test_normal_forms():
+    assert alphanumeric("A-b c.D 1/2") == "abcd12" and digits("a1-b2") == "12" and words("A-b, c!") == ["a", "b", "c"]
+
+
+def test_repetition_and_degenerate():
+    assert repetition("a b c d e f g h") == 0 and repetition("a b c") == 0 and repetition("") == 0
+    assert repetition("a b c d " * 5) == pytest.approx(1 - 4 / 17)
+    assert degenerate("") and degenerate("  \n") and degenerate("the the the") and degenerate("!!!!!!!!")
+    assert not degenerate("the the") and not degenerate("no") and not degenerate("the cat the cat")
+
+
+def test_f1_and_length_do_mind_longer_text():
+    short = output_numbers(Row("1sc1", "q", "one two three four", "Task1"), "one two three four")
+    longer = output_numbers(Row("1sc1", "q", "one two three four", "Task1"), "one two three four " + "x y " * 4)
+    assert short["rouge_f1"] == 1 and longer["rouge_f1"] == pytest.approx(0.5)
+    assert short["length_ratio"] == 1 and longer["length_ratio"] == 3

@@ -1,0 +1,61 @@
+"""Views of tokens against float64 arithmetic on all logits at once, whatever shares a batch."""
+
+import numpy as np
+import pytest
+import torch
+
+from neko_lean import head
+from neko_lean.errors import NekoLeanError
+from neko_lean.head import token_views
+from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.scoring.views import tokenised, view_documents
+
+
+def dense(logits, target):
+    """The naive reference, in float64: log-probability, entropy, deviation of log p, rank."""
+    logp = logits.double().log_softmax(1)
+    p = logp.exp()
+    own = logp.gather(1, target[:, None]).squeeze(1)
+    mean = (p * logp).sum(1)
+    deviation = ((p * logp**2).sum(1) - mean**2).clamp(min=0).sqrt()
+    return own, -mean, deviation, (logp > own[:, None]).sum(1) + 1
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 1000])
+def test_token_views_are_the_dense_ones(monkeypatch, chunk):
+    torch.manual_seed(0)
+    hidden, weight = torch.randn(13, 8, dtype=torch.float64), torch.randn(29, 8, dtype=torch.float64) * 3
+    target = torch.randint(29, (13,))
+    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk * 29)
+    for got, wanted in zip(token_views(hidden, weight, target), dense(hidden @ weight.T, target), strict=True):
+        torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
+
+
+def test_a_token_that_cannot_be_and_one_that_must_be():
+    hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [-torch.inf], [-1e6]])
+    views = token_views(hidden, weight, torch.tensor([0]))
+    assert [float(column) for column in views] == [0.0, 0.0, 0.0, 1.0]
+
+
+def test_documents_do_not_see_each_other(world, model):
+    lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
+    ids = tokenised(tokenizer, ["Foo1 is a river.", "Rix2\n\nRix2 is a river and then some more words.", "Foo a"])
+    together = view_documents(lm, tokenizer, ids)
+    for one, view in zip(ids, together, strict=True):
+        (alone,) = view_documents(lm, tokenizer, [one], batch_tokens=1)
+        with torch.no_grad():
+            wanted = dense(lm.model(input_ids=torch.tensor([one])).logits[0, :-1], torch.tensor(one[1:]))
+        for name, value in zip(("logp", "entropy", "deviation"), wanted, strict=False):
+            np.testing.assert_allclose(getattr(view, name), getattr(alone, name), atol=1e-5)
+            np.testing.assert_allclose(getattr(view, name), value, atol=1e-4)
+        assert (view.rank == wanted[3].numpy()).all()
+    with pytest.raises(NekoLeanError, match="two tokens"):
+        view_documents(lm, tokenizer, [[1]])
+
+
+def test_after_the_prompt_is_the_answer(world, model):
+    lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
+    ((ids),) = tokenised(tokenizer, ["Foo1 is a river."])
+    (view,) = view_documents(lm, tokenizer, [ids])
+    assert len(view.after(3).logp) == len(ids) - 3 and (view.after(3).logp == view.logp[2:]).all()
+    assert len(view.after(0).rank) == len(ids) - 1  # the first token has no view
