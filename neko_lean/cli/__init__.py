@@ -10,6 +10,7 @@ from neko_lean.cli.inspect import inspect
 from neko_lean.cli.memorize import memorize
 from neko_lean.cli.plan import plan
 from neko_lean.cli.recipes import recipes
+from neko_lean.cli.report import report
 from neko_lean.cli.score import score
 from neko_lean.cli.unlearn import unlearn
 
@@ -20,7 +21,7 @@ app = typer.Typer(
     rich_markup_mode=None,
     help="Make a language model forget, with one model in memory: the frozen teacher becomes a cache on disk.",
 )
-for command in (cache_teacher, inspect, plan, recipes, unlearn, score, memorize, demo):
+for command in (cache_teacher, inspect, plan, recipes, unlearn, score, report, memorize, demo):
     app.command(name=command.__name__.replace("_", "-"))(command)
 
 

@@ -10,7 +10,7 @@ from neko_lean.cli import app
 from neko_lean.recipes import DEFAULT, FOLDER, recipe_names
 from tests.helpers import make_rows, write_rows
 
-COMMANDS = ("cache-teacher", "inspect", "plan", "recipes", "unlearn", "score", "memorize", "demo")
+COMMANDS = ("cache-teacher", "inspect", "plan", "recipes", "unlearn", "score", "report", "memorize", "demo")
 
 
 def call(*args):

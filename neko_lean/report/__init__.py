@@ -1,0 +1,5 @@
+"""The report: one HTML page, sent around as one file, that shows what runs forgot, kept and gave away."""
+
+from neko_lean.report.page import report
+
+__all__ = ["report"]

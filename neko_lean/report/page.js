@@ -1,0 +1,169 @@
+"use strict";
+(() => {
+  const byId = (id) => document.getElementById(id);
+
+  // The theme: the reader's system decides until the button is pressed.
+  const button = byId("theme");
+  const system = matchMedia("(prefers-color-scheme: dark)");
+  const dark = () => (document.documentElement.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
+  const name = () => { button.textContent = dark() ? "Light" : "Dark"; };
+  button.hidden = false;
+  button.addEventListener("click", () => { document.documentElement.dataset.theme = dark() ? "light" : "dark"; name(); });
+  system.addEventListener("change", name);
+  name();
+
+  const more = byId("more");
+  if (!more) return;
+
+  // The examples. Texts come from models and files: they enter the page as text nodes and in no other way.
+  const { models, rows } = JSON.parse(byId("data").textContent);
+  const STEP = 20;
+  const WORDS = 400;
+  let found = rows;
+  let shown = 0;
+
+  const element = (tag, className, ...children) => {
+    const made = document.createElement(tag);
+    if (className) made.className = className;
+    made.append(...children);
+    return made;
+  };
+
+  // Pieces of a text with the searched words marked.
+  const marked = (text, query) => {
+    if (!query) return [text];
+    const lower = text.toLowerCase();
+    if (lower.length !== text.length) return [text]; // a letter whose lower case is longer: places would not fit
+    const pieces = [];
+    let at = 0;
+    for (let next = lower.indexOf(query); next >= 0; next = lower.indexOf(query, at)) {
+      pieces.push(text.slice(at, next), element("mark", "", text.slice(next, next + query.length)));
+      at = next + query.length;
+    }
+    pieces.push(text.slice(at));
+    return pieces;
+  };
+
+  // Which words of `said` are in the longest common subsequence with `truth`: what ROUGE-L counts, but for stemming.
+  const common = (truth, said) => {
+    const a = truth.map((word) => word.toLowerCase());
+    const b = said.map((word) => word.toLowerCase());
+    const width = b.length + 1;
+    const table = new Uint16Array((a.length + 1) * width);
+    for (let i = a.length - 1; i >= 0; i -= 1) {
+      for (let j = b.length - 1; j >= 0; j -= 1) {
+        table[i * width + j] = a[i] === b[j]
+          ? table[(i + 1) * width + j + 1] + 1
+          : Math.max(table[(i + 1) * width + j], table[i * width + j + 1]);
+      }
+    }
+    const kept = new Set();
+    for (let i = 0, j = 0; i < a.length && j < b.length;) {
+      if (a[i] === b[j]) { kept.add(j); i += 1; j += 1; }
+      else if (table[(i + 1) * width + j] >= table[i * width + j + 1]) i += 1;
+      else j += 1;
+    }
+    return kept;
+  };
+
+  const WORD = /[\p{L}\p{N}]+/gu;
+  const underlined = (truth, said, query) => {
+    const matches = [...said.matchAll(WORD)].slice(0, WORDS);
+    const kept = common([...truth.matchAll(WORD)].slice(0, WORDS).map((m) => m[0]), matches.map((m) => m[0]));
+    const pieces = [];
+    let at = 0;
+    for (let n = 0; n < matches.length; n += 1) {
+      if (!kept.has(n)) continue;
+      const first = n;
+      while (kept.has(n + 1)) n += 1;
+      const end = matches[n].index + matches[n][0].length;
+      pieces.push(...marked(said.slice(at, matches[first].index), query));
+      pieces.push(element("u", "", ...marked(said.slice(matches[first].index, end), query)));
+      at = end;
+    }
+    pieces.push(...marked(said.slice(at), query));
+    return pieces;
+  };
+
+  const side = (className, label, note, pieces) => {
+    const heading = element("h4", "", element("bdi", "", label));
+    if (note) heading.append(element("span", "", note));
+    const text = element("p", "said", ...pieces);
+    text.dir = "auto";
+    return element("div", `side ${className}`, heading, text);
+  };
+
+  const score = (row, value) => {
+    if (value === null) return "";
+    if (row.kind === "knowledge") return value === 1 ? "exact" : "not exact";
+    return value.toFixed(3);
+  };
+
+  const card = (row, query) => {
+    const heading = element("h3", "", `${row.split} ${row.task} ${row.kind}`, element("bdi", "", ...marked(row.id, query)));
+    const prompt = element("p", "prompt", ...marked(row.input, query));
+    prompt.dir = "auto";
+    const sides = element("div", "sides", side("truth", "truth", "", marked(row.output, query)));
+    models.forEach((model, place) => {
+      const said = row.said[place];
+      if (said === null) {
+        sides.append(side(`m${model.slot}`, model.label, "not asked", []));
+        return;
+      }
+      const [whole, value, ended] = said;
+      const text = whole.trimStart(); // most begin with the space that parts them from the prompt
+      const note = [score(row, value), ended === "limit" ? "cut off" : ""].filter(Boolean).join(", ");
+      sides.append(side(`m${model.slot}`, model.label, note, text ? underlined(row.output, text, query) : ["(nothing)"]));
+    });
+    const made = element("article", "row", heading, prompt, sides);
+    const longest = Math.max(row.input.length / 2, row.output.length, ...row.said.map((one) => (one ? one[0].length : 0)));
+    if (longest > 190) {
+      made.classList.add("short");
+      const open = element("button", "", "Show in full");
+      open.type = "button";
+      open.addEventListener("click", () => {
+        open.textContent = made.classList.toggle("short") ? "Show in full" : "Show less";
+      });
+      made.append(open);
+    }
+    return made;
+  };
+
+  const show = () => {
+    const query = byId("search").value.trim().toLowerCase();
+    byId("rows").append(...found.slice(shown, shown + STEP).map((row) => card(row, query)));
+    shown = Math.min(shown + STEP, found.length);
+    more.hidden = shown >= found.length;
+    byId("count").textContent = found.length === rows.length
+      ? `${rows.length} rows` : `${found.length} of ${rows.length} rows`;
+  };
+
+  const texts = new Map();
+  const haystack = (row) => {
+    if (!texts.has(row)) {
+      const all = [row.id, row.input, row.output, ...row.said.map((one) => (one ? one[0] : ""))];
+      texts.set(row, all.join("\n").toLowerCase());
+    }
+    return texts.get(row);
+  };
+
+  const filter = () => {
+    const query = byId("search").value.trim().toLowerCase();
+    const wanted = ["split", "task", "kind"].map((key) => [key, byId(key).value]).filter(([, value]) => value);
+    found = rows.filter((row) => wanted.every(([key, value]) => row[key] === value) && (!query || haystack(row).includes(query)));
+    shown = 0;
+    byId("rows").replaceChildren();
+    show();
+  };
+
+  for (const key of ["split", "task", "kind"]) {
+    for (const value of [...new Set(rows.map((row) => row[key]))].filter(Boolean).sort()) byId(key).append(new Option(value, value));
+    byId(key).addEventListener("change", filter);
+  }
+  let waiting = 0;
+  byId("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(filter, 150); });
+  byId("filters").addEventListener("submit", (event) => event.preventDefault());
+  byId("filters").hidden = false;
+  more.addEventListener("click", show);
+  show();
+})();

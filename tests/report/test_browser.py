@@ -1,0 +1,82 @@
+"""The page in a real browser, where there is one: no error, no overflow on a phone, and the examples work."""
+
+import html
+import json
+import re
+import shutil
+import subprocess
+
+import pytest
+
+from neko_lean.report import report
+from tests.report.made import full_scores, make_demo, make_generations, write_scores
+from tests.report.test_page import HOSTILE
+
+CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
+PROBE = """<script>addEventListener("load", () => {
+  const wait = (ms) => new Promise((done) => setTimeout(done, ms));
+  const root = document.documentElement;
+  const paper = () => getComputedStyle(document.body).backgroundColor;
+  const rows = () => document.querySelectorAll(".row").length;
+  const found = () => document.getElementById("count").textContent;
+  (async () => {
+    const seen = { first: rows(), count: found(), light: paper() };
+    document.getElementById("theme").click();
+    seen.dark = paper();
+    for (const fold of document.querySelectorAll("details")) fold.open = true;
+    for (const fold of document.querySelectorAll(".row button")) fold.click();
+    seen.width = root.scrollWidth;
+    document.getElementById("more").click();
+    seen.more = rows();
+    document.getElementById("search").value = "PROMPT 3 OF";
+    document.getElementById("search").dispatchEvent(new Event("input"));
+    await wait(300);
+    seen.searched = found();
+    seen.marks = document.querySelectorAll("mark").length;
+    document.getElementById("split").value = "forget";
+    document.getElementById("split").dispatchEvent(new Event("change"));
+    seen.filtered = found();
+    seen.underlined = document.querySelector("u").textContent;
+    seen.acted = window.acted || 0;
+    seen.title = document.title;
+    parent.postMessage(JSON.stringify(seen), "*");
+  })();
+});</script></body>"""
+FRAMES = """<!doctype html><body data-seen=""><iframe src="page.html"></iframe>
+<iframe style="width:390px;height:900px" src="probed.html"></iframe>
+<script>addEventListener("message", (event) => { document.body.dataset.seen = event.data; });</script>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium, chromium-browser or google-chrome on the path")
+def test_in_chromium(tmp_path):
+    demo = make_demo(tmp_path / "demo")
+    rows = make_generations("It was nobody of the river.")
+    for place, text in enumerate(HOSTILE):
+        rows[place] |= {"generation": text * 3, "output": text, "id": text + "sc1"}
+    rows[7]["generation"] = "unbroken" * 300
+    write_scores(tmp_path / "hostile", full_scores(HOSTILE[0] + "wide" * 40, 0.4), rows)
+    page = tmp_path / "page.html"
+    report([demo, tmp_path / "hostile"], page, title=HOSTILE[1])
+    text = page.read_text()
+    # The probe is a second script, which the page's own policy would not run.
+    probed = re.sub(r'<meta http-equiv="Content-Security-Policy"[^>]*>', "", text).replace("</body>", PROBE)
+    (tmp_path / "probed.html").write_text(probed)
+    (tmp_path / "frames.html").write_text(FRAMES)
+    # A window cannot be as narrow as a phone, a frame can. The virtual clock lets the page's own waits pass at once.
+    options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--v=0", "--dump-dom"]
+    options += ["--virtual-time-budget=4000", f"--user-data-dir={tmp_path / 'profile'}"]
+    ran = subprocess.run(
+        [CHROMIUM, *options, (tmp_path / "frames.html").as_uri()],
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert [line for line in ran.stderr.splitlines() if "CONSOLE" in line] == []
+    match = re.search(r'data-seen="([^"]*)"', ran.stdout)
+    assert match and match[1], ran.stderr[-2000:]
+    seen = json.loads(html.unescape(match[1]))
+    assert seen["width"] <= 390
+    assert seen["first"] == 20 and seen["more"] == 40 and seen["count"] == f"{72 + len(HOSTILE)} rows"
+    assert seen["searched"].startswith("13 of ") and seen["marks"] >= 13 and seen["filtered"].startswith("7 of ")
+    assert seen["underlined"] and seen["light"] != seen["dark"]
+    assert seen["acted"] == 0 and seen["title"] == HOSTILE[1]

@@ -1,0 +1,59 @@
+"""Charts: round ticks, every point within the frame, and text that stays text."""
+
+import re
+from xml.etree import ElementTree
+
+import pytest
+
+from neko_lean.report.charts import SLOTS, Dot, Series, axis, bars, dots, key, legend, lines, slot
+
+HOSTILE = "</text><script>alert(1)</script>&\"'"
+
+
+@pytest.mark.parametrize(
+    "values", [[0, 1], [-24.3, -0.1], [3, 3], [0, 0], [], [-2, -2], [1e-9, 2e-9], [-1e15, 1e15], [-1e-9, 0.4]]
+)
+def test_ticks_are_few_and_inside(values):
+    for room in (0.0, 0.04):
+        found = axis(values, room=room)
+        assert found.low < found.high
+        assert 1 <= len(found.ticks) <= 8
+        assert all(found.low - 1e-9 <= at <= found.high + 1e-9 * abs(found.high) for at, _ in found.ticks)
+
+
+def test_ticks_are_round():
+    assert [label for _, label in axis([0, 500]).ticks] == ["0", "200", "400"]
+    assert [label for _, label in axis([-24.3, -0.1]).ticks] == ["−20", "−10"]  # noqa: RUF001
+    assert axis([-1e-9, 0.4], room=0.04).low == 0.0
+    assert axis([5, 6], zero=True).low == 0.0
+
+
+def test_styles_repeat_but_never_take_that_of_before():
+    assert [slot(n) for n in range(SLOTS)] == [1, 2, 3, 4, 5, 6, 1]
+    assert len({key(n) for n in range(SLOTS)}) == SLOTS
+
+
+def test_charts_are_well_formed_labelled_and_escaped():
+    dot = Dot(1, HOSTILE, 0.3, (0.2, 0.4))
+    drawn = [
+        dots([(HOSTILE, [dot, Dot(2, "b", 1.7)])], HOSTILE, "left"),
+        lines([Series(1, HOSTILE, [(0, 1), (5, 2)])], HOSTILE, HOSTILE, marked=True),
+        lines([Series(1, "one point", [(3, 3)])], "a", "x", square=True),
+        bars([(HOSTILE, [dot])], HOSTILE, HOSTILE),
+        bars([], "nothing", ""),
+    ]
+    for svg in drawn:
+        root = ElementTree.fromstring(str(svg))
+        assert root.get("role") == "img" and root.get("aria-label")
+        assert "<script" not in svg
+        width, height = map(float, root.get("viewBox").split()[2:])
+        for name, limit in (
+            ("x1", width),
+            ("x2", width),
+            ("y1", height),
+            ("y2", height),
+            ("cx", width),
+            ("cy", height),
+        ):
+            assert all(-1 <= float(at) <= limit + 1 for at in re.findall(rf'\b{name}="([^"]+)"', svg)), name
+    assert "<script" not in legend([(0, HOSTILE)])

@@ -1,0 +1,222 @@
+"""The page: complete in one file, older scores and newer, nothing that a model says can act in it."""
+
+import json
+import math
+import re
+from html.parser import HTMLParser
+
+import pytest
+from typer.testing import CliRunner
+
+from neko_lean.cli import app
+from neko_lean.errors import NekoLeanError
+from neko_lean.report import report
+from neko_lean.report.page import HERE
+from tests.report.made import LEVELS, full_scores, make_demo, make_generations, old_scores, write_run, write_scores
+
+HOSTILE = [
+    "</script><script>window.acted = 1</script>",
+    "<img src=x onerror='window.acted = 1'>",
+    "<!--<script>",
+    "]]></style><style>*{display:none}",
+    '" onclick="window.acted = 1" \'',
+    "{{ 7 * 7 }} {% raw %}",
+    "&lt;b&gt; \u2028\u2029 \u202eright to left\u202c \ud800 \x00 \U0001f408",
+]
+SECTIONS = ["verdict", "numbers", "twelve", "missed", "training", "membership", "mmlu", "attacks", "examples", "made"]
+
+
+class Page(HTMLParser):
+    """Every tag with its attributes, and the text of each script."""
+
+    def __init__(self, text):
+        super().__init__(convert_charrefs=True)
+        self.tags, self.scripts, self.words = [], [], []
+        self.feed(text)
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
+
+    def handle_data(self, data):
+        if self.tags and self.tags[-1][0] == "script" and self.cdata_elem == "script":
+            self.scripts[-1] += data
+        elif self.cdata_elem is None:
+            self.words.append(data)
+
+
+def read(path):
+    text = path.read_text(encoding="utf-8")
+    return text, Page(text)
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    return make_demo(tmp_path_factory.mktemp("report") / "demo")
+
+
+def test_everything_is_there_and_nothing_is_fetched(demo, tmp_path):
+    made = report([demo], tmp_path / "report.html")
+    text, page = read(tmp_path / "report.html")
+    assert made["models"] == ["before", "calibrated", "neko"] and made["rows"] == 72
+    assert made["bytes"] == len(text.encode()) and made["words"]["calibrated"] == "Forgot, kept the rest"
+    assert [attrs["id"] for tag, attrs in page.tags if tag == "h2"] == SECTIONS
+    assert "Not measured in these scores" not in text
+    for word in ("Relearning", "min-k++", "world religions", "change −0.980", "Peak memory", "2.00 GiB"):  # noqa: RUF001
+        assert word in text, word
+    charts = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
+    assert len(charts) == 2 + 6 + 1 + 1 + 8 and all(attrs["aria-label"] for attrs in charts)
+    for _, attrs in page.tags:
+        assert not set(attrs) & {"src", "srcset", "style", "action"}
+        assert attrs.get("href", "#").startswith(("#", "data:,"))
+    assert not re.search(r"@import|url\(|https?:", text)
+
+
+def test_old_scores_and_almost_none(tmp_path):
+    old = [write_scores(tmp_path / name, old_scores(name, left)) for name, left in LEVELS.items()]
+    made = report(old, tmp_path / "old.html")
+    assert made["before"] == "before" and len(made["models"]) == 3
+    text, _ = read(tmp_path / "old.html")
+    assert text.count("Not measured in these scores") == 3 and "No run of these models" in text
+    empty = write_scores(tmp_path / "empty", {"model": None}, [])
+    assert report([empty], tmp_path / "empty.html")["words"] == {"empty": "Scored"}
+
+
+def spoil(value, replacements):
+    """Each value in turn replaced by one of another type."""
+    if isinstance(value, dict):
+        return {key: spoil(one, replacements) for key, one in value.items()}
+    if isinstance(value, list):
+        return [spoil(one, replacements) for one in value]
+    return next(replacements)
+
+
+def test_values_of_any_type_end_in_a_page(tmp_path):
+    strange = [None, "text", [], {}, True, -1, 10**400, math.nan, math.inf, -1e308, {"auc": []}, [[0]]]
+    for start in range(len(strange)):
+
+        def turns(start=start):
+            number = start
+            while True:
+                yield strange[number % len(strange)]
+                number += 5
+
+        scores = spoil(full_scores("m", 0.4), turns())
+        rows = [spoil(row, turns()) for row in make_generations("x", 1)]
+        folder = write_scores(tmp_path / str(start), scores, rows)
+        whole = write_scores(tmp_path / f"{start}-blocks", {key: next(iter(turns())) for key in scores}, rows)
+        report([folder, whole], tmp_path / "page.html", overwrite=True)
+
+
+def test_nothing_that_files_say_can_act(tmp_path):
+    number = 0
+
+    def hostile(value):
+        nonlocal number
+        if isinstance(value, dict):
+            return {key: hostile(one) for key, one in value.items()}
+        if isinstance(value, list):
+            return [hostile(one) for one in value]
+        number += isinstance(value, str)
+        return HOSTILE[number % len(HOSTILE)] if isinstance(value, str) else value
+
+    scores = hostile(full_scores("m", 0.4))
+    for place in HOSTILE:
+        scores["mmlu"]["subjects"][place] = {"accuracy": 0.2}
+        scores["membership"]["attacks"][place] = {"loss": {"auc": 0.4}}
+        scores["versions"][place] = place
+    rows = [hostile(row) for row in make_generations("x")]
+    for place, row in enumerate(rows):
+        row["id"] = f"{place} {row['id']}"
+    first = write_scores(tmp_path / "a", {**scores, "model": HOSTILE[0]}, rows)
+    second = write_scores(tmp_path / "<b>'s", {**scores, "model": HOSTILE[6]}, rows)
+    run = write_run(tmp_path / "run", HOSTILE[0], HOSTILE[1])
+    report([first, f"{second}={run}"], tmp_path / "page.html", title=HOSTILE[0])
+    text, page = read(tmp_path / "page.html")
+    tags = [tag for tag, _ in page.tags]
+    assert tags.count("script") == 2 and tags.count("style") == 1 and not {"img", "iframe", "b>"} & set(tags)
+    assert not [attrs for _, attrs in page.tags if any(name.startswith("on") for name in attrs)]
+    assert not re.search(r"[<>&\u2028\u2029]", page.scripts[0].replace("\u2028", "").replace("\u2029", ""))
+    data = json.loads(page.scripts[0])
+    clean = [one.replace("\ud800", "?") for one in HOSTILE]
+    assert {row["output"] for row in data["rows"]} <= set(clean) and len(data["rows"]) == len(rows)
+    assert "{{ 7 * 7 }}" in text and clean[0] in "".join(page.words)
+
+
+def test_the_policy_names_the_one_script_and_the_one_style(demo, tmp_path):
+    import base64
+    import hashlib
+
+    report([demo], tmp_path / "page.html")
+    text, page = read(tmp_path / "page.html")
+    policy = next(attrs["content"] for _, attrs in page.tags if attrs.get("http-equiv"))
+    assert "default-src 'none'" in policy and "unsafe" not in policy
+    for tag in ("style", "script"):
+        source = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        assert len(source) == 1
+        assert base64.b64encode(hashlib.sha256(source[0].encode()).digest()).decode() in policy
+
+
+def test_without_texts_no_text_of_a_row_is_in_the_page(demo, tmp_path):
+    report([demo], tmp_path / "page.html", texts=False)
+    text, _ = read(tmp_path / "page.html")
+    assert "made without texts" in text
+    assert "walked into the wood" not in text and "of the river" not in text and "555" not in text
+
+
+def test_the_file_is_written_whole_or_not_at_all(demo, tmp_path, monkeypatch):
+    out = tmp_path / "deep" / "page.html"
+    report([demo], out)
+    first = out.read_bytes()
+    with pytest.raises(NekoLeanError, match="--overwrite"):
+        report([demo], out)
+    monkeypatch.setattr("neko_lean.report.page.sync", lambda path: (_ for _ in ()).throw(OSError(28, "full")))
+    with pytest.raises(NekoLeanError, match="No space"):
+        report([demo], out, overwrite=True)
+    assert out.read_bytes() == first and [path.name for path in out.parent.iterdir()] == ["page.html"]
+    with pytest.raises(NekoLeanError, match="is a folder"):
+        report([demo], tmp_path)
+
+
+def luminance(colour):
+    parts = [int(colour[at : at + 2], 16) / 255 for at in (1, 3, 5)]
+    light = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2]
+
+
+def test_contrast_is_enough_in_light_and_dark():
+    style = (HERE / "page.css").read_text()
+    themes = [dict(re.findall(r"--([\w]+): (#[0-9a-f]{6});", part)) for part in style.split("--paper")[1:4]]
+    papers = re.findall(r"--paper: (#[0-9a-f]{6});", style)
+    assert len(papers) == 3 and themes[1] == themes[2]
+    for paper, theme in zip(papers, themes, strict=True):
+        for name, colour in theme.items():
+            if name in ("well", "rule", "grid", "mark"):
+                continue
+            against = [paper, theme["well"]] if name in ("ink", "soft") else [paper]
+            for other in against:
+                high, low = sorted((luminance(colour), luminance(other)), reverse=True)
+                least = 3.0 if re.fullmatch(r"c\d", name) else 4.5
+                assert (high + 0.05) / (low + 0.05) >= least, (name, colour, other)
+
+
+def call(*args):
+    return CliRunner().invoke(app, ["report", *map(str, args)])
+
+
+def test_the_command(demo, tmp_path):
+    out = ("--out", tmp_path / "page.html")
+    shown = call(demo, *out)
+    assert shown.exit_code == 0 and "72 rows" in shown.stdout and "calibrated: Forgot, kept the rest" in shown.stdout
+    found = call(demo / "scores-neko", "--before", demo / "scores-before", *out, "--overwrite", "--no-texts", "--json")
+    assert json.loads(found.stdout)["models"] == ["before", "unlearned-neko"] and json.loads(found.stdout)["rows"] == 0
+    quiet = call(demo, *out, "--overwrite", "--quiet", "--title", "Mine")
+    assert quiet.exit_code == 0 and quiet.output == "" and "<title>Mine</title>" in (tmp_path / "page.html").read_text()
+    for arguments, words in (
+        ((demo, *out), "--overwrite"),
+        ((tmp_path / "no", "--out", tmp_path / "x"), "not a folder"),
+    ):
+        wrong = call(*arguments)
+        assert wrong.exit_code == 2 and wrong.stdout == "" and words in wrong.stderr
+        assert wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
