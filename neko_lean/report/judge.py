@@ -8,20 +8,22 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from neko_lean.report.values import interval, mapping, mean, number, objects, share, span, strings
+from neko_lean.report.values import interval, mapping, mean, number, share, span, strings
 
 YES, PARTLY, NO, UNKNOWN = "yes", "partly", "no", "unknown"
 ANSWERS_LEFT = 0.05  # share of forget answers, to the letter or within the text, that still counts as forgotten
 TEXT_LEFT = 0.5  # ROUGE-L recall of forget continuations: common words alone give unseen text 0.2 to 0.4
 REMEMBERED = 0.8  # of the mean of the forget cells before, above which nothing was forgotten
 KEPT, KEPT_SOME = 0.95, 0.6  # of the mean of the retain cells before
+DEGENERATE = 0.5  # share of texts that loop or say nothing, on forget rows or others
 RULES = (
     f"Forgotten: no forget task has more than {ANSWERS_LEFT:.0%} of its answers left, to the letter or anywhere in the "
     f"text, nor a regurgitation above {TEXT_LEFT}; not at all, while the mean of its cells is above {REMEMBERED:.0%} "
     f"of what it was. Kept: the mean of the retain cells is at least {KEPT:.0%} of what it was; in part, at least "
     f"{KEPT_SOME:.0%}. As if never seen: the 95 % interval of the membership AUC holds 0.5 (where none was "
     "measured, the score is within what a perfect model reaches 95 times of 100). Writes sensibly: the scores do not "
-    "call it broken."
+    f"call it broken; in part, if more than {DEGENERATE:.0%} of its texts about forget or about retain rows "
+    "loop or are empty."
 )
 
 
@@ -36,7 +38,7 @@ class Sign:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A scored model in words: `word` for the top, `signs` below it, and sentences."""
+    """A scored model in words: `word` for the top, `signs` below it, and the sentences that its scores brought."""
 
     word: str
     signs: list[Sign]
@@ -52,14 +54,14 @@ def cells(scores: dict[str, Any] | None, split: str, kind: str = "") -> list[flo
 def judge(scores: dict[str, Any], before: dict[str, Any] | None) -> Judgement:
     """What `scores` say, beside those of the model before where they are known."""
     signs = [_forgotten(scores, before), _kept(scores, before), _hidden(scores), _whole(scores)]
-    return Judgement(_word(*(s.state for s in signs)), signs, strings(scores, "verdict") or _sentences(signs, scores))
+    return Judgement(_word(*(s.state for s in signs)), signs, strings(scores, "verdict"))
 
 
 def _from_to(scores: dict[str, Any], before: dict[str, Any] | None, split: str) -> str:
     now, then = mean(cells(scores, split)), mean(cells(before, split))
     if then is None:
-        return f"the {split} cells are at {share(now)} on average"
-    return f"the {split} cells went from {share(then)} to {share(now)} on average"
+        return f"{split} cells, mean: {share(now)}"
+    return f"{split} cells, mean: {share(then)} → {share(now)}"
 
 
 def _forgotten(scores: dict[str, Any], before: dict[str, Any] | None) -> Sign:
@@ -82,7 +84,8 @@ def _kept(scores: dict[str, Any], before: dict[str, Any] | None) -> Sign:
     now, then = mean(cells(scores, "retain")), mean(cells(before, "retain"))
     detail = _from_to(scores, before, "retain")
     if now is None or not then:
-        return Sign("Kept the rest", UNKNOWN, detail if now is not None else "no retain rows were scored")
+        lacking = f"{detail}; no model before to compare with" if now is not None else "no retain rows were scored"
+        return Sign("Kept the rest", UNKNOWN, lacking)
     state = YES if now >= KEPT * then else PARTLY if now >= KEPT_SOME * then else NO
     return Sign("Kept the rest", state, detail)
 
@@ -105,8 +108,12 @@ def _whole(scores: dict[str, Any]) -> Sign:
     question, broken = "Still writes sensibly", scores.get("broken")
     if not isinstance(broken, bool):
         return Sign(question, UNKNOWN, "not measured by these scores")
-    loop = number(scores, "outputs", "retain", "degenerate")
-    return Sign(question, NO if broken else YES, f"degenerate retain texts: {share(loop)}")
+    loops = [(split, number(scores, "outputs", split, "degenerate")) for split in ("forget", "retain")]
+    detail = ", ".join(f"{value:.0%} of {split} texts" for split, value in loops if value is not None)
+    detail = f"degenerate: {detail}" if detail else "by the scores' own account"
+    if not broken and max(value or 0.0 for _, value in loops) > DEGENERATE:
+        return Sign(question, PARTLY, detail)
+    return Sign(question, NO if broken else YES, detail)
 
 
 def _word(forgotten: str, kept: str, hidden: str, whole: str) -> str:
@@ -121,14 +128,3 @@ def _word(forgotten: str, kept: str, hidden: str, whole: str) -> str:
     # Whether it can still be told from unseen is only worth a word where the rest went well.
     trace = ["left a trace"] if hidden == NO and forgotten == YES and kept in (YES, UNKNOWN) else []
     return ", ".join([word, *([rest] if rest else []), *trace])
-
-
-def _sentences(signs: list[Sign], scores: dict[str, Any]) -> list[str]:
-    """What older scores, which bring no sentences, have to say."""
-    told = [f"{sign.detail[0].upper()}{sign.detail[1:]}." for sign in signs[:3] if sign.state != UNKNOWN]
-    relearned = [
-        value for one in objects(scores, "attacks", "relearn") if (value := number(one, "knowledge")) is not None
-    ]
-    if relearned:
-        told.append(f"Training on a few forgotten rows brings back {max(relearned):.0%} of the answers.")
-    return told

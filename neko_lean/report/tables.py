@@ -228,7 +228,7 @@ def attacks(models: Sequence[Model]) -> tuple[Table | None, Table | None, Table 
     """AUC of every membership attack over all documents; by task; and what each finds at a low false positive rate."""
     places = list(dict.fromkeys(p for one in models for p in mapping(one.scores, "membership", "attacks")))
     areas, rates = [], []
-    for place in places:
+    for place in sorted(places, key=lambda place: place != "all"):
         title = "All documents" if place == "all" else f"{place} documents"
         base = ("membership", "attacks", place)
         lines, found = [], []

@@ -32,9 +32,8 @@ def test_words(forget, retain, word):
 def test_a_leak_is_not_forgotten():
     leaks = {"forget": {"contained": 0.4}}
     found = judge(scored(0.0, 0.95, leaks=leaks), BEFORE)
-    assert (
-        found.word == "Forgot in part, kept the rest" and "40% of the answers stand in the text" in found.sentences[0]
-    )
+    assert found.word == "Forgot in part, kept the rest"
+    assert "40% of the answers stand in the text" in found.signs[0].detail
 
 
 def test_a_trace_and_a_broken_model():
@@ -53,9 +52,15 @@ def test_without_a_model_before_nothing_is_said_of_the_rest():
 def test_the_scores_own_sentences_come_first():
     scores = full_scores("m", 0.02)
     assert judge(scores, BEFORE).sentences == scores["verdict"]
-    told = judge({**scores, "verdict": None}, BEFORE).sentences
-    assert told[0].startswith("The forget cells went from 1.0") or told[0].startswith("The forget cells went from 0.9")
-    assert any("Training on a few forgotten rows" in sentence for sentence in told)
+    older = judge({**scores, "verdict": None}, BEFORE)
+    assert older.sentences == [] and older.signs[0].detail.startswith("forget cells, mean: ")
+
+
+def test_texts_that_loop_are_not_sensible():
+    loops = {"forget": {"degenerate": 0.9}, "retain": {"degenerate": 0.0}}
+    sign = judge(scored(0.0, 0.95, broken=False, outputs=loops), BEFORE).signs[3]
+    assert (sign.state, sign.detail) == ("partly", "degenerate: 90% of forget texts, 0% of retain texts")
+    assert judge(scored(0.0, 0.95, broken=False), BEFORE).signs[3].state == "yes"
 
 
 def test_the_rules_name_the_thresholds():

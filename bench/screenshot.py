@@ -1,0 +1,66 @@
+"""The README's picture of a report, from real runs, by a headless Chromium.
+
+    neko-lean demo --out demo-run
+    .venv/bin/python bench/screenshot.py demo-run --out docs/report.png
+
+Shows the top of the page: the verdict and the headline numbers, no row's text. The page is made without texts, so that
+no personal data can reach a picture that is published.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.report import report
+
+BROWSERS = ("chromium", "chromium-browser", "google-chrome")
+
+
+def screenshot(page: Path, out: Path, *, width: int, height: int, scale: float, dark: bool) -> None:
+    """Write the top `width` x `height` of a page as PNG, at `scale` pixels a CSS pixel."""
+    browser = next(filter(None, map(shutil.which, BROWSERS)), None)
+    if browser is None:
+        raise NekoLeanError(f"none of {', '.join(BROWSERS)} is installed: a picture needs one.")
+    with tempfile.TemporaryDirectory() as scratch:
+        stage = Path(scratch) / "page.png"
+        options = ["--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
+        options += [f"--window-size={width},{height}", f"--force-device-scale-factor={scale}"]
+        options += [f"--user-data-dir={scratch}/profile", f"--screenshot={stage}"]
+        options += ["--blink-settings=preferredColorScheme=0"] if dark else []
+        ran = subprocess.run([browser, *options, page.as_uri()], capture_output=True, text=True, timeout=120)
+        if not stage.is_file():
+            raise NekoLeanError(f"{browser} made no picture: {ran.stderr.strip()[-300:]}")
+        out.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(stage, out)
+
+
+def main() -> None:
+    """Make the page, then its picture."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="as of `neko-lean report`")
+    parser.add_argument("--out", type=Path, default=Path("docs/report.png"))
+    parser.add_argument("--before", type=Path)
+    parser.add_argument("--width", type=int, default=1200)
+    parser.add_argument("--height", type=int, default=1560)
+    parser.add_argument("--scale", type=float, default=1.0, help="pixels a CSS pixel")
+    parser.add_argument("--dark", action="store_true")
+    given = parser.parse_args()
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            page = Path(folder) / "report.html"
+            report(given.runs, page, before=given.before, texts=False)
+            screenshot(page, given.out, width=given.width, height=given.height, scale=given.scale, dark=given.dark)
+    except NekoLeanError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    print(f"{given.out}: {given.out.stat().st_size / 1e3:.0f} kB")
+
+
+if __name__ == "__main__":
+    main()
