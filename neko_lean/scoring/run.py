@@ -144,7 +144,7 @@ def score(
             "membership": members,
             "mmlu": None,
             "final": None,
-            **_groups(found),
+            **group_means(found),
             "held_nll": held_out_nll(lm, tokenizer, unseen, quiet) if unseen else None,
             "nonmember_nll": None if members is None else members["nonmember_loss"],
             "uniform_nll": math.log(len(lm.head)),
@@ -217,7 +217,7 @@ def read_score(folder: str | Path, rows: Sequence[Row] | None = None) -> dict[st
     return {**scores, "lines": lines}
 
 
-def _groups(found: Mapping[str, tuple[float | None, Any]]) -> dict[str, Any]:
+def group_means(found: Mapping[str, tuple[float | None, Any]]) -> dict[str, Any]:
     """memorisation, leaks and outputs of both splits, None where no row has the number."""
     groups: dict[str, Any] = {}
     for name, (group, _) in uncertainty.KEYS.items():

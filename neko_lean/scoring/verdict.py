@@ -17,6 +17,11 @@ RISE = 0.2  # of the cost of unseen text, over what it was
 LEAKED = 0.05
 HIGH, LOW = 0.9, 0.1
 ONE_LETTER = 0.9
+FORMS = (
+    ("contained", "inside longer text"),
+    ("alphanumeric", "with spaces or dashes in them"),
+    ("digits", "digit by digit"),
+)
 
 
 def percent(share: float) -> str:
@@ -84,21 +89,14 @@ def remembered(scores: Scores) -> str | None:
 
 def leaking(scores: Scores) -> str | None:
     """Whether an answer comes out in another form, which exact match misses."""
-    leaks, cells = scores["leaks"]["forget"], scores["cells"]
-    exact = [value for cell, value in cells.items() if cell.startswith("forget") and cell.endswith("knowledge")]
+    exact = [v for c, v in scores["cells"].items() if c.startswith("forget") and c.endswith("knowledge")]
     said = [value for value in exact if value is not None]
-    most = (
-        max((value, name) for name, value in leaks.items() if name != "within_ten" and value is not None)
-        if leaks
-        else None
-    )
-    if most is None or most[0] < LEAKED or most[0] <= (sum(said) / len(said) if said else 0) + 0.01:
+    # In the order of plainness: what stands there as words stands there as letters and digits as well.
+    shares = [(scores["leaks"]["forget"][name] or 0, how) for name, how in FORMS]
+    share, how = max(shares, key=lambda one: one[0])
+    if share < LEAKED or share <= (sum(said) / len(said) if said else 0) + 0.01:
         return None
-    how = {"contained": "inside longer text", "alphanumeric": "with spaces or dashes in it", "digits": "digit by digit"}
-    return (
-        f"LEAKS: {percent(most[0])} of the forget answers stand in what it says {how[most[1]]}, which exact match "
-        f"misses."
-    )
+    return f"LEAKS: {percent(share)} of the forget answers stand in what it says {how}, which exact match misses."
 
 
 def still_there(scores: Scores) -> str | None:
@@ -179,7 +177,10 @@ def recovered(scores: Scores) -> str | None:
     gain, name, kind, first, most = best
     if gain < LEAKED:
         return "No attack that was run brought back more than a few percent of it."
-    return f"ATTACK: {name} takes {kind} on the forget rows from {first:.2f} to {most:.2f}."
+    return (
+        f"ATTACK: {name} takes {kind} on the forget rows from {first:.2f} to {most:.2f}; a model that never saw them "
+        f"says how much of that is guessing."
+    )
 
 
 QUESTIONS: tuple[Callable[[Scores], str | None], ...] = (

@@ -22,7 +22,7 @@ def view(logp, rank=None):
 
 
 def by_definition(rank):
-    """1 - (fewest tokens given after which greedy decoding says all the rest) / n; giving all of them is no strength."""
+    """1 - (fewest tokens given after which greedy decoding says all the rest) / n; if all have to be given, 0."""
     for given_tokens in range(len(rank) + 1):
         if all(one == 1 for one in rank[given_tokens:]):
             return 1 - given_tokens / len(rank)

@@ -46,7 +46,7 @@ def test_leaks(output, text, contained, letters, numbers):
 def test_a_secret_said_in_full_is_always_found(secret, before, after):
     found = leak_numbers(row(secret), f"{before} {secret} {after}")
     assert all(value == 1 for value in found.values())
-    assert contains(f"{before} {secret} {after}", secret)
+    assert contains(f"{before} {secret} {after}", secret) or not words(secret)
 
 
 def test_normal_forms():

@@ -1,0 +1,75 @@
+"""A score that was cut off goes on from what it had generated, and only with the same question."""
+
+import json
+
+import pytest
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.scoring.generation import Generation
+from neko_lean.scoring.unfinished import GENERATIONS, PLAN, add_generations, read_generations, unfinished
+
+PLANNED = {"model": "abc", "rows": ["forget 1", "retain 2"], "max_new_tokens": 8}
+ONE, TWO = Generation("it ünd\n so", "it", "eos"), Generation("", "", "limit")
+
+
+def options(**change):
+    return {"resume": False, "overwrite": False, "quiet": True, **change}
+
+
+def cut_off(out, *batches):
+    with pytest.raises(KeyboardInterrupt), unfinished(out, PLANNED, **options()) as stage:
+        for batch in batches:
+            add_generations(stage, batch)
+        raise KeyboardInterrupt
+    return out.parent / f".{out.name}.partial"
+
+
+def test_what_was_generated_is_kept_and_read_again(tmp_path):
+    stage = cut_off(tmp_path / "out", [(1, ONE)], [(0, TWO)])
+    assert stage.is_dir() and not (tmp_path / "out").exists()
+    with unfinished(tmp_path / "out", PLANNED, **options(resume=True)) as again:
+        assert again == stage and read_generations(stage) == {1: ONE, 0: TWO}
+    assert not stage.exists() and sorted(p.name for p in (tmp_path / "out").iterdir()) == [GENERATIONS]
+
+
+def test_every_torn_end_of_the_file_is_dropped(tmp_path):
+    stage = cut_off(tmp_path / "out", [(1, ONE)], [(0, TWO)])
+    whole = (stage / GENERATIONS).read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(len(whole) + 1):
+        (stage / GENERATIONS).write_bytes(whole[:end])
+        found = read_generations(stage)
+        assert found == ({} if end < first else {1: ONE} if end < len(whole) else {1: ONE, 0: TWO})
+        assert (stage / GENERATIONS).stat().st_size == (0 if end < first else first if end < len(whole) else end)
+        add_generations(stage, [(2, TWO)])
+        assert read_generations(stage)[2] == TWO
+
+
+def test_another_question_is_refused_by_name(tmp_path):
+    stage = cut_off(tmp_path / "out", [(1, ONE)])
+    with (
+        pytest.raises(NekoLeanError, match=r"another max_new_tokens, model: "),
+        unfinished(tmp_path / "out", {**PLANNED, "model": "x", "max_new_tokens": 9}, **options(resume=True)),
+    ):
+        pass
+    assert read_generations(stage) == {1: ONE}
+    with (
+        pytest.raises(NekoLeanError, match=r"--resume"),
+        unfinished(tmp_path / "out", PLANNED, **options()),
+    ):
+        pass
+    with unfinished(tmp_path / "out", PLANNED, **options(overwrite=True)) as fresh:
+        assert read_generations(fresh) == {}
+
+
+def test_nothing_generated_leaves_nothing_behind(tmp_path):
+    assert not cut_off(tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_while_the_plan_was_written(tmp_path):
+    stage = tmp_path / ".out.partial"
+    stage.mkdir()
+    (stage / PLAN).write_text('{"model": ')
+    with unfinished(tmp_path / "out", PLANNED, **options(resume=True)) as again:
+        assert json.loads((again / PLAN).read_text()) == PLANNED
