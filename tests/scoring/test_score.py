@@ -1,41 +1,127 @@
-"""`score` end to end on a random model: files, numbers, and 'not measured'."""
+"""`score` end to end on a random model: files, numbers, resuming, and 'not measured'."""
 
 import json
+import shutil
 
 import pytest
 from rich.console import Console
 
 import neko_lean
-from neko_lean.data import read_rows
+from neko_lean.cache import cache_teacher
+from neko_lean.data import read_rows, write_jsonl
 from neko_lean.errors import NekoLeanError
-from neko_lean.scoring.run import score_table
+from neko_lean.scoring import measure
+from neko_lean.scoring.run import read_score
+from neko_lean.scoring.table import score_table
 from neko_lean.scoring.task import CELLS, task_aggregate
 from tests.helpers import make_rows, write_rows
+from tests.scoring.subjects import make_subject, write_hub
+
+LOOSE = ("wall_seconds", "peak_memory")
 
 
 def table_text(scores):
-    console = Console(width=120)
+    console = Console(width=140)
     with console.capture() as capture:
         console.print(score_table({"score": scores}))
     return capture.get()
+
+
+def lines_of(folder):
+    return [json.loads(line) for line in (folder / "generations.jsonl").read_text().splitlines()]
+
+
+def same(one, two):
+    return {k: v for k, v in one.items() if k not in LOOSE} == {k: v for k, v in two.items() if k not in LOOSE}
 
 
 def test_files_and_numbers(world, model, tmp_path):
     out = tmp_path / "out"
     scores = neko_lean.score(model, world, out, mia=world / "mia", max_new_tokens=8, quiet=True)
     assert json.loads((out / "scores.json").read_text()) == scores
-    lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+    assert sorted(p.name for p in out.iterdir()) == ["documents.jsonl", "generations.jsonl", "scores.json"]
+    lines = lines_of(out)
     rows = {name: read_rows(world, name) for name in ("forget", "retain")}
-    assert len(lines) == sum(map(len, rows.values()))
+    assert [x["id"] for x in lines] == [row.id for some in rows.values() for row in some]
     for cell in CELLS:
         split, task, kind = cell.split(".")
         values = [x["score"] for x in lines if (x["split"], x["task"], x["kind"]) == (split, task, kind)]
         assert scores["cells"][cell] == pytest.approx(sum(values) / len(values))
     assert scores["task_aggregate"] == task_aggregate(scores["cells"])
-    assert 0 <= scores["membership"]["auc"] <= 1 and scores["membership"]["members"] == 12
-    assert scores["mmlu"] is None and scores["final"] is None
+    found = scores["membership"]
+    assert 0 <= found["auc"] <= 1 and found["members"] == 12 and found["roc"]["fpr"][-1] == 1
+    assert list(found["attacks"]) == ["all"] and "reference" not in found["attacks"]["all"]
+    assert scores["mmlu"] is None and scores["final"] is None and scores["difference"] is None
+    for key in ("task_aggregate", "cells.forget.Task1.knowledge", "leaks.forget.contained"):
+        low, high = scores["intervals"][key]
+        assert low <= high
+    for split in ("forget", "retain"):
+        mean = sum(x["numbers"]["extraction_strength"] for x in lines if x["split"] == split) / len(rows[split])
+        assert scores["memorisation"][split]["extraction_strength"] == pytest.approx(mean)
     text = table_text(scores)
     assert text.count("not measured") == 2  # MMLU and final
+    assert scores["verdict"][-1] in text.replace("\n", " ")
+
+
+def test_everything_at_once(world, model, tmp_path):
+    """MMLU, held-out text, other wordings, the reference attack, before and after, the official file: all in one."""
+    cache = tmp_path / "cache"
+    nonmembers = world / "mia" / "nonmember.jsonl"
+    cache_teacher(model, world, cache, forget=world, anchor=nonmembers, dtype="float32", quiet=True)
+    asked = next(row for row in read_rows(world, "forget") if row.kind == "qa")
+    write_jsonl(tmp_path / "other.jsonl", [{"id": asked.id, "input": "Well?", "output": "a wood", "wrong": ["a sea"]}])
+    write_hub(tmp_path / "mmlu", {"anatomy": make_subject("anatomy", 6)})
+    options = {"mia": world / "mia", "max_new_tokens": 6, "quiet": True}
+    before = neko_lean.score(model, world, tmp_path / "before", **options)
+    after = neko_lean.score(
+        model, world, tmp_path / "after", **options, held=nonmembers, reference=cache, mmlu=tmp_path / "mmlu", shots=2,
+        paraphrases=tmp_path / "other.jsonl", attacks=["prefix", "paraphrase"], before=tmp_path / "before",
+        official=tmp_path / "official.json",
+    )  # fmt: skip
+    assert after["cells"] == before["cells"] and after["mmlu"]["questions"] == 6
+    # The model is its own reference: float32 against float32, so no document moved.
+    documents = [json.loads(line) for line in (tmp_path / "after" / "documents.jsonl").read_text().splitlines()]
+    assert max(abs(one["reference"]) for one in documents) < 1e-4
+    parts = after["task_aggregate"], after["membership"]["score"], after["mmlu"]["micro"]
+    assert after["final"] == pytest.approx(sum(parts) / 3)
+    assert after["difference"]["before"] == "model0" or after["difference"]["before"] == before["model"]
+    for key in ("task_aggregate", "cells.retain.Task1.regurgitation", "memorisation.forget.answer_probability"):
+        assert after["difference"][key] == {"difference": 0.0, "interval": [0.0, 0.0]}
+    assert after["memorisation"]["forget"]["truth_ratio"] > 0 and after["memorisation"]["retain"]["truth_ratio"] is None
+    assert [one["tokens"] for one in after["attacks"]["prefix"]] == [0, 1, 2, 4, 8]
+    assert after["held_nll"] == pytest.approx(after["nonmember_nll"])
+    results = json.loads((tmp_path / "official.json").read_text())
+    assert results["aggregate-score"] == after["final"] and results["mmlu_average"] == after["mmlu"]["micro"]
+    assert "2 questions" not in table_text(after) and "final" in table_text(after)
+
+
+def test_a_killed_score_goes_on_from_what_it_had_generated(world, model, tmp_path, monkeypatch):
+    options = {"max_new_tokens": 6, "batch_size": 8, "quiet": True}
+    whole = neko_lean.score(model, world, tmp_path / "whole", **options)
+    out, calls = tmp_path / "out", []
+    generate = measure.generate
+
+    def killed(*args, **kwargs):
+        for number, batch in enumerate(generate(*args, **kwargs)):
+            if number == 3:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(measure, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        neko_lean.score(model, world, out, **options)
+    assert not out.exists() and (tmp_path / ".out.partial" / "generations.jsonl").is_file()
+
+    def counted(lm, tokenizer, rows, **kwargs):
+        calls.append(len(rows))
+        return generate(lm, tokenizer, rows, **kwargs)
+
+    monkeypatch.setattr(measure, "generate", counted)
+    with pytest.raises(NekoLeanError, match="--resume"):
+        neko_lean.score(model, world, out, **options)
+    resumed = neko_lean.score(model, world, out, **options, resume=True)
+    assert calls == [60 - 24] and same(resumed, whole)
+    assert (out / "generations.jsonl").read_bytes() == (tmp_path / "whole" / "generations.jsonl").read_bytes()
 
 
 def test_what_was_not_measured_is_called_so(world, model, tmp_path):
@@ -47,15 +133,35 @@ def test_what_was_not_measured_is_called_so(world, model, tmp_path):
     assert scores["membership"] is None and scores["task_aggregate"] is None
     assert scores["missing_cells"] == ["forget.Task3.regurgitation", "forget.Task3.knowledge"]
     text = table_text(scores)
-    assert text.count("not measured") == 9 and "No aggregate: no rows for forget.Task3" in text.replace("\n", " ")
+    assert text.count("not measured") == 8 and "No aggregate: no rows for forget.Task3" in text.replace("\n", " ")
 
 
 def test_bad_input_writes_nothing(world, model, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(NekoLeanError, match=r"member\.jsonl"):
-        neko_lean.score(model, world, out, mia=tmp_path, quiet=True)
-    with pytest.raises(NekoLeanError, match=r"holds no forget"):
-        neko_lean.score(model, tmp_path, out, quiet=True)
-    with pytest.raises(NekoLeanError, match="batch-size"):
-        neko_lean.score(model, world, out, batch_size=0, quiet=True)
+    before = tmp_path / "before"
+    neko_lean.score(model, world, before, max_new_tokens=2, quiet=True)
+    other = tmp_path / "other"
+    other.mkdir()
+    write_rows(other / "forget.jsonl", make_rows("Foo", 1))
+    write_rows(other / "retain.jsonl", make_rows("Rix", 1))
+    cases = [
+        ({"mia": tmp_path}, r"member\.jsonl"),
+        ({"data": tmp_path}, r"holds no forget"),
+        ({"batch_size": 0}, "batch-size"),
+        ({"attacks": ["bribe"]}, "'bribe' is not one of relearn"),
+        ({"attacks": ["paraphrase"]}, "--paraphrases"),
+        ({"reference": tmp_path}, "--mia"),
+        ({"before": tmp_path}, "holds no scores.json"),
+        ({"before": before, "data": other}, "other rows"),
+        ({"held": tmp_path / "none.jsonl"}, "does not exist"),
+        ({"mmlu": tmp_path}, str(tmp_path)),
+    ]
+    for change, words in cases:
+        with pytest.raises(NekoLeanError, match=words):
+            neko_lean.score(model, change.pop("data", world), out, quiet=True, **change)
     assert not out.exists()
+    shutil.copytree(before, tmp_path / "old")
+    lines = [{k: v for k, v in one.items() if k != "numbers"} for one in lines_of(before)]
+    write_jsonl(tmp_path / "old" / "generations.jsonl", lines)
+    with pytest.raises(NekoLeanError, match="older neko-lean"):
+        read_score(tmp_path / "old")
