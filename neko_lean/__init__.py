@@ -10,10 +10,12 @@ if TYPE_CHECKING:
     from neko_lean.cache import cache_teacher
     from neko_lean.runs import memorize, unlearn
     from neko_lean.scoring import score
+    from neko_lean.signals import Interrupted
 
-__all__ = ["cache_teacher", "memorize", "score", "unlearn"]
+__all__ = ["Interrupted", "cache_teacher", "memorize", "score", "unlearn"]
 
 _HOME = {
+    "Interrupted": "neko_lean.signals",
     "cache_teacher": "neko_lean.cache",
     "memorize": "neko_lean.runs",
     "score": "neko_lean.scoring",

@@ -73,6 +73,13 @@ def sync(path: Path) -> None:
         os.close(descriptor)
 
 
+def sync_tree(folder: Path) -> None:
+    """fsync every file in a folder, and the folder and those in it."""
+    for path in folder.rglob("*"):
+        sync(path)
+    sync(folder)
+
+
 @contextmanager
 def explained_write_errors(where: Path) -> Iterator[None]:
     """Turn 'disk full', 'read-only' and their like into one sentence that names `where`."""

@@ -10,18 +10,30 @@ import torch
 from neko_lean.data import Encoded, pad
 from neko_lean.head import CHUNK_ELEMENTS, logits
 from neko_lean.modeling import CausalLM
+from neko_lean.step import micro_batches
 
 
 @torch.no_grad()
-def answers(student: CausalLM, rows: Sequence[Encoded], pad_id: int) -> dict[str, float]:
+def answers(student: CausalLM, rows: Sequence[Encoded], pad_id: int, max_tokens: int = 2**20) -> dict[str, float]:
     """Over the answers of some rows, the prompt and the true answer so far given (teacher-forced):
 
     `exact`, the share of rows of whose answer every token is the likeliest one; `nll`, nats a token. Rows whose answer
-    was cut off are left out; without any row both are absent.
+    was cut off are left out; without any row both are absent. At most `max_tokens` positions go through the model at
+    once.
     """
     rows = [one for one in rows if one.answer]
     if not rows:
         return {}
+    right, nll, tokens = 0, 0.0, 0
+    for group in micro_batches([len(one) for one in rows], max_tokens):
+        some = [rows[i] for i in group]
+        found = _answers(student, some, pad_id)
+        right, nll, tokens = right + found[0], nll + found[1], tokens + found[2]
+    return {"exact": right / len(rows), "nll": nll / tokens}
+
+
+def _answers(student: CausalLM, rows: Sequence[Encoded], pad_id: int) -> tuple[int, float, int]:
+    """Rows answered exactly, the sum of the nats, and the tokens that it is over."""
     ids, _ = pad([one.ids for one in rows], pad_id, student.device)
     place = [(n, i - 1) for n, one in enumerate(rows) for i in range(max(1, one.prompt), len(one))]
     row, position = torch.tensor(place, device=student.device).T
@@ -33,7 +45,7 @@ def answers(student: CausalLM, rows: Sequence[Encoded], pad_id: int) -> dict[str
         right.append(z.argmax(1) == wanted)
         nll -= (z.gather(1, wanted[:, None]).squeeze(1) - z.logsumexp(1)).double().sum().item()
     wrong = torch.zeros(len(rows), device=student.device).index_add(0, row, (~torch.cat(right)).float())
-    return {"exact": (wrong == 0).double().mean().item(), "nll": nll / len(target)}
+    return int((wrong == 0).sum()), nll, len(target)
 
 
 def quality(values: Mapping[str, float]) -> float:

@@ -114,13 +114,24 @@ class LayerPass:
             micro: token ids [b, l] of each micro-batch, right-padded.
             index: positions [n] of each that are wanted, into its flattened b * l.
         """
-        for kept in (self.calls, self.embedded, self.ends):  # of a step that was given up
-            kept.clear()
+        self.clear()
         rows = []
         for ids, wanted in zip(micro, index, strict=True):
             with self._caught(wanted):
                 rows.append(self.lm.hidden(ids)[0])  # [n, d]
         return torch.cat(rows)
+
+    def clear(self) -> None:
+        """Let go of what a step that was given up had kept."""
+        for kept in (self.calls, self.embedded, self.ends):
+            kept.clear()
+
+    def sent_back(self) -> Iterator[tuple[str, Tensor]]:
+        """The gradients that the loss's own `backward()` has left, with names: what can be looked at before anything is
+        stepped."""
+        found = [("the last layer's output", leaf.grad) for leaf, _, _ in self.ends]
+        found += [(name, parameter.grad) for name, parameter in self.lm.model.named_parameters()]
+        return ((name, gradient) for name, gradient in found if gradient is not None)
 
     def backward(self, complete: Callable[[nn.Parameter], object]) -> None:
         """Go back through the layers, once the loss's own `backward()` has reached the last layer's outputs.

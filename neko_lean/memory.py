@@ -109,6 +109,18 @@ def predict(
     return _need(lines, movable, recipe.offload_state, recipe.offload_activations)
 
 
+def predicted_peak(
+    config: PreTrainedConfig, recipe: Recipe, micro: Sequence[Sequence[int]], wanted: Sequence[int], on: torch.device
+) -> int | None:
+    """Bytes that a step which was taken was to need by `predict`; None where there was no step."""
+    if not micro:
+        return None
+    try:
+        return predict(config, recipe, [(rows, length) for rows, length in micro], wanted).on(on)
+    except Exception:  # of the model's own code on fake tensors: it must not cost a finished run
+        return None
+
+
 def _held(
     config: Path | PreTrainedConfig,
     recipe: Recipe,

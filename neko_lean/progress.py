@@ -33,11 +33,11 @@ class _Rate(ProgressColumn):
 class Bar:
     """Counts units done of a known total."""
 
-    def __init__(self, label: str, total: int, unit: str, progress: Progress | None, log: bool) -> None:
-        self.label, self.total, self.unit, self.done = label, total, unit, 0
+    def __init__(self, label: str, total: int, unit: str, progress: Progress | None, log: bool, done: int = 0) -> None:
+        self.label, self.total, self.unit, self.done, self._before = label, total, unit, done, done
         self._progress, self._log = progress, log
         self._start = self._said = time.monotonic()
-        self._task = progress.add_task(label, total=total, unit=unit) if progress else None
+        self._task = progress.add_task(label, total=total, unit=unit, completed=done) if progress else None
 
     def advance(self, count: int = 1, note: str = "") -> None:
         """Count `count` units as done; `note` stands behind the label from now on."""
@@ -48,17 +48,19 @@ class Bar:
         now = time.monotonic()
         if self._log and now - self._said >= LOG_SECONDS:
             self._said = now
-            rate = self.done / (now - self._start)
+            rate = (self.done - self._before) / (now - self._start)
             left = (self.total - self.done) / rate if rate else float("inf")
             line = f"{self.label}: {self.done}/{self.total} {self.unit}, {rate:.1f}/s, {left:.0f} s left"
             print(f"{line} {note}".rstrip(), file=sys.stderr, flush=True)
 
 
 @contextmanager
-def bar(label: str, total: int, unit: str, quiet: bool = False) -> Iterator[Bar]:
-    """A Bar that shows itself on stderr: drawn in a terminal, logged every LOG_SECONDS elsewhere, silent if quiet."""
+def bar(label: str, total: int, unit: str, quiet: bool = False, done: int = 0) -> Iterator[Bar]:
+    """A Bar that shows itself on stderr: drawn in a terminal, logged every LOG_SECONDS elsewhere, silent if quiet.
+
+    `done` units were done before: they count as done, but not for the rate."""
     if quiet or not sys.stderr.isatty():
-        yield Bar(label, total, unit, None, log=not quiet)
+        yield Bar(label, total, unit, None, log=not quiet, done=done)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -68,7 +70,7 @@ def bar(label: str, total: int, unit: str, quiet: bool = False) -> Iterator[Bar]
         TimeRemainingColumn(),
     )
     with Progress(*columns, console=Console(stderr=True), transient=True) as progress:
-        yield Bar(label, total, unit, progress, log=False)
+        yield Bar(label, total, unit, progress, log=False, done=done)
 
 
 def say(text: str, quiet: bool = False) -> None:

@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from contextlib import suppress
+from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neko_lean import __version__
+import torch
+
 from neko_lean.cache import TeacherCache, cache_teacher
+from neko_lean.cache.format import MANIFEST, file_sha256
 from neko_lean.data import Encoded, encode, read_rows, truncation_line
 from neko_lean.documents import read_anchor
-from neko_lean.errors import NekoLeanError, staged_folder
+from neko_lean.errors import NekoLeanError
 from neko_lean.levels import with_levels
+from neko_lean.loop import Loop
 from neko_lean.memory import resident
 from neko_lean.modeling import (
     load_model,
@@ -29,13 +33,14 @@ from neko_lean.modeling import (
 )
 from neko_lean.progress import say
 from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, Recipe, forgets, load_recipe, needs_teacher
+from neko_lean.shrink import explained_out_of_memory
+from neko_lean.signals import handled
 from neko_lean.substitutes import random_answers, refusals
 from neko_lean.trainer import Trainer
+from neko_lean.unfinished import RUN, complete_run, digests, rows_digest, unfinished, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-RUN = "run.json"
 
 
 def unlearn(
@@ -51,13 +56,15 @@ def unlearn(
     overrides: Mapping[str, Any] | None = None,
     seed: int = 0,
     device: str | None = None,
+    save_every: int = 0,
+    resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Push the forget set out of `model`, hold the retain set still, write the result to the folder `out`.
 
     `unlearn(model_path, output_path, forget_dir, retain_dir)` is the signature by which the shared task ran its
-    entries: without a `cache` the teacher is cached first, in a temporary folder, and gone from memory before the
+    entries: without a `cache` the teacher is cached first, thrown away at the end, and gone from memory before the
     student is loaded.
 
     Args:
@@ -73,27 +80,54 @@ def unlearn(
         overrides: values of the recipe to replace, by key.
         seed: of the order of rows and of the rounding.
         device: 'cpu', 'cuda', 'cuda:N'; by default the GPU where there is one.
+        save_every: steps between saves to `.NAME.saved` beside `out`; 0: only where a signal ends the run.
+        resume: go on from the last save of the same run and end in the same weights; from the beginning without one.
+        overwrite: replace what `out` holds; and without `resume`, what an unfinished run has left.
 
-    Returns what run.json holds. Raises NekoLeanError for bad input, and when the loss stops being finite: then `out`
-    holds the checkpoint of the best evaluation, if there was one, and nothing otherwise.
+    Returns what run.json holds. Raises NekoLeanError for bad input, and when a loss or gradient stops being finite:
+    then `out` holds the checkpoint of the best evaluation or else of the last save, if there was one, and nothing
+    otherwise. Raises signals.Interrupted when SIGINT or SIGTERM arrives, once the step is finished and saved.
     """
     chosen = load_recipe(recipe, overrides)
     folder, place = model_folder(model), pick_device(device)
     tokenizer = load_tokenizer(folder)
+    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     forget_rows = _encode(forget, "forget", tokenizer, chosen) if forgets(chosen) else []
     retain_rows = _encode(retain, "retain", tokenizer, chosen) if chosen.retain_objective != "none" else []
     anchors = encode(read_anchor(anchor), tokenizer, "plain", chosen.max_length) if anchor is not None else []
     substitutes = _substitutes(forget_rows, retain_rows, tokenizer, chosen, seed)
     if chosen.retain_objective != "none":
         retain_rows += anchors
-    with staged_folder(Path(out), overwrite) as stage, tempfile.TemporaryDirectory() as scratch:
-        reads_cache = needs_teacher(chosen) or (chosen.forget_objective == "calibrated" and bool(anchors))
-        if reads_cache and cache is None:
-            cache = Path(scratch) / "cache"
+    reads_cache = needs_teacher(chosen) or (chosen.forget_objective == "calibrated" and bool(anchors))
+    teacher = TeacherCache(cache) if reads_cache and cache is not None else None
+    before_learning = None
+    if base_cache is not None and chosen.forget_objective == "calibrated":
+        before_learning = TeacherCache(base_cache)
+    weights, words = weights_fingerprint(folder), tokenizer_fingerprint(tokenizer)
+    identity = {
+        **_identity("unlearn", chosen, seed, place),
+        "model": weights,
+        "tokenizer": words,
+        "forget rows": rows_digest(forget_rows),
+        "retain rows": rows_digest(retain_rows),
+        "anchor": rows_digest(anchors),
+        "cache": _cache_digest(teacher),
+        "base cache": _cache_digest(before_learning),
+    }
+    out = Path(out).absolute()
+    done = complete_run(out, identity) if resume else None
+    if done is not None:
+        return _nothing_to_do(done, identity, out, quiet)
+    with (
+        handled() as signals,
+        unfinished(out, identity, save_every=save_every, resume=resume, overwrite=overwrite) as work,
+        explained_out_of_memory(),
+    ):
+        if reads_cache and teacher is None:
             cache_teacher(
                 folder,
                 retain,
-                cache,
+                work.cache,
                 anchor=anchor,
                 forget=forget if chosen.forget_objective in NEED_FORGET_CACHE else None,
                 format=chosen.format,
@@ -101,20 +135,14 @@ def unlearn(
                 batch_tokens=chosen.batch_tokens,
                 device=device,
                 dtype=chosen.dtype,
+                resume=resume,
                 quiet=quiet,
             )
-        teacher = None
-        if reads_cache and cache is not None:
-            teacher = TeacherCache(cache)
-            teacher.check(
-                weights=weights_fingerprint(folder),
-                tokenizer=tokenizer_fingerprint(tokenizer),
-                style=chosen.format,
-                max_length=chosen.max_length,
-                encoded=retain_rows,
-            )
+            teacher = TeacherCache(work.cache)
+        if teacher is not None:
+            made = {"style": chosen.format, "max_length": chosen.max_length, "encoded": retain_rows}
+            teacher.check(weights=weights, tokenizer=words, **made)
         if chosen.forget_objective == "calibrated":
-            before_learning = None if base_cache is None else TeacherCache(base_cache)
             forget_rows = _leveled(forget_rows, anchors, teacher, before_learning, tokenizer, chosen)
         for name, encoded in (("forget", forget_rows), ("retain", retain_rows)):
             if encoded:
@@ -127,8 +155,9 @@ def unlearn(
                 f"{len(forget_rows)} forget rows; they get no forget loss."
             )
         before = resident()
-        student = load_model(folder, pick_dtype(chosen.dtype), place)
-        loop = Trainer(student, tokenizer, forget_rows, retain_rows, teacher, chosen, seed, stage, quiet, substitutes)
+        student = partial(load_model, folder, pick_dtype(chosen.dtype))
+        trainer = Trainer(student(place), pad_id, forget_rows, retain_rows, teacher, chosen, substitutes)
+        loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)
         run = _train(loop, before, {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost})
     _raise_failure(run, out)
     return run
@@ -145,6 +174,8 @@ def memorize(
     split: str | None = None,
     seed: int = 0,
     device: str | None = None,
+    save_every: int = 0,
+    resume: bool = False,
     overwrite: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -165,15 +196,32 @@ def memorize(
         )
     folder, place = model_folder(model), pick_device(device)
     tokenizer = load_tokenizer(folder)
+    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
     encoded = [one for name in sets for one in _encode(data, name, tokenizer, chosen, split)]
     say(truncation_line(encoded, chosen.max_length), quiet)
-    with staged_folder(Path(out), overwrite) as stage:
+    # Without weights the model follows from config.json and the seed.
+    trained = any(folder.glob("*.safetensors"))
+    identity = {
+        **_identity("memorize", chosen, seed, place),
+        "model": weights_fingerprint(folder) if trained else file_sha256(folder / "config.json"),
+        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "rows": rows_digest(encoded),
+    }
+    out = Path(out).absolute()
+    done = complete_run(out, identity) if resume else None
+    if done is not None:
+        return _nothing_to_do(done, identity, out, quiet)
+
+    dtype = pick_dtype(chosen.dtype)
+    student = partial(load_model, folder, dtype) if trained else partial(new_model, folder, dtype, seed=seed)
+    with (
+        handled() as signals,
+        unfinished(out, identity, save_every=save_every, resume=resume, overwrite=overwrite) as work,
+        explained_out_of_memory(),
+    ):
         before = resident()
-        if any(folder.glob("*.safetensors")):
-            student = load_model(folder, pick_dtype(chosen.dtype), place)
-        else:
-            student = new_model(folder, pick_dtype(chosen.dtype), place, seed)
-        loop = Trainer(student, tokenizer, [], encoded, None, chosen, seed, stage, quiet)
+        trainer = Trainer(student(place), pad_id, [], encoded, None, chosen)
+        loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)
         run = _train(loop, before, {"command": "memorize", "model": model_name(model), "sets": list(sets)})
     _raise_failure(run, out)
     return run
@@ -225,12 +273,37 @@ def _encode(
     return encode(rows, tokenizer, recipe.format, recipe.max_length, append_eos=recipe.append_eos)
 
 
-def _train(loop: Trainer, before: int, about: dict[str, Any]) -> dict[str, Any]:
-    """Train, and write run.json beside the checkpoint. `before` is the resident set before the model was loaded."""
-    run = {**about, **loop.train(), "versions": versions()}
-    peaks = run["peak_memory"]
-    run["measured_peak"] = peaks.get("allocated", peaks["process"] - before)
-    (loop.stage / RUN).write_text(json.dumps(run, indent=1) + "\n")
+def _identity(command: str, recipe: Recipe, seed: int, device: torch.device) -> dict[str, Any]:
+    """The part of a run's identity that every run has: with another one it would not end in the same weights."""
+    return {"command": command, "recipe": asdict(recipe), "seed": seed, "device": device.type}
+
+
+def _cache_digest(cache: TeacherCache | None) -> str:
+    """SHA-256 of a cache's manifest, which names the SHA-256 of all else. A run's own follows from its other parts."""
+    return "" if cache is None else file_sha256(cache.folder / MANIFEST)
+
+
+def _train(loop: Loop, before: int, about: dict[str, Any]) -> dict[str, Any]:
+    """Train, and put checkpoint and run.json in their place. `before` is the resident set before the model was
+    loaded."""
+    # A signal now waits for the end of the step, and behind the last step for the output.
+    with loop.signals.deferred():
+        run = {**about, **loop.train(), "versions": versions(), "made_from": digests(loop.work.identity)}
+        peaks = run["peak_memory"]
+        run["measured_peak"] = peaks.get("allocated", peaks["process"] - before)
+        with loop.work.output() as stage:
+            loop.write(stage)
+            (stage / RUN).write_text(json.dumps(run, indent=1) + "\n")
+    return run
+
+
+def _nothing_to_do(run: dict[str, Any], identity: dict[str, Any], out: Path, quiet: bool) -> dict[str, Any]:
+    """The output of this very run is in its place already."""
+    say(f"{out} is complete: nothing to go on with.", quiet)
+    # What a run that was killed at its very end has left beside it goes; another run's stays.
+    with suppress(NekoLeanError), unfinished(out, identity, resume=True, overwrite=True):
+        pass
+    _raise_failure(run, out)
     return run
 
 
@@ -239,11 +312,3 @@ def _raise_failure(run: dict[str, Any], out: str | Path) -> None:
     if run["failure"]:
         step = run["weights_of_step"]
         raise NekoLeanError(f"{run['failure']}; {out} holds the checkpoint of step {step}: lower lr and run again.")
-
-
-def versions() -> dict[str, str]:
-    """Versions of neko-lean and of the packages that decide a run's numbers."""
-    from importlib.metadata import version
-
-    names = ("torch", "transformers", "bitsandbytes", "safetensors", "numpy")
-    return {"neko-lean": __version__, **{name: version(name) for name in names}}

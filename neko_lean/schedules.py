@@ -1,4 +1,7 @@
-"""Which rows a step takes: all sets together, forget and retain in turn, or the forget set chunk by chunk."""
+"""Which rows a step takes: all sets together, forget and retain in turn, or the forget set chunk by chunk.
+
+The order follows from recipe, lengths and seed alone, so a run that goes on draws it again.
+"""
 
 from __future__ import annotations
 
@@ -6,9 +9,12 @@ import math
 import random
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from neko_lean.data import paired_batches, random_batches
 from neko_lean.recipes import Recipe
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -79,3 +85,11 @@ def batches(
             yield chosen, []
         if right:
             yield [], right
+
+
+def after(steps: Iterator[T], done: int, phase: Phase) -> Iterator[T]:
+    """A phase's steps behind the first `done`. Drawing them again brings the generator of random numbers to where it
+    stood; behind a phase that is over it stands one step further, as the next batch is always made ahead."""
+    for _ in range(done + (done == phase.steps)):
+        next(steps)
+    return steps

@@ -210,14 +210,16 @@ def chosen_hidden(student: CausalLM, micro: Sequence[Tensor], index: Sequence[Te
     return torch.cat(rows)
 
 
-def batch_losses(hidden: Tensor, head: Tensor, batch: Batch, recipe: Recipe, drift: float = 1.0) -> dict[str, Tensor]:
+def batch_losses(
+    hidden: Tensor, head: Tensor, batch: Batch, recipe: Recipe, drift: float = 1.0, chunk: int | None = None
+) -> dict[str, Tensor]:
     """Scalars `loss`, `forget_loss`, `retain_loss` and, with substitutes, `substitute_loss` (nats, before their
     weights) of one batch, with gradient, from the last hidden states [N, d] of its positions and the head [V, d].
 
     Levels are multiplied by `drift`. With an anchor's documents in the batch there are also `anchor_nll` and
-    `anchor_teacher_nll`, sums over their tokens, without gradient.
+    `anchor_teacher_nll`, sums over their tokens, without gradient. `chunk` is as in token_stats.
     """
-    target_logp, kl = token_stats(hidden, head, batch.target, *(batch.teacher or ()))
+    target_logp, kl = token_stats(hidden, head, batch.target, *(batch.teacher or ()), chunk=chunk)
     zero = target_logp.new_zeros(())
     losses = {"forget_loss": zero, "retain_loss": zero}
     if recipe.forget_objective != "none" and batch.forget.any():

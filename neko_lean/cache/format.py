@@ -20,7 +20,7 @@ MANIFEST = "manifest.json"
 SCALE = 2.0**15  # stored probabilities are p * SCALE: float16 then holds p >= 1.9e-9 with 11 bits
 STORED = {"float16": "F16", "float32": "F32"}  # dtypes of scaled_p, and what safetensors calls them
 _SHARD_NAME = re.compile(r"(shard|forget)-\d{5}-of-\d{5}\.safetensors")
-_UNSIGNED = "0" * 64  # stands where the manifest's own checksum will
+UNSIGNED = "0" * 64  # stands where the manifest's own checksum will
 _LARGEST = 2**48  # no count in a manifest can honestly be larger
 
 
@@ -86,7 +86,7 @@ def file_sha256(path: Path) -> str:
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write a manifest, signed with the SHA-256 of its own bytes, so that it is either absent or whole."""
-    text = json.dumps({**asdict(manifest), "checksum": _UNSIGNED}, indent=1, ensure_ascii=False) + "\n"
+    text = json.dumps({**asdict(manifest), "checksum": UNSIGNED}, indent=1, ensure_ascii=False) + "\n"
     temporary = path.with_name(f".{path.name}.tmp")
     temporary.write_bytes(sign(text.encode()))
     sync(temporary)
@@ -96,8 +96,16 @@ def write_manifest(path: Path, manifest: Manifest) -> None:
 
 def sign(unsigned: bytes) -> bytes:
     """Put the SHA-256 of a manifest's bytes where its last 64 zeros are."""
-    before, _, after = unsigned.rpartition(_UNSIGNED.encode())
+    before, _, after = unsigned.rpartition(UNSIGNED.encode())
     return before + hashlib.sha256(unsigned).hexdigest().encode() + after
+
+
+def is_signed(data: bytes, checksum: object) -> bool:
+    """Whether `checksum` is what `sign` put into these bytes."""
+    if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+        return False
+    before, _, after = data.rpartition(checksum.encode())
+    return sign(before + UNSIGNED.encode() + after) == data
 
 
 def read_manifest(path: Path) -> Manifest:
@@ -122,8 +130,7 @@ def read_manifest(path: Path) -> Manifest:
     checksum = raw.pop("checksum", None)
     if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
         raise CacheError(f"{path} lacks its checksum, or holds one of the wrong type.")
-    before, _, after = data.rpartition(checksum.encode())
-    if sign(before + _UNSIGNED.encode() + after) != data:
+    if not is_signed(data, checksum):
         raise CacheError(f"{path} is damaged: its checksum differs; run cache-teacher again.")
     try:
         return _manifest(raw)

@@ -6,6 +6,7 @@ import functools
 import json
 import logging
 import os
+import shlex
 import sys
 from collections.abc import Callable
 from typing import Annotated, Any
@@ -13,10 +14,18 @@ from typing import Annotated, Any
 import typer
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.signals import Interrupted
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hub name (owner/name).")]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: the GPU where there is one]")]
 Seed = Annotated[int, typer.Option(help="Of the order of rows and of the rounding.")]
+SaveEvery = Annotated[
+    int,
+    typer.Option(min=0, metavar="N", help="Save every N steps, so that --resume can go on; 0: only when stopped."),
+]
+Resume = Annotated[
+    bool, typer.Option("--resume", help="Go on from the last save of the same run; it ends in the same weights.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that holds something.")]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
@@ -28,7 +37,8 @@ Split = Annotated[str | None, typer.Option(help="Read forget_SPLIT.* and retain_
 
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a NekoLeanError one sentence on stderr and exit code 2; quieten what libraries say to each other."""
+    """Make a NekoLeanError one sentence on stderr and exit code 2, and a signal the way to go on and exit code 130 or
+    143; quieten what libraries say to each other."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -38,11 +48,22 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         except NekoLeanError as error:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from error
+        except Interrupted as stop:
+            print(_stopped(stop), file=sys.stderr)
+            raise typer.Exit(128 + stop.number) from stop
         except KeyboardInterrupt as error:
             print("interrupted; the output folder was not written.", file=sys.stderr)
             raise typer.Exit(130) from error
 
     return wrapped
+
+
+def _stopped(stop: Interrupted) -> str:
+    """What a signal has left, and the command line that goes on from it."""
+    if stop.kept is None:
+        return f"{stop}; nothing was saved."
+    again = [one for one in sys.argv[1:] if one != "--resume"]
+    return f"{stop}; {stop.kept}. Go on with:\n  {shlex.join(['neko-lean', *again, '--resume'])}"
 
 
 def _quieten_libraries() -> None:

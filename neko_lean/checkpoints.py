@@ -1,0 +1,221 @@
+"""One save of a training run: a folder of safetensors and JSON that is whole or not there, and says when it is damaged.
+
+    weights-000.safetensors, ...    the parameters that learn
+    state-000.safetensors, ...      the optimizer's state and the generators of random numbers
+    state.json                      what run it is of, and where that stands (RunState)
+    metrics.jsonl                   a line for every step so far
+    manifest.json                   size and SHA-256 of each of these, and its own
+
+A folder is written under another name, every file and folder of it synced, and then renamed.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from neko_lean.cache.format import MANIFEST, UNSIGNED, file_sha256, is_signed, sign
+from neko_lean.errors import explained_write_errors, sync, sync_tree
+
+FORMAT_VERSION = 1
+STATE = "state.json"
+METRICS = "metrics.jsonl"
+# Bytes of tensors that go into one file, so that a copy of no more than these has to leave the GPU at once.
+PIECE = 2**29
+
+
+@dataclass
+class RunState:
+    """Where a run stands, but for its tensors."""
+
+    micro_tokens: int  # positions a micro-batch may have now: the recipe's, or fewer after the GPU's memory ran out
+    head_chunk: int | None = None  # rows of the head's chunks, where that was made smaller
+    step: int = 0  # steps done
+    best: float | None = None  # of the evaluations, by the recipe's rule
+    best_step: int = 0
+    worse: int = 0  # evaluations since the best
+    unseen: list[float] = field(default_factory=lambda: [0.0, 0.0])  # losses on the anchor lately: student, teacher
+    positions: int = 0
+    tokens: int = 0
+    waited: float = 0.0  # seconds that steps stood still for their batch
+    wall: float = 0.0  # seconds that the run has taken
+    peak: dict[str, int] = field(default_factory=dict)  # memory.peak_memory
+    largest: list[list[int]] = field(default_factory=list)  # micro-batches of the step with the most positions, [b, l]
+    wanted: list[int] = field(default_factory=list)  # positions of each of these that reached the head
+
+
+@dataclass(frozen=True)
+class Save:
+    """A save that was found whole."""
+
+    folder: Path
+    state: RunState
+    identity: dict[str, Any]
+    versions: dict[str, str]
+
+    def tensors(self, stem: str, prefix: str = "") -> Stored:
+        """Those whose names begin with `prefix`, by the rest of their names."""
+        return Stored(sorted(self.folder.glob(f"{stem}-*.safetensors")), prefix)
+
+
+class Stored(Mapping[str, Tensor]):
+    """Tensors in safetensors files, each read when it is asked for."""
+
+    def __init__(self, files: list[Path], prefix: str) -> None:
+        self._prefix = prefix
+        self._home: dict[str, Any] = {}
+        for file in files:
+            opened = safe_open(file, framework="pt")
+            self._home.update({name: opened for name in opened.keys() if name.startswith(prefix)})  # noqa: SIM118
+
+    def __getitem__(self, name: str) -> Tensor:
+        found: Tensor = self._home[self._prefix + name].get_tensor(self._prefix + name)
+        return found
+
+    def __iter__(self) -> Iterator[str]:
+        return (name.removeprefix(self._prefix) for name in self._home)
+
+    def __len__(self) -> int:
+        return len(self._home)
+
+
+def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
+    """Have `fill` write into a folder that then becomes `target`, or vanishes when that fails.
+
+    Raises NekoLeanError when the disk is full.
+    """
+    temporary = target.with_name(f".{target.name}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        with explained_write_errors(target):
+            temporary.mkdir()
+            fill(temporary)
+            temporary.rename(target)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise
+
+
+def write_save(
+    target: Path,
+    weights: Mapping[str, Tensor],
+    tensors: Mapping[str, Tensor],
+    about: Mapping[str, Any],
+    state: RunState,
+    metrics: Path,
+) -> None:
+    """Write a save and seal it. `about` names the run: its `identity` and `versions`."""
+
+    def fill(folder: Path) -> None:
+        _write_tensors(folder, "weights", weights)
+        _write_tensors(folder, "state", tensors)
+        written = {"format_version": FORMAT_VERSION, **about, "state": asdict(state)}
+        (folder / STATE).write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        shutil.copyfile(metrics, folder / METRICS)
+        seal(folder)
+
+    write_folder(target, fill)
+    sync(target.parent)
+
+
+def _write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
+    pieces: list[dict[str, Tensor]] = [{}]
+    room = PIECE
+    for name, tensor in tensors.items():
+        size = tensor.numel() * tensor.element_size()
+        if pieces[-1] and size > room:
+            pieces.append({})
+            room = PIECE
+        pieces[-1][name] = tensor.detach().contiguous()
+        room -= size
+    for number, piece in enumerate(pieces):
+        save_file(piece, folder / f"{stem}-{number:03d}.safetensors")
+
+
+def seal(folder: Path) -> None:
+    """Write the manifest of what a folder holds, and put all of it on the disk. Sealing twice does nothing."""
+    if (folder / MANIFEST).is_file():
+        return
+    files = {
+        str(path.relative_to(folder)): {"bytes": path.stat().st_size, "sha256": file_sha256(path)}
+        for path in sorted(folder.rglob("*"))
+        if path.is_file()
+    }
+    text = json.dumps({"files": files, "checksum": UNSIGNED}, indent=1, ensure_ascii=False) + "\n"
+    temporary = folder / f".{MANIFEST}.tmp"
+    temporary.write_bytes(sign(text.encode()))
+    sync_tree(folder)
+    temporary.replace(folder / MANIFEST)
+    sync(folder)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, by its manifest; None when it is as it was written."""
+    try:
+        data = (folder / MANIFEST).read_bytes()
+        manifest = json.loads(data.decode("utf-8"))
+        if not is_signed(data, manifest["checksum"]):
+            return f"{MANIFEST} was changed"
+        for name, wanted in manifest["files"].items():
+            path = folder / name
+            if not path.is_file():
+                return f"{name} is missing"
+            if path.stat().st_size != wanted["bytes"]:
+                return f"{name} has {path.stat().st_size} bytes instead of {wanted['bytes']}"
+            if file_sha256(path) != wanted["sha256"]:
+                return f"{name} was changed"
+    except FileNotFoundError:
+        return f"{MANIFEST} is missing"
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        return f"it cannot be read ({error})"
+    return None
+
+
+def read_save(folder: Path) -> Save | str:
+    """The save in a folder, or what is wrong with it."""
+    wrong = damage(folder)
+    if wrong is not None:
+        return wrong
+    written = json.loads((folder / STATE).read_text(encoding="utf-8"))
+    if written["format_version"] != FORMAT_VERSION:
+        return f"it has format version {written['format_version']!r}; this one reads {FORMAT_VERSION}"
+    return Save(folder, RunState(**written["state"]), written["identity"], written["versions"])
+
+
+def best_step(folder: Path) -> int:
+    """The step of the evaluation that a save counts as its best; 0 where it has none or cannot say."""
+    try:
+        return int(json.loads((folder / STATE).read_text(encoding="utf-8"))["state"]["best_step"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return 0
+
+
+@torch.no_grad()
+def load_weights(parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
+    """Copy stored tensors into these parameters, by name."""
+    for name, parameter in parameters.items():
+        parameter.copy_(stored[name])
+
+
+def random_states(device: torch.device) -> dict[str, Tensor]:
+    """Torch's own generators, which dropout draws from."""
+    states = {"host": torch.get_rng_state()}
+    if device.type == "cuda":
+        states["device"] = torch.cuda.get_rng_state(device)
+    return states
+
+
+def set_random_states(states: Mapping[str, Tensor], device: torch.device) -> None:
+    """Go on from what `random_states` gave."""
+    torch.set_rng_state(states["host"])
+    if device.type == "cuda":
+        torch.cuda.set_rng_state(states["device"], device)

@@ -1,0 +1,71 @@
+"""Ctrl-C and SIGTERM in a long run: while it trains the first one waits for the step's end, a second one does not.
+
+Handlers are installed in the main thread only, where Python lets one, and restored afterwards. A signal that the
+process was told to ignore stays ignored.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import FrameType
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run. `number` is the signal's; `kept` says what lies on disk to go on from, if anything does.
+
+    It is a KeyboardInterrupt, so that no `except Exception` on its way takes it for a fault.
+    """
+
+    def __init__(self, number: int, when: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} {when}")
+        self.number = number
+        self.kept: str | None = None
+
+
+class Signals:
+    """What arrived: `received` is the signal that waits for the end of the step."""
+
+    def __init__(self) -> None:
+        self.received: int | None = None
+        self._patient = False
+
+    @contextmanager
+    def deferred(self) -> Iterator[None]:
+        """Within it the first signal is only noted down. Outside, and from the second on, a signal raises at once."""
+        self._patient = True
+        try:
+            yield
+        finally:
+            self._patient = False
+
+    def arrive(self, number: int, frame: FrameType | None = None) -> None:
+        """The handler."""
+        if not self._patient or self.received is not None:
+            raise Interrupted(number, "at once")
+        self.received = number
+        # Not through sys.stderr: the handler may have interrupted a write to it.
+        os.write(2, b"finishing the step, then saving; once more stops at once\n")
+
+
+@contextmanager
+def handled() -> Iterator[Signals]:
+    """Signals, with handlers for SIGINT and SIGTERM while it lasts."""
+    signals = Signals()
+    before = {}
+    if threading.current_thread() is threading.main_thread():
+        before = {one: signal.getsignal(one) for one in SIGNALS}
+        # None is a handler that is not Python's: it could not be put back.
+        before = {one: handler for one, handler in before.items() if handler not in (signal.SIG_IGN, None)}
+    for one in before:
+        signal.signal(one, signals.arrive)
+    try:
+        yield signals
+    finally:
+        for one, handler in before.items():
+            signal.signal(one, handler)

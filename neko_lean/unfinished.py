@@ -1,0 +1,267 @@
+"""The folder beside an output in which a run lives until it is complete: `.NAME.saved`.
+
+It holds the last saves of the run, the checkpoints of the evaluations that they count as the best, metrics.jsonl, the
+teacher's cache where the run makes its own, and at last the output, which moves to its place as a whole. With the
+output in place the folder goes. A run that is killed leaves it behind, and `--resume` goes on from there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from importlib.metadata import version
+from pathlib import Path
+from typing import IO, Any
+
+from torch import Tensor
+
+from neko_lean import __version__
+from neko_lean.checkpoints import METRICS, RunState, Save, best_step, damage, read_save, seal, write_folder, write_save
+from neko_lean.data import Encoded
+from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, sync, sync_tree
+from neko_lean.modeling import CausalLM
+from neko_lean.progress import say
+from neko_lean.signals import Interrupted
+
+RUN = "run.json"
+KEPT = 2  # saves: the last, and the one before it for when the last is found damaged
+LOCK = "lock"
+MAY_DIFFER = ("offload_state", "offload_activations")  # of a recipe: where things lie changes no bit of the result
+
+
+def versions() -> dict[str, str]:
+    """Versions of neko-lean and of the packages that decide a run's numbers."""
+    names = ("torch", "transformers", "bitsandbytes", "safetensors", "numpy")
+    return {"neko-lean": __version__, **{name: version(name) for name in names}}
+
+
+def rows_digest(encoded: Iterable[Encoded]) -> str:
+    """SHA-256 over rows as a run reads them: their text and their tokens."""
+    digest = hashlib.sha256()
+    for one in encoded:
+        digest.update(json.dumps([one.row.digest, one.row.task, one.prompt, one.ids]).encode())
+    return digest.hexdigest()
+
+
+@dataclass
+class Unfinished:
+    """A run's folder. `identity` is what makes the run: another's saves are refused."""
+
+    out: Path
+    identity: dict[str, Any]
+    save_every: int = 0
+    resume: bool = False
+    hopeless: bool = False  # the run failed and would again: nothing of it is worth keeping
+    found: Save | None = None  # what there was to go on from when the run began
+
+    @property
+    def folder(self) -> Path:
+        return self.out.parent / f".{self.out.name}.saved"
+
+    @property
+    def metrics(self) -> Path:
+        return self.folder / METRICS
+
+    @property
+    def cache(self) -> Path:
+        """Where the run's own teacher cache lies."""
+        return self.folder / "cache"
+
+    def best(self, step: int) -> Path:
+        """The checkpoint of the evaluation after a step."""
+        return self.folder / f"best-{step:08d}"
+
+    def saves(self) -> list[Path]:
+        """The saves there are, the last one first."""
+        return sorted(self.folder.glob("step-*"), reverse=True)
+
+    def newest(self) -> Save | None:
+        """The last save that is whole, itself and its best evaluation; damaged ones are named and removed.
+
+        Raises NekoLeanError, naming what differs, when it is of another run.
+        """
+        for number, folder in enumerate(self.saves()):
+            found = read_save(folder)
+            if isinstance(found, Save) and found.state.best_step:
+                best = damage(self.best(found.state.best_step))
+                found = found if best is None else f"of its best checkpoint, {best}"
+            if isinstance(found, Save):
+                changed = differences(found.identity, self.identity)
+                if changed:
+                    raise NekoLeanError(
+                        f"{self.folder} holds a run with another {', '.join(changed)}: give the same again, or start "
+                        "anew with --overwrite."
+                    )
+                return found
+            then = "going on from the save before it" if number + 1 < len(self.saves()) else "no other is left"
+            say(f"warning: {folder} is damaged ({found}): {then}.")
+            shutil.rmtree(folder, ignore_errors=True)
+        return None
+
+    def save(self, state: RunState, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
+        """Write a save, then remove what none of the last two needs."""
+        if state.best_step:
+            with explained_write_errors(self.folder):
+                seal(self.best(state.best_step))
+        about = {"identity": self.identity, "versions": versions()}
+        write_save(self.folder / f"step-{state.step:08d}", weights, tensors, about, state, self.metrics)
+        for old in self.saves()[KEPT:]:
+            shutil.rmtree(old, ignore_errors=True)
+        self.prune(state.best_step)
+
+    def keep_best(self, step: int, model: CausalLM, tokenizer: Any) -> None:
+        """Write the checkpoint of the evaluation after `step`; the one before goes, unless a save needs it."""
+
+        def fill(folder: Path) -> None:
+            model.model.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+
+        write_folder(self.best(step), fill)
+        self.prune(step)
+
+    def prune(self, step: int) -> None:
+        """Remove the best evaluations' checkpoints but that of `step` and those of the saves."""
+        wanted = {self.best(step), *(self.best(best_step(save)) for save in self.saves())}
+        for path in self.folder.glob("best-*"):
+            if path not in wanted:
+                shutil.rmtree(path, ignore_errors=True)
+
+    @contextmanager
+    def output(self) -> Iterator[Path]:
+        """An empty folder that becomes the output when the block ends well."""
+        stage = self.folder / "output"
+        shutil.rmtree(stage, ignore_errors=True)
+        with explained_write_errors(self.out):
+            stage.mkdir()
+            yield stage
+            sync_tree(stage)
+            publish(stage, self.out)
+
+    def kept(self) -> str | None:
+        """What there is to go on from, in a sentence."""
+        saves = self.saves()
+        if self.hopeless:
+            return None
+        if saves:
+            return f"{self.folder} keeps the run as of step {int(saves[0].name.removeprefix('step-'))}"
+        cached = any(self.folder.glob("*cache*/*.safetensors"))
+        return f"{self.folder} keeps what the teacher's cache has so far" if cached else None
+
+
+@contextmanager
+def unfinished(
+    out: Path, identity: dict[str, Any], *, save_every: int = 0, resume: bool = False, overwrite: bool = False
+) -> Iterator[Unfinished]:
+    """The folder of the run that is to become `out`: that of the run to go on with, or an empty one.
+
+    It is removed at the end, but where an error or a signal leaves something in it to go on from. Raises NekoLeanError
+    when `out` holds something, when an unfinished run is in the way, when another process is at work on the same
+    `out`, or when the folder cannot be written to.
+    """
+    refuse_occupied(out, overwrite)
+    run = Unfinished(out, identity, save_every, resume)
+    with explained_write_errors(out):
+        run.folder.mkdir(parents=True, exist_ok=True)
+        sync(run.folder.parent)
+        lock = _locked(run)
+    with lock:
+        if not resume and not overwrite and run.kept():
+            raise NekoLeanError(f"{run.kept()}: go on with --resume, or start anew with --overwrite.")
+        _tidy(run)
+        run.found = run.newest()
+        if run.found is not None and run.found.versions != versions():
+            say("warning: the run was begun with other versions of its packages: its end may differ in the last bits.")
+        try:
+            yield run
+        except BaseException as error:
+            _leave(run, error)
+            raise
+        shutil.rmtree(run.folder, ignore_errors=True)
+
+
+def _locked(run: Unfinished) -> IO[str]:
+    """The folder's lock, which the system lets go of however the process ends."""
+    lock = (run.folder / LOCK).open("w")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        lock.close()
+        raise NekoLeanError(f"another process is writing {run.out}: wait for it, or choose another --out.") from error
+    except OSError:  # a file system without locks
+        pass
+    return lock
+
+
+def _tidy(run: Unfinished) -> None:
+    """Remove what nothing can go on from; without `resume` that is everything."""
+    keep = {LOCK}
+    if run.resume:
+        keep |= {path.name for path in run.folder.iterdir() if path.name.startswith(("step-", "best-"))}
+        keep |= {run.cache.name, f".{run.cache.name}.partial"}
+    for path in run.folder.iterdir():
+        if path.name in keep:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path)
+        else:
+            path.unlink()
+
+
+def _leave(run: Unfinished, error: BaseException) -> None:
+    """Keep the folder where there is something to go on from, and say so with the error; remove it otherwise."""
+    kept = run.kept()
+    if kept is None:
+        shutil.rmtree(run.folder, ignore_errors=True)
+    elif isinstance(error, Interrupted):
+        error.kept = kept
+    elif isinstance(error, NekoLeanError):
+        error.args = (f"{error} {kept}: go on with --resume.",)
+    else:
+        say(f"{kept}: go on with --resume.")
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """Names of what makes two runs differ; of a recipe and of a seed with both values."""
+    found = []
+    for key in sorted({*old, *new}):
+        one, two = old.get(key), new.get(key)
+        if key == "recipe" and isinstance(one, dict) and isinstance(two, dict):
+            values = [k for k in sorted({*one, *two}) if one.get(k) != two.get(k) and k not in MAY_DIFFER]
+            found += [f"recipe value {k} ({one.get(k)}, now {two.get(k)})" for k in values]
+        elif one != two:
+            found.append(f"{key} ({one}, now {two})" if key in ("command", "device", "seed") else key)
+    return found
+
+
+def digests(identity: Mapping[str, Any]) -> dict[str, str]:
+    """An identity in a few characters a part, for run.json."""
+    recipe = {k: v for k, v in identity["recipe"].items() if k not in MAY_DIFFER}
+    parts = {**identity, "recipe": recipe}
+    return {k: hashlib.sha256(json.dumps(v, sort_keys=True).encode()).hexdigest()[:16] for k, v in parts.items()}
+
+
+def complete_run(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What run.json in `out` says, where it is the complete output of this very run."""
+    try:
+        run: dict[str, Any] = json.loads((out / RUN).read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return run if isinstance(run, dict) and run.get("made_from") == digests(identity) else None
+
+
+def link_tree(source: Path, target: Path, ignore: Iterable[str] = ()) -> None:
+    """The files of a folder in another one as well: linked where the file system can, else copied."""
+
+    def link(one: str, two: str) -> None:
+        try:
+            os.link(one, two)
+        except OSError:
+            shutil.copy2(one, two)
+
+    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*ignore))
