@@ -99,6 +99,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         with explained_write_errors(target):
             temporary.mkdir()
             fill(temporary)
+            shutil.rmtree(target, ignore_errors=True)  # of a run that was cut off behind the save it went on from
             temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)

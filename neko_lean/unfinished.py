@@ -175,6 +175,7 @@ def unfinished(
             raise NekoLeanError(f"{run.kept()}: go on with --resume, or start anew with --overwrite.")
         _tidy(run)
         run.found = run.newest()
+        run.prune(run.found.state.best_step if run.found else 0)
         if run.found is not None and run.found.versions != versions():
             say("warning: the run was begun with other versions of its packages: its end may differ in the last bits.")
         try:

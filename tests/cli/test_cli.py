@@ -2,6 +2,11 @@
 
 import json
 import re
+import shlex
+import signal
+import subprocess
+import sys
+from pathlib import Path
 
 import pytest
 from typer.testing import CliRunner
@@ -157,3 +162,46 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world, model, cache, tmp_path
         assert result.stderr.strip().count("\n") == 0, result.stderr
         assert not (tmp_path / "out").exists()
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_the_line_that_goes_on(world, model, cache, tmp_path, number):
+    """A process as a person starts it; it sends itself the signal in its fourth step."""
+    script = (
+        "import os, sys; from neko_lean import loop; from neko_lean.cli import main\n"
+        "original = loop.Loop._step\n"
+        "def step(self, *rest):\n"
+        f"    self.state.step == 3 and '--resume' not in sys.argv and os.kill(os.getpid(), {int(number)})\n"
+        "    return original(self, *rest)\n"
+        "loop.Loop._step = step\n"
+        "main()"
+    )
+    data = ["--forget", world, "--retain", world, "--cache", cache, "--recipe", "neko"]
+    words = [*data, "--max-steps", "6", "--set", "forget_rows=4", "--out", tmp_path / "an out", "--quiet"]
+    arguments = ["unlearn", str(model), *map(str, words)]
+
+    def start(given):
+        command = [sys.executable, "-c", script, *given]
+        return subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+
+    stopped = start(arguments)
+    assert stopped.returncode == 128 + number and stopped.stdout == "" and "Traceback" not in stopped.stderr
+    said, line = stopped.stderr.strip().splitlines()[-2:]
+    kept = f"{tmp_path}/.an out.saved keeps the run as of step 4"
+    assert said == f"stopped by {number.name} after step 4 of 6; {kept}. Go on with:"
+    assert "finishing the step, then saving" in stopped.stderr
+    assert line.startswith("  neko-lean unlearn ") and line.endswith(" --resume")
+    if number == signal.SIGTERM:
+        return
+    again = start(shlex.split(line)[1:])
+    assert again.returncode == 0 and [path.name for path in tmp_path.iterdir()] == ["an out"]
+    assert json.loads((tmp_path / "an out" / "run.json").read_text())["steps"] == 6
+
+
+def test_resume_and_save_every_from_the_command_line(world, tmp_path):
+    words = ("memorize", world / "base", "--data", world, "--out", tmp_path / "m", "--max-steps", 2, "--save-every", 1)
+    assert call(*words).exit_code == 0
+    again = call(*words, "--resume")
+    assert again.exit_code == 0 and "is complete: nothing to go on with" in again.output
+    help = call("unlearn", "--help").output
+    assert "--save-every" in help and "--resume" in help
