@@ -2,7 +2,7 @@
 
     .venv/bin/python bench/kill_training.py --trials 100 --out kill-training.json
 
-Each trial is killed one to three times, each time at a random moment from before its first step to after its last, and
+Each trial is killed one to three times, each time at a random moment from before its first step to after its end, and
 then left to end. The runs are small but differ in all that a resume has to bring back: three ways through the backward
 pass, phases with an optimizer of their own, early stopping and a chosen checkpoint, levels that follow the anchor,
 dropout. Needs Linux or macOS (fork). Each run is a child of a process that has the imports already.
@@ -38,6 +38,7 @@ from neko_lean.unfinished import RUN
 
 # What differs from run to run without a difference in what was computed.
 TIMES = ("wait_seconds", "seconds", "peak_memory")
+START = 0.25  # of a run's time: before that it loads
 SMALL = {"lr": 1e-3, "forget_rows": 4, "retain_rows": 4, "max_length": 64, "eval_rows": 4}
 LOOKS = {"max_steps": 24, "eval_every": 4, "choose": "quality", "patience": 3, "lr": 5e-3}
 # Name: recipe, and what it changes.
@@ -143,7 +144,7 @@ def main() -> None:
             name = list(RUNS)[trial % len(RUNS)]
             out = root / f"trial{trial}"
             for kill in range(rng.randint(1, 3)):
-                killed = forked(once(name, out, kill > 0), rng.uniform(0, 1.05 * length[name]))
+                killed = forked(once(name, out, kill > 0), rng.uniform(START, 1.05) * length[name])
                 ends[name]["kills" if killed else "ended before its kill"] += 1
                 if killed:
                     moments[moment(out)] += 1

@@ -16,7 +16,7 @@ from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.cache.format import MANIFEST, file_sha256
 from neko_lean.data import Encoded, encode, read_rows, truncation_line
 from neko_lean.documents import read_anchor
-from neko_lean.errors import NekoLeanError
+from neko_lean.errors import NekoLeanError, explained_write_errors
 from neko_lean.levels import with_levels
 from neko_lean.loop import Loop
 from neko_lean.memory import resident
@@ -91,7 +91,7 @@ def unlearn(
     chosen = load_recipe(recipe, overrides)
     folder, place = model_folder(model), pick_device(device)
     tokenizer = load_tokenizer(folder)
-    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad_id = int(tokenizer.pad_token_id)
     forget_rows = _encode(forget, "forget", tokenizer, chosen) if forgets(chosen) else []
     retain_rows = _encode(retain, "retain", tokenizer, chosen) if chosen.retain_objective != "none" else []
     anchors = encode(read_anchor(anchor), tokenizer, "plain", chosen.max_length) if anchor is not None else []
@@ -121,6 +121,7 @@ def unlearn(
     with (
         handled() as signals,
         unfinished(out, identity, save_every=save_every, resume=resume, overwrite=overwrite) as work,
+        explained_write_errors(out),
         explained_out_of_memory(),
     ):
         if reads_cache and teacher is None:
@@ -140,8 +141,13 @@ def unlearn(
             )
             teacher = TeacherCache(work.cache)
         if teacher is not None:
-            made = {"style": chosen.format, "max_length": chosen.max_length, "encoded": retain_rows}
-            teacher.check(weights=weights, tokenizer=words, **made)
+            teacher.check(
+                weights=weights,
+                tokenizer=words,
+                style=chosen.format,
+                max_length=chosen.max_length,
+                encoded=retain_rows,
+            )
         if chosen.forget_objective == "calibrated":
             forget_rows = _leveled(forget_rows, anchors, teacher, before_learning, tokenizer, chosen)
         for name, encoded in (("forget", forget_rows), ("retain", retain_rows)):
@@ -196,7 +202,7 @@ def memorize(
         )
     folder, place = model_folder(model), pick_device(device)
     tokenizer = load_tokenizer(folder)
-    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad_id = int(tokenizer.pad_token_id)
     encoded = [one for name in sets for one in _encode(data, name, tokenizer, chosen, split)]
     say(truncation_line(encoded, chosen.max_length), quiet)
     # Without weights the model follows from config.json and the seed.
@@ -217,6 +223,7 @@ def memorize(
     with (
         handled() as signals,
         unfinished(out, identity, save_every=save_every, resume=resume, overwrite=overwrite) as work,
+        explained_write_errors(out),
         explained_out_of_memory(),
     ):
         before = resident()

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
@@ -33,7 +33,7 @@ Rows = tuple[Sequence[int], Sequence[int]]  # of a step, forget and retain, by n
 T = TypeVar("T")
 
 
-def prefetched(make: Callable[[], T]) -> Iterator[T]:
+def prefetched(make: Callable[[], T]) -> Generator[T, None, None]:
     """What `make` returns, again and again, each made in a thread of its own while the one before is in use."""
     with ThreadPoolExecutor(1) as pool:
         coming = pool.submit(make)

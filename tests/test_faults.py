@@ -279,6 +279,22 @@ def test_a_full_disk_before_the_first_save_leaves_nothing(unlearn, tmp_path, mon
     assert list(tmp_path.iterdir()) == []
 
 
+def test_a_disk_that_is_full_for_the_metrics_too(unlearn, tmp_path, monkeypatch):
+    def dumps(line):
+        if line["step"] == 6:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return json.dumps(line)
+
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "json", type("Full", (), {"dumps": staticmethod(dumps)}))
+        with pytest.raises(NekoLeanError, match=r"^No space left .*keeps the run as of step 4: go on with --resume\.$"):
+            unlearn(out, save_every=2)
+    unlearn(out, resume=True)
+    unlearn(tmp_path / "whole")
+    assert result(out) == result(tmp_path / "whole")
+
+
 def test_a_disk_that_really_is_full(unlearn, tmp_path):
     """On a file system that holds two saves and not three."""
     disk = tmp_path / "disk"

@@ -87,7 +87,7 @@ CASES = {
     "layerwise, 4-bit state": ("neko", {**SMALL, "state_bits": 4}, {}),
     "checkpointed, dropout, early stopping": (
         "neko",
-        {**LOOKING, "backward": "checkpointed", "patience": 2, "lr": 2e-2, "choose": "loss"},
+        {**LOOKING, "backward": "checkpointed", "patience": 2, "lr": 1e-2, "max_steps": 30},
         DROPOUT,
     ),
     "plain, dropout": ("neko", {**SMALL, "backward": "plain"}, DROPOUT),
@@ -122,6 +122,7 @@ def test_a_run_cut_off_twice_ends_in_the_same_bytes(world, model, cache, anchore
     whole = run(tmp_path / "whole")
     assert not saved(tmp_path / "whole").exists()
     steps = whole["steps"]
+    assert whole["ended"].startswith("early stopping" if "early stopping" in name else "all steps taken")
     out = tmp_path / "out"
     for number, step in enumerate((steps // 2 + 1, steps)):
         with monkeypatch.context() as patch, pytest.raises(Killed):
@@ -214,6 +215,27 @@ def test_a_cache_of_its_own_is_kept_for_the_resume(unlearn, tmp_path, monkeypatc
     assert (saved(tmp_path / "out") / "cache" / "manifest.json").is_file()
     monkeypatch.setattr("neko_lean.cache.writer._write_shards", None)  # it would have to be called
     unlearn(tmp_path / "out", resume=True, **options)
+    assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+def test_a_signal_while_the_teacher_is_cached_keeps_its_shards(unlearn, tmp_path, monkeypatch):
+    from neko_lean.cache import writer
+
+    monkeypatch.setattr(writer, "SHARD_POSITIONS", 100)
+    original, count = writer._save_retain, [0]
+
+    def struck(*arguments):
+        count[0] += 1
+        original(*arguments)
+        if count[0] == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch, pytest.raises(neko_lean.Interrupted, match="SIGTERM at once") as raised:
+        patch.setattr(writer, "_save_retain", struck)
+        unlearn(tmp_path / "out", {**SMALL, "batch_tokens": 256}, cache=None)
+    assert raised.value.kept == f"{saved(tmp_path / 'out')} keeps what the teacher's cache has so far"
+    unlearn(tmp_path / "out", {**SMALL, "batch_tokens": 256}, cache=None, resume=True)
+    unlearn(tmp_path / "whole", {**SMALL, "batch_tokens": 256}, cache=None)
     assert result(tmp_path / "out") == result(tmp_path / "whole")
 
 

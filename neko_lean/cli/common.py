@@ -49,7 +49,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             print(f"error: {error}", file=sys.stderr)
             raise typer.Exit(2) from error
         except Interrupted as stop:
-            print(_stopped(stop), file=sys.stderr)
+            print(_stopped(stop, "resume" in kwargs), file=sys.stderr)
             raise typer.Exit(128 + stop.number) from stop
         except KeyboardInterrupt as error:
             print("interrupted; the output folder was not written.", file=sys.stderr)
@@ -58,10 +58,10 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-def _stopped(stop: Interrupted) -> str:
-    """What a signal has left, and the command line that goes on from it."""
-    if stop.kept is None:
-        return f"{stop}; nothing was saved."
+def _stopped(stop: Interrupted, resumes: bool) -> str:
+    """What a signal has left, and the command line that goes on from it, where the command can."""
+    if stop.kept is None or not resumes:
+        return f"{stop}; the output folder was not written."
     again = [one for one in sys.argv[1:] if one != "--resume"]
     return f"{stop}; {stop.kept}. Go on with:\n  {shlex.join(['neko-lean', *again, '--resume'])}"
 

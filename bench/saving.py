@@ -1,0 +1,102 @@
+"""What a save costs: seconds and bytes beside a step's, for two sizes of model.
+
+    .venv/bin/python bench/saving.py --out bench-saving.json
+
+Random weights, 8 + 8 rows of the demo's world a step, every step saved; medians. A save is 8-bit Adam's state, the
+weights that learn, and little else: written, synced to the disk, read back for its SHA-256.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+from rich.table import Table
+from transformers.utils.logging import disable_progress_bar
+
+from neko_lean import loop
+from neko_lean.checkpoints import METRICS
+from neko_lean.demo.run import write_base
+from neko_lean.demo.world import build_world, write_world
+from neko_lean.modeling import load_tokenizer, new_model
+from neko_lean.optim import InBackwardAdam8bit, state_size
+from neko_lean.runs import unlearn
+
+SIZES: dict[str, dict[str, int]] = {
+    "the demo's": {},
+    "middle": {"hidden_size": 768, "intermediate_size": 3072, "num_hidden_layers": 12, "num_attention_heads": 12},
+}
+LARGE = 1_279_787_008  # parameters of OLMo-1B-0724
+CHANGE = {"max_steps": 5, "forget_rows": 8, "retain_rows": 8, "max_length": 128}
+
+
+def measure(root: Path, name: str) -> dict[str, Any]:
+    """One size: parameters, bytes of a save, seconds of a step and of a save."""
+    world = build_world(0)
+    write_world(world, root / "data")
+    base = root / name
+    write_base(base, [*world.forget, *world.retain])
+    config = base / "config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | SIZES[name]))
+    tokenizer = load_tokenizer(base)
+    model = new_model(base, torch.bfloat16, torch.device("cpu"), 0).model
+    model.save_pretrained(base)
+    tokenizer.save_pretrained(base)
+    seconds, sizes = [], []
+    original = loop.Loop._save
+
+    def timed(self: loop.Loop, optimizer: InBackwardAdam8bit) -> None:
+        start = time.monotonic()
+        original(self, optimizer)
+        seconds.append(time.monotonic() - start)
+        sizes.append(sum(file.stat().st_size for file in self.work.saves()[0].iterdir()))
+
+    loop.Loop._save = timed  # type: ignore[method-assign]
+    data, out = root / "data", root / f"{name} out"
+    unlearn(base, out, data, data, recipe="graddiff", overrides=CHANGE, save_every=1, quiet=True)
+    loop.Loop._save = original  # type: ignore[method-assign]
+    steps = [json.loads(line)["seconds"] for line in (out / METRICS).read_text().splitlines()]
+    step, save = statistics.median(steps), statistics.median(seconds)
+    return {
+        "parameters": sum(p.numel() for p in model.parameters()),
+        "bytes": sizes[-1],
+        "step_seconds": step,
+        "save_seconds": save,
+        "steps_a_save": save / step,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    disable_progress_bar()
+    with tempfile.TemporaryDirectory() as scratch:
+        found = {name: measure(Path(scratch) / name, name) for name in SIZES}
+    table = Table("model", "parameters", "a save", "bytes a parameter", "step", "save", "save in steps")
+    for name, one in found.items():
+        table.add_row(
+            name,
+            f"{one['parameters']:,}",
+            f"{one['bytes'] / 1e6:.1f} MB",
+            f"{one['bytes'] / one['parameters']:.2f}",
+            f"{one['step_seconds']:.2f} s",
+            f"{one['save_seconds']:.2f} s",
+            f"{one['steps_a_save']:.2f}",
+        )
+    Console(width=120).print(table)
+    large = 2 * LARGE + state_size(LARGE)
+    print(f"OLMo-1B-0724, by arithmetic: {large:,} bytes, {large / 2**30:.2f} GiB a save")
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
