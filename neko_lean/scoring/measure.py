@@ -106,13 +106,14 @@ def held_out_nll(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, documents: Se
     return sum(float(-view.logp.mean()) for view in views) / len(views)
 
 
-def reference_logp(
+def reference_losses(
     cache: str | Path | None,
     mia: str | Path | None,
     rows: Sequence[tuple[str, Row]],
     tokenizer: PreTrainedTokenizerBase,
-) -> dict[str, Any]:
-    """The reference model's log-probabilities of every token of the documents of `mia`, by text."""
+) -> dict[str, tuple[list[int], float]]:
+    """The reference model's mean token loss of the documents of `mia` that are in its cache, by text, with the tokens
+    it is of: a row's prompt ends in a token of its own."""
     if cache is None or mia is None:
         return {}
     teacher = TeacherCache(cache)
@@ -122,7 +123,7 @@ def reference_logp(
     for one in encode([*forgotten, *outside], tokenizer, "plain", MAX_LENGTH):
         text = f"{one.row.input} {one.row.output}" if one.row.input else one.row.output
         if teacher.has_target_logp(one):
-            found[text] = teacher.target_logp(one)
+            found[text] = one.ids, float(-teacher.target_logp(one).mean())
     return found
 
 
@@ -130,25 +131,31 @@ def membership_attacks(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     documents: Sequence[tuple[str, Document]],
-    reference: Mapping[str, Any],
+    reference: Mapping[str, tuple[list[int], float]] | None,
     stage: Path,
     quiet: bool,
 ) -> dict[str, Any] | None:
-    """The attacks on all documents, and on those of each task that both sides name; writes documents.jsonl."""
+    """The attacks on all documents, and on those of each task that both sides name; writes documents.jsonl.
+    `reference` is `reference_losses`, None where that attack was not asked for."""
     if not documents:
         return None
     texts = [one.text for _, one in documents]
-    missing = sum(text not in reference for text in texts) if reference else 0
+    missing = 0 if reference is None else sum(text not in reference for text in texts)
     if missing:
         raise NekoLeanError(
             f"the cache of --reference lacks {missing} of the {len(texts)} documents of --mia: make it with "
             f"cache-teacher --forget DATA --anchor MIA/nonmember.jsonl."
         )
+    ids = tokenised(tokenizer, texts)
     with bar("membership", len(texts), "documents", quiet) as progress:
-        views = view_documents(lm, tokenizer, tokenised(tokenizer, texts), progress=progress)
-    lines = [
-        {"side": side, "task": one.task, **membership.attack_numbers(one.text, view, reference.get(one.text))}
-        for (side, one), view in zip(documents, views, strict=True)
-    ]
+        views = view_documents(lm, tokenizer, ids, progress=progress)
+    numbers = [membership.attack_numbers(text, view) for text, view in zip(texts, views, strict=True)]
+    if reference is not None:
+        apart = {text: reference[text][0] for text, own in zip(texts, ids, strict=True) if reference[text][0] != own}
+        again = dict(zip(apart, view_documents(lm, tokenizer, list(apart.values())), strict=True))
+        for text, found in zip(texts, numbers, strict=True):
+            loss = float(-again[text].logp.mean()) if text in again else found["loss"]
+            found["reference"] = loss - reference[text][1]
+    lines = [{"side": side, "task": one.task, **found} for (side, one), found in zip(documents, numbers, strict=True)]
     write_jsonl(stage / DOCUMENTS, lines)
     return membership.summary(lines)

@@ -32,14 +32,13 @@ def document_losses(
     return np.array([-one.logp.mean() for one in views])
 
 
-def attack_numbers(text: str, view: View, reference: np.ndarray | None = None) -> dict[str, float]:
-    """A document's number in each attack.
+def attack_numbers(text: str, view: View) -> dict[str, float]:
+    """A document's number in each attack but `reference`, which is its loss less that of a reference model.
 
     loss: mean token loss (Yeom et al. 2018, arXiv 1709.01604), which is the shared task's attack. zlib: the whole loss
     over the bytes that the text compresses to (Carlini et al. 2021, arXiv 2012.07805). min_k: mean loss of the fifth of
     its tokens that are least likely (Shi et al. 2024, arXiv 2310.16789). min_k_plus_plus: the same of log-probabilities
-    standardised by the distribution they came from (Zhang et al. 2024, arXiv 2404.02936). reference: loss less that of
-    a reference model (`reference`, its log-probability of each token [length - 1]), where there is one.
+    standardised by the distribution they came from (Zhang et al. 2024, arXiv 2404.02936).
     """
     standard = (view.logp + view.entropy) / np.maximum(view.deviation, 1e-6)
     least = max(1, round(LEAST * len(view.logp)))
@@ -49,8 +48,6 @@ def attack_numbers(text: str, view: View, reference: np.ndarray | None = None) -
         "min_k": -np.sort(view.logp)[:least].mean(),
         "min_k_plus_plus": -np.sort(standard)[:least].mean(),
     }
-    if reference is not None:
-        found["reference"] = reference.mean() - view.logp.mean()
     return {name: float(value) for name, value in found.items()}
 
 

@@ -32,7 +32,7 @@ from neko_lean.scoring.measure import (
     held_out_nll,
     line_of,
     membership_attacks,
-    reference_logp,
+    reference_losses,
     row_numbers,
 )
 from neko_lean.scoring.mmlu import mmlu as run_mmlu
@@ -132,9 +132,8 @@ def score(
         scored = {name: [(row, row_score(row, one.text)) for (s, row), one in zip(rows, said, strict=True) if s == name]
                   for name in SPLITS}  # fmt: skip
         cells = cell_means(scored)
-        members = membership_attacks(
-            lm, tokenizer, documents, reference_logp(reference, mia, rows, tokenizer), stage, quiet
-        )
+        known = None if reference is None else reference_losses(reference, mia, rows, tokenizer)
+        members = membership_attacks(lm, tokenizer, documents, known, stage, quiet)
         found = uncertainty.estimates(lines)
         scores: dict[str, Any] = {
             "model": model_name(model),

@@ -98,16 +98,13 @@ def test_every_attack_by_its_definition(world, model):
         mean = (logp.exp() * logp).sum(1)
         deviation = (logp.exp() * (logp - mean[:, None]) ** 2).sum(1).sqrt()
         count = max(1, round(0.2 * len(own)))
-        base = np.linspace(-3, -1, len(own))
         wanted = {
             "loss": -own.mean(),
             "zlib": -own.sum() / len(zlib.compress(text.encode())),
             "min_k": -np.sort(own)[:count].mean(),
             "min_k_plus_plus": -np.sort((own - mean.numpy()) / deviation.numpy())[:count].mean(),
-            "reference": -own.mean() + base.mean(),
         }
-        assert attack_numbers(text, view, base) == pytest.approx(wanted, rel=1e-3)
-        assert "reference" not in attack_numbers(text, view)
+        assert attack_numbers(text, view) == pytest.approx(wanted, rel=1e-3)
 
 
 def test_summary_by_task_where_both_sides_name_them():

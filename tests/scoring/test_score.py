@@ -70,7 +70,7 @@ def test_everything_at_once(world, model, tmp_path):
     cache_teacher(model, world, cache, forget=world, anchor=nonmembers, dtype="float32", quiet=True)
     asked = next(row for row in read_rows(world, "forget") if row.kind == "qa")
     write_jsonl(tmp_path / "other.jsonl", [{"id": asked.id, "input": "Well?", "output": "a wood", "wrong": ["a sea"]}])
-    write_hub(tmp_path / "mmlu", {"anatomy": make_subject("anatomy", 6)})
+    write_hub(tmp_path / "mmlu", [make_subject("anatomy", 6)])
     options = {"mia": world / "mia", "max_new_tokens": 6, "quiet": True}
     before = neko_lean.score(model, world, tmp_path / "before", **options)
     after = neko_lean.score(
@@ -84,7 +84,7 @@ def test_everything_at_once(world, model, tmp_path):
     assert max(abs(one["reference"]) for one in documents) < 1e-4
     parts = after["task_aggregate"], after["membership"]["score"], after["mmlu"]["micro"]
     assert after["final"] == pytest.approx(sum(parts) / 3)
-    assert after["difference"]["before"] == "model0" or after["difference"]["before"] == before["model"]
+    assert after["difference"]["before"] == before["model"]
     for key in ("task_aggregate", "cells.retain.Task1.regurgitation", "memorisation.forget.answer_probability"):
         assert after["difference"][key] == {"difference": 0.0, "interval": [0.0, 0.0]}
     assert after["memorisation"]["forget"]["truth_ratio"] > 0 and after["memorisation"]["retain"]["truth_ratio"] is None
@@ -92,7 +92,7 @@ def test_everything_at_once(world, model, tmp_path):
     assert after["held_nll"] == pytest.approx(after["nonmember_nll"])
     results = json.loads((tmp_path / "official.json").read_text())
     assert results["aggregate-score"] == after["final"] and results["mmlu_average"] == after["mmlu"]["micro"]
-    assert "2 questions" not in table_text(after) and "final" in table_text(after)
+    assert table_text(after).count("not measured") == 0
 
 
 def test_a_killed_score_goes_on_from_what_it_had_generated(world, model, tmp_path, monkeypatch):
