@@ -3,7 +3,7 @@
     .venv/bin/python bench/score.py LUME MODEL [--parts 4] [--batch-size 64] [--out score.json]
 
 LUME is the folder with the dataset's public splits, MODEL a checkpoint folder. All validation rows are generated in three
-ways, interleaved part by part: one row at a time by transformers' generate with its key-value cache, in batches, and in
+ways, part by part and in turn: one row at a time by transformers' generate with its key-value cache, in batches, and in
 batches that stop a row once its numbers can change no more, which is what `score` does. In float32 the first two must
 agree to the letter, and all three in every row's score and window.
 """
