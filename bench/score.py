@@ -2,10 +2,10 @@
 
     .venv/bin/python bench/score.py LUME MODEL [--parts 4] [--batch-size 64] [--out score.json]
 
-LUME is the folder with the dataset's public splits, MODEL a checkpoint folder. All validation rows are generated in three
-ways, part by part and in turn: one row at a time by transformers' generate with its key-value cache, in batches, and in
-batches that stop a row once its numbers can change no more, which is what `score` does. In float32 the first two must
-agree to the letter, and all three in every row's score and window.
+LUME is the folder with the dataset's public splits, MODEL a checkpoint folder. All validation rows are generated in
+three ways, part by part and in turn: one row at a time by transformers' generate with its key-value cache, in batches,
+and in batches that stop a row once its numbers can change no more, which is what `score` does. In float32 the first two
+must agree to the letter, and all three in every row's score and window.
 """
 
 from __future__ import annotations
@@ -13,20 +13,35 @@ from __future__ import annotations
 import argparse
 import json
 import time
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
+from transformers import GenerationConfig
 
-from neko_lean.data import read_rows
-from neko_lean.modeling import load_model, load_tokenizer
-from neko_lean.scoring.generation import Generation, generate
+from neko_lean.data import Row, read_rows
+from neko_lean.modeling import CausalLM, load_model, load_tokenizer
+from neko_lean.scoring.generation import WINDOW, Generation, generate, spoken
 from neko_lean.scoring.task import row_score
 
-WAYS = {
-    "one row at a time": {"batch_size": 1, "stop_early": False},
-    "batches": {"stop_early": False},
-    "batches, stopping early": {"stop_early": True},
-}
+ALONE, BATCHES, EARLY = "one row at a time", "batches", "batches, stopping early"
+Said = list[tuple[int, Generation]]
+
+
+@torch.no_grad()
+def alone(lm: CausalLM, tokenizer: Any, rows: Sequence[Row], max_new_tokens: int) -> Iterator[Said]:
+    """transformers' generate, a row at a time."""
+    config = GenerationConfig(
+        do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
+    )
+    lm.model.eval()
+    lm.model.generation_config = config
+    for number, row in enumerate(rows):
+        ids = torch.tensor([tokenizer(row.input)["input_ids"]])
+        window = max(WINDOW, 2 * len(tokenizer(" " + row.output)["input_ids"]))
+        new = lm.model.generate(ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :].tolist()
+        yield [(number, spoken(tokenizer, new, window, ""))]
 
 
 def main() -> None:
@@ -42,25 +57,32 @@ def main() -> None:
     rows = [row for split in ("forget", "retain") for row in read_rows(chosen.lume, split, "validation")]
     lm = load_model(chosen.model, torch.float32, torch.device("cpu"))
     tokenizer = load_tokenizer(chosen.model)
-    said: dict[str, list[tuple[int, Generation]]] = {way: [] for way in WAYS}
-    seconds = dict.fromkeys(WAYS, 0.0)
+    settings = {"batch_size": chosen.batch_size, "max_new_tokens": chosen.max_new_tokens}
+    ways: dict[str, Callable[[Sequence[Row]], Iterator[Said]]] = {
+        ALONE: lambda some: alone(lm, tokenizer, some, chosen.max_new_tokens),
+        BATCHES: lambda some: generate(lm, tokenizer, some, **settings, stop_early=False),
+        EARLY: lambda some: generate(lm, tokenizer, some, **settings),
+    }
+    said: dict[str, Said] = {way: [] for way in ways}
+    seconds = dict.fromkeys(ways, 0.0)
     for part in range(chosen.parts):
         some = list(range(part, len(rows), chosen.parts))
-        for way, options in WAYS.items():
+        for way, answer in ways.items():
             start = time.perf_counter()
-            settings = {"batch_size": chosen.batch_size, "max_new_tokens": chosen.max_new_tokens, **options}
-            for batch in generate(lm, tokenizer, [rows[i] for i in some], **settings):
+            for batch in answer([rows[i] for i in some]):
                 said[way] += [(some[i], one) for i, one in batch]
             seconds[way] += time.perf_counter() - start
         print(f"part {part + 1} of {chosen.parts}: {seconds}", flush=True)
-    alone, batched, early = ([one for _, one in sorted(found, key=lambda x: x[0])] for found in said.values())
-    scores = [[row_score(row, one.text) for row, one in zip(rows, way, strict=True)] for way in (alone, batched, early)]
+    single, batched, early = ([one for _, one in sorted(found, key=lambda x: x[0])] for found in said.values())
+    scores = [
+        [row_score(row, one.text) for row, one in zip(rows, way, strict=True)] for way in (single, batched, early)
+    ]
     result = {
         "rows": len(rows),
         "seconds": seconds,
-        "ratio": {way: seconds["one row at a time"] / value for way, value in seconds.items()},
-        "texts that differ": sum(a.text != b.text for a, b in zip(alone, batched, strict=True)),
-        "windows that differ": sum(a.window != b.window for a, b in zip(alone, early, strict=True)),
+        "ratio": {way: seconds[ALONE] / value for way, value in seconds.items()},
+        "texts that differ": sum(a.text != b.text for a, b in zip(single, batched, strict=True)),
+        "windows that differ": sum(a.window != b.window for a, b in zip(single, early, strict=True)),
         "scores that differ": sum(len({*three}) > 1 for three in zip(*scores, strict=True)),
         "stopped early": sum(one.ended == "settled" for one in early),
     }

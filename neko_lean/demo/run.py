@@ -16,6 +16,7 @@ from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, staged_folder
 from neko_lean.progress import say
 from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, load_recipe
+from neko_lean.report import report
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring import score
 
@@ -25,6 +26,7 @@ EOS, PAD = "<|endoftext|>", "<|padding|>"
 MEMORIZE: dict[str, Any] = {"retain_rows": 64, "batch_tokens": 768, "epochs": 35.0, "backward": "plain"}
 BESIDE = "neko"  # the paper's recipe, to compare with
 BESIDE_STEPS = 250  # half of its own: it is here to be looked at, and all of the demo has to stay short
+REPORT = "report.html"
 ANCHORS = 60  # documents of each task that real rows' anchor has
 
 
@@ -85,15 +87,19 @@ def demo(
                 stage / "target", stage / unlearned, rows, rows, cache=stage / cache, anchor=held,
                 recipe=path, overrides=change, seed=seed, **common,
             )  # fmt: skip
-            scores[one.name] = score(stage / unlearned, rows, stage / result, **scored)
+            scores[one.name] = score(
+                stage / unlearned, rows, stage / result, before=stage / "scores-before", **scored
+            )  # fmt: skip
             told.append(verdict(one.name, run, scores["before"], scores[one.name]))
             files += [cache, unlearned, result]
+        report([stage], stage / REPORT)
         told.append(f"Whole demo: {time.monotonic() - start:.0f} s.")
         found = {
             "scores": scores,
             "verdict": "\n".join(told),
             "files": {name: str(Path(out) / name) for name in files},
         }
+        found["files"][REPORT] = str(Path(out) / REPORT)
         (stage / "demo.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 

@@ -9,21 +9,21 @@ from dataclasses import dataclass
 from typing import Any
 
 from neko_lean.report.values import interval, mapping, mean, number, share, span, strings
+from neko_lean.scoring.verdict import BROKEN
 
 YES, PARTLY, NO, UNKNOWN = "yes", "partly", "no", "unknown"
 ANSWERS_LEFT = 0.05  # share of forget answers, to the letter or within the text, that still counts as forgotten
 TEXT_LEFT = 0.5  # ROUGE-L recall of forget continuations: common words alone give unseen text 0.2 to 0.4
 REMEMBERED = 0.8  # of the mean of the forget cells before, above which nothing was forgotten
 KEPT, KEPT_SOME = 0.95, 0.6  # of the mean of the retain cells before
-DEGENERATE = 0.5  # share of texts that loop or say nothing, on forget rows or others
 RULES = (
     f"Forgotten: no forget task has more than {ANSWERS_LEFT:.0%} of its answers left, to the letter or anywhere in the "
     f"text, nor a regurgitation above {TEXT_LEFT}; not at all, while the mean of its cells is above {REMEMBERED:.0%} "
     f"of what it was. Kept: the mean of the retain cells is at least {KEPT:.0%} of what it was; in part, at least "
     f"{KEPT_SOME:.0%}. As if never seen: the 95 % interval of the membership AUC holds 0.5 (where none was "
     "measured, the score is within what a perfect model reaches 95 times of 100). Writes sensibly: the scores do not "
-    f"call it broken; in part, if more than {DEGENERATE:.0%} of its texts about forget or about retain rows "
-    "loop or are empty."
+    f"call it broken; in part, if {BROKEN:.0%} of its texts about forget or about retain rows are empty or one word "
+    f"repeated, or {BROKEN:.0%} of their runs of four words came before."
 )
 
 
@@ -108,10 +108,14 @@ def _whole(scores: dict[str, Any]) -> Sign:
     question, broken = "Still writes sensibly", scores.get("broken")
     if not isinstance(broken, bool):
         return Sign(question, UNKNOWN, "not measured by these scores")
-    loops = [(split, number(scores, "outputs", split, "degenerate")) for split in ("forget", "retain")]
-    detail = ", ".join(f"{value:.0%} of {split} texts" for split, value in loops if value is not None)
-    detail = f"degenerate: {detail}" if detail else "by the scores' own account"
-    if not broken and max(value or 0.0 for _, value in loops) > DEGENERATE:
+    found = [
+        (f"{name} on {split} rows", number(scores, "outputs", split, name))
+        for split in ("forget", "retain")
+        for name in ("degenerate", "repetition")
+    ]
+    detail = ", ".join(f"{name} {value:.0%}" for name, value in found if value is not None)
+    detail = detail or "by the scores' own account"
+    if not broken and max(value or 0.0 for _, value in found) >= BROKEN:
         return Sign(question, PARTLY, detail)
     return Sign(question, NO if broken else YES, detail)
 
@@ -126,5 +130,7 @@ def _word(forgotten: str, kept: str, hidden: str, whole: str) -> str:
     word = "Forgot" if forgotten == YES else "Forgot in part"
     rest = {YES: "kept the rest", PARTLY: "kept some of the rest", NO: "lost the rest"}.get(kept)
     # Whether it can still be told from unseen is only worth a word where the rest went well.
-    trace = ["left a trace"] if hidden == NO and forgotten == YES and kept in (YES, UNKNOWN) else []
-    return ", ".join([word, *([rest] if rest else []), *trace])
+    well = forgotten == YES and kept in (YES, UNKNOWN)
+    trace = ["left a trace"] if hidden == NO and well else []
+    loops = ["babbles where it forgot"] if whole == PARTLY and well else []
+    return ", ".join([word, *([rest] if rest else []), *trace, *loops])

@@ -64,21 +64,25 @@ class Table:
 
 MEMORISED = (
     ("exact_memorisation", "exact memorisation", "share of answer tokens that are the likeliest at their place"),
-    ("extraction_strength", "extraction strength", "share of the answer that its own start brings back to the end"),
+    (
+        "extraction_strength",
+        "extraction strength",
+        "share of the answer, to its end, that the rest before it brings back",
+    ),
     ("answer_probability", "answer probability", "mean probability of the true answer, by its length"),
-    ("truth_ratio", "truth ratio", "wrong answers' probability beside the true one's"),
-    ("answer_rank", "answer rank", "median over questions of the worst rank among the answer's tokens"),
+    ("truth_ratio", "truth ratio", "probability of wrong answers over that of another wording of the true one"),
+    ("answer_rank", "answer rank", "of the least expected token of an answer, geometric mean over questions"),
 )
 LEAKED = (
-    ("contained", "contained", "share of answers that stand somewhere in what it first says"),
+    ("contained", "contained", "share of answers that stand in its first 64 tokens, as whole words"),
     ("alphanumeric", "letters and digits", "the same, all but letters and digits left out"),
-    ("digits", "digits", "the same for the digits alone, of answers that are numbers"),
+    ("digits", "digits", "the same for the digits alone, of answers with at least four"),
     ("within_ten", "within ten", "share of answers whose every token is among the ten likeliest"),
 )
 WRITTEN = (
-    ("repetition", "repetition", "share of word sequences that were said before"),
-    ("degenerate", "degenerate texts", "share of texts that loop, or are empty"),
-    ("entropy", "entropy", "how varied the words are"),
+    ("repetition", "repetition", "share of runs of four words that came before in the same text"),
+    ("degenerate", "degenerate texts", "share of texts that are empty, or one word or sign repeated"),
+    ("entropy", "entropy", "nats a token that it is unsure of, along the true answer"),
     ("rouge_f1", "ROUGE-L F1", "as the task's recall, but longer text hurts"),
     ("length_ratio", "length", "of what it says, beside the truth's"),
 )
@@ -245,7 +249,11 @@ def attacks(models: Sequence[Model]) -> tuple[Table | None, Table | None, Table 
     return (
         table("AUC of each attack", caption, areas[:1]),
         table("By task", caption, areas[1:]),
-        table("True positives at a low false positive rate", "Share of forgotten documents found.", rates),
+        table(
+            "True positives at a low false positive rate",
+            "Share of forgotten documents found, at most 1 % of others.",
+            rates,
+        ),
     )
 
 

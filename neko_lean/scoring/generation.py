@@ -1,19 +1,20 @@
-"""Greedy decoding in batches, with a fixed generation config and never the checkpoint's own.
+"""Greedy decoding in batches, whatever generation config came with the checkpoint.
 
 A row stops early once nothing that it could still say would change any of its numbers.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from inspect import signature
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
-from transformers import GenerationConfig, StoppingCriteria, StoppingCriteriaList
+from transformers import DynamicCache
 
 from neko_lean.data import Row, length_batches, pad
+from neko_lean.head import logits
 from neko_lean.modeling import CausalLM
 from neko_lean.scoring.task import regurgitation, same_answers
 
@@ -52,19 +53,14 @@ def _bare(text: str) -> str:
     return "".join(text.split()).casefold()
 
 
-class _Settled(StoppingCriteria):  # type: ignore[misc]
-    """Stops each row of a batch once it is past its window and settled."""
+def spoken(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], window: int, ended: str) -> Generation:
+    """A Generation from its tokens: special ones dropped, spaces cleaned up."""
 
-    def __init__(self, rows: Sequence[Row], windows: Sequence[int], start: int, decode: Any) -> None:
-        self.rows, self.windows, self.start, self.decode = rows, windows, start, decode
-        self.ended = [False] * len(rows)
+    def text(some: Sequence[int]) -> str:
+        # Called outright: the option of decode, which the task set, is ignored for BPE by transformers 5.
+        return str(tokenizer.clean_up_tokenization(tokenizer.decode(some, skip_special_tokens=True)))
 
-    def __call__(self, input_ids: Tensor, scores: Any, **_: Any) -> Tensor:
-        said = input_ids.shape[1] - self.start
-        for number, (row, window) in enumerate(zip(self.rows, self.windows, strict=True)):
-            if not self.ended[number] and said >= window and (said - window) % STRIDE == 0:
-                self.ended[number] = settled(row, self.decode(input_ids[number, self.start :]))
-        return torch.tensor(self.ended, device=input_ids.device)
+    return Generation(text(ids), text(ids[:window]), ended)
 
 
 @torch.no_grad()
@@ -81,22 +77,11 @@ def generate(
     """The greedy continuation of each row's input, a batch at a time, as (number of the row, generation).
 
     Prompts go in raw: no template, no BOS that the tokenizer does not add itself; or `prompts`, tokenised, in their
-    place. A generation stops at EOS, after `max_new_tokens`, or, with `stop_early`, when it is settled. Special tokens
-    are dropped and spaces cleaned up. Questions go with questions and prompts with those of like length, padded left,
-    which in float32 gives the tokens of decoding each alone.
+    place. A generation stops at EOS, after `max_new_tokens`, or, with `stop_early`, when it is settled. Questions go
+    with questions and prompts with those of like length, padded left, which in float32 gives the tokens of decoding
+    each alone.
     """
-    eos, padding = tokenizer.eos_token_id, int(tokenizer.pad_token_id)  # type: ignore[arg-type]
-    config = GenerationConfig(
-        do_sample=False, num_beams=1, max_new_tokens=max_new_tokens, eos_token_id=eos, pad_token_id=padding
-    )
     lm.model.eval()
-    # generate() fills what a config leaves open from the model's own, which came with the checkpoint.
-    lm.model.generation_config = config
-
-    def text(ids: Tensor) -> str:
-        # Called outright: the option of decode, which the task set, is ignored for BPE by transformers 5.
-        return tokenizer.clean_up_tokenization(tokenizer.decode(ids, skip_special_tokens=True))
-
     encoded = [tokenizer(row.input)["input_ids"] for row in rows] if prompts is None else prompts
     windows = [max(WINDOW, 2 * len(tokenizer(" " + row.output)["input_ids"])) for row in rows]
     for kind in ("qa", "sc"):
@@ -104,20 +89,53 @@ def generate(
         lengths = [len(encoded[i]) for i in own]
         for some in length_batches(lengths, max_rows=batch_size, max_tokens=sum(lengths) * batch_size):
             batch = [own[i] for i in some]
-            input_ids, mask = pad([encoded[i] for i in batch], padding, lm.device, left=True)
-            start = input_ids.shape[1]
-            stop = _Settled([rows[i] for i in batch], [windows[i] for i in batch], start, text)
-            out = lm.model.generate(
-                input_ids,
-                attention_mask=mask,
-                generation_config=config,
-                stopping_criteria=StoppingCriteriaList([stop] if stop_early else []),
-            )[:, start:]  # [B, new]
-            found = []
-            for number, index in enumerate(batch):
-                ids = out[number]
-                at_eos = eos is not None and bool((ids == eos).any())
-                # A row that was stopped is padded until the last of its batch has ended.
-                ended = "settled" if stop.ended[number] and not at_eos else "eos" if at_eos else "limit"
-                found.append((index, Generation(text(ids), text(ids[: windows[index]]), ended)))
-            yield found
+
+            def done(number: int, ids: Sequence[int], batch: list[int] = batch) -> bool:
+                """Whether the row is past its window and settled."""
+                past = len(ids) - windows[batch[number]]
+                if not stop_early or past < 0 or past % STRIDE:
+                    return False
+                return settled(rows[batch[number]], spoken(tokenizer, ids, 0, "").text)
+
+            said = _decode(lm, tokenizer, [encoded[i] for i in batch], max_new_tokens, done)
+            yield [(i, spoken(tokenizer, ids, windows[i], ended)) for i, (ids, ended) in zip(batch, said, strict=True)]
+
+
+def _decode(
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: Sequence[Sequence[int]],
+    max_new_tokens: int,
+    done: Callable[[int, Sequence[int]], bool],
+) -> list[tuple[list[int], str]]:
+    """The new tokens of each prompt of one batch, and how they ended. Rows that have ended leave the batch, so that one
+    long answer does not keep all others running; transformers' generate pads them on."""
+    eos = tokenizer.eos_token_id
+    ids, mask = pad(prompts, int(tokenizer.pad_token_id), lm.device, left=True)  # type: ignore[arg-type]
+    cache = DynamicCache(config=lm.model.config)
+    takes_positions = "position_ids" in signature(lm.backbone.forward).parameters
+    said: list[list[int]] = [[] for _ in prompts]
+    ended = ["limit"] * len(prompts)
+    alive = list(range(len(prompts)))  # what row each place of the batch holds
+    for _ in range(max_new_tokens):
+        more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if takes_positions else {}
+        out = lm.backbone(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
+        token = logits(out.last_hidden_state[:, -1], lm.head).argmax(1)  # [alive]
+        keep = []
+        for place, (row, one) in enumerate(zip(alive, token.tolist(), strict=True)):
+            said[row].append(one)
+            if one == eos:
+                ended[row] = "eos"
+            elif done(row, said[row]):
+                ended[row] = "settled"
+            else:
+                keep.append(place)
+        if not keep:
+            break
+        if len(keep) < len(alive):
+            alive = [alive[place] for place in keep]
+            chosen = torch.tensor(keep, device=lm.device)
+            token, mask = token[chosen], mask[chosen]
+            cache.batch_select_indices(chosen)
+        ids, mask = token[:, None], torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+    return list(zip(said, ended, strict=True))

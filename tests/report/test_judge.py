@@ -59,7 +59,9 @@ def test_the_scores_own_sentences_come_first():
 def test_texts_that_loop_are_not_sensible():
     loops = {"forget": {"degenerate": 0.9}, "retain": {"degenerate": 0.0}}
     sign = judge(scored(0.0, 0.95, broken=False, outputs=loops), BEFORE).signs[3]
-    assert (sign.state, sign.detail) == ("partly", "degenerate: 90% of forget texts, 0% of retain texts")
+    assert (sign.state, sign.detail) == ("partly", "degenerate on forget rows 90%, degenerate on retain rows 0%")
+    babble = judge(scored(0.0, 0.95, broken=False, outputs={"forget": {"repetition": 0.4}}), BEFORE)
+    assert babble.signs[3].state == "partly" and babble.word.endswith("babbles where it forgot")
     assert judge(scored(0.0, 0.95, broken=False), BEFORE).signs[3].state == "yes"
 
 

@@ -9,9 +9,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neko_lean.data import Row, read_rows
-from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.modeling import load_model, load_tokenizer, split
 from neko_lean.scoring import generation
-from neko_lean.scoring.generation import WINDOW, generate, settled
+from neko_lean.scoring.generation import WINDOW, generate, settled, spoken
 from neko_lean.scoring.task import row_score
 from tests.helpers import LUME, make_rows, random_model
 
@@ -87,14 +87,42 @@ def test_the_checkpoints_own_generation_config_is_not_used(world, tmp_path):
     assert [one.text for one in got] == one_at_a_time(lm, tokenizer, rows, 10)
 
 
-def test_spaces_are_cleaned_up_and_special_tokens_dropped(world, tmp_path, monkeypatch):
-    folder = random_model(world, tmp_path / "m")
-    lm = load_model(folder, torch.float32, torch.device("cpu"))
-    tokenizer = load_tokenizer(folder)
+def test_spaces_are_cleaned_up_and_special_tokens_dropped(world, model):
+    tokenizer = load_tokenizer(model)
     said = tokenizer("It is n't here , is it ? " + tokenizer.eos_token)["input_ids"]
-    monkeypatch.setattr(lm.model, "generate", lambda ids, **_: torch.cat([ids, torch.tensor([said])], dim=1))
-    ((_, got),) = next(generate(lm, tokenizer, make_rows("Foo", 1)[1:2], batch_size=1, max_new_tokens=9))
+    got = spoken(tokenizer, said, 3, "eos")
     assert got.text == "It isn't here, is it? " and got.ended == "eos"
+    assert got.window == cleaned_up(tokenizer.decode(said[:3]))
+
+
+@pytest.mark.parametrize("family", ["GPT2", "Bloom", "OPT", "Mistral", "Mamba"])
+def test_every_kind_of_model_decodes_as_it_does_alone(world, model, family):
+    """Learned positions, ALiBi, a sliding window; and a model whose state is no key-value cache is refused or right."""
+    tokenizer = load_tokenizer(model)
+    config, family_model = small(family, len(tokenizer))
+    torch.manual_seed(1)
+    lm = split(family_model(config).eval())
+    with torch.no_grad():
+        lm.head.mul_(20)
+    rows = some_rows()[:12]
+    got = in_order(lm, tokenizer, rows, batch_size=5, max_new_tokens=14)
+    assert [one.text for one in got] == one_at_a_time(lm, tokenizer, rows, 14)
+
+
+def small(family, vocabulary):
+    """Config and class of a two-layer model of another family."""
+    import transformers
+
+    sizes = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2}
+    if family in ("OPT", "Mistral", "Bloom", "GPT2"):
+        sizes |= {"num_attention_heads": 4}
+    more = {
+        "Mistral": {"intermediate_size": 64, "num_key_value_heads": 2, "sliding_window": 8},
+        "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 1024},
+        "Mamba": {"state_size": 8},
+    }.get(family, {})
+    name = f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
+    return getattr(transformers, f"{family}Config")(**sizes, **more), getattr(transformers, name)
 
 
 def test_prompts_may_be_given_as_tokens(world, tmp_path):
