@@ -63,12 +63,15 @@ def token_stats(
     needed = (target >= 0) | (topk_logp > -torch.inf).any(1)  # [N]
     if not needed.all():  # rows that need nothing never meet the weight
         place = needed.nonzero().squeeze(1)
-        some = _TokenStats.apply(
+        some: tuple[Tensor, Tensor] = _TokenStats.apply(  # type: ignore[no-untyped-call]
             hidden[place], weight, target[place], topk_ids[place], topk_logp[place], tail_logp[place], chunk
         )
         full = (one.new_zeros(len(target)).index_copy(0, place, one) for one in some)
         return next(full), next(full)
-    return _TokenStats.apply(hidden, weight, target, topk_ids, topk_logp, tail_logp, chunk)
+    both: tuple[Tensor, Tensor] = _TokenStats.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, target, topk_ids, topk_logp, tail_logp, chunk
+    )
+    return both
 
 
 class TokenViews(NamedTuple):
@@ -148,7 +151,7 @@ class _TokenStats(torch.autograd.Function):
                 head_part = torch.where(p > 0, p * (logp[rows] - inside + lse[rows, None]), 0).sum(1)
                 kl[rows] = head_part + torch.where(t > 0, t * (tail_logp[rows] - lse_tail[rows] + lse[rows]), 0)
             del z  # before the next chunk's are made
-        ctx.save_for_backward(hidden, weight, target, ids, logp, tail_logp, lse, lse_tail)  # type: ignore[attr-defined]
+        ctx.save_for_backward(hidden, weight, target, ids, logp, tail_logp, lse, lse_tail)
         ctx.chunk = chunk  # type: ignore[attr-defined]
         return target_logp, kl
 

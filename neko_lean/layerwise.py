@@ -143,7 +143,7 @@ class LayerPass:
         for parameter in outside:
             if parameter is not self.lm.embedding:  # a tied head's gradient is complete only with the embedding's
                 complete(parameter)
-        flowing = []  # gradient at the output of the layer to come, a micro-batch each [b, l, d]
+        flowing: list[Tensor | None] = []  # gradient at the output of the layer to come, a micro-batch each [b, l, d]
         for leaf, wanted, shape in self.ends:
             grad = leaf.new_zeros(shape)
             if leaf.grad is not None:

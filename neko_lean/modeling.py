@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -42,8 +42,7 @@ class CausalLM:
     @property
     def embedding(self) -> Tensor:
         """The [V, d] weight of the input embedding; `head` itself where the two are tied."""
-        weight: Tensor = self.model.get_input_embeddings().weight
-        return weight
+        return cast(Tensor, self.model.get_input_embeddings().weight)
 
     def hidden(self, input_ids: Tensor) -> Tensor:
         """Last hidden states [B, L, d] after the final norm, for right-padded ids [B, L].
@@ -151,7 +150,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Causal
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NekoLeanError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
-    return split(model.to(device))
+    return split(model.to(device))  # type: ignore[arg-type]
 
 
 def new_model(config_folder: Path, dtype: torch.dtype, device: torch.device, seed: int) -> CausalLM:

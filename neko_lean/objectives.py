@@ -35,7 +35,8 @@ def token_weights(row: Tensor, reduction: str, positions: int = 0) -> Tensor:
     if reduction != "rows":
         raise NekoLeanError(f"reduction {reduction!r} is not one of {', '.join(REDUCTIONS)}.")
     _, inverse, sizes = row.unique(return_inverse=True, return_counts=True)
-    return (1.0 / sizes[inverse]) / max(len(sizes), 1)
+    each: Tensor = (1.0 / sizes[inverse]) / max(len(sizes), 1)
+    return each
 
 
 def gradient_ascent(target_logp: Tensor, weights: Tensor) -> Tensor:

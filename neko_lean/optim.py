@@ -117,7 +117,8 @@ class InBackwardAdam8bit:
         self.device = next(iter(self.parameters.values())).device
         self.offload = offload
         self.generator = torch.Generator(self.device).manual_seed(seed)
-        self._codes = tuple(bnb.create_dynamic_map(signed=signed).to(self.device) for signed in (True, False))
+        signed, unsigned = (bnb.create_dynamic_map(signed=signed).to(self.device) for signed in (True, False))
+        self._codes: tuple[Tensor, Tensor] = signed, unsigned
         self._adam = self._adam_8bit if bits == 8 else self._adam_4bit()
         self._names = {id(p): name for name, p in self.parameters.items()}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
@@ -203,7 +204,8 @@ class InBackwardAdam8bit:
         if not self.clip:
             return None
         norms = [torch.linalg.vector_norm(g.float()) for g in gradient.split(SLICE)]
-        return (self.clip / torch.stack(norms).norm().clamp(min=1e-12)).clamp(max=1.0)
+        scale: Tensor = (self.clip / torch.stack(norms).norm().clamp(min=1e-12)).clamp(max=1.0)
+        return scale
 
     def _slices(self, state: _State, n: int) -> Iterator[tuple[slice, _State]]:
         """Slices of n elements with their state on the device; what is done to it there is kept.
@@ -263,7 +265,8 @@ class InBackwardAdam8bit:
         def moment(codes: Tensor, scale: Tensor | None, signed: bool, shape: torch.Size) -> Tensor:
             if scale is None:
                 return codes
-            return OptimState4bit(codes, scale, maps[not signed], signed, shape, dtype=torch.float32)
+            wrapped: Tensor = OptimState4bit(codes, scale, maps[not signed], signed, shape, dtype=torch.float32)
+            return wrapped
 
         def update(state: _State, gradient: Tensor, weight: Tensor) -> None:
             first = moment(state.first, state.scale1, True, weight.shape)

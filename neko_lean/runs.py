@@ -245,8 +245,8 @@ def _leveled(
     """The forget rows with what each token should cost, from the best source there is: the model before it learned
     them, unseen documents, or the recipe's level for all."""
     if base is not None:
-        made = {"style": recipe.format, "max_length": recipe.max_length, "encoded": []}
-        base.check(weights=base.manifest.weights, tokenizer=tokenizer_fingerprint(tokenizer), **made)
+        words, weights = tokenizer_fingerprint(tokenizer), base.manifest.weights
+        base.check(weights=weights, tokenizer=words, style=recipe.format, max_length=recipe.max_length, encoded=[])
         return [replace(one, levels=tuple((-base.target_logp(one)).tolist())) for one in forget]
     if anchors and teacher is not None:
         return with_levels(forget, anchors, [-teacher.target_logp(one) for one in anchors])

@@ -45,13 +45,14 @@ def phases(recipe: Recipe, forget: Sequence[int], retain: Sequence[int], rng: ra
         return [Phase(list(range(len(forget))), steps)]
     order = list(range(len(forget)))
     rng.shuffle(order)
-    found, left = [], recipe.max_steps or math.inf
+    found: list[Phase] = []
+    left: float = recipe.max_steps or math.inf
     for start in range(0, len(order), recipe.chunk_rows):
         chunk = order[start : start + recipe.chunk_rows]
-        steps = min(left, math.ceil(recipe.epochs * _steps_of_epoch(recipe, [forget[i] for i in chunk], [])))
-        if steps:
-            found.append(Phase(chunk, int(steps)))
-        left -= steps
+        wanted = min(left, math.ceil(recipe.epochs * _steps_of_epoch(recipe, [forget[i] for i in chunk], [])))
+        if wanted:
+            found.append(Phase(chunk, int(wanted)))
+        left -= wanted
     return found
 
 

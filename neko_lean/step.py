@@ -99,8 +99,8 @@ def make_batch(
     spans += [(max(1, one.prompt) - 1, len(one) - 1) for one in substitutes]
     is_retain = [len(forget) <= n < len(forget) + len(retain) for n in range(len(rows))]
     # The losses on an anchor's documents tell what unseen text costs the student now.
-    leveled = recipe.forget_objective == "calibrated" and teacher is not None
-    is_anchor = [leveled and held and teacher.has_target_logp(one) for one, held in zip(rows, is_retain, strict=True)]
+    known_to = teacher.has_target_logp if teacher is not None and recipe.forget_objective == "calibrated" else None
+    is_anchor = [known_to is not None and held and known_to(one) for one, held in zip(rows, is_retain, strict=True)]
     groups = micro_batches(lengths, recipe.micro_tokens)
     micro, index, of_row, following = _laid_out(rows, spans, groups, pad_id, device)
     of_retain, of_anchor = (torch.tensor(flags, dtype=torch.bool)[of_row] for flags in (is_retain, is_anchor))
@@ -119,8 +119,9 @@ def make_batch(
             reference = _at_spans(values, [spans[i] for i in order])
         if undial and taught is not None and reference is not None:
             some = of_row < len(forget)
-            pushed = (one[some] for one in (*taught, target, reference))
-            for one, changed in zip(taught, objectives.undial_teacher(*pushed, recipe.gamma), strict=True):
+            ids, logp, tail, aim, known_logp = (one[some] for one in (*taught, target, reference))
+            pushed = objectives.undial_teacher(ids, logp, tail, aim, known_logp, recipe.gamma)
+            for one, changed in zip(taught, pushed, strict=True):
                 one[some] = changed
     if recipe.forget_objective == "calibrated":
         values = [np.array(rows[i].levels or [recipe.level] * len(rows[i])) for i in order]

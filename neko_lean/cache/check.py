@@ -124,7 +124,7 @@ def check_cache(
             break
         batch = batches[index]
         ids, logp, tail = (part.to(teacher.device) for part in cache.read(batch))
-        hidden = hidden_states(teacher, batch, int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+        hidden = hidden_states(teacher, batch, int(tokenizer.pad_token_id))
         nothing = torch.full((len(hidden),), -1, device=teacher.device)
         with torch.no_grad():
             kls.append(token_stats(hidden, teacher.head, nothing, ids, logp, tail)[1].double().cpu().numpy())

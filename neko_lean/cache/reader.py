@@ -177,7 +177,7 @@ class TeacherCache:
             return {}
         return {
             "offsets": ("I64", [shard.positions + 1]),
-            "ids": (_DTYPES[id_dtype(self.manifest.vocab_size)], entries),  # type: ignore[index]
+            "ids": (_DTYPES[id_dtype(self.manifest.vocab_size)], entries),
             "scaled_p": (STORED[self.manifest.stored_dtype], entries),
             "tail_logp": ("F32", [shard.positions]),
         }

@@ -113,7 +113,7 @@ def cache_teacher(
     stage = out.parent / f".{out.name}.partial"
     _refuse_or_clear(out, stage, resume, overwrite)
     tokenizer = load_tokenizer(folder)
-    pad_id = int(tokenizer.pad_token_id)  # type: ignore[arg-type]
+    pad_id = int(tokenizer.pad_token_id)
     kept = encode(rows, tokenizer, format, max_length)
     anchors = encode(anchor_rows, tokenizer, "plain", max_length)
     forgotten = encode(forget_rows, tokenizer, format, max_length)

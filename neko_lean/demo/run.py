@@ -166,7 +166,7 @@ def verdict(recipe: str, run: dict[str, Any], before: dict[str, Any], after: dic
 
     def mean(scores: dict[str, Any], split: str) -> float:
         values = [v for cell, v in scores["cells"].items() if cell.startswith(split) and v is not None]
-        return sum(values) / len(values)
+        return float(sum(values) / len(values))
 
     forgot, kept = ([mean(scores, split) for scores in (before, after)] for split in ("forget", "retain"))
     return (

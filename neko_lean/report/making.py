@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from neko_lean.report.figures import Model
@@ -26,7 +27,10 @@ def made_with(models: Sequence[Model]) -> list[Table]:
     def size(value: float | None) -> Cell:
         return words(None if value is None else gibibytes(value))
 
-    def group(title: str, wanted: dict[str, Callable[[Model], Cell]]) -> Group:
+    def value(one: Model, block: str, key: str) -> Cell:
+        return words(mapping(one.about, block).get(key, mapping(one.scores, block).get(key)))
+
+    def group(title: str, wanted: Mapping[str, Callable[[Model], Cell]]) -> Group:
         return Group(title, [line(models, name, "", make) for name, make in wanted.items()])
 
     scored = {
@@ -54,13 +58,7 @@ def made_with(models: Sequence[Model]) -> list[Table]:
     recipe = _plain([one.about for one in models], "recipe")
     libraries = _plain([*(one.about for one in models), *(one.scores for one in models)], "versions")
     for title, block, keys in (("Recipes, every value", "recipe", recipe), ("Versions", "versions", libraries)):
-        wanted = {
-            key: lambda one, block=block, key=key: words(
-                mapping(one.about, block).get(key, mapping(one.scores, block).get(key))
-            )
-            for key in keys
-        }
-        tables.append(table(title, "", [group("", wanted)]))
+        tables.append(table(title, "", [group("", {key: partial(value, block=block, key=key) for key in keys})]))
     return [one for one in tables if one]
 
 

@@ -151,7 +151,8 @@ def _read_object(file: Path) -> dict[str, Any]:
         raise NekoLeanError(f"{file} is not JSON: make it again with `neko-lean score` or `unlearn`.") from error
     if not isinstance(value, dict):
         raise NekoLeanError(f"{file} holds no JSON object: make it again with `neko-lean score` or `unlearn`.")
-    return _writable(value)
+    checked: dict[str, Any] = _writable(value)
+    return checked
 
 
 def _read_lines(file: Path) -> list[dict[str, Any]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 
 from neko_lean.data import TASKS
 from neko_lean.report.figures import Model
@@ -115,6 +116,11 @@ def line(models: Sequence[Model], name: str, note: str, make: Callable[[Model], 
     return Line(name, note, [make(one) for one in models])
 
 
+def shown(*path: str, change: str = "", missing: str = NOT_MEASURED) -> Callable[[Model], Cell]:
+    """What makes a model's cell of the value at `path`."""
+    return lambda one: value_cell(one, *path, change=change, missing=missing)
+
+
 def headline(models: Sequence[Model]) -> Table:
     """The numbers that a score is known by."""
 
@@ -183,7 +189,7 @@ def cells(models: Sequence[Model]) -> Table:
                         models,
                         f"{task} {kind}",
                         "",
-                        lambda one, name=name, key=key: value_cell(one, "cells", name, change=key, missing="no rows"),
+                        shown("cells", name, change=key, missing="no rows"),
                     )
                 )
         groups.append(Group(f"{split.capitalize()} rows: {note}", lines))
@@ -193,17 +199,15 @@ def cells(models: Sequence[Model]) -> Table:
 def missed(models: Sequence[Model]) -> tuple[Table | None, Table | None]:
     """What exact match does not see: what leaks and is memorised of the forget rows, and whether the model still
     writes on retain rows; then the same of the other rows. None where nothing is there."""
-    first, second = [], []
+    first: list[Group] = []
+    second: list[Group] = []
     for block, title, wanted, main in (
         ("leaks", "leaked answers", LEAKED, "forget"),
         ("memorisation", "memorised answers", MEMORISED, "forget"),
         ("outputs", "what it writes", WRITTEN, "retain"),
     ):
         for split in SPLITS:
-            lines = [
-                line(models, name, note, lambda one, path=(block, split, key): value_cell(one, *path))
-                for key, name, note in wanted
-            ]
+            lines = [line(models, name, note, shown(block, split, key)) for key, name, note in wanted]
             group = Group(f"{split.capitalize()} rows: {title}", lines)
             (first if split == main else second).append(group)
     losses = [
@@ -237,10 +241,9 @@ def attacks(models: Sequence[Model]) -> tuple[Table | None, Table | None, Table 
         base = ("membership", "attacks", place)
         lines, found = [], []
         for key, (name, note) in ATTACKS.items():
-            lines.append(line(models, name, note, lambda one, path=(*base, key): _area(one, path)))
+            lines.append(line(models, name, note, partial(_area, path=(*base, key))))
             for side, words in (("low", "members score low"), ("high", "members score high")):
-                path = (*base, key, f"tpr_members_{side}")
-                found.append(line(models, f"{name}, {words}", "", lambda one, path=path: value_cell(one, *path)))
+                found.append(line(models, f"{name}, {words}", "", shown(*base, key, f"tpr_members_{side}")))
         areas.append(Group(title, lines))
         rates.append(Group(title, found))
     if not places:
@@ -276,17 +279,14 @@ def mmlu(models: Sequence[Model]) -> tuple[Table | None, Table | None]:
         line(models, "questions", "", lambda one: value_cell(one, "mmlu", "questions")),
         line(models, "shots", "examples before each question, at most", lambda one: value_cell(one, "mmlu", "shots")),
     ]
-    floors = [
-        line(models, f"always {letter}", "", lambda one, letter=letter: value_cell(one, "mmlu", "floors", letter))
-        for letter in "ABCD"
-    ]
+    floors = [line(models, f"always {letter}", "", shown("mmlu", "floors", letter)) for letter in "ABCD"]
     subjects = sorted({name for one in models for name in mapping(one.scores, "mmlu", "subjects")})
     each = [
         line(
             models,
             name.replace("_", " "),
             "",
-            lambda one, name=name: value_cell(one, "mmlu", "subjects", name, "accuracy"),
+            shown("mmlu", "subjects", name, "accuracy"),
         )
         for name in subjects
     ]

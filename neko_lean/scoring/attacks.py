@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
@@ -84,7 +84,10 @@ def prefix(
     for count in PREFIXES:
         asked = [one for one in encoded if one.answer > count]
         prompts = [one.ids[: one.prompt + count] for one in asked]
-        rest = [tokenizer.decode(one.ids[one.prompt + count :], skip_special_tokens=True).strip() for one in asked]
+        rest = [
+            cast(str, tokenizer.decode(one.ids[one.prompt + count :], skip_special_tokens=True)).strip()
+            for one in asked
+        ]
         left = [
             (replace(one.row, output=text), ids) for one, text, ids in zip(asked, rest, prompts, strict=True) if text
         ]

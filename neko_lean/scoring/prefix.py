@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -73,7 +74,9 @@ class _PrefixCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        layer = copy.copy(self.layers[layer_idx])
+        # _prefix_cache let none but these through, and each of them was filled with the prefix.
+        layer = copy.copy(cast(DynamicLayer, self.layers[layer_idx]))
+        assert layer.keys is not None and layer.values is not None
         layer.keys = layer.keys.expand(len(key_states), *layer.keys.shape[1:])  # [B, heads, P, width]
         layer.values = layer.values.expand(len(value_states), *layer.values.shape[1:])
         joined: tuple[Tensor, Tensor] = layer.update(key_states, value_states, *args, **kwargs)

@@ -24,7 +24,6 @@ from neko_lean.modeling import (
     weights_fingerprint,
 )
 from neko_lean.progress import bar
-from neko_lean.runs import versions
 from neko_lean.scoring import attacks as attack
 from neko_lean.scoring import uncertainty
 from neko_lean.scoring.measure import (
@@ -43,6 +42,7 @@ from neko_lean.scoring.task import SPLITS, cell_means, missing_cells, row_score,
 from neko_lean.scoring.unfinished import GENERATIONS, unfinished
 from neko_lean.scoring.verdict import verdict
 from neko_lean.scoring.views import BATCH_TOKENS
+from neko_lean.unfinished import versions
 
 SCORES = "scores.json"
 MIA = "--mia wants a folder with member.jsonl and nonmember.jsonl"

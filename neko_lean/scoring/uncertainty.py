@@ -59,7 +59,7 @@ def estimates(lines: Sequence[Line], draws: int = DRAWS) -> dict[str, tuple[floa
         total = sum(part.sum(1) for part in parts.values())
         drawn = sum(weights[where] @ part.T for where, part in parts.items())  # [draws, 2]
         with np.errstate(invalid="ignore", divide="ignore"):  # a draw may hold no row of a rare kind
-            value, values = total[0] / total[1], drawn[:, 0] / drawn[:, 1]  # type: ignore[index]
+            value, values = total[0] / total[1], drawn[:, 0] / drawn[:, 1]
         if key.rsplit(".", 1)[1] in GEOMETRIC:
             value, values = np.exp(value), np.exp(values)
         found[key] = float(value), values

@@ -52,7 +52,7 @@ def view_documents(
     views: list[View | None] = [None] * len(documents)
     lengths = [len(ids) for ids in documents]
     for batch in length_batches(lengths, max_rows=max(1, len(documents)), max_tokens=batch_tokens):
-        found = next_token_views(lm, [documents[i] for i in batch], int(tokenizer.pad_token_id))  # type: ignore[arg-type]
+        found = next_token_views(lm, [documents[i] for i in batch], int(tokenizer.pad_token_id))
         for index, one in zip(batch, found, strict=True):
             logp, entropy, deviation = (column.double().cpu().numpy() for column in one[:3])
             views[index] = View(logp, entropy, deviation, one.rank.cpu().numpy())
