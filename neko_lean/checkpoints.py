@@ -25,6 +25,7 @@ from torch import Tensor
 
 from neko_lean.cache.format import MANIFEST, UNSIGNED, file_sha256, is_signed, sign
 from neko_lean.errors import explained_write_errors, sync, sync_tree
+from neko_lean.trust import is_inside
 
 FORMAT_VERSION = 1
 STATE = "state.json"
@@ -168,6 +169,8 @@ def damage(folder: Path) -> str | None:
             return f"{MANIFEST} was changed"
         for name, wanted in manifest["files"].items():
             path = folder / name
+            if not is_inside(folder, name):
+                return f"{MANIFEST} names {name!r}, which lies elsewhere"
             if not path.is_file():
                 return f"{name} is missing"
             if path.stat().st_size != wanted["bytes"]:

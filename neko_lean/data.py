@@ -137,9 +137,9 @@ def _checked(raw: dict[str, Any], where: str) -> Row:
         if not value.strip():
             raise NekoLeanError(f"{where}, column {column}: is empty.")
     if _ID.match(raw["id"]) is None:
-        raise NekoLeanError(f"{where}, column id: {raw['id']!r} ends in neither sc<N> nor qa<N>.")
+        raise NekoLeanError(f"{where}, column id: ends in neither sc<N> nor qa<N>.")
     if raw["task"] not in TASKS:
-        raise NekoLeanError(f"{where}, column task: {raw['task']!r} is not one of {', '.join(TASKS)}.")
+        raise NekoLeanError(f"{where}, column task: is not one of {', '.join(TASKS)}.")
     return Row(*(raw[column] for column in COLUMNS))
 
 

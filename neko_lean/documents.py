@@ -30,7 +30,7 @@ def read_documents(path: Path, hint: str) -> list[Document]:
             raise NekoLeanError(f"{path}, row {number}, column document: expected text.")
         task = raw.get("task", TASK)
         if task not in (TASK, *TASKS):
-            raise NekoLeanError(f"{path}, row {number}, column task: {task!r} is not one of {', '.join(TASKS)}.")
+            raise NekoLeanError(f"{path}, row {number}, column task: is not one of {', '.join(TASKS)}.")
         documents.append(Document(text, task))
     if not documents:
         raise NekoLeanError(f"{path} holds no documents.")

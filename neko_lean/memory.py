@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from neko_lean.head import CHUNK_ELEMENTS
 from neko_lean.layerwise import LayerPass, decoder_layers, freeze
-from neko_lean.modeling import CausalLM, checkpoint_activations, model_folder, model_name
+from neko_lean.modeling import CausalLM, checkpoint_activations, load_config, model_folder, model_name
 from neko_lean.optim import SLICE, UPDATE_BYTES, state_size
 from neko_lean.recipes import Recipe, load_recipe
 from neko_lean.step import chosen_hidden
@@ -223,11 +223,9 @@ def _fitting(
 
 def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
     """A model without storage from its config; under FakeTensorMode only."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    shape = config
-    if isinstance(config, Path):
-        shape = AutoConfig.from_pretrained(config, local_files_only=True, trust_remote_code=False)
+    shape = load_config(config) if isinstance(config, Path) else config
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False).eval()
     return CausalLM(model, model.base_model, model.get_output_embeddings().weight)
 

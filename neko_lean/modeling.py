@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,11 +20,14 @@ from torch import Tensor, nn
 from neko_lean.data import pad
 from neko_lean.errors import NekoLeanError
 from neko_lean.head import TokenViews, logits, token_stats, token_views
+from neko_lean.trust import is_plain, reason, refuse_untrusted
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
+# A commit, branch or tag; it must not lead out of the hub's cache, where it becomes a file's name.
+_HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>(?!.*\.\.)[\w-][\w./-]*))?")
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
@@ -95,23 +99,29 @@ def pick_dtype(name: str) -> torch.dtype:
 
 
 def model_folder(model: str | Path, *, config_only: bool = False) -> Path:
-    """The local folder of a checkpoint; a hub name ('owner/name') is downloaded (with `config_only` no more than
-    config.json), anything else is an error."""
+    """The local folder of a checkpoint; a hub name ('owner/name', or 'owner/name@revision') is downloaded (with
+    `config_only` no more than config.json), anything else is an error."""
     path = Path(model)
-    if path.is_dir():
-        if not (path / "config.json").is_file():
-            raise NekoLeanError(f"{path} holds no config.json: it is not a Hugging Face checkpoint folder.")
-        return path
-    text = str(model)
-    if path.exists() or text.count("/") != 1 or text.startswith((".", "/", "~")):
+    if not path.is_dir():
+        path = _from_hub(str(model), path, config_only)
+    if not (path / "config.json").is_file():
+        raise NekoLeanError(f"{path} holds no config.json: it is not a Hugging Face checkpoint folder.")
+    refuse_untrusted(path)
+    return path
+
+
+def _from_hub(text: str, path: Path, config_only: bool) -> Path:
+    """The one place that uses the network, and by HF_HUB_OFFLINE=1 it does not either."""
+    named = _HUB_NAME.fullmatch(text)
+    if path.exists() or named is None:
         raise NekoLeanError(f"{text} is neither a checkpoint folder nor a hub name (owner/name).")
     from huggingface_hub import snapshot_download
 
     try:
-        return Path(snapshot_download(text, allow_patterns=["config.json"] if config_only else _HUB_FILES))
+        files = ["config.json"] if config_only else _HUB_FILES
+        return Path(snapshot_download(named["name"], revision=named["revision"], allow_patterns=files))
     except Exception as error:  # the hub's client raises a dozen types; all of them mean that there is no model
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise NekoLeanError(f"{text} is no local folder, and the hub did not give it: {reason}") from error
+        raise NekoLeanError(f"{text} is no local folder, and the hub did not give it: {reason(error)}") from error
 
 
 def model_name(model: str | Path) -> str:
@@ -127,7 +137,8 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        raise NekoLeanError(f"{folder} holds no tokenizer that transformers can load.") from error
+        why = f": {reason(error)}" if "trust_remote_code" in str(error) else ""
+        raise NekoLeanError(f"{folder} holds no tokenizer that transformers can load{why}.") from error
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # Without its files transformers makes up an empty tokenizer of the model's family.
         raise NekoLeanError(f"{folder} holds no tokenizer: its files (tokenizer.json and the like) are missing.")
@@ -148,16 +159,26 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Causal
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise NekoLeanError(f"{folder} cannot be loaded as a causal language model: {reason}") from error
+        raise NekoLeanError(f"{folder} cannot be loaded as a causal language model: {reason(error)}") from error
     return split(model.to(device))  # type: ignore[arg-type]
+
+
+def load_config(folder: Path) -> PreTrainedConfig:
+    """What config.json says, as transformers' own class for that kind of model."""
+    from transformers import AutoConfig
+
+    try:
+        config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise NekoLeanError(f"{folder / 'config.json'} is no model that transformers has: {reason(error)}") from error
+    return config
 
 
 def new_model(config_folder: Path, dtype: torch.dtype, device: torch.device, seed: int) -> CausalLM:
     """A model with random weights from config.json alone, the same for the same seed."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(config_folder, local_files_only=True, trust_remote_code=False)
+    config = load_config(config_folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
@@ -200,14 +221,17 @@ def checkpoint_activations(model: PreTrainedModel) -> None:
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint; NekoLeanError when there are none or one is missing."""
     index = folder / "model.safetensors.index.json"
-    if index.is_file():
+    if index.is_file() and not (folder / "model.safetensors").is_file():  # transformers, too, takes the one file first
         try:
             names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, AttributeError) as error:
+        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
             raise NekoLeanError(f"{index} is not a readable index of weights.") from error
+        strange = next((name for name in names if not is_plain(name)), None)
+        if strange is not None:
+            raise NekoLeanError(f"{index} names {strange!r}, which is no file of its folder: get the checkpoint again.")
     else:
         names = ["model.safetensors"]
-    files = [folder / Path(name).name for name in names]
+    files = [folder / name for name in names]
     for file in files:
         if not file.is_file():
             raise NekoLeanError(f"{folder} lacks {file.name}: neko-lean reads weights from safetensors only.")

@@ -68,7 +68,7 @@ def unlearn(
     student is loaded.
 
     Args:
-        model: checkpoint folder or hub name.
+        model: checkpoint folder, or hub name: owner/name or owner/name@revision.
         out: folder to write: a complete checkpoint with tokenizer, run.json and metrics.jsonl. Appears when complete.
         forget, retain: parquet, jsonl or csv files, or folders holding `forget.*` and `retain.*`.
         cache: folder that cache_teacher wrote for this model and these retain rows.
@@ -188,7 +188,7 @@ def memorize(
     """Fine-tune `model` on the rows of `data` with cross-entropy: makes a target model, or a retain-only gold model.
 
     Args:
-        model: checkpoint folder or hub name; a folder with config.json and tokenizer but no weights starts at random.
+        model: as for unlearn; a folder with config.json and tokenizer but no weights starts at random.
         data: folder holding `forget.*` and `retain.*` (with `split`: `forget_<split>.*`, ...).
         out: folder to write, as for unlearn.
         sets: which of the two to learn; ('retain',) makes the gold model.

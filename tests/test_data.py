@@ -48,10 +48,10 @@ def test_a_literal_quote_in_an_id_stays():
         ({"output": None}, ["row 2", "column output", "NoneType"]),
         ({"output": " \n"}, ["row 2", "column output", "empty"]),
         ({"input": 7}, ["row 2", "column input", "int"]),
-        ({"id": "1xx1"}, ["row 2", "column id", "1xx1"]),
+        ({"id": "1xx1"}, ["row 2", "column id", "neither sc<N> nor qa<N>"]),
         ({"id": "sc1"}, ["row 2", "column id"]),
         ({"id": "1sc1"}, ["row 2", "column id", "row 1"]),
-        ({"task": "Task9"}, ["row 2", "column task", "Task9"]),
+        ({"task": "Task9"}, ["row 2", "column task", "not one of Task1"]),
     ],
 )
 def test_bad_rows_are_named(tmp_path, change, words):

@@ -77,7 +77,7 @@ def cache_teacher(
     """Write the teacher cache of `model` over the rows of `retain` to the folder `out`.
 
     Args:
-        model: checkpoint folder or hub name of the teacher.
+        model: checkpoint folder of the teacher, or hub name: owner/name or owner/name@revision.
         retain: parquet, jsonl or csv file, or a folder that holds `retain.*`.
         out: folder to write; it appears only when it is complete.
         forget: as `retain`; adds what npo, dpo and undial need: these rows' top-k, and the teacher's log-probability

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, command, emit
+from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, Revision, command, emit, pinned
 
 
 @command
@@ -28,6 +28,7 @@ def cache_teacher(
     format: Annotated[str, typer.Option(help="Prompt format, plain or neko; the recipe must use the same.")] = "plain",
     max_length: Annotated[int, typer.Option(help="Tokens a row is cut to.")] = 512,
     batch_tokens: Annotated[int, typer.Option(help="Positions of one forward pass.")] = 8192,
+    revision: Revision = None,
     device: Device = None,
     dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
     stored_dtype: Annotated[str, typer.Option(help="float16 or float32, for the stored probabilities.")] = "float16",
@@ -47,7 +48,7 @@ def cache_teacher(
     from neko_lean.cache import check_cache, inspect_cache
 
     made = run(
-        model,
+        pinned(model, revision),
         retain,
         out,
         forget=forget,
@@ -64,7 +65,7 @@ def cache_teacher(
         overwrite=overwrite,
         quiet=quiet,
     )
-    checked = check_cache(out, model, retain, check, device=device) if check else None
+    checked = check_cache(out, pinned(model, revision), retain, check, device=device) if check else None
     if json:
         emit({"cache": str(out), **inspect_cache(out), "check": checked})
     elif not quiet:

@@ -9,6 +9,7 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -17,6 +18,9 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.signals import Interrupted
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hub name (owner/name).")]
+Revision = Annotated[
+    str | None, typer.Option(metavar="REV", help="Commit, branch or tag of a MODEL on the hub.  [default: its newest]")
+]
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: the GPU where there is one]")]
 Seed = Annotated[int, typer.Option(help="Of the order of rows and of the rounding.")]
 SaveEvery = Annotated[
@@ -74,6 +78,15 @@ def _quieten_libraries() -> None:
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
+
+
+def pinned(model: str, revision: str | None) -> str:
+    """MODEL at --revision, as owner/name@revision: what is downloaded, and what files call the model."""
+    if revision is None:
+        return model
+    if Path(model).exists():
+        raise NekoLeanError(f"--revision is for a hub name, and {model} is here already: leave it out.")
+    return f"{model}@{revision}"
 
 
 def overrides(pairs: list[str] | None, **options: Any) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from neko_lean.cli.common import (
     Overwrite,
     Quiet,
     Resume,
+    Revision,
     SaveEvery,
     Seed,
     Set,
@@ -21,6 +22,7 @@ from neko_lean.cli.common import (
     command,
     emit,
     overrides,
+    pinned,
 )
 
 
@@ -41,6 +43,7 @@ def memorize(
     set_: Set = None,
     max_steps: MaxSteps = None,
     seed: Seed = 0,
+    revision: Revision = None,
     device: Device = None,
     save_every: SaveEvery = 0,
     resume: Resume = False,
@@ -55,7 +58,7 @@ def memorize(
     from neko_lean.runs import memorize as run
 
     result = run(
-        model,
+        pinned(model, revision),
         data,
         out,
         recipe=recipe,

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from neko_lean.cli.common import Json, Model, Set, command, emit, gibibytes, overrides
+from neko_lean.cli.common import Json, Model, Revision, Set, command, emit, gibibytes, overrides, pinned
 from neko_lean.errors import NekoLeanError
 from neko_lean.recipes import DEFAULT
 
@@ -21,6 +21,7 @@ def plan(
     ] = None,
     gpu: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of a card, as 8GB: what fits it?")] = None,
     set_: Set = None,
+    revision: Revision = None,
     json: Json = False,
 ) -> None:
     """Say what `unlearn` will need of a GPU's memory, and what two models would. Reads the config, no weights.
@@ -30,7 +31,7 @@ def plan(
     from neko_lean.memory import CONTEXT, plan_run
 
     size = _bytes(gpu) if gpu else None
-    found = plan_run(model, recipe, overrides(set_, batch_tokens=batch_tokens), size)
+    found = plan_run(pinned(model, revision), recipe, overrides(set_, batch_tokens=batch_tokens), size)
     if json:
         emit(found)
         return

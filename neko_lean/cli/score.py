@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, Seed, Split, command, emit
+from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, Revision, Seed, Split, command, emit, pinned
 
 
 @command
@@ -47,6 +47,7 @@ def score(
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a generation.")] = 256,
     seed: Seed = 0,
+    revision: Revision = None,
     device: Device = None,
     dtype: Annotated[
         str | None, typer.Option(help="float32 or bfloat16.  [default: float32 on a CPU, bfloat16 on a GPU]")
@@ -67,7 +68,7 @@ def score(
     from neko_lean.scoring.table import score_table
 
     result = run(
-        model,
+        pinned(model, revision),
         data,
         out,
         mia=mia,

@@ -15,6 +15,7 @@ from neko_lean.cli.common import (
     Overwrite,
     Quiet,
     Resume,
+    Revision,
     SaveEvery,
     Seed,
     Set,
@@ -22,6 +23,7 @@ from neko_lean.cli.common import (
     emit,
     gibibytes,
     overrides,
+    pinned,
 )
 from neko_lean.recipes import DEFAULT
 
@@ -51,6 +53,7 @@ def unlearn(
     ] = False,
     state_bits: Annotated[int | None, typer.Option(help="Of Adam's state: 8, or 4 with torchao installed.")] = None,
     seed: Seed = 0,
+    revision: Revision = None,
     device: Device = None,
     save_every: SaveEvery = 0,
     resume: Resume = False,
@@ -65,7 +68,7 @@ def unlearn(
     from neko_lean.runs import unlearn as run
 
     result = run(
-        model,
+        pinned(model, revision),
         out,
         forget,
         retain,

@@ -16,6 +16,7 @@ from typing import Any
 from neko_lean.data import read_jsonl
 from neko_lean.errors import NekoLeanError
 from neko_lean.report.values import text
+from neko_lean.trust import is_inside
 
 BEFORE = "before"
 WANTED = "give folders that `neko-lean score` or `unlearn` wrote, or one that holds them"
@@ -137,12 +138,15 @@ def _inside(folder: Path) -> list[Path]:
     inside = [
         one
         for one in folder.iterdir()
-        if one.is_dir() and any((one / f"{n}.json").is_file() for n in ("scores", "run"))
+        if one.is_dir()
+        and is_inside(folder, one.name)
+        and any((one / f"{n}.json").is_file() for n in ("scores", "run"))
     ]
     return sorted(inside, key=lambda one: (order.index(one.name) if one.name in order else len(order), one.name))
 
 
 def _read_object(file: Path) -> dict[str, Any]:
+    _refuse_elsewhere(file)
     try:
         value = json.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
@@ -155,10 +159,17 @@ def _read_object(file: Path) -> dict[str, Any]:
     return checked
 
 
+def _refuse_elsewhere(file: Path) -> None:
+    """A report is sent around: a link in a folder that somebody else made must not bring a file of ours into it."""
+    if not is_inside(file.parent, file.name):
+        raise NekoLeanError(f"{file} is a link that leads out of its folder: put the file itself there.")
+
+
 def _read_lines(file: Path) -> list[dict[str, Any]]:
     """The lines of a JSON Lines file; none where there is no file, as when texts were removed to be shared."""
     if not file.is_file():
         return []
+    _refuse_elsewhere(file)
     try:
         return [_writable(line) for line in read_jsonl(file)]
     except (ValueError, RecursionError) as error:

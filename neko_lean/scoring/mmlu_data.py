@@ -138,9 +138,10 @@ def _checked(row: Mapping[str, Any], where: str) -> Question:
     if not isinstance(text, str):
         raise NekoLeanError(f"{where}, column question: expected text, found {type(text).__name__}.")
     if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(choice, str) for choice in choices):
-        raise NekoLeanError(f"{where}, column choices: expected a list of four texts, found {choices!r}.")
+        raise NekoLeanError(f"{where}, column choices: expected a list of four texts.")
     if type(answer) is not int or answer not in range(4):
-        raise NekoLeanError(f"{where}, column answer: expected 0, 1, 2 or 3, found {answer!r}.")
+        found = answer if isinstance(answer, int) else type(answer).__name__  # a text is not quoted
+        raise NekoLeanError(f"{where}, column answer: expected 0, 1, 2 or 3, found {found}.")
     return Question(text, tuple(choices), answer)
 
 
@@ -158,7 +159,7 @@ def _csv_questions(file: Path) -> Iterator[Question]:
                     )
                 text, *choices, answer = row
                 if answer not in tuple(LETTERS):
-                    raise NekoLeanError(f"{where}, column 6: expected the answer A, B, C or D, found {answer!r}.")
+                    raise NekoLeanError(f"{where}, column 6: expected the answer A, B, C or D.")
                 yield Question(text, tuple(choices), LETTERS.index(answer))
     except (csv.Error, UnicodeDecodeError, OSError) as error:
         raise NekoLeanError(f"{file} is not a readable csv file ({_first_line(error)}).") from error

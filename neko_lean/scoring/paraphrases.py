@@ -31,7 +31,7 @@ def read_paraphrases(path: str | Path, rows: Sequence[Row]) -> list[Paraphrase]:
     for number, raw in enumerate(read_jsonl(file), start=1):
         where = f"{file}, row {number}"
         if raw.get("id") not in known:
-            raise NekoLeanError(f"{where}, column id: {raw.get('id')!r} is the id of no row that is scored.")
+            raise NekoLeanError(f"{where}, column id: is the id of no row that is scored.")
         texts = {name: raw.get(name) for name in ("input", "output")}
         for name, text in texts.items():
             if text is not None and not (isinstance(text, str) and text.strip()):

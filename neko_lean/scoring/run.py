@@ -42,6 +42,7 @@ from neko_lean.scoring.task import SPLITS, cell_means, missing_cells, row_score,
 from neko_lean.scoring.unfinished import GENERATIONS, unfinished
 from neko_lean.scoring.verdict import verdict
 from neko_lean.scoring.views import BATCH_TOKENS
+from neko_lean.trust import is_inside
 from neko_lean.unfinished import versions
 
 SCORES = "scores.json"
@@ -78,7 +79,7 @@ def score(
     """Score a checkpoint on forget and retain rows as the shared task does, and ask what its number hides.
 
     Args:
-        model: checkpoint folder or hub name.
+        model: checkpoint folder, or hub name: owner/name or owner/name@revision.
         data: folder holding `forget.*` and `retain.*` (with `split`: `forget_<split>.*`, ...).
         out: folder to write: scores.json, generations.jsonl, documents.jsonl. Appears only when it is complete.
         mia: folder holding member.jsonl and nonmember.jsonl; without it membership is not measured.
@@ -207,6 +208,8 @@ def read_score(folder: str | Path, rows: Sequence[Row] | None = None) -> dict[st
     for name in (SCORES, GENERATIONS):
         if not (path / name).is_file():
             raise NekoLeanError(f"{path} holds no {name}: give a folder that `score` wrote.")
+        if not is_inside(path, name):
+            raise NekoLeanError(f"{path / name} is a link that leads out of its folder: put the file itself there.")
     lines = list(read_jsonl(path / GENERATIONS))
     if not all("numbers" in line for line in lines):
         raise NekoLeanError(f"{path} was scored by an older neko-lean: score that model again.")

@@ -48,7 +48,7 @@ def view_documents(
     lm.model.eval()
     for number, ids in enumerate(documents):
         if len(ids) < 2:
-            raise NekoLeanError(f"document {number + 1} has fewer than two tokens, so it has no loss: {list(ids)}.")
+            raise NekoLeanError(f"document {number + 1} has fewer than two tokens, so it has no loss.")
     views: list[View | None] = [None] * len(documents)
     lengths = [len(ids) for ids in documents]
     for batch in length_batches(lengths, max_rows=max(1, len(documents)), max_tokens=batch_tokens):

@@ -26,7 +26,7 @@ def test_inputs_and_outputs(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ({"id": "nobody", "input": "x"}, "row 1, column id: 'nobody'"),
+        ({"id": "nobody", "input": "x"}, "row 1, column id: is the id of no row"),
         ({"id": ROWS[0].id}, "needs an input"),
         ({"id": ROWS[0].id, "input": " "}, "column input"),
         ({"id": ROWS[0].id, "output": "x"}, "together with wrong"),

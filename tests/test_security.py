@@ -1,0 +1,350 @@
+"""What a checkpoint, a cache or a row cannot do: run code, lead to files elsewhere, use the network, or be quoted."""
+
+import ast
+import json
+import os
+import shutil
+import socket
+import subprocess
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+import neko_lean
+from neko_lean.cache.format import CacheError, read_manifest, sign
+from neko_lean.checkpoints import damage, seal
+from neko_lean.cli import app
+from neko_lean.data import read_rows, write_jsonl
+from neko_lean.documents import read_documents
+from neko_lean.errors import NekoLeanError
+from neko_lean.modeling import load_tokenizer, model_folder, model_name, weight_files
+from neko_lean.report.read import collect
+from neko_lean.scoring.mmlu_data import read_mmlu
+from neko_lean.scoring.paraphrases import read_paraphrases
+from neko_lean.scoring.run import read_score
+from tests.helpers import make_rows, resign, write_rows
+
+PACKAGE = Path(neko_lean.__file__).parent
+MARKER = "Zanzibar"
+ELSEWHERE = ["../x", "a/../../x", "/etc/passwd", "..", ""]
+FORBIDDEN = {"subprocess", "pickle", "marshal", "shelve", "requests", "urllib", "socket"}
+NO_SOCKETS = """
+import socket, sys
+def refuse(*args, **kwargs):
+    print("CONNECTS", *args[:2], file=sys.stderr)
+    raise OSError("no network here")
+socket.socket.connect = socket.socket.connect_ex = socket.getaddrinfo = refuse
+from neko_lean.cli import main
+main()
+"""
+
+
+def call(*args):
+    return CliRunner().invoke(app, [str(arg) for arg in args])
+
+
+def change(file, **values):
+    """Lay `values` over a JSON object in a file."""
+    file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
+
+
+@pytest.fixture
+def copied(model, tmp_path):
+    """A checkpoint that a test may change, and weights beside it that it must not reach."""
+    folder = shutil.copytree(model, tmp_path / "model")
+    shutil.copy(folder / "model.safetensors", tmp_path / "x")
+    return folder
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    """Whatever would connect, or look a name up, fails and is listed."""
+    tried = []
+
+    def refuse(*args, **kwargs):
+        tried.append(args)
+        raise OSError("no network here")
+
+    for name in ("connect", "connect_ex"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    for name in ("getaddrinfo", "create_connection"):
+        monkeypatch.setattr(socket, name, refuse)
+    return tried
+
+
+def test_nothing_in_the_package_runs_a_shell_unpickles_or_trusts_code():
+    for file in PACKAGE.rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import | ast.ImportFrom):
+                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+                assert not {name.split(".")[0] for name in names} & FORBIDDEN, file
+            if isinstance(node, ast.Call):
+                called = ast.unparse(node.func)
+                assert called not in ("eval", "exec", "os.system", "os.popen", "torch.load", "np.load"), file
+                for keyword in node.keywords:
+                    if keyword.arg in ("trust_remote_code", "shell"):
+                        assert ast.unparse(keyword.value) == "False", file
+                assert not called.endswith("from_pretrained") or "local_files_only=True" in ast.unparse(node), file
+
+
+# What a checkpoint says of itself
+
+
+def test_code_in_a_checkpoint_is_never_run(copied, tmp_path, world):
+    (copied / "evil.py").write_text(f"import pathlib\npathlib.Path({str(tmp_path / 'ran')!r}).touch()\n")
+    classes = {"AutoConfig": "evil.Config", "AutoModelForCausalLM": "evil.Model"}
+    change(copied / "config.json", model_type="evil", architectures=["Evil"], auto_map=classes)
+    tokenizer = {"AutoTokenizer": ["evil.Tokenizer", "evil.Tokenizer"]}
+    change(copied / "tokenizer_config.json", tokenizer_class="EvilTokenizer", auto_map=tokenizer)
+    for args in (
+        ("plan", copied),
+        ("score", copied, "--data", world, "--out", tmp_path / "s"),
+        ("memorize", copied, "--data", world, "--out", tmp_path / "m"),
+        ("cache-teacher", copied, world, "--out", tmp_path / "c"),
+    ):
+        result = call(*args)
+        assert result.exit_code == 2 and "trust_remote_code" not in result.stderr, result.output
+        assert "runs none that came with a checkpoint" in result.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize("key", ["attn_implementation", "_attn_implementation", "experts_implementation"])
+@pytest.mark.parametrize("nested", [False, True])
+def test_code_on_the_hub_is_never_run(copied, no_network, key, nested):
+    value = {"text_config": {key: {"": "someone/kernel"}}} if nested else {key: "someone/kernel"}
+    change(copied / "config.json", **value)
+    with pytest.raises(NekoLeanError, match="run code from the hub"):
+        model_folder(copied)
+    assert not no_network
+
+
+@pytest.mark.parametrize("name", [*ELSEWHERE, "part/model.safetensors", 7])
+def test_an_index_of_weights_names_files_of_its_folder(copied, name):
+    (copied / "model.safetensors").unlink()
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
+    with pytest.raises(NekoLeanError, match="no file of its folder"):
+        weight_files(copied)
+
+
+def test_weights_are_those_that_the_fingerprint_is_of(copied):
+    # An index beside the one file: transformers reads the file.
+    (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x"}}))
+    assert weight_files(copied) == [copied / "model.safetensors"]
+    change(copied / "config.json", transformers_weights="../x")
+    with pytest.raises(NekoLeanError, match="transformers_weights"):
+        model_folder(copied)
+
+
+def test_an_adapter_is_refused(copied):
+    (copied / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": "/etc"}))
+    with pytest.raises(NekoLeanError, match="adapter"):
+        model_folder(copied)
+
+
+def test_a_tokenizers_files_are_in_its_folder(copied, tmp_path):
+    shutil.move(copied / "tokenizer.json", tmp_path / "tokenizer.json")
+    change(copied / "tokenizer_config.json", tokenizer_file=str(tmp_path / "tokenizer.json"))
+    with pytest.raises(NekoLeanError, match="tokenizer"):
+        load_tokenizer(copied)
+
+
+@pytest.mark.parametrize("text", [b"{", b"[" * 10**5, b"\xff"])
+def test_a_config_that_is_no_json_is_said_so(copied, text):
+    (copied / "config.json").write_bytes(text)
+    with pytest.raises(NekoLeanError, match="not readable JSON"):
+        model_folder(copied)
+
+
+# What manifests say
+
+
+@pytest.mark.parametrize("name", [*ELSEWHERE, "../shard-00000-of-00001.safetensors", "a/shard-00000-of-00001"])
+def test_a_cache_names_files_of_its_folder(cache, tmp_path, name):
+    folder = shutil.copytree(cache, tmp_path / "cache")
+    shards = json.loads((folder / "manifest.json").read_text())["shards"]
+    resign(folder, shards=[{**shards[0], "file": name}, *shards[1:]])
+    with pytest.raises(CacheError, match="no plain file name"):
+        read_manifest(folder / "manifest.json")
+
+
+@pytest.mark.parametrize("name", [*ELSEWHERE, "link"])
+def test_a_save_names_files_of_its_folder(tmp_path, name):
+    (tmp_path / "x").write_text("outside")
+    folder = tmp_path / "step-00000001"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "sub" / "state.json").write_text("{}")
+    seal(folder)
+    assert damage(folder) is None
+    (folder / "link").symlink_to(tmp_path / "x")
+    manifest = json.loads((folder / "manifest.json").read_text())
+    manifest |= {"files": {name: manifest["files"]["sub/state.json"]}, "checksum": "0" * 64}
+    (folder / "manifest.json").write_bytes(sign(json.dumps(manifest).encode()))
+    assert "lies elsewhere" in damage(folder)
+
+
+@pytest.mark.parametrize("name", ["scores.json", "generations.jsonl"])
+def test_scores_are_no_links_to_files_elsewhere(tmp_path, name):
+    (tmp_path / "private").write_text(json.dumps({"id": "a-sc1", "numbers": {}}) + "\n")
+    folder = tmp_path / "handed" / "scores"
+    folder.mkdir(parents=True)
+    (folder / "scores.json").write_text(json.dumps({"model": "m"}))
+    (folder / "generations.jsonl").write_text("")
+    (folder / name).unlink()
+    (folder / name).symlink_to("../../private")
+    for read in (lambda: collect([folder]), lambda: collect([folder.parent]), lambda: read_score(folder)):
+        with pytest.raises(NekoLeanError, match="link that leads out"):
+            read()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "s").symlink_to(folder)
+    with pytest.raises(NekoLeanError, match="holds neither"):
+        collect([tmp_path / "other"])
+
+
+# The network
+
+
+def test_local_folders_need_no_network(world, model, tmp_path, no_network, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda *_, **__: pytest.fail("went to the hub"))
+    data = ("--forget", world, "--retain", world, "--max-steps", 1, "--quiet")
+    mia = ("--mia", world / "mia", "--max-new-tokens", 2)
+    for args in (
+        ("cache-teacher", model, world, "--out", tmp_path / "cache", "--check", 2),
+        ("unlearn", model, *data, "--cache", tmp_path / "cache", "--out", tmp_path / "u"),
+        ("score", tmp_path / "u", "--data", world, *mia, "--out", tmp_path / "s"),
+        ("memorize", world / "base", "--data", world, "--out", tmp_path / "m", "--max-steps", 1),
+        ("plan", model),
+    ):
+        result = call(*args)
+        assert result.exit_code == 0, result.output
+    assert no_network == []
+
+
+def test_offline_a_hub_name_ends_in_a_sentence(tmp_path):
+    env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(PACKAGE.parent)}
+    command = [sys.executable, "-c", NO_SOCKETS, "plan", "owner/name"]
+    done = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert done.returncode == 2 and "CONNECTS" not in done.stderr, done.stderr
+    assert "error: owner/name is no local folder, and the hub did not give it" in done.stderr.splitlines()[-1]
+
+
+def test_a_revision_pins_what_is_fetched_and_is_written_down(world, model, tmp_path, monkeypatch):
+    import huggingface_hub
+
+    asked = []
+
+    def fetch(name, *, revision, allow_patterns):
+        asked.append((name, revision))
+        assert all(one.endswith((".json", ".safetensors", ".txt", ".model", ".jinja")) for one in allow_patterns)
+        return str(model)
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
+    pin = ("owner/name", "--revision", "abc123")
+    data = ("--forget", world, "--retain", world, "--max-steps", 1, "--quiet")
+    for args in (
+        ("cache-teacher", *pin, world, "--out", tmp_path / "cache"),
+        ("unlearn", *pin, *data, "--cache", tmp_path / "cache", "--out", tmp_path / "u"),
+        ("score", *pin, "--data", world, "--out", tmp_path / "s", "--max-new-tokens", 2),
+        ("memorize", *pin, "--data", world, "--out", tmp_path / "m", "--max-steps", 1),
+        ("plan", *pin),
+    ):
+        result = call(*args)
+        assert result.exit_code == 0, result.output
+    assert asked == [("owner/name", "abc123")] * 5
+    for file in ("cache/manifest.json", "u/run.json", "s/scores.json", "m/run.json"):
+        assert json.loads((tmp_path / file).read_text())["model"] == "owner/name@abc123"
+    model_folder("owner/name")
+    assert asked[-1] == ("owner/name", None) and model_name("owner/name") == "owner/name"
+    refused = call("plan", model, "--revision", "abc123")
+    assert refused.exit_code == 2 and "--revision is for a hub name" in refused.stderr
+    for strange in ("../../x", "a/../../x", "", "x y", "/etc"):
+        assert call("plan", "owner/name", "--revision", strange).exit_code == 2
+    assert len(asked) == 6
+
+
+# Personal data
+
+
+def test_no_row_is_quoted_by_the_commands(world, model, tmp_path, capfd):
+    """Rows whose every text holds a marker, through all commands, as talkative as they are by default."""
+    data = tmp_path / "data"
+    (data / "mia").mkdir(parents=True)
+    for name, prefix in (("forget", "Foo"), ("retain", "Rix")):
+        rows = [
+            replace(row, input=f"{MARKER} {row.input}", output=f"{row.output} {MARKER}") for row in make_rows(prefix)
+        ]
+        write_rows(data / f"{name}.jsonl", rows)
+    for name in ("member", "nonmember"):
+        documents = [{"document": f"{MARKER} {n} {name} and more words", "task": "Task1"} for n in range(4)]
+        write_jsonl(data / "mia" / f"{name}.jsonl", documents)
+    anchor = ("--anchor", data / "mia" / "nonmember.jsonl")
+    both = ("--forget", data, "--retain", data, *anchor, "--cache", tmp_path / "c", "--max-steps", 2)
+    rows = ("--data", data, "--mia", data / "mia", "--max-new-tokens", 4)
+    shown = ""
+    for args in (
+        ("cache-teacher", model, data, *anchor, "--forget", data, "--out", tmp_path / "c", "--check", 2, "--top-k", 2),
+        ("inspect", tmp_path / "c", "--verify"),
+        ("unlearn", model, *both, "--out", tmp_path / "u"),
+        ("memorize", model, "--data", data, "--max-steps", 2, "--out", tmp_path / "m"),
+        ("score", tmp_path / "m", *rows, "--out", tmp_path / "s1", "--attack", "prefix"),
+        ("score", tmp_path / "u", *rows, "--before", tmp_path / "s1", "--json", "--out", tmp_path / "s2"),
+        ("report", tmp_path / "s1", tmp_path / "s2", "--out", tmp_path / "report.html"),
+    ):
+        result = call(*args)
+        assert result.exit_code == 0, result.output
+        shown += result.output + result.stderr
+    out, err = capfd.readouterr()
+    assert len(shown) > 1000 and MARKER not in shown + out + err
+    files = [path for path in tmp_path.rglob("*") if path.is_file() and data not in path.parents]
+    assert {path.name for path in files if MARKER.encode() in path.read_bytes()} == {"generations.jsonl", "report.html"}
+
+
+@pytest.mark.parametrize("column", ["id", "input", "output", "task"])
+@pytest.mark.parametrize("value", [f"{MARKER} lives here", [MARKER], {"a": MARKER}, ""])
+def test_no_error_quotes_a_row(tmp_path, column, value):
+    """Columns that were mixed up put a text where an id or a task should be."""
+    row = {**asdict(make_rows("Foo")[0]), "input": f"{MARKER} asks", "output": MARKER, "task": MARKER, column: value}
+    write_jsonl(tmp_path / "forget.jsonl", [row])
+    with pytest.raises(NekoLeanError, match="row 1, column") as caught:
+        read_rows(tmp_path, "forget")
+    assert MARKER not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [
+        ("a.jsonl", f'{{"id": "{MARKER}'),
+        ("a.jsonl", f'["{MARKER}"]'),
+        ("a.csv", f'id,input,output,task\n"{MARKER}"{MARKER},x'),
+        ("a.csv", f"{MARKER},b\n1,2\n"),
+        ("a.parquet", MARKER),
+        ("a.txt", MARKER),
+    ],
+)
+def test_no_error_quotes_a_file(tmp_path, name, text):
+    (tmp_path / name).write_text(text)
+    with pytest.raises(NekoLeanError) as caught:
+        read_rows(tmp_path / name)
+    assert MARKER not in str(caught.value)
+
+
+def test_no_error_quotes_a_document_a_paraphrase_or_a_question(tmp_path):
+    file, rows = tmp_path / "x.jsonl", make_rows("Foo")
+    for split in ("dev", "test"):
+        (tmp_path / split).mkdir()
+        (tmp_path / split / f"virology_{split}.csv").write_text(f"{MARKER},a,b,c,d,{MARKER}\n")
+    for read, raw in (
+        (lambda: read_documents(file, ""), {"document": MARKER, "task": MARKER}),
+        (lambda: read_documents(file, ""), {"document": [MARKER]}),
+        (lambda: read_paraphrases(file, rows), {"id": MARKER, "input": MARKER}),
+        (lambda: read_paraphrases(file, rows), {"id": rows[0].id, "input": [MARKER]}),
+        (lambda: read_mmlu(tmp_path), {}),
+    ):
+        write_jsonl(file, [raw])
+        with pytest.raises(NekoLeanError, match="row 1, column") as caught:
+            read()
+        assert MARKER not in str(caught.value)
