@@ -97,9 +97,8 @@ def demo(
         found = {
             "scores": scores,
             "verdict": "\n".join(told),
-            "files": {name: str(Path(out) / name) for name in files},
+            "files": {name: str(Path(out) / name) for name in [*files, REPORT]},
         }
-        found["files"][REPORT] = str(Path(out) / REPORT)
         (stage / "demo.json").write_text(json.dumps(found, indent=1) + "\n")
     return found
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from inspect import signature
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import torch
 from transformers import DynamicCache
@@ -58,7 +58,7 @@ def spoken(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], window: int, 
 
     def text(some: Sequence[int]) -> str:
         # Called outright: the option of decode, which the task set, is ignored for BPE by transformers 5.
-        return str(tokenizer.clean_up_tokenization(tokenizer.decode(some, skip_special_tokens=True)))
+        return tokenizer.clean_up_tokenization(cast(str, tokenizer.decode(list(some), skip_special_tokens=True)))
 
     return Generation(text(ids), text(ids[:window]), ended)
 
@@ -111,7 +111,7 @@ def _decode(
     """The new tokens of each prompt of one batch, and how they ended. Rows that have ended leave the batch, so that one
     long answer does not keep all others running; transformers' generate pads them on."""
     eos = tokenizer.eos_token_id
-    ids, mask = pad(prompts, int(tokenizer.pad_token_id), lm.device, left=True)  # type: ignore[arg-type]
+    ids, mask = pad(prompts, int(tokenizer.pad_token_id), lm.device, left=True)
     cache = DynamicCache(config=lm.model.config)
     takes_positions = "position_ids" in signature(lm.backbone.forward).parameters
     said: list[list[int]] = [[] for _ in prompts]

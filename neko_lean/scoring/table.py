@@ -38,7 +38,9 @@ def score_table(named: Mapping[str, Scores]) -> Group:
         table.add_column(name, justify="right")
 
     def add(heading: str, value: Callable[[Scores], str]) -> None:
-        table.add_row(heading, *(value(scores) for scores in named.values()))
+        texts = [value(scores) for scores in named.values()]
+        # Side by side there is no room for intervals; the verdicts below have those that matter.
+        table.add_row(heading, *(texts if len(texts) == 1 else [text.split(" (")[0] for text in texts]))
 
     for split in SPLITS:
         for task in TASKS:
@@ -77,7 +79,9 @@ def _of_membership(scores: Scores, key: str) -> str:
 
 def _notes(named: Mapping[str, Scores]) -> list[str]:
     """What has to be known to read the table, and each score's verdict."""
-    notes = ["All numbers are 0 to 1. Forget rows: lower is forgotten. Retain rows: higher is kept. In brackets: 95 %."]
+    notes = ["All numbers are 0 to 1. Forget rows: lower is forgotten. Retain rows: higher is kept."]
+    if len(named) == 1:
+        notes.append("In brackets: 95 % intervals, by documents.")
     missing = [cell for cell in CELLS if any(cell in scores["missing_cells"] for scores in named.values())]
     if missing:
         notes.append(f"No aggregate: no rows for {', '.join(missing)}.")
