@@ -15,11 +15,11 @@ NOT_MEASURED = "not measured"
 Scores = Mapping[str, Any]
 # Heading, and where the number stands in scores.json.
 BESIDE = (
-    ("forget answers inside longer text", "leaks.forget.contained"),
-    ("forget answers, letters and digits only", "leaks.forget.alphanumeric"),
+    ("forget answers in longer text", "leaks.forget.contained"),
+    ("forget answers, bare letters", "leaks.forget.alphanumeric"),
     ("forget extraction strength", "memorisation.forget.extraction_strength"),
     ("forget answer probability", "memorisation.forget.answer_probability"),
-    ("retain outputs that are no language", "outputs.retain.degenerate"),
+    ("retain outputs, no language", "outputs.retain.degenerate"),
 )
 
 
