@@ -1,16 +1,19 @@
 """Fixtures: a small world, a random model and its cache, made on the fly. No test needs the network."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 import pytest
 import torch
 
+import neko_lean
 from neko_lean.data import write_jsonl
 from neko_lean.demo.run import write_base
-from tests.helpers import make_rows, random_model, write_rows
+from tests.helpers import SMALL, make_rows, random_model, write_rows
 
 torch.set_num_threads(2)
 
@@ -43,3 +46,14 @@ def cache(world: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     out = tmp_path_factory.mktemp("cache")
     cache_teacher(model, world, out, dtype="float32", quiet=True, format="neko")
     return out
+
+
+@pytest.fixture
+def unlearn(world: Path, model: Path, cache: Path) -> Callable[..., Any]:
+    """`unlearn` of the world with recipe neko, in few words."""
+
+    def run(out: Path, change: dict[str, Any] = SMALL, **options: Any) -> dict[str, Any]:
+        given = {"model": model, "cache": cache, "recipe": "neko", "overrides": change, "seed": 3, "quiet": True}
+        return neko_lean.unlearn(out=out, forget=world, retain=world, **{**given, **options})
+
+    return run

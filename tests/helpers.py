@@ -10,6 +10,8 @@ from neko_lean.cache.format import file_sha256, sign
 from neko_lean.data import Row, encode, read_rows, write_jsonl
 from neko_lean.modeling import load_model, load_tokenizer
 
+# A run of ten steps, as overrides of a recipe.
+SMALL = {"max_steps": 10, "forget_rows": 4, "retain_rows": 4, "eval_rows": 4, "lr": 2e-3}
 LUME = Path(__file__).parents[2] / "shared" / "data" / "lume"
 
 

@@ -11,8 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
+from bench.kill import forked
 from neko_lean import checkpoints, unfinished
 from neko_lean.runs import unlearn
 
@@ -69,22 +68,6 @@ KILLS = {
     "before the output moves": before_the_output_moves,
     "behind the output": behind_the_output,
 }
-
-
-def forked(work, seconds=None):
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            os._exit(1)
-    if seconds is not None:
-        time.sleep(seconds)
-        os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
 
 
 def main(root):

@@ -15,18 +15,10 @@ from neko_lean.checkpoints import read_save
 from neko_lean.errors import NekoLeanError
 from neko_lean.recipes import load_recipe
 from neko_lean.shrink import FEW_ROWS
-from tests.test_resume import LOOKING, SMALL, Killed, kill_at, metrics, result, saved, steps_saved
+from tests.helpers import SMALL
+from tests.test_resume import LOOKING, Killed, kill_at, metrics, result, saved, steps_saved
 
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
-
-
-@pytest.fixture
-def unlearn(world, model, cache):
-    def run(out, change=SMALL, **options):
-        given = {"model": model, "cache": cache, "recipe": "neko", "overrides": change, "seed": 3, "quiet": True}
-        return neko_lean.unlearn(out=out, forget=world, retain=world, **{**given, **options})
-
-    return run
 
 
 def weights(folder):

@@ -15,9 +15,8 @@ from neko_lean import loop, signals, unfinished
 from neko_lean.cache.format import file_sha256
 from neko_lean.data import write_jsonl
 from neko_lean.errors import NekoLeanError
-from tests.helpers import make_rows, random_model, write_rows
+from tests.helpers import SMALL, make_rows, random_model, write_rows
 
-SMALL = {"max_steps": 10, "forget_rows": 4, "retain_rows": 4, "eval_rows": 4, "lr": 2e-3}
 LOOKING = {**SMALL, "eval_every": 2, "choose": "quality"}
 TIMES = ("wait_seconds", "seconds", "peak_memory")
 
@@ -66,17 +65,6 @@ def anchored(world, model, tmp_path_factory):
     write_jsonl(folder / "anchor.jsonl", ({"document": text} for text in texts))
     caching.cache_teacher(model, world, folder / "cache", anchor=folder / "anchor.jsonl", format="plain", quiet=True)
     return folder
-
-
-@pytest.fixture
-def unlearn(world, model, cache):
-    """`unlearn` of the world with recipe neko, in few words."""
-
-    def run(out, change=SMALL, **options):
-        given = {"model": model, "cache": cache, "recipe": "neko", "overrides": change, "seed": 3, "quiet": True}
-        return neko_lean.unlearn(out=out, forget=world, retain=world, **{**given, **options})
-
-    return run
 
 
 DROPOUT = {"attention_dropout": 0.2}
