@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from neko_lean.data import pad
 from neko_lean.errors import NekoLeanError
 from neko_lean.head import TokenViews, logits, token_stats, token_views
+from neko_lean.ranks import local_rank, size
 from neko_lean.trust import is_plain, reason, refuse_untrusted
 
 if TYPE_CHECKING:
@@ -79,9 +80,13 @@ def next_token_views(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) -
 
 
 def pick_device(name: str | None = None) -> torch.device:
-    """The device called `name`; by default CUDA where there is one, else the CPU."""
+    """The device called `name`; by default CUDA where there is one, else the CPU. Under torchrun a rank's own GPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if size() > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise NekoLeanError(f"under torchrun each rank has a GPU of its own: give --device cuda, not {name}.")
+        name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:

@@ -19,6 +19,8 @@ from rich.progress import (
 )
 from rich.text import Text
 
+from neko_lean.ranks import leads
+
 LOG_SECONDS = 10.0
 
 
@@ -59,8 +61,8 @@ def bar(label: str, total: int, unit: str, quiet: bool = False, done: int = 0) -
     """A Bar that shows itself on stderr: drawn in a terminal, logged every LOG_SECONDS elsewhere, silent if quiet.
 
     `done` units were done before: they count as done, but not for the rate."""
-    if quiet or not sys.stderr.isatty():
-        yield Bar(label, total, unit, None, log=not quiet, done=done)
+    if quiet or not leads() or not sys.stderr.isatty():
+        yield Bar(label, total, unit, None, log=not quiet and leads(), done=done)
         return
     columns = (
         TextColumn("{task.description}"),
@@ -74,6 +76,6 @@ def bar(label: str, total: int, unit: str, quiet: bool = False, done: int = 0) -
 
 
 def say(text: str, quiet: bool = False) -> None:
-    """One line for the person who runs this, on stderr."""
-    if not quiet:
+    """One line for the person who runs this, on stderr; of the ranks the first one talks."""
+    if not quiet and leads():
         print(text, file=sys.stderr, flush=True)

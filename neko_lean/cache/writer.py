@@ -29,6 +29,7 @@ from neko_lean.cache.format import (
     write_manifest,
 )
 from neko_lean.cache.teacher import keep
+from neko_lean.collective import agreed, by_first, joined
 from neko_lean.data import FORMATS, Encoded, encode, length_batches, read_rows, truncation_line
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, refuse_unfinished, sync
@@ -45,6 +46,7 @@ from neko_lean.modeling import (
     weights_fingerprint,
 )
 from neko_lean.progress import bar, say
+from neko_lean.ranks import leads, rank, share
 from neko_lean.substitutes import refusals
 
 PLAN = "plan.json"
@@ -55,6 +57,7 @@ Batch = list[Encoded]
 LOW_MASS = 0.9  # below this much captured probability the KL says little about single tokens
 
 
+@joined()
 def cache_teacher(
     model: str | Path,
     retain: str | Path,
@@ -95,7 +98,8 @@ def cache_teacher(
         stored_dtype: 'float16' (relative error of p at most 2^-11) or 'float32', what the probabilities are stored in.
         resume: go on with a run that was cut off; with a complete cache of the same settings there is nothing to do.
 
-    Returns the manifest. Raises NekoLeanError for bad input, a full disk, or an `out` that holds something.
+    Under torchrun the ranks share the shards out; the bytes are those of one process. Returns the manifest. Raises
+    NekoLeanError for bad input, a full disk, or an `out` that holds something.
     """
     if top_k < 1 or max_length < 1 or batch_tokens < 1:
         raise NekoLeanError("top_k, max_length and batch_tokens must be at least 1.")
@@ -111,7 +115,7 @@ def cache_teacher(
     place, precision, folder = pick_device(device), pick_dtype(dtype), model_folder(model)
     out = Path(out).absolute()
     stage = out.parent / f".{out.name}.partial"
-    _refuse_or_clear(out, stage, resume, overwrite)
+    by_first(lambda: _refuse_or_clear(out, stage, resume, overwrite))
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
     kept = encode(rows, tokenizer, format, max_length)
@@ -148,11 +152,12 @@ def cache_teacher(
         manifest = read_manifest(out / MANIFEST)
         _same_plan(plan, _without_results(manifest), out)
     else:
-        with explained_write_errors(out), _kept_on_error(stage):
-            _begin(stage, plan)
-            _write_shards(stage, plan, jobs, teacher, pad_id, quiet)
-            manifest = finish(stage, plan)
-            publish(stage, out)
+        with _kept_on_error(stage):
+            explained = explained_write_errors(out)
+            by_first(explained(lambda: _begin(stage, plan)))
+            agreed(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, quiet)))
+            by_first(explained(lambda: _end(stage, plan, out)))
+            manifest = read_manifest(out / MANIFEST)
     if manifest.mean_mass < LOW_MASS:
         say(
             f"warning: the entries hold {manifest.mean_mass:.3f} of the teacher's probability on average, so the KL "
@@ -243,7 +248,7 @@ def _kept_on_error(stage: Path) -> Iterator[None]:
     except BaseException:
         if any(stage.glob("*.safetensors")):
             say(f"{stage} keeps the shards that are complete: go on with --resume.")
-        else:
+        elif leads():
             shutil.rmtree(stage, ignore_errors=True)
         raise
 
@@ -251,10 +256,13 @@ def _kept_on_error(stage: Path) -> Iterator[None]:
 def _write_shards(
     stage: Path, plan: Manifest, jobs: Mapping[str, list[list[Batch]]], teacher: CausalLM, pad_id: int, quiet: bool
 ) -> None:
-    """Write every shard of the plan that is not there yet; one that has its name is whole."""
+    """Write every shard of this rank's that is not there yet; one that has its name is whole."""
+    if not stage.is_dir():
+        raise NekoLeanError(f"rank {rank()} does not see {stage}: put --out on a file system that all machines share.")
     work = [(shard, _save_retain, batches) for shard, batches in zip(plan.shards, jobs["shard"], strict=True)]
     work += [(shard, _save_forget, batches) for shard, batches in zip(plan.forget_shards, jobs["forget"], strict=True)]
-    temporary = stage / ".shard.tmp"
+    work = list(share(work))  # shards get longer rows from the first to the last
+    temporary = stage / f".shard-{rank()}.tmp"
     total = sum(len(one) for _, _, batches in work for one in _rows(batches))
     with bar("cache-teacher", total, "tokens", quiet) as progress:
         for shard, save, batches in work:
@@ -265,6 +273,12 @@ def _write_shards(
                 temporary.replace(path)
                 sync(stage)
             progress.advance(sum(map(len, _rows(batches))))
+
+
+def _end(stage: Path, plan: Manifest, out: Path) -> None:
+    """With all shards written."""
+    finish(stage, plan)
+    publish(stage, out)
 
 
 def finish(stage: Path, plan: Manifest) -> Manifest:

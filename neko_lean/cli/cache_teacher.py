@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, Revision, command, emit, pinned
+from neko_lean.ranks import leads
 
 
 @command
@@ -65,6 +66,8 @@ def cache_teacher(
         overwrite=overwrite,
         quiet=quiet,
     )
+    if not leads():
+        return
     checked = check_cache(out, pinned(model, revision), retain, check, device=device) if check else None
     if json:
         emit({"cache": str(out), **inspect_cache(out), "check": checked})

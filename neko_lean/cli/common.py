@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.ranks import leads, rank
 from neko_lean.signals import Interrupted
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hub name (owner/name).")]
@@ -50,7 +51,8 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except NekoLeanError as error:
-            print(f"error: {error}", file=sys.stderr)
+            # In one piece: other ranks write at the same time.
+            sys.stderr.write(f"{'' if leads() else f'rank {rank()}: '}error: {error}\n")
             raise typer.Exit(2) from error
         except Interrupted as stop:
             print(_stopped(stop, "resume" in kwargs), file=sys.stderr)

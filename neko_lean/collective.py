@@ -1,0 +1,121 @@
+"""How the ranks of one command agree. With one rank nothing is set up and nothing is sent.
+
+What they tell each other travels as JSON or as tensors, never as pickles. A NekoLeanError that one rank meets in
+`agreed` is raised on all, so that none waits for another that has gone.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.ranks import leads, local_rank, size
+
+T = TypeVar("T")
+# A rank may wait for another that works on for hours; one that has died is noticed by its closed connection.
+PATIENCE = timedelta(days=7)
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Connect the ranks while it lasts; within another `joined` it does nothing."""
+    if size() == 1 or dist.is_initialized():
+        yield
+        return
+    backend = "gloo"  # JSON travels over it, beside a GPU too
+    if torch.cuda.is_available():
+        backend = "cpu:gloo,cuda:nccl"
+        torch.cuda.set_device(local_rank())
+    dist.init_process_group(backend, timeout=PATIENCE)
+    try:
+        yield
+    except RuntimeError as error:
+        if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+            raise NekoLeanError("another rank has ended, so this one ends too: what it said is above.") from error
+        raise
+    # Together, or gloo's threads abort a process whose peer has gone first. After an error the connections stay: taking
+    # them down waits for ranks that may be waiting themselves.
+    gather(None)
+    dist.destroy_process_group()
+
+
+def gather(value: T) -> list[T]:
+    """Every rank's value, in the order of ranks: anything that JSON holds."""
+    if size() == 1:
+        return [value]
+    own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(one.numpy().tobytes()) for one in gather_rows(own)]
+
+
+def gather_rows(own: Tensor) -> list[Tensor]:
+    """Every rank's tensor, in the order of ranks; they may differ in how many rows they have, [n, ...]."""
+    if size() == 1:
+        return [own]
+    count = torch.tensor([len(own)], device=own.device)
+    counts = [torch.empty_like(count) for _ in range(size())]
+    dist.all_gather(counts, count)
+    longest = max(int(one) for one in counts)
+    padded = own.new_zeros(longest, *own.shape[1:])
+    padded[: len(own)] = own
+    parts = [torch.empty_like(padded) for _ in range(size())]
+    dist.all_gather(parts, padded)
+    return [part[: int(n)] for part, n in zip(parts, counts, strict=True)]
+
+
+def agreed(work: Callable[[], T]) -> list[T]:
+    """What `work` returns on every rank, as `gather` gives it. Raises NekoLeanError on all where it does on one."""
+    if size() == 1:
+        return [work()]
+    value, error = None, None
+    try:
+        value = work()
+    except NekoLeanError as raised:
+        error = str(raised)
+    found = gather({"value": value, "error": error})
+    wrong = next((one["error"] for one in found if one["error"] is not None), None)
+    if wrong is not None:
+        raise NekoLeanError(wrong)
+    return [one["value"] for one in found]  # type: ignore[misc]
+
+
+def by_first(work: Callable[[], T]) -> T:
+    """What `work` returns on the first rank, on all; nothing is done elsewhere."""
+    return agreed(lambda: work() if leads() else None)[0]  # type: ignore[return-value]
+
+
+def whole(own: Sequence[T]) -> list[T]:
+    """The items again whose `share` each rank gives."""
+    parts = gather(list(own))
+    found: list[Any] = [None] * sum(map(len, parts))
+    for number, part in enumerate(parts):
+        found[number :: size()] = part
+    return found
+
+
+def any_rank(flag: bool, device: torch.device) -> bool:
+    """Whether it is so on any rank."""
+    return largest(int(flag), device) > 0
+
+
+def largest(value: int, device: torch.device) -> int:
+    """The largest of the ranks' values."""
+    if size() == 1:
+        return value
+    held = torch.tensor([value], device=device)
+    dist.all_reduce(held, dist.ReduceOp.MAX)
+    return int(held)
+
+
+def added(value: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, which have one shape."""
+    if size() > 1:
+        dist.all_reduce(value)
+    return value

@@ -1,0 +1,52 @@
+"""The processes that torchrun started for one command, its ranks: which of them is this?
+
+Without torchrun there is one. How ranks talk to each other is collective.py's.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TypeVar
+
+T = TypeVar("T")
+_alone = False
+
+
+def rank() -> int:
+    """This process's number among all of the command's, on all machines."""
+    return int(os.environ["RANK"]) if size() > 1 else 0
+
+
+def size() -> int:
+    """How many processes torchrun started for this command; 1 without it."""
+    # Batch systems set WORLD_SIZE, too, for processes that know nothing of each other.
+    launched = "TORCHELASTIC_RUN_ID" in os.environ and not _alone
+    return int(os.environ["WORLD_SIZE"]) if launched else 1
+
+
+def local_rank() -> int:
+    """This process's number on its machine, which is that of its GPU."""
+    return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
+
+
+def leads() -> bool:
+    """Whether this is the rank that talks and writes what there is one of."""
+    return rank() == 0
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Within it every rank does the whole of what the others do as well."""
+    global _alone  # threads, too, must see it
+    before, _alone = _alone, True
+    try:
+        yield
+    finally:
+        _alone = before
+
+
+def share(items: Sequence[T]) -> Sequence[T]:
+    """This rank's part of some items, every `size()`-th, so that a list in order of length is split evenly."""
+    return items[rank() :: size()]

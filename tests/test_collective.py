@@ -1,0 +1,77 @@
+"""One command by two processes: what they make together is what one makes, and what one meets both say."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from neko_lean.cache import cache_teacher, writer
+from neko_lean.cache.format import file_sha256
+from neko_lean.collective import agreed, any_rank, gather, largest, whole
+from neko_lean.errors import NekoLeanError
+from neko_lean.ranks import alone, leads, local_rank, rank, share, size
+from tests.torchrun import torchrun
+
+
+def files(folder: Path) -> dict[str, str]:
+    return {path.name: file_sha256(path) for path in folder.iterdir()}
+
+
+def test_without_torchrun_there_is_one_rank(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "8")  # of a batch system: not torchrun's
+    monkeypatch.setenv("RANK", "3")
+    assert (rank(), size(), local_rank(), leads()) == (0, 1, 0, True)
+    assert gather({"a": 1}) == [{"a": 1}]
+    assert whole(share([1, 2, 3])) == [1, 2, 3]
+    assert agreed(lambda: 5) == [5] and largest(7, None) == 7 and not any_rank(False, None)
+
+
+def test_torchrun_says_who_this_is(monkeypatch):
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "4"), ("RANK", "3"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    assert (rank(), size(), local_rank(), leads()) == (3, 4, 1, False)
+    assert share(list(range(10))) == [3, 7]
+    with alone():
+        assert (rank(), size(), leads()) == (0, 1, True)
+    assert size() == 4
+
+
+def test_two_processes_write_the_bytes_of_one(world, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "SHARD_POSITIONS", 400)
+    cache_teacher(model, world, tmp_path / "one", forget=world, batch_tokens=300, quiet=True)
+    found = torchrun(
+        "cache-teacher", model, world, "--forget", world, "--batch-tokens", 300, "--out", tmp_path / "two", "--json"
+    )
+    assert found.returncode == 0, found.stderr
+    json.loads(found.stdout)  # one object: one rank talks
+    assert len(files(tmp_path / "one")) > 4
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_two_processes_go_on_where_one_was_cut_off(world, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "SHARD_POSITIONS", 400)
+    given = {"batch_tokens": 300, "quiet": True}
+    cache_teacher(model, world, tmp_path / "one", **given)
+    saved = writer._save_retain
+
+    def full(path, *others):
+        if any(path.parent.glob("shard-00000-*")):
+            raise OSError(28, "No space left on device")
+        saved(path, *others)
+
+    monkeypatch.setattr(writer, "_save_retain", full)
+    with pytest.raises(NekoLeanError, match="No space left"):
+        cache_teacher(model, world, tmp_path / "two", **given)
+    found = torchrun("cache-teacher", model, world, "--batch-tokens", 300, "--out", tmp_path / "two", "--resume")
+    assert found.returncode == 0, found.stderr
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+
+
+def test_an_error_is_one_sentence_and_leaves_nothing(world, model, tmp_path):
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "mine").touch()
+    found = torchrun("cache-teacher", model, world, "--out", tmp_path / "two")
+    assert found.returncode != 0
+    assert "error: " in found.stderr and "already holds something" in found.stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["two"]
