@@ -1,7 +1,8 @@
 """One save of a training run: a folder of safetensors and JSON that is whole or not there, and says when it is damaged.
 
-    weights-000.safetensors, ...    the parameters that learn
-    state-000.safetensors, ...      the optimizer's state and the generators of random numbers
+    weights-000.safetensors, ...    the parameters that learn; of several ranks each writes its part,
+                                    weights-rank00000-000.safetensors, ...
+    state-000.safetensors, ...      the optimizer's state and the generators of random numbers, likewise
     state.json                      what run it is of, and where that stands (RunState)
     metrics.jsonl                   a line for every step so far
     manifest.json                   size and SHA-256 of each of these, and its own
@@ -24,7 +25,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from neko_lean.cache.format import MANIFEST, UNSIGNED, file_sha256, is_signed, sign
+from neko_lean.collective import agreed, by_first
 from neko_lean.errors import explained_write_errors, sync, sync_tree
+from neko_lean.ranks import leads, rank, size
+from neko_lean.sharding import local
 from neko_lean.trust import is_inside
 
 FORMAT_VERSION = 1
@@ -64,8 +68,8 @@ class Save:
     versions: dict[str, str]
 
     def tensors(self, stem: str, prefix: str = "") -> Stored:
-        """Those whose names begin with `prefix`, by the rest of their names."""
-        return Stored(sorted(self.folder.glob(f"{stem}-*.safetensors")), prefix)
+        """This rank's, whose names begin with `prefix`, by the rest of their names."""
+        return Stored(sorted(self.folder.glob(f"{_of_rank(stem)}-*.safetensors")), prefix)
 
 
 class Stored(Mapping[str, Tensor]):
@@ -94,7 +98,7 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
 
     Raises NekoLeanError when the disk is full.
     """
-    temporary = target.with_name(f".{target.name}.tmp")
+    temporary = _temporary(target)
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         with explained_write_errors(target):
@@ -107,6 +111,11 @@ def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
         raise
 
 
+def _temporary(target: Path) -> Path:
+    """Where a folder lies while it is being written."""
+    return target.with_name(f".{target.name}.tmp")
+
+
 def write_save(
     target: Path,
     weights: Mapping[str, Tensor],
@@ -115,18 +124,35 @@ def write_save(
     state: RunState,
     metrics: Path,
 ) -> None:
-    """Write a save and seal it. `about` names the run: its `identity` and `versions`."""
+    """Write a save and seal it. `about` names the run: its `identity` and `versions`. Ranks all have to call it: each
+    writes its tensors, the first one all else."""
 
     def fill(folder: Path) -> None:
-        _write_tensors(folder, "weights", weights)
-        _write_tensors(folder, "state", tensors)
+        by_first(lambda: None)  # the folder is there
+        agreed(explained_write_errors(target)(lambda: _write_all(folder, weights=weights, state=tensors)))
+        if not leads():
+            return
         written = {"format_version": FORMAT_VERSION, **about, "state": asdict(state)}
         (folder / STATE).write_text(json.dumps(written, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         shutil.copyfile(metrics, folder / METRICS)
         seal(folder)
 
-    write_folder(target, fill)
-    sync(target.parent)
+    if leads():
+        write_folder(target, fill)
+        sync(target.parent)
+    else:
+        fill(_temporary(target))
+    by_first(lambda: None)  # the save is there
+
+
+def _of_rank(stem: str) -> str:
+    """What the names of a rank's files of tensors begin with."""
+    return stem if size() == 1 else f"{stem}-rank{rank():05d}"
+
+
+def _write_all(folder: Path, **groups: Mapping[str, Tensor]) -> None:
+    for stem, tensors in groups.items():
+        _write_tensors(folder, _of_rank(stem), tensors)
 
 
 def _write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> None:
@@ -137,7 +163,7 @@ def _write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> No
         if pieces[-1] and size > room:
             pieces.append({})
             room = PIECE
-        pieces[-1][name] = tensor.detach().contiguous()
+        pieces[-1][name] = local(tensor.detach()).contiguous()
         room -= size
     for number, piece in enumerate(pieces):
         save_file(piece, folder / f"{stem}-{number:03d}.safetensors")
@@ -207,7 +233,7 @@ def best_step(folder: Path) -> int:
 def load_weights(parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     """Copy stored tensors into these parameters, by name."""
     for name, parameter in parameters.items():
-        parameter.copy_(stored[name])
+        local(parameter).copy_(stored[name])
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

@@ -14,10 +14,14 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
+
+# Imported once ranks are connected it would hold on to the connection for good (as the default of its functions'
+# arguments), and gloo's threads would abort the process on its way out.
+import torch.distributed.nn.functional
 from torch import Tensor
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.ranks import leads, local_rank, size
+from neko_lean.ranks import leads, local_rank, rank, size
 
 T = TypeVar("T")
 # A rank may wait for another that works on for hours; one that has died is noticed by its closed connection.
@@ -68,6 +72,15 @@ def gather_rows(own: Tensor) -> list[Tensor]:
     parts = [torch.empty_like(padded) for _ in range(size())]
     dist.all_gather(parts, padded)
     return [part[: int(n)] for part, n in zip(parts, counts, strict=True)]
+
+
+def of_all_ranks(own: Tensor) -> Tensor:
+    """The rows [n, ...] of all ranks, one after another, with gradient in this rank's own."""
+    if size() == 1:
+        return own
+    parts = gather_rows(own.detach())
+    parts[rank()] = own
+    return torch.cat(parts)
 
 
 def agreed(work: Callable[[], T]) -> list[T]:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import CausalLM
+from neko_lean.sharding import Shards
 
 
 @dataclass
@@ -33,7 +34,7 @@ class _Call:
     more: tuple[Any, ...]
     named: dict[str, Any]
 
-    def hand_to(self, layer: nn.Module, hidden: Tensor) -> Tensor:
+    def hand_to(self, layer: Callable[..., Any], hidden: Tensor) -> Tensor:
         return _first(layer(hidden, *self.more, **self.named))
 
 
@@ -97,10 +98,18 @@ class LayerPass:
         lm: the student.
         layers: what `decoder_layers` found in it.
         offload: keep the layers' inputs in host memory (pinned beside a GPU).
+        shards: of the student, where it is spread over ranks; each then runs its own micro-batches.
     """
 
-    def __init__(self, lm: CausalLM, layers: nn.ModuleList, *, offload: bool = False) -> None:
-        self.lm, self.layers, self.offload = lm, layers, offload
+    def __init__(
+        self, lm: CausalLM, layers: nn.ModuleList, *, offload: bool = False, shards: Shards | None = None
+    ) -> None:
+        self.lm, self.layers, self.offload, self.shards = lm, layers, offload, shards
+        # As they are outside a step: within one, those of a model in shards are others.
+        self.own = [list(layer.parameters()) for layer in layers]
+        inside = {id(p) for p in layers.parameters()}
+        self.outside = [p for p in lm.model.parameters() if id(p) not in inside]
+        self.embedding = lm.embedding
         learns = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
         self.first = next((n for n, one in enumerate(learns) if one), len(layers))  # nothing below it learns
         self.calls: list[list[_Call]] = []  # [micro-batch][layer]
@@ -115,6 +124,8 @@ class LayerPass:
             index: positions [n] of each that are wanted, into its flattened b * l.
         """
         self.clear()
+        if self.shards is not None:
+            self.shards.gather()
         rows = []
         for ids, wanted in zip(micro, index, strict=True):
             with self._caught(wanted):
@@ -125,6 +136,8 @@ class LayerPass:
         """Let go of what a step that was given up had kept."""
         for kept in (self.calls, self.embedded, self.ends):
             kept.clear()
+        if self.shards is not None:
+            self.shards.release()
 
     def sent_back(self) -> Iterator[tuple[str, Tensor]]:
         """The gradients that the loss's own `backward()` has left, with names: what can be looked at before anything is
@@ -138,10 +151,13 @@ class LayerPass:
 
         Calls `complete` for every parameter as soon as its gradient is; it has to free that gradient.
         """
-        inside = {id(p) for p in self.layers.parameters()}
-        outside = [p for p in self.lm.model.parameters() if id(p) not in inside]
-        for parameter in outside:
-            if parameter is not self.lm.embedding:  # a tied head's gradient is complete only with the embedding's
+        # A tied head's gradient is complete only with the embedding's.
+        embedding = self.lm.embedding
+        if self.shards is not None:
+            self.shards.reduce(self.lm.model, leave=embedding)
+            self.shards.root.reshard()  # the embedding's gradient can do without its weight
+        for parameter in self.outside:
+            if parameter is not self.embedding:
                 complete(parameter)
         flowing: list[Tensor | None] = []  # gradient at the output of the layer to come, a micro-batch each [b, l, d]
         for leaf, wanted, shape in self.ends:
@@ -152,22 +168,27 @@ class LayerPass:
         self.ends.clear()
         for number in range(len(self.layers) - 1, self.first - 1, -1):
             layer = self.layers[number]
-            for m, calls in enumerate(self.calls):
-                call = calls.pop()
-                leaf = call.hidden.to(self.lm.device, non_blocking=True).detach()
-                leaf.requires_grad_(number > self.first or bool(self.embedded))
-                with torch.enable_grad():
-                    out = call.hand_to(layer, leaf)
-                torch.autograd.backward(out, flowing[m])
-                flowing[m] = leaf.grad
-                del call, out, leaf
-            for parameter in layer.parameters():
+            with nullcontext() if self.shards is None else self.shards.whole_layer(layer):
+                run = layer if self.shards is None else layer.forward  # without the hooks that would gather it again
+                for m, calls in enumerate(self.calls):
+                    call = calls.pop()
+                    leaf = call.hidden.to(self.lm.device, non_blocking=True).detach()
+                    leaf.requires_grad_(number > self.first or bool(self.embedded))
+                    with torch.enable_grad():
+                        out = call.hand_to(run, leaf)
+                    torch.autograd.backward(out, flowing[m])
+                    flowing[m] = leaf.grad
+                    del call, out, leaf
+            for parameter in self.own[number]:
                 complete(parameter)
         self.calls.clear()
         for edge in self.embedded:
             torch.autograd.backward(edge, flowing.pop(0))
         self.embedded.clear()
-        for parameter in outside:
+        if self.shards is not None:
+            self.shards.reduce_one(embedding, self.embedding)
+            self.shards.release()
+        for parameter in self.outside:
             complete(parameter)
 
     @contextmanager

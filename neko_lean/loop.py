@@ -21,13 +21,16 @@ import torch
 
 from neko_lean.cache.format import MANIFEST
 from neko_lean.checkpoints import METRICS, RunState, Save, load_weights, random_states, set_random_states
+from neko_lean.collective import largest
 from neko_lean.errors import NekoLeanError
 from neko_lean.memory import peak_memory, predicted_peak, reset_peak
 from neko_lean.modeling import CausalLM, checkpoint_activations
 from neko_lean.optim import InBackwardAdam8bit, NotFinite
 from neko_lean.progress import bar, say
+from neko_lean.ranks import leads
 from neko_lean.recipes import Recipe
 from neko_lean.schedules import Phase, after, batches, learning_rate, phases
+from neko_lean.sharding import save_checkpoint
 from neko_lean.shrink import TornError
 from neko_lean.signals import Interrupted, Signals
 from neko_lean.step import Batch
@@ -123,13 +126,14 @@ class Loop:
     def write(self, folder: Path) -> None:
         """Write the checkpoint and metrics.jsonl of a run that is over."""
         if isinstance(self.output, Path):
-            link_tree(self.output, folder, ignore=[MANIFEST])
+            if leads():
+                link_tree(self.output, folder, ignore=[MANIFEST])
         else:
             if self.output is not None:
                 load_weights(self.trainer.learning, self.output.tensors("weights"))
-            self.trainer.student.model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-        shutil.copyfile(self.work.metrics, folder / METRICS)
+            save_checkpoint(self.trainer.student, self.tokenizer, folder)
+        if leads():
+            shutil.copyfile(self.work.metrics, folder / METRICS)
 
     def _restore(self, save: Save | None, torn: RunState | None = None) -> None:
         """Stand where a save stands, or without one at the beginning; after a step that left the weights `torn`, with
@@ -235,10 +239,10 @@ class Loop:
             with closing(prefetched(ahead)) as prepared:
                 for step in range(done + 1, phase.steps + 1):
                     losses = self._step(optimizer, learning_rate(recipe, step, phase.steps), prepared, metrics)
-                    asked = self.signals.received
-                    if asked is not None or (self.work.save_every and self.state.step % self.work.save_every == 0):
+                    asked = largest(self.signals.received or 0, self.device)
+                    if asked or (self.work.save_every and self.state.step % self.work.save_every == 0):
                         self._save(optimizer)
-                    if asked is not None:
+                    if asked:
                         raise Interrupted(asked, f"after step {self.state.step} of {self.steps}")
                     yield losses
         finally:

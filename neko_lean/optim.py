@@ -13,8 +13,12 @@ from dataclasses import dataclass, fields
 import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 
+from neko_lean.collective import added, any_rank
 from neko_lean.errors import NekoLeanError
+from neko_lean.ranks import rank
+from neko_lean.sharding import local
 
 BLOCK = 256  # elements that share one quantisation scale in bitsandbytes' blockwise Adam
 SLICE = 2**22  # elements lifted to float32 at a time (16 MiB each of weight and gradient); a multiple of BLOCK
@@ -28,9 +32,10 @@ class NotFinite(Exception):
 
 
 def refuse_not_finite(name: str, gradient: Tensor) -> None:
-    """Raise NotFinite where an element of a gradient is. Waits for the GPU."""
+    """Raise NotFinite where an element of a gradient is, on this rank or on another. Waits for the GPU."""
     # aminmax hands NaN on and needs no memory: 0.23 ns an element on one core, where isfinite().all() takes 7.
-    if not torch.stack(torch.aminmax(gradient)).isfinite().all():
+    wrong = gradient.numel() > 0 and not torch.stack(torch.aminmax(gradient)).isfinite().all()
+    if any_rank(wrong, gradient.device):
         raise NotFinite(f"the gradient of {name} is not finite")
 
 
@@ -116,7 +121,8 @@ class InBackwardAdam8bit:
         self.updated = 0  # parameters that this step has begun to change
         self.device = next(iter(self.parameters.values())).device
         self.offload = offload
-        self.generator = torch.Generator(self.device).manual_seed(seed)
+        # Ranks step different weights, so they draw different numbers; the first draws those of one process.
+        self.generator = torch.Generator(self.device).manual_seed(seed + 2**32 * rank())
         signed, unsigned = (bnb.create_dynamic_map(signed=signed).to(self.device) for signed in (True, False))
         self._codes: tuple[Tensor, Tensor] = signed, unsigned
         self._adam = self._adam_8bit if bits == 8 else self._adam_4bit()
@@ -125,7 +131,7 @@ class InBackwardAdam8bit:
         self._copies = torch.cuda.Stream(self.device) if offload and self.device.type == "cuda" else None
         # All of it before the first step: made during backward it would lie scattered among gradients that are freed,
         # and the holes they leave cost a third of the whole (7.05 GiB instead of 5.45 resident at 1.28 billion).
-        self._states = {name: self._new_state(p.numel()) for name, p in self.parameters.items()}
+        self._states = {name: self._new_state(local(p).numel(), p.numel()) for name, p in self.parameters.items()}
 
     def attach(self) -> None:
         """Have autograd call `update` for each parameter as soon as `loss.backward()` has completed its gradient."""
@@ -147,10 +153,11 @@ class InBackwardAdam8bit:
         if parameter.grad is None:
             return
         name = self._names[id(parameter)]
-        weight, gradient = parameter.view(-1), parameter.grad.reshape(-1)
+        weight, gradient = local(parameter).view(-1), local(parameter.grad).reshape(-1)
+        sharded = isinstance(parameter, DTensor)
         refuse_not_finite(name, gradient)
         self.updated += 1
-        scale = self._clip_scale(gradient)
+        scale = self._clip_scale(gradient, sharded)
         for part, state in self._slices(self._states[name], weight.numel()):
             # Both in float32: the CUDA kernel dispatches on the gradient's dtype alone and would misread a mixed pair.
             lifted, slope = weight[part].float(), gradient[part].float()
@@ -187,24 +194,28 @@ class InBackwardAdam8bit:
         self.step = int(tensors["step"])
         self.generator.set_state(tensors["generator"])
 
-    def _new_state(self, n: int) -> _State:
+    def _new_state(self, n: int, of: int) -> _State:
+        """Of n elements of a parameter that has `of` in all."""
         where = torch.device("cpu") if self.offload else self.device
 
         def zeros(count: int, dtype: torch.dtype) -> Tensor:
             return torch.zeros(count, dtype=dtype, device=where, pin_memory=self._copies is not None)
 
-        if n < MIN_8BIT or (self.bits == 4 and n % BLOCK_4BIT):
+        if of < MIN_8BIT or (self.bits == 4 and n % BLOCK_4BIT):
             return _State(zeros(n, torch.float32), zeros(n, torch.float32))
         codes, blocks = (n, -(-n // BLOCK)) if self.bits == 8 else (n // 2, n // BLOCK_4BIT)
         moments = (zeros(codes, torch.uint8), zeros(codes, torch.uint8))
         return _State(*moments, zeros(blocks, torch.float32), zeros(blocks, torch.float32))
 
-    def _clip_scale(self, gradient: Tensor) -> Tensor | None:
-        """min(1, clip / norm) of a flat gradient [n], or None where nothing is clipped. Never waits for the GPU."""
+    def _clip_scale(self, gradient: Tensor, sharded: bool) -> Tensor | None:
+        """min(1, clip / norm) of a flat gradient [n], or of the one whose part it is if that is `sharded`; None where
+        nothing is clipped. Never waits for the GPU."""
         if not self.clip:
             return None
-        norms = [torch.linalg.vector_norm(g.float()) for g in gradient.split(SLICE)]
-        scale: Tensor = (self.clip / torch.stack(norms).norm().clamp(min=1e-12)).clamp(max=1.0)
+        norm = torch.stack([torch.linalg.vector_norm(g.float()) for g in gradient.split(SLICE)]).norm()
+        if sharded:
+            norm = added(norm**2).sqrt()
+        scale: Tensor = (self.clip / norm.clamp(min=1e-12)).clamp(max=1.0)
         return scale
 
     def _slices(self, state: _State, n: int) -> Iterator[tuple[slice, _State]]:
@@ -214,7 +225,7 @@ class InBackwardAdam8bit:
         overlap; both directions share the stream, so a slice is never fetched before it was stored.
         """
         parts = [slice(start, min(n, start + SLICE)) for start in range(0, n, SLICE)]
-        if self._copies is None:
+        if self._copies is None or not parts:
             yield from ((part, state.part(part, self.bits)) for part in parts)
             return
         compute = torch.cuda.current_stream(self.device)

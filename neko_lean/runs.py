@@ -14,6 +14,7 @@ import torch
 
 from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.cache.format import MANIFEST, file_sha256
+from neko_lean.collective import gather, joined
 from neko_lean.data import Encoded, encode, read_rows, truncation_line
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, explained_write_errors
@@ -32,6 +33,7 @@ from neko_lean.modeling import (
     weights_fingerprint,
 )
 from neko_lean.progress import say
+from neko_lean.ranks import leads, size
 from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, Recipe, forgets, load_recipe, needs_teacher
 from neko_lean.shrink import explained_out_of_memory
 from neko_lean.signals import handled
@@ -43,6 +45,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
+@joined()
 def unlearn(
     model: str | Path,
     out: str | Path,
@@ -162,13 +165,15 @@ def unlearn(
             )
         before = resident()
         student = partial(load_model, folder, pick_dtype(chosen.dtype))
-        trainer = Trainer(student(place), pad_id, forget_rows, retain_rows, teacher, chosen, substitutes)
+        lm = student(_whole_on(place))
+        trainer = Trainer(lm, pad_id, forget_rows, retain_rows, teacher, chosen, substitutes, place)
         loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)
         run = _train(loop, before, {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost})
     _raise_failure(run, out)
     return run
 
 
+@joined()
 def memorize(
     model: str | Path,
     data: str | Path,
@@ -227,7 +232,7 @@ def memorize(
         explained_out_of_memory(),
     ):
         before = resident()
-        trainer = Trainer(student(place), pad_id, [], encoded, None, chosen)
+        trainer = Trainer(student(_whole_on(place)), pad_id, [], encoded, None, chosen, device=place)
         loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)
         run = _train(loop, before, {"command": "memorize", "model": model_name(model), "sets": list(sets)})
     _raise_failure(run, out)
@@ -282,7 +287,13 @@ def _encode(
 
 def _identity(command: str, recipe: Recipe, seed: int, device: torch.device) -> dict[str, Any]:
     """The part of a run's identity that every run has: with another one it would not end in the same weights."""
-    return {"command": command, "recipe": asdict(recipe), "seed": seed, "device": device.type}
+    parts = {"command": command, "recipe": asdict(recipe), "seed": seed, "device": device.type}
+    return parts if size() == 1 else {**parts, "ranks": size()}
+
+
+def _whole_on(device: torch.device) -> torch.device:
+    """Where the student lies as a whole before it trains on `device`: in host memory where ranks share it out."""
+    return device if size() == 1 else torch.device("cpu")
 
 
 def _cache_digest(cache: TeacherCache | None) -> str:
@@ -297,10 +308,14 @@ def _train(loop: Loop, before: int, about: dict[str, Any]) -> dict[str, Any]:
     with loop.signals.deferred():
         run = {**about, **loop.train(), "versions": versions(), "made_from": digests(loop.work.identity)}
         peaks = run["peak_memory"]
-        run["measured_peak"] = peaks.get("allocated", peaks["process"] - before)
+        of_ranks = gather(peaks.get("allocated", peaks["process"] - before))
+        run["measured_peak"] = max(of_ranks)
+        if len(of_ranks) > 1:
+            run["measured_peaks"] = of_ranks
         with loop.work.output() as stage:
             loop.write(stage)
-            (stage / RUN).write_text(json.dumps(run, indent=1) + "\n")
+            if leads():
+                (stage / RUN).write_text(json.dumps(run, indent=1) + "\n")
     return run
 
 

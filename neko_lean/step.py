@@ -11,9 +11,11 @@ from torch import Tensor
 
 from neko_lean import objectives
 from neko_lean.cache import TeacherCache
+from neko_lean.collective import of_all_ranks
 from neko_lean.data import Encoded, pad
 from neko_lean.head import token_stats
 from neko_lean.modeling import CausalLM
+from neko_lean.ranks import rank, size
 from neko_lean.recipes import NEED_FORGET_CACHE, Recipe
 
 # What one more micro-batch costs, in positions: every layer's weights are read once more and its kernels launched.
@@ -40,6 +42,30 @@ def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
         groups.append(order[cut[stop] : stop])
         stop = cut[stop]
     return groups[::-1]
+
+
+def dealt(groups: Sequence[Sequence[int]], lengths: Sequence[int], ranks: int) -> list[Sequence[int]]:
+    """The same micro-batches for so many ranks, all of the first one's first: as many for each, since they gather each
+    layer together, and of like size. Large ones are cut; where rows run out there are empty ones."""
+    if ranks == 1:
+        return list(groups)
+
+    def work(group: Sequence[int]) -> int:
+        return len(group) * max((lengths[i] for i in group), default=1)
+
+    found = sorted(groups, key=work)
+    while len(found) % ranks:
+        most = max((group for group in found if len(group) > 1), key=work, default=None)
+        if most is None:
+            found.append([])
+            continue
+        found.remove(most)
+        found += [most[: len(most) // 2], most[len(most) // 2 :]]
+    shares: list[list[Sequence[int]]] = [[] for _ in range(ranks)]
+    for group in sorted(found, key=work, reverse=True):
+        room = [share for share in shares if len(share) < len(found) // ranks]
+        min(room, key=lambda share: sum(map(work, share))).append(group)
+    return [group for share in shares for group in share]
 
 
 @dataclass(frozen=True)
@@ -69,6 +95,13 @@ class Batch:
     def positions(self) -> int:
         """Positions that the model works on, padding included."""
         return sum(ids.numel() for ids in self.micro)
+
+    def own(self) -> tuple[list[Tensor], list[Tensor], slice]:
+        """This rank's micro-batches, the positions in them, and where these lie among the N."""
+        count = len(self.micro) // size()
+        mine = slice(rank() * count, (rank() + 1) * count)
+        start = sum(map(len, self.index[: mine.start]))
+        return self.micro[mine], self.index[mine], slice(start, start + sum(map(len, self.index[mine])))
 
     @property
     def substitute(self) -> Tensor:
@@ -101,7 +134,7 @@ def make_batch(
     # The losses on an anchor's documents tell what unseen text costs the student now.
     known_to = teacher.has_target_logp if teacher is not None and recipe.forget_objective == "calibrated" else None
     is_anchor = [known_to is not None and held and known_to(one) for one, held in zip(rows, is_retain, strict=True)]
-    groups = micro_batches(lengths, recipe.micro_tokens)
+    groups = dealt(micro_batches(lengths, recipe.micro_tokens), lengths, size())
     micro, index, of_row, following = _laid_out(rows, spans, groups, pad_id, device)
     of_retain, of_anchor = (torch.tensor(flags, dtype=torch.bool)[of_row] for flags in (is_retain, is_anchor))
     target = following.masked_fill(of_retain & ~of_anchor, -1) if kl else following
@@ -157,7 +190,7 @@ def _laid_out(
     row: list[int] = []
     following: list[int] = []
     for group in groups:
-        micro.append(pad([rows[i].ids for i in group], pad_id, device)[0])
+        micro.append(pad([rows[i].ids for i in group] or [[pad_id]], pad_id, device)[0])
         wanted: list[int] = []
         for place, number in enumerate(group):
             start, stop = spans[number]
@@ -215,12 +248,16 @@ def batch_losses(
     hidden: Tensor, head: Tensor, batch: Batch, recipe: Recipe, drift: float = 1.0, chunk: int | None = None
 ) -> dict[str, Tensor]:
     """Scalars `loss`, `forget_loss`, `retain_loss` and, with substitutes, `substitute_loss` (nats, before their
-    weights) of one batch, with gradient, from the last hidden states [N, d] of its positions and the head [V, d].
+    weights) of one batch, with gradient, from the last hidden states [n, d] of this rank's positions and the head
+    [V, d]. Ranks tell each other what token_stats gave: the loss is that of the whole step, and adding up the ranks'
+    gradients gives its gradient.
 
     Levels are multiplied by `drift`. With an anchor's documents in the batch there are also `anchor_nll` and
     `anchor_teacher_nll`, sums over their tokens, without gradient. `chunk` is as in token_stats.
     """
-    target_logp, kl = token_stats(hidden, head, batch.target, *(batch.teacher or ()), chunk=chunk)
+    place = batch.own()[2]
+    stats = token_stats(hidden, head, batch.target[place], *(one[place] for one in batch.teacher or ()), chunk=chunk)
+    target_logp, kl = of_all_ranks(torch.stack(stats, dim=1)).unbind(1)
     zero = target_logp.new_zeros(())
     losses = {"forget_loss": zero, "retain_loss": zero}
     if recipe.forget_objective != "none" and batch.forget.any():

@@ -10,12 +10,14 @@ import dataclasses
 import math
 from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from typing import TypeVar
 
 import torch
 
 from neko_lean.cache import TeacherCache
 from neko_lean.checkpoints import RunState
+from neko_lean.collective import any_rank, by_first
 from neko_lean.data import Encoded
 from neko_lean.errors import NekoLeanError
 from neko_lean.evaluation import answers, quality
@@ -23,7 +25,9 @@ from neko_lean.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.modeling import CausalLM
 from neko_lean.optim import InBackwardAdam8bit, NotFinite, refuse_not_finite
 from neko_lean.progress import say
+from neko_lean.ranks import size
 from neko_lean.recipes import Recipe
+from neko_lean.sharding import Shards
 from neko_lean.shrink import TornError, shrink
 from neko_lean.step import Batch, batch_losses, chosen_hidden, make_batch
 
@@ -43,13 +47,22 @@ def prefetched(make: Callable[[], T]) -> Generator[T, None, None]:
             yield one
 
 
-def _way_back(student: CausalLM, recipe: Recipe) -> tuple[Recipe, LayerPass | None]:
-    """How this model's backward pass will go: the recipe's way, or checkpointed where its layers cannot be walked."""
+def _way_back(student: CausalLM, recipe: Recipe, device: torch.device) -> tuple[Recipe, LayerPass | None]:
+    """How this model's backward pass will go: the recipe's way, or checkpointed where its layers cannot be walked.
+
+    Of several ranks each moves its part of the student to its device. Raises NekoLeanError where they cannot.
+    """
     freeze(student, recipe.train_last, recipe.train_only)
+    if size() > 1 and recipe.backward != "layerwise":
+        raise NekoLeanError(f"backward={recipe.backward} is for one process: under torchrun leave it at layerwise.")
     if recipe.backward == "layerwise":
         try:
-            return recipe, LayerPass(student, decoder_layers(student), offload=recipe.offload_activations)
+            layers = decoder_layers(student)
+            shards = Shards(student, layers, device) if size() > 1 else None
+            return recipe, LayerPass(student, layers, offload=recipe.offload_activations, shards=shards)
         except NekoLeanError as error:
+            if size() > 1:
+                raise NekoLeanError(f"{error} So it cannot be spread over ranks: run it without torchrun.") from error
             say(
                 f"warning: {error} Going on with backward=checkpointed, in which a layer's activations are alive for a "
                 f"step's {recipe.batch_tokens} positions at once instead of {recipe.micro_tokens}."
@@ -77,9 +90,10 @@ class Trainer:
         teacher: TeacherCache | None,
         recipe: Recipe,
         substitutes: list[Encoded] | None = None,
+        device: torch.device | None = None,
     ) -> None:
         self.student, self.pad_id = student, pad_id
-        self.recipe, self.walk = _way_back(student, recipe)
+        self.recipe, self.walk = _way_back(student, recipe, device or student.device)
         self.forget, self.retain, self.teacher, self.substitutes = forget, retain, teacher, substitutes
         self.learning = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
         self.state = RunState(recipe.micro_tokens)
@@ -115,9 +129,10 @@ class Trainer:
             batch = self.batch(rows)
         state = self.state
         state.step += 1
-        if batch.positions > sum(rows * length for rows, length in state.largest):
-            state.largest = [list(ids.shape) for ids in batch.micro]
-            state.wanted = [len(index) for index in batch.index]
+        micro, index, _ = batch.own()
+        if sum(ids.numel() for ids in micro) > sum(rows * length for rows, length in state.largest):
+            state.largest = [list(ids.shape) for ids in micro]
+            state.wanted = [len(one) for one in index]
         state.positions += batch.positions
         state.tokens += batch.tokens
         return batch, values
@@ -128,7 +143,8 @@ class Trainer:
         try:
             return self._update(optimizer, batch)
         except torch.OutOfMemoryError:
-            pass
+            if size() > 1:  # the other ranks are in the middle of the step
+                raise
         # Out here, where the exception has let go of the step's tensors.
         if self.walk is not None:
             self.walk.clear()
@@ -153,7 +169,8 @@ class Trainer:
         if self.walk is None:
             hidden = chosen_hidden(self.student, batch.micro, batch.index)
         else:
-            hidden = self.walk.forward(batch.micro, batch.index)
+            micro, index, _ = batch.own()
+            hidden = self.walk.forward(micro, index)
         losses = self._losses(hidden, batch)
         values = {name: loss.item() for name, loss in losses.items()}
         del hidden
@@ -162,7 +179,7 @@ class Trainer:
             now = values.pop("anchor_nll"), values.pop("anchor_teacher_nll")
             unseen = [LATELY * old + new for old, new in zip(unseen, now, strict=True)]
             values["drift"] = drift(unseen)
-        if not math.isfinite(values["loss"]):
+        if any_rank(not math.isfinite(values["loss"]), self.student.device):
             raise NotFinite(f"the loss became {values['loss']} at step {state.step + 1}, before its update")
         try:
             losses["loss"].backward()
@@ -187,17 +204,20 @@ class Trainer:
         while True:
             batch = self.batch(sample)
             try:
-                values = self._look(batch, sample)
+                with nullcontext() if self.walk is None or self.walk.shards is None else self.walk.shards.whole():
+                    values = self._look(batch, sample)
                 break
             except torch.OutOfMemoryError:
-                pass
+                if size() > 1:
+                    raise
             self._shrink(batch)
         self.ready()
-        return values
+        return by_first(lambda: values)  # what is decided by them is decided alike
 
     def _look(self, batch: Batch, sample: Rows) -> dict[str, float]:
         """What an evaluation finds."""
-        losses = self._losses(chosen_hidden(self.student, batch.micro, batch.index), batch)
+        micro, index, _ = batch.own()
+        losses = self._losses(chosen_hidden(self.student, micro, index), batch)
         values = {f"eval_{name}": loss.item() for name, loss in losses.items() if name.endswith("loss")}
         if self.recipe.retain_objective == "kl":
             values["eval_retain_kl"] = values["eval_retain_loss"]

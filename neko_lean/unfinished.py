@@ -13,7 +13,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -23,10 +23,13 @@ from torch import Tensor
 
 from neko_lean import __version__
 from neko_lean.checkpoints import METRICS, RunState, Save, best_step, damage, read_save, seal, write_folder, write_save
+from neko_lean.collective import by_first
 from neko_lean.data import Encoded
 from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, sync, sync_tree
 from neko_lean.modeling import CausalLM
 from neko_lean.progress import say
+from neko_lean.ranks import leads, rank
+from neko_lean.sharding import save_checkpoint
 from neko_lean.signals import Interrupted
 
 RUN = "run.json"
@@ -66,7 +69,7 @@ class Unfinished:
 
     @property
     def metrics(self) -> Path:
-        return self.folder / METRICS
+        return self.folder / METRICS if leads() else Path(os.devnull)
 
     @property
     def cache(self) -> Path:
@@ -82,6 +85,23 @@ class Unfinished:
         return sorted(self.folder.glob("step-*"), reverse=True)
 
     def newest(self) -> Save | None:
+        """The last save that is whole, for all ranks the one that the first finds; see `_newest`."""
+        found: Save | None = None
+
+        def name() -> str | None:
+            nonlocal found
+            found = self._newest()
+            return None if found is None else found.folder.name
+
+        chosen = by_first(name)
+        if chosen is not None and found is None:
+            seen = read_save(self.folder / chosen)
+            if not isinstance(seen, Save):
+                raise NekoLeanError(f"rank {rank()} cannot read {self.folder / chosen}: {seen}.")
+            found = seen
+        return found
+
+    def _newest(self) -> Save | None:
         """The last save that is whole, itself and its best evaluation; damaged ones are named and removed.
 
         Raises NekoLeanError, naming what differs, when it is of another run.
@@ -106,24 +126,27 @@ class Unfinished:
 
     def save(self, state: RunState, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
         """Write a save, then remove what none of the last two needs."""
-        if state.best_step:
+        if state.best_step and leads():
             with explained_write_errors(self.folder):
                 seal(self.best(state.best_step))
         about = {"identity": self.identity, "versions": versions()}
         write_save(self.folder / f"step-{state.step:08d}", weights, tensors, about, state, self.metrics)
-        for old in self.saves()[KEPT:]:
-            shutil.rmtree(old, ignore_errors=True)
-        self.prune(state.best_step)
+        if leads():
+            for old in self.saves()[KEPT:]:
+                shutil.rmtree(old, ignore_errors=True)
+            self.prune(state.best_step)
 
     def keep_best(self, step: int, model: CausalLM, tokenizer: Any) -> None:
         """Write the checkpoint of the evaluation after `step`; the one before goes, unless a save needs it."""
 
         def fill(folder: Path) -> None:
-            model.model.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+            save_checkpoint(model, tokenizer, folder)
 
-        write_folder(self.best(step), fill)
-        self.prune(step)
+        if leads():
+            write_folder(self.best(step), fill)
+            self.prune(step)
+        else:
+            fill(self.best(step))
 
     def prune(self, step: int) -> None:
         """Remove the best evaluations' checkpoints but that of `step` and those of the saves."""
@@ -136,6 +159,9 @@ class Unfinished:
     def output(self) -> Iterator[Path]:
         """An empty folder that becomes the output when the block ends well."""
         stage = self.folder / "output"
+        if not leads():
+            yield stage
+            return
         shutil.rmtree(stage, ignore_errors=True)
         with explained_write_errors(self.out):
             stage.mkdir()
@@ -164,26 +190,35 @@ def unfinished(
     when `out` holds something, when an unfinished run is in the way, when another process is at work on the same
     `out`, or when the folder cannot be written to.
     """
-    refuse_occupied(out, overwrite)
     run = Unfinished(out, identity, save_every, resume)
-    with explained_write_errors(out):
-        run.folder.mkdir(parents=True, exist_ok=True)
-        sync(run.folder.parent)
-        lock = _locked(run)
-    with lock:
-        if not resume and not overwrite and run.kept():
-            raise NekoLeanError(f"{run.kept()}: go on with --resume, or start anew with --overwrite.")
-        _tidy(run)
+    with ExitStack() as held:
+
+        def begin() -> None:
+            refuse_occupied(out, overwrite)
+            with explained_write_errors(out):
+                run.folder.mkdir(parents=True, exist_ok=True)
+                sync(run.folder.parent)
+                held.enter_context(_locked(run))
+            if not resume and not overwrite and run.kept():
+                raise NekoLeanError(f"{run.kept()}: go on with --resume, or start anew with --overwrite.")
+            _tidy(run)
+
+        by_first(begin)
+        if not run.folder.is_dir():
+            raise NekoLeanError(f"rank {rank()} does not see {run.folder}: put --out on a file system that all share.")
         run.found = run.newest()
-        run.prune(run.found.state.best_step if run.found else 0)
+        if leads():
+            run.prune(run.found.state.best_step if run.found else 0)
         if run.found is not None and run.found.versions != versions():
             say("warning: the run was begun with other versions of its packages: its end may differ in the last bits.")
         try:
             yield run
         except BaseException as error:
-            _leave(run, error)
+            if leads():
+                _leave(run, error)
             raise
-        shutil.rmtree(run.folder, ignore_errors=True)
+        if leads():
+            shutil.rmtree(run.folder, ignore_errors=True)
 
 
 def _locked(run: Unfinished) -> IO[str]:
@@ -236,7 +271,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             values = [k for k in sorted({*one, *two}) if one.get(k) != two.get(k) and k not in MAY_DIFFER]
             found += [f"recipe value {k} ({one.get(k)}, now {two.get(k)})" for k in values]
         elif one != two:
-            found.append(f"{key} ({one}, now {two})" if key in ("command", "device", "seed") else key)
+            found.append(f"{key} ({one}, now {two})" if key in ("command", "device", "ranks", "seed") else key)
     return found
 
 

@@ -9,6 +9,8 @@ import typer
 from rich.console import Console
 
 from neko_lean.cli.common import Device, Json, MaxSteps, Overwrite, Quiet, Seed, Split, command, emit
+from neko_lean.errors import NekoLeanError
+from neko_lean.ranks import size
 from neko_lean.recipes import DEFAULT
 
 
@@ -31,6 +33,8 @@ def demo(
 
     Example: neko-lean demo --out demo-run    or    neko-lean demo --data lume/ --split validation --out lume-run
     """
+    if size() > 1:
+        raise NekoLeanError("demo is for one process: run it without torchrun.")
     from neko_lean.demo import demo as run
     from neko_lean.scoring.table import score_table
 

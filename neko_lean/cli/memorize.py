@@ -24,6 +24,7 @@ from neko_lean.cli.common import (
     overrides,
     pinned,
 )
+from neko_lean.ranks import leads
 
 
 @command
@@ -72,6 +73,8 @@ def memorize(
         overwrite=overwrite,
         quiet=quiet,
     )
+    if not leads():
+        return
     if json:
         emit({"out": str(out), **result})
     elif not quiet:

@@ -25,6 +25,7 @@ from neko_lean.cli.common import (
     overrides,
     pinned,
 )
+from neko_lean.ranks import leads
 from neko_lean.recipes import DEFAULT
 
 
@@ -91,6 +92,8 @@ def unlearn(
         overwrite=overwrite,
         quiet=quiet,
     )
+    if not leads():
+        return
     if json:
         emit({"out": str(out), **result})
     elif not quiet:
