@@ -1,6 +1,10 @@
-"""What tests start under torchrun: the command line, with shards so small that every rank writes several."""
+"""What tests start under torchrun: the command line, with shards so small that every rank writes several.
+
+STOP_AT in the environment is a step behind which the last rank gets a SIGTERM.
+"""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,13 +12,25 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def torchrun(*arguments: object, ranks: int = 2) -> subprocess.CompletedProcess[str]:
-    """`neko-lean ARGUMENTS` by so many processes on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.run(
-        [*command, __file__, *map(str, arguments)], capture_output=True, text=True, env=environment, timeout=300
-    )
+def torchrun(*arguments: object, script: str = __file__, **environment: str) -> subprocess.CompletedProcess[str]:
+    """`neko-lean ARGUMENTS` by two processes on this machine."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=given, timeout=300)
+
+
+def stop_at(last: int) -> None:
+    from neko_lean.loop import Loop
+
+    step = Loop._step
+
+    def stopping(self, *arguments):
+        values = step(self, *arguments)
+        if self.state.step == last and os.environ["RANK"] == "1":
+            os.kill(os.getpid(), signal.SIGTERM)
+        return values
+
+    Loop._step = stopping
 
 
 if __name__ == "__main__":
@@ -22,4 +38,6 @@ if __name__ == "__main__":
     from neko_lean.cli import main
 
     writer.SHARD_POSITIONS = 400
+    if "STOP_AT" in os.environ:
+        stop_at(int(os.environ["STOP_AT"]))
     main()

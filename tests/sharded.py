@@ -1,0 +1,93 @@
+"""Two processes for test_sharding.py: gradients of a student in shards beside plain autograd's, both in float64.
+
+torchrun ... tests/sharded.py FOLDER    where FOLDER holds world and cache; prints JSON
+"""
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from neko_lean.cache import TeacherCache
+from neko_lean.collective import agreed, joined
+from neko_lean.data import encode, read_rows
+from neko_lean.layerwise import LayerPass, decoder_layers
+from neko_lean.modeling import load_tokenizer, split
+from neko_lean.ranks import alone, leads
+from neko_lean.recipes import load_recipe
+from neko_lean.sharding import Shards
+from neko_lean.step import batch_losses, chosen_hidden, make_batch
+from neko_lean.substitutes import refusals
+
+# Heads of 7 rows a rank and less: 355 rows of the vocabulary do not split evenly either.
+SHAPE = {"hidden_size": 28, "intermediate_size": 30, "num_hidden_layers": 3, "num_attention_heads": 2}
+RECIPES = [
+    ("neko", {}),
+    ("npo", {}),
+    ("dpo", {"substitute": "refusal"}),
+    ("calibrated", {"level": 3.0}),
+    ("graddiff", {"micro_tokens": 10_000}),  # one micro-batch, which is cut in two
+    ("neko", {"retain_objective": "none", "micro_tokens": 20}),
+    ("mlp", {}),
+]
+
+
+def student(vocabulary: int, tied: bool):
+    torch.manual_seed(1)
+    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, attn_implementation="eager", **SHAPE)
+    return split(LlamaForCausalLM(config).double())
+
+
+def compare(root: Path, name: str, change: dict, tied: bool) -> float:
+    """The largest difference of a gradient, relative to the largest of its parameter."""
+    tokenizer = load_tokenizer(root / "world" / "base")
+    recipe = load_recipe(name, {"micro_tokens": 60, "format": "neko", **change})
+    forget, retain = (read_rows(root / "world", stem)[:count] for stem, count in (("forget", 3), ("retain", 4)))
+    sets = [encode(rows, tokenizer, "neko", 512) for rows in (forget, retain, refusals(forget))]
+    others = sets[2] if change.get("substitute") else []
+    cache = TeacherCache(root / "cache")
+    given = (sets[0], sets[1] if recipe.retain_objective != "none" else [], cache, recipe, 0)
+
+    with alone():
+        plain = student(len(tokenizer), tied)
+        batch = make_batch(*given, torch.device("cpu"), others)
+        loss = batch_losses(chosen_hidden(plain, batch.micro, batch.index), plain.head, batch, recipe)["loss"]
+        loss.backward()
+        wanted = {name: p.grad for name, p in plain.model.named_parameters()}
+
+    spread = student(len(tokenizer), tied)
+    layers = decoder_layers(spread)
+    shards = Shards(spread, layers, torch.device("cpu"))
+    walk = LayerPass(spread, layers, shards=shards)
+    learning = dict(spread.model.named_parameters())
+    worst = 0.0
+    for _ in range(2):  # the second time from what the first has left
+        batch = make_batch(*given, torch.device("cpu"), others)
+        micro, index, _ = batch.own()
+        same = batch_losses(walk.forward(micro, index), spread.head, batch, recipe)["loss"]
+        same.backward()
+        walk.backward(lambda parameter: None)
+        worst = max(worst, abs(same.item() - loss.item()))
+        for name, parameter in learning.items():
+            got = parameter.grad.full_tensor()
+            worst = max(worst, ((got - wanted[name]).abs().max() / wanted[name].abs().max()).item())
+            parameter.grad = None
+    return worst
+
+
+@joined()
+def main(root: Path) -> None:
+    found = {}
+    for tied in (False, True):
+        for number, (name, change) in enumerate(RECIPES):
+            found[f"{number} {name}, {'tied' if tied else 'untied'}"] = max(
+                agreed(lambda n=name, c=change, t=tied: compare(root, n, c, t))
+            )
+    if leads():
+        print(json.dumps(found))
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
