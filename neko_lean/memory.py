@@ -12,6 +12,7 @@ import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import accumulate, pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,8 +26,9 @@ from neko_lean.head import CHUNK_ELEMENTS
 from neko_lean.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.modeling import CausalLM, checkpoint_activations, load_config, model_folder, model_name
 from neko_lean.optim import SLICE, UPDATE_BYTES, state_size
+from neko_lean.ranks import size
 from neko_lean.recipes import Recipe, load_recipe
-from neko_lean.step import chosen_hidden
+from neko_lean.step import chosen_hidden, dealt
 from neko_lean.twomodels import WAYS, Way, two_model_loss
 
 if TYPE_CHECKING:
@@ -90,13 +92,22 @@ def full_step(recipe: Recipe) -> list[tuple[int, int]]:
     return [(min(most, rows - start), length) for start in range(0, rows, most)]
 
 
+def _of_one(micro: Sequence[tuple[int, int]], ranks: int) -> list[tuple[int, int]]:
+    """The first rank's of a full step's micro-batches, dealt out as a step does."""
+    starts = [0, *accumulate(rows for rows, _ in micro)]
+    length = micro[0][1]
+    groups = dealt([range(a, b) for a, b in pairwise(starts)], [length] * starts[-1], ranks)
+    return [(len(group), length) if group else (1, 1) for group in groups[: len(groups) // ranks]]
+
+
 def predict(
     config: Path | PreTrainedConfig,
     recipe: Recipe,
     micro: Sequence[tuple[int, int]],
     wanted: Sequence[int] | None = None,
+    ranks: int = 1,
 ) -> Need:
-    """What one step of neko-lean needs.
+    """What one step of neko-lean needs; of several `ranks` what one does, whose `micro` and `wanted` are its own.
 
     Args:
         config: the model's, or a folder that holds config.json; no weights are read.
@@ -106,7 +117,7 @@ def predict(
 
     Raises NekoLeanError where the model's layers cannot be walked and the recipe asks for it.
     """
-    lines, movable = _held(config, recipe, micro, wanted)
+    lines, movable = _held(config, recipe, micro, wanted, ranks)
     return _need(lines, movable, recipe.offload_state, recipe.offload_activations)
 
 
@@ -117,7 +128,7 @@ def predicted_peak(
     if not micro:
         return None
     try:
-        return predict(config, recipe, [(rows, length) for rows, length in micro], wanted).on(on)
+        return predict(config, recipe, [(rows, length) for rows, length in micro], wanted, size()).on(on)
     except Exception:  # of the model's own code on fake tensors: it must not cost a finished run
         return None
 
@@ -127,6 +138,7 @@ def _held(
     recipe: Recipe,
     micro: Sequence[tuple[int, int]],
     wanted: Sequence[int] | None = None,
+    ranks: int = 1,
 ) -> tuple[dict[str, int], int]:
     """A step's `lines` with everything on the device, and how many bytes of layer inputs could leave it."""
     with FakeTensorMode():
@@ -137,11 +149,13 @@ def _held(
         index = [torch.zeros(n, dtype=torch.int64) for n in wanted or [rows * length for rows, length in micro]]
         with LiveTensors() as live:
             inputs = _step(lm, recipe, ids, index)
+        gathered = _gathered(lm) if ranks > 1 else 0
     widest = max(rows * length for rows, length in micro) * lm.head.shape[1] * lm.head.element_size()
     lines = {
-        "student weights": _bytes(lm.model.parameters()),
+        "student weights": _bytes(lm.model.parameters()) // ranks,
         "teacher weights": 0,
-        "Adam state": sum(state_size(p.numel(), recipe.state_bits) for p in learning),
+        "Adam state": sum(state_size(p.numel(), recipe.state_bits) for p in learning) // ranks,
+        **({"gathered from other ranks": gathered} if ranks > 1 else {}),
         "gradients, the largest alone": max(_bytes([p]) for p in learning),
         "layer inputs": inputs,
         "logits of a chunk": _chunk_bytes(lm, sum(map(len, index))),
@@ -151,9 +165,17 @@ def _held(
     return lines, max(0, inputs - 2 * widest)
 
 
+def _gathered(lm: CausalLM) -> int:
+    """Bytes that a rank has gathered of others when it needs most: embeddings, norm and head while the losses go back
+    through the head, or then a layer, which FSDP receives in one piece and copies into its parameters."""
+    layers = [_bytes(layer.parameters()) for layer in decoder_layers(lm)]
+    return max(_bytes(lm.model.parameters()) - sum(layers), 2 * max(layers))
+
+
 def _need(lines: dict[str, int], movable: int, offload_state: bool, offload_activations: bool) -> Need:
     host = (lines["Adam state"] if offload_state else 0) + (movable if offload_activations else 0)
-    together = lines["student weights"] + lines["Adam state"] + lines["peak of all but weights and state"]
+    kept = ("student weights", "Adam state", "gathered from other ranks", "peak of all but weights and state")
+    together = sum(lines.get(name, 0) for name in kept)
     return Need(lines, together - host, host)
 
 
@@ -181,15 +203,17 @@ def predict_two_models(config: Path, way: Way, rows: int, length: int) -> Need:
     return Need(lines, 4 * weights + moving, 0)
 
 
-def plan_run(model: str | Path, recipe: str | Path, overrides: Mapping[str, Any], card: int | None) -> dict[str, Any]:
-    """The need of a recipe's largest step, for this tool and for two models, and which options fit a card of `card`
-    bytes (`options`, flags of unlearn; None when not even all of them do)."""
+def plan_run(
+    model: str | Path, recipe: str | Path, overrides: Mapping[str, Any], card: int | None, gpus: int = 1
+) -> dict[str, Any]:
+    """The need of a recipe's largest step, for this tool (with several `gpus` that of each) and for two models, and
+    which options fit a card of `card` bytes (`options`, flags of unlearn; None when not even all of them do)."""
     folder = model_folder(model, config_only=True)
     chosen = load_recipe(recipe, overrides)
     micro = full_step(chosen)
     length = micro[0][1]
     rows = sum(one[0] for one in micro)
-    held = _held(folder, chosen, micro)
+    held = _held(folder, chosen, _of_one(micro, gpus), ranks=gpus)
     needs = {"neko-lean": _need(*held, chosen.offload_state, chosen.offload_activations)}
     for way in WAYS:
         needs[way.name] = predict_two_models(folder, way, max(1, rows // 2), length)
@@ -198,13 +222,13 @@ def plan_run(model: str | Path, recipe: str | Path, overrides: Mapping[str, Any]
         "ways": {name: dataclasses.asdict(need) for name, need in needs.items()},
     }
     if card is not None:
-        options, fits = _fitting(folder, chosen, held, card)
+        options, fits = _fitting(folder, chosen, held, card, gpus)
         found |= {"options": options, "fits": fits and dataclasses.asdict(fits)}
     return found
 
 
 def _fitting(
-    folder: Path, recipe: Recipe, held: tuple[dict[str, int], int], card: int
+    folder: Path, recipe: Recipe, held: tuple[dict[str, int], int], card: int, gpus: int
 ) -> tuple[list[str] | None, Need | None]:
     """The cheapest options, in flags, with which the recipe's largest step fits the card; and its need with them.
     `held` is what `_held` found for that step."""
@@ -212,7 +236,7 @@ def _fitting(
         smaller = ["--set micro_tokens=512"] if positions < recipe.micro_tokens else []
         if smaller:
             changed = dataclasses.replace(recipe, micro_tokens=positions)
-            held = _held(folder, changed, full_step(changed))
+            held = _held(folder, changed, _of_one(full_step(changed), gpus), ranks=gpus)
         for flags in ([], ["activations"], ["state"], ["state", "activations"]):
             state, activations = (getattr(recipe, f"offload_{f}") or f in flags for f in ("state", "activations"))
             need = _need(*held, state, activations)

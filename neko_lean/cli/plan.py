@@ -20,6 +20,9 @@ def plan(
         int | None, typer.Option(min=1, help="Positions of a step.  [default: the recipe's]")
     ] = None,
     gpu: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of a card, as 8GB: what fits it?")] = None,
+    gpus: Annotated[
+        int, typer.Option(min=1, metavar="N", help="Under torchrun with N processes: what does each hold?")
+    ] = 1,
     set_: Set = None,
     revision: Revision = None,
     json: Json = False,
@@ -31,10 +34,12 @@ def plan(
     from neko_lean.memory import CONTEXT, plan_run
 
     size = _bytes(gpu) if gpu else None
-    found = plan_run(pinned(model, revision), recipe, overrides(set_, batch_tokens=batch_tokens), size)
+    found = plan_run(pinned(model, revision), recipe, overrides(set_, batch_tokens=batch_tokens), size, gpus)
     if json:
         emit(found)
         return
+    if gpus > 1:
+        found["title"] += f"; neko-lean on each of {gpus} GPUs"
     _print(found)
     if size is not None:
         room = f"{gpu} less {gibibytes(CONTEXT)} for CUDA itself"
