@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from neko_lean.cache import cache_teacher, writer
 from neko_lean.cache.format import file_sha256
+from neko_lean.cli import app
 from neko_lean.collective import agreed, any_rank, gather, largest, whole
 from neko_lean.errors import NekoLeanError
 from neko_lean.ranks import alone, leads, local_rank, rank, share, size
@@ -75,3 +77,14 @@ def test_an_error_is_one_sentence_and_leaves_nothing(world, model, tmp_path):
     assert found.returncode != 0
     assert "error: " in found.stderr and "already holds something" in found.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
+
+
+def test_what_is_for_one_process_says_so(world, model, tmp_path, monkeypatch):
+    from neko_lean.modeling import pick_device
+
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    found = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out")])
+    assert found.exit_code == 2 and "run it without torchrun" in found.stderr
+    with pytest.raises(NekoLeanError, match="a GPU of its own"):
+        pick_device("cuda:1")

@@ -147,3 +147,16 @@ def test_a_fake_model_has_no_storage():
     with FakeTensorMode():
         lm = fake_model(OLMO_1B, torch.bfloat16)
     assert lm.head.shape == (50304, 2048) and lm.embedding is not lm.head
+
+
+def test_each_of_several_ranks_holds_its_part(tmp_path):
+    OLMO_1B.save_pretrained(tmp_path)
+    needs = {gpus: plan_run(tmp_path, "neko", {}, None, gpus)["ways"]["neko-lean"] for gpus in (1, 2, 4)}
+    for gpus in (2, 4):
+        lines = needs[gpus]["lines"]
+        for name in ("student weights", "Adam state", "layer inputs"):
+            assert lines[name] == pytest.approx(needs[1]["lines"][name] / gpus, rel=1e-3), name
+        assert lines["gathered from other ranks"] == 2 * OLMO_1B.vocab_size * OLMO_1B.hidden_size * 2
+    # The goal: 0.6 of one process and the head's chunk.
+    assert needs[2]["peak"] < 0.6 * needs[1]["peak"] + needs[1]["lines"]["logits of a chunk"]
+    assert needs[4]["peak"] < needs[2]["peak"]

@@ -10,12 +10,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neko_lean import step
 from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.data import encode, read_rows
 from neko_lean.layerwise import LayerPass, decoder_layers
 from neko_lean.modeling import checkpoint_activations, load_model, load_tokenizer
 from neko_lean.recipes import load_recipe
-from neko_lean.step import OVERHEAD, batch_losses, chosen_hidden, make_batch, micro_batches
+from neko_lean.step import OVERHEAD, batch_losses, chosen_hidden, dealt, make_batch, micro_batches
 from neko_lean.substitutes import random_answers, refusals
 from tests.helpers import random_model
 
@@ -259,3 +260,46 @@ def test_positions(pieces):
     batch = make_batch([], retain, None, memorize, 0, CPU)
     assert batch.teacher is None and len(batch.row) == sum(len(one) - 1 for one in retain)
     assert batch.retain_positions == 2 * max(len(one) for one in retain)
+
+
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(20, 200), st.integers(1, 5))
+def test_micro_batches_are_dealt_evenly(lengths, most, ranks):
+    groups = micro_batches(lengths, most)
+    found = dealt(groups, lengths, ranks)
+    assert sorted(i for group in found for i in group) == list(range(len(lengths)))
+    assert len(found) % ranks == 0
+    if ranks == 1:
+        assert found == groups
+
+    def work(group):
+        return len(group) * max((lengths[i] for i in group), default=0)
+
+    largest = max(map(work, groups))
+    assert max(map(work, found)) <= largest
+    count = len(found) // ranks
+    shares = [sum(map(work, found[n * count : (n + 1) * count])) for n in range(ranks)]
+    assert max(shares) - min(shares) <= count * largest
+    # An empty one only where no rows are left to cut.
+    assert all(found) or max(map(len, found)) == 1
+
+
+def test_ranks_share_one_batch_and_its_loss(pieces, monkeypatch):
+    """Each rank's positions are a part of the same batch, and what they say of these is put together in its order."""
+    teacher, _, rows, cache = pieces
+    recipe = load_recipe("neko", {"micro_tokens": 60})
+    lm = load_model(teacher, torch.float32, CPU)
+    monkeypatch.setattr(step, "size", lambda: 3)
+    batch = make_batch(rows["forget"][:4], rows["retain"][:5], cache, recipe, 1, CPU)
+    own, hidden = [], []
+    for number in range(3):
+        monkeypatch.setattr(step, "rank", lambda n=number: n)
+        micro, index, place = batch.own()
+        own += range(*place.indices(len(batch.row)))
+        hidden.append(chosen_hidden(lm, micro, index))
+    assert own == list(range(len(batch.row)))
+    monkeypatch.setattr(step, "size", lambda: 1)
+    monkeypatch.setattr(step, "rank", lambda: 0)
+    apart = batch_losses(torch.cat(hidden), lm.head, batch, recipe)["loss"]
+    whole = make_batch(rows["forget"][:4], rows["retain"][:5], cache, recipe, 1, CPU)
+    together = batch_losses(chosen_hidden(lm, whole.micro, whole.index), lm.head, whole, recipe)["loss"]
+    torch.testing.assert_close(apart, together)

@@ -71,6 +71,7 @@ def test_plan_and_the_peak_at_the_end_of_unlearn(world, model, cache, tmp_path):
     assert "Fits 8GB less" in planned.stdout and planned.stdout.strip().endswith("as it is.")
     found = json.loads(call("plan", model, "--batch-tokens", 256, "--json").stdout)
     assert found["ways"]["neko-lean"]["peak"] > 0 and len(found["ways"]) == 3
+    assert "each of 2 GPUs" in " ".join(call("plan", model, "--batch-tokens", 256, "--gpus", 2).stdout.split())
     wrong = call("plan", model, "--gpu", "large")
     assert wrong.exit_code == 2 and "write it as 8GB" in wrong.output
     data = (
