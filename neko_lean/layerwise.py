@@ -116,20 +116,23 @@ class LayerPass:
         self.embedded: list[torch.autograd.graph.GradientEdge] = []  # how the first layer's input came to be
         self.ends: list[tuple[Tensor, Tensor, torch.Size]] = []  # leaf [n, d], its positions [n], shape (b, l, d)
 
-    def forward(self, micro: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
+    def forward(
+        self, micro: Sequence[Tensor], index: Sequence[Tensor], places: Sequence[Tensor | None] | None = None
+    ) -> Tensor:
         """Last hidden states [N, d] at chosen positions of all micro-batches, one after another, with gradient.
 
         Args:
-            micro: token ids [b, l] of each micro-batch, right-padded.
+            micro: token ids [b, l] of each micro-batch, right-padded; or packed, [1, l].
             index: positions [n] of each that are wanted, into its flattened b * l.
+            places: of packed ones, each token's position in its row [1, l]; None for the others, or for all.
         """
         self.clear()
         if self.shards is not None:
             self.shards.gather()
         rows = []
-        for ids, wanted in zip(micro, index, strict=True):
+        for ids, wanted, place in zip(micro, index, places or [None] * len(micro), strict=True):
             with self._caught(wanted):
-                rows.append(self.lm.hidden(ids)[0])  # [n, d]
+                rows.append(self.lm.hidden(ids, place)[0])  # [n, d]
         return torch.cat(rows)
 
     def clear(self) -> None:

@@ -49,13 +49,15 @@ class CausalLM:
         """The [V, d] weight of the input embedding; `head` itself where the two are tied."""
         return cast(Tensor, self.model.get_input_embeddings().weight)
 
-    def hidden(self, input_ids: Tensor) -> Tensor:
-        """Last hidden states [B, L, d] after the final norm, for right-padded ids [B, L].
+    def hidden(self, input_ids: Tensor, places: Tensor | None = None) -> Tensor:
+        """Last hidden states [B, L, d] after the final norm, for right-padded ids [B, L]; or [1, L, d] for rows packed
+        end to end, with `places` [1, L] int64, each token's position in its own row, where the model `packs`.
 
         No mask is needed: attention is causal, so a real position never sees the padding behind it, and without a mask
         the attention kernel skips the upper triangle instead of reading it.
         """
-        hidden: Tensor = self.backbone(input_ids=input_ids, use_cache=False).last_hidden_state
+        more = {} if places is None else {"position_ids": places}
+        hidden: Tensor = self.backbone(input_ids=input_ids, use_cache=False, **more).last_hidden_state
         return hidden
 
 
@@ -163,7 +165,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Causal
         model = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
         )
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise NekoLeanError(f"{folder} cannot be loaded as a causal language model: {reason(error)}") from error
     return split(model.to(device))  # type: ignore[arg-type]
 
@@ -211,6 +213,38 @@ def split(model: PreTrainedModel) -> CausalLM:
     if (wanted - got).abs().max() > tolerance * (1 + wanted.abs().max()):
         raise NekoLeanError(f"{family} changes its logits after the head (bias, scale or cap): it is not supported.")
     return parts
+
+
+@torch.no_grad()
+def packs(lm: CausalLM) -> bool:
+    """Whether rows of a micro-batch may lie end to end as one [1, L], `hidden` being given their places.
+
+    Only where the attention kernel takes rows of any length (FlashAttention's own package, FlexAttention): elsewhere
+    keeping rows apart takes a mask [L, L], and with one SDPA leaves its flash kernel. And only where the model is seen
+    to keep them apart: two rows packed are what each is alone, and one does not change with what lies before it.
+    """
+    kernel = str(lm.model.config._attn_implementation)
+    return ("flash" in kernel or kernel == "flex_attention") and keeps_apart(lm)
+
+
+@torch.no_grad()
+def keeps_apart(lm: CausalLM) -> bool:
+    """Whether two packed rows are what each is alone, and one does not change with what lies before it."""
+    was_training = lm.model.training
+    lm.model.eval()
+    one, other, two = (torch.arange(n, n + 24, device=lm.device)[None] % len(lm.head) for n in (0, 24, 48))  # [1, 24]
+    places = torch.arange(24, device=lm.device).repeat(2)[None]  # [1, 48]
+    try:
+        packed = lm.hidden(torch.cat([one, two], 1), places).float()
+        changed = lm.hidden(torch.cat([other, two], 1), places).float()
+        alone = torch.cat([lm.hidden(one), lm.hidden(two)], 1).float()
+    except (TypeError, ValueError, RuntimeError):  # it takes no positions, or its kernel does not run here
+        return False
+    finally:
+        lm.model.train(was_training)
+    tolerance = 0.02 if lm.head.dtype == torch.bfloat16 else 1e-4
+    near = bool((packed - alone).abs().max() <= tolerance * (1 + alone.abs().max()))
+    return near and torch.equal(packed[:, 24:], changed[:, 24:])
 
 
 def checkpoint_activations(model: PreTrainedModel) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import accumulate
 
 import numpy as np
 import torch
@@ -22,18 +23,21 @@ from neko_lean.recipes import NEED_FORGET_CACHE, Recipe
 OVERHEAD = 128
 
 
-def micro_batches(lengths: Sequence[int], max_tokens: int) -> list[list[int]]:
+def micro_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
     """Indices of rows as micro-batches of at most `max_tokens` positions, so that padding and OVERHEAD cost least.
 
     Rows of like length go together, shortest first; the cuts among them are the best there are (dynamic programming
-    over the sorted rows). A row longer than `max_tokens` is a micro-batch of its own.
+    over the sorted rows). A row longer than `max_tokens` is a micro-batch of its own. Where they are `packed`, laid end
+    to end, none of its positions is padding.
     """
     order = sorted(range(len(lengths)), key=lambda i: lengths[i])
+    ends = [0, *accumulate(lengths[i] for i in order)]
     best, cut = [0], [0]  # cost of the first n rows, and where their last micro-batch begins
     for stop in range(1, len(order) + 1):
         longest = lengths[order[stop - 1]]
-        starts = [n for n in range(stop) if (stop - n) * longest <= max_tokens or n == stop - 1]
-        costs = {n: best[n] + (stop - n) * longest + OVERHEAD for n in starts}
+        sizes = [ends[stop] - ends[n] if packed else (stop - n) * longest for n in range(stop)]  # positions from n on
+        starts = [n for n in range(stop) if sizes[n] <= max_tokens or n == stop - 1]
+        costs = {n: best[n] + sizes[n] + OVERHEAD for n in starts}
         cut.append(min(costs, key=costs.__getitem__))
         best.append(costs[cut[-1]])
     groups = []
@@ -76,7 +80,10 @@ class Batch:
     first, then the retain rows, then the substitutes: the first forget row's, the second's, ...
     """
 
-    micro: list[Tensor]  # token ids [b, l] int64, right-padded; rows of like length together
+    # Token ids [b, l] int64, right-padded, rows of like length together; or packed, rows end to end [1, l].
+    micro: list[Tensor]
+    places: list[Tensor | None]  # of packed ones, each token's position in its row [1, l] int64
+    sizes: list[int]  # rows of each micro-batch
     index: list[Tensor]  # [n] int64 into each micro-batch's flattened b * l; the n add up to N
     row: Tensor  # [N] int64, which row of the batch a position belongs to
     target: Tensor  # [N] int64, -1 where only the teacher's distribution counts
@@ -96,12 +103,13 @@ class Batch:
         """Positions that the model works on, padding included."""
         return sum(ids.numel() for ids in self.micro)
 
-    def own(self) -> tuple[list[Tensor], list[Tensor], slice]:
-        """This rank's micro-batches, the positions in them, and where these lie among the N."""
+    def own(self) -> tuple[tuple[list[Tensor], list[Tensor], list[Tensor | None]], slice]:
+        """This rank's micro-batches as (micro, index, places), and where its positions lie among the N."""
         count = len(self.micro) // size()
         mine = slice(rank() * count, (rank() + 1) * count)
         start = sum(map(len, self.index[: mine.start]))
-        return self.micro[mine], self.index[mine], slice(start, start + sum(map(len, self.index[mine])))
+        part = slice(start, start + sum(map(len, self.index[mine])))
+        return (self.micro[mine], self.index[mine], self.places[mine]), part
 
     @property
     def substitute(self) -> Tensor:
@@ -117,8 +125,9 @@ def make_batch(
     pad_id: int,
     device: torch.device,
     substitutes: Sequence[Encoded] = (),
+    packed: bool = False,
 ) -> Batch:
-    """Put rows into micro-batches by length and list the positions that the losses need.
+    """Put rows into micro-batches by length, end to end if `packed`, and list the positions that the losses need.
 
     Forget rows count at the positions that predict the recipe's span of them, substitutes (one for each forget row,
     or none) at those that predict their answers. Retain rows count at every real position: the KL also at the last,
@@ -134,8 +143,9 @@ def make_batch(
     # The losses on an anchor's documents tell what unseen text costs the student now.
     known_to = teacher.has_target_logp if teacher is not None and recipe.forget_objective == "calibrated" else None
     is_anchor = [known_to is not None and held and known_to(one) for one, held in zip(rows, is_retain, strict=True)]
-    groups = dealt(micro_batches(lengths, recipe.micro_tokens), lengths, size())
-    micro, index, of_row, following = _laid_out(rows, spans, groups, pad_id, device)
+    groups = dealt(micro_batches(lengths, recipe.micro_tokens, packed=packed), lengths, size())
+    micro, places = _micro(rows, groups, pad_id, device, packed)
+    index, of_row, following = _laid_out(rows, spans, groups, device, packed)
     of_retain, of_anchor = (torch.tensor(flags, dtype=torch.bool)[of_row] for flags in (is_retain, is_anchor))
     target = following.masked_fill(of_retain & ~of_anchor, -1) if kl else following
     order = [number for group in groups for number in group]
@@ -161,44 +171,65 @@ def make_batch(
         level = _at_spans(values, [spans[i] for i in order])
     return Batch(
         micro=micro,
+        places=places,
+        sizes=list(map(len, groups)),
         index=index,
-        row=of_row.to(device),
-        target=target.to(device),
-        forget=(of_row < len(forget)).to(device),
-        retain=of_retain.to(device),
-        anchor=(of_anchor & (target >= 0)).to(device),
+        row=_sent(of_row, device),
+        target=_sent(target, device),
+        forget=_sent(of_row < len(forget), device),
+        retain=_sent(of_retain, device),
+        anchor=_sent(of_anchor & (target >= 0), device),
         rows=len(rows),
         substitutes=len(substitutes),
         tokens=sum(lengths),
         retain_positions=len(retain) * max(lengths),
-        teacher=None if taught is None else tuple(one.to(device) for one in taught),  # type: ignore[arg-type]
-        reference=None if reference is None else reference.to(device),
-        level=None if level is None else level.to(device),
+        teacher=None if taught is None else tuple(_sent(one, device) for one in taught),  # type: ignore[arg-type]
+        reference=None if reference is None else _sent(reference, device),
+        level=None if level is None else _sent(level, device),
     )
+
+
+def _sent(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; to a GPU out of pinned memory, so that nobody on the host waits for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+
+
+def _micro(
+    rows: Sequence[Encoded], groups: Sequence[Sequence[int]], pad_id: int, device: torch.device, packed: bool
+) -> tuple[list[Tensor], list[Tensor | None]]:
+    """Micro-batches and the places in them, as Batch has them."""
+    host = torch.device("cpu")
+    if not packed:
+        padded = [pad([rows[i].ids for i in group] or [[pad_id]], pad_id, host)[0] for group in groups]
+        return [_sent(ids, device) for ids in padded], [None] * len(groups)
+    ids = [torch.tensor([[token for i in group for token in rows[i].ids] or [pad_id]]) for group in groups]
+    places = [torch.tensor([[place for i in group for place in range(len(rows[i]))] or [0]]) for group in groups]
+    return [_sent(one, device) for one in ids], [_sent(one, device) for one in places]
 
 
 def _laid_out(
     rows: Sequence[Encoded],
     spans: Sequence[tuple[int, int]],
     groups: Sequence[Sequence[int]],
-    pad_id: int,
     device: torch.device,
-) -> tuple[list[Tensor], list[Tensor], Tensor, Tensor]:
-    """Micro-batches and the positions in them, as Batch has them; on the host, each position's row [N] and the token
-    that follows it [N], -1 at a row's end."""
-    micro, index = [], []
+    packed: bool,
+) -> tuple[list[Tensor], Tensor, Tensor]:
+    """Positions in micro-batches, as Batch has them; on the host, each position's row [N] and the token that follows it
+    [N], -1 at a row's end."""
+    index = []
     row: list[int] = []
     following: list[int] = []
     for group in groups:
-        micro.append(pad([rows[i].ids for i in group] or [[pad_id]], pad_id, device)[0])
+        lengths = [len(rows[i]) for i in group]
+        starts = [0, *accumulate(lengths)] if packed else [max(lengths, default=0) * n for n in range(len(group))]
         wanted: list[int] = []
-        for place, number in enumerate(group):
+        for first, number in zip(starts, group, strict=False):
             start, stop = spans[number]
-            wanted += [place * micro[-1].shape[1] + i for i in range(start, stop)]
+            wanted += [first + i for i in range(start, stop)]
             row += [number] * max(0, stop - start)
             following += [*rows[number].ids[1:], -1][start:stop]
-        index.append(torch.tensor(wanted, dtype=torch.int64, device=device))
-    return micro, index, torch.tensor(row, dtype=torch.int64), torch.tensor(following, dtype=torch.int64)
+        index.append(_sent(torch.tensor(wanted, dtype=torch.int64), device))
+    return index, torch.tensor(row, dtype=torch.int64), torch.tensor(following, dtype=torch.int64)
 
 
 def forget_start(one: Encoded, recipe: Recipe) -> int:
@@ -238,10 +269,12 @@ def _at_spans(values: Sequence[np.ndarray], spans: Sequence[tuple[int, int]]) ->
     return torch.from_numpy(np.concatenate(parts).astype(np.float32))
 
 
-def chosen_hidden(student: CausalLM, micro: Sequence[Tensor], index: Sequence[Tensor]) -> Tensor:
+def chosen_hidden(
+    student: CausalLM, micro: Sequence[Tensor], index: Sequence[Tensor], places: Sequence[Tensor | None] | None = None
+) -> Tensor:
     """Last hidden states [N, d] at chosen positions, as `LayerPass.forward` takes them, by plain forward passes."""
-    rows = [student.hidden(ids).flatten(0, 1)[wanted] for ids, wanted in zip(micro, index, strict=True)]  # [n, d] each
-    return torch.cat(rows)
+    parts = zip(micro, index, places or [None] * len(micro), strict=True)
+    return torch.cat([student.hidden(ids, place).flatten(0, 1)[wanted] for ids, wanted, place in parts])
 
 
 def batch_losses(
@@ -255,7 +288,7 @@ def batch_losses(
     Levels are multiplied by `drift`. With an anchor's documents in the batch there are also `anchor_nll` and
     `anchor_teacher_nll`, sums over their tokens, without gradient. `chunk` is as in token_stats.
     """
-    place = batch.own()[2]
+    place = batch.own()[1]
     stats = token_stats(hidden, head, batch.target[place], *(one[place] for one in batch.teacher or ()), chunk=chunk)
     target_logp, kl = of_all_ranks(torch.stack(stats, dim=1)).unbind(1)
     zero = target_logp.new_zeros(())

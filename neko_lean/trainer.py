@@ -22,7 +22,7 @@ from neko_lean.data import Encoded
 from neko_lean.errors import NekoLeanError
 from neko_lean.evaluation import answers, quality
 from neko_lean.layerwise import LayerPass, decoder_layers, freeze
-from neko_lean.modeling import CausalLM
+from neko_lean.modeling import CausalLM, packs
 from neko_lean.optim import InBackwardAdam8bit, NotFinite, refuse_not_finite
 from neko_lean.progress import say
 from neko_lean.ranks import size
@@ -93,6 +93,7 @@ class Trainer:
         device: torch.device | None = None,
     ) -> None:
         self.student, self.pad_id = student, pad_id
+        self.packed = packs(student)
         self.recipe, self.walk = _way_back(student, recipe, device or student.device)
         self.forget, self.retain, self.teacher, self.substitutes = forget, retain, teacher, substitutes
         self.learning = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
@@ -109,7 +110,9 @@ class Trainer:
         pushed = [self.forget[i] for i in forget] if self.recipe.forget_objective != "none" else []
         held = [self.retain[i] for i in retain]
         others = [self.substitutes[i] for i in forget] if self.substitutes else []
-        return make_batch(pushed, held, self.teacher, self.recipe, self.pad_id, self.student.device, others)
+        return make_batch(
+            pushed, held, self.teacher, self.recipe, self.pad_id, self.student.device, others, self.packed
+        )
 
     def ready(self) -> None:
         """Dropout only where a layer runs once a step, or where checkpointing restores its random numbers."""
@@ -129,7 +132,7 @@ class Trainer:
             batch = self.batch(rows)
         state = self.state
         state.step += 1
-        micro, index, _ = batch.own()
+        micro, index, _ = batch.own()[0]
         if sum(ids.numel() for ids in micro) > sum(rows * length for rows, length in state.largest):
             state.largest = [list(ids.shape) for ids in micro]
             state.wanted = [len(one) for one in index]
@@ -167,10 +170,9 @@ class Trainer:
         """One step's forward, backward and update. Raises NotFinite, which says whether weights were touched."""
         state = self.state
         if self.walk is None:
-            hidden = chosen_hidden(self.student, batch.micro, batch.index)
+            hidden = chosen_hidden(self.student, batch.micro, batch.index, batch.places)
         else:
-            micro, index, _ = batch.own()
-            hidden = self.walk.forward(micro, index)
+            hidden = self.walk.forward(*batch.own()[0])
         losses = self._losses(hidden, batch)
         values = {name: loss.item() for name, loss in losses.items()}
         del hidden
@@ -216,8 +218,7 @@ class Trainer:
 
     def _look(self, batch: Batch, sample: Rows) -> dict[str, float]:
         """What an evaluation finds."""
-        micro, index, _ = batch.own()
-        losses = self._losses(chosen_hidden(self.student, micro, index), batch)
+        losses = self._losses(chosen_hidden(self.student, *batch.own()[0]), batch)
         values = {f"eval_{name}": loss.item() for name, loss in losses.items() if name.endswith("loss")}
         if self.recipe.retain_objective == "kl":
             values["eval_retain_kl"] = values["eval_retain_loss"]

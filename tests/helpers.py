@@ -5,10 +5,11 @@ from dataclasses import asdict
 from pathlib import Path
 
 import torch
+import transformers
 
 from neko_lean.cache.format import file_sha256, sign
 from neko_lean.data import Row, encode, read_rows, write_jsonl
-from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.modeling import CausalLM, load_model, load_tokenizer
 
 # A run of ten steps, as overrides of a recipe.
 SMALL = {"max_steps": 10, "forget_rows": 4, "retain_rows": 4, "eval_rows": 4, "lr": 2e-3}
@@ -62,6 +63,18 @@ def random_model(world: Path, out: Path, *, seed: int = 0, tied: bool = False, s
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(world / "base").save_pretrained(out)
     return out
+
+
+def tiny(family, attention, dtype=torch.float64, **more):
+    """A random model of a family whose attention goes through the implementation of that name."""
+    sizes = {
+        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+    }  # fmt: skip
+    config = getattr(transformers, f"{family}Config")(**{**sizes, **more}, attn_implementation=attention)
+    torch.manual_seed(0)
+    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
+    return CausalLM(model, model.base_model, model.get_output_embeddings().weight)
 
 
 def encoded(world, style="neko", limit=512):

@@ -65,8 +65,7 @@ def compare(root: Path, name: str, change: dict, tied: bool) -> float:
     worst = 0.0
     for _ in range(2):  # the second time from what the first has left
         batch = make_batch(*given, torch.device("cpu"), others)
-        micro, index, _ = batch.own()
-        same = batch_losses(walk.forward(micro, index), spread.head, batch, recipe)["loss"]
+        same = batch_losses(walk.forward(*batch.own()[0]), spread.head, batch, recipe)["loss"]
         same.backward()
         walk.backward(lambda parameter: None)
         worst = max(worst, abs(same.item() - loss.item()))

@@ -124,6 +124,24 @@ def test_families_that_cannot_be_walked_are_refused():
         decoder_layers(lm)
 
 
+@pytest.mark.parametrize("family", FAMILIES[:6])
+def test_sdpa_gets_no_mask_so_that_its_flash_kernel_may_run(family, monkeypatch):
+    """In the pass forward, when layers run again, and in a plain one; and what packing would cost here: a mask."""
+    lm = small(family, attn_implementation="sdpa")
+    kernel, masks = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(*args, attn_mask=None, is_causal=False, **named):
+        masks.append((attn_mask is not None, is_causal))
+        return kernel(*args, attn_mask=attn_mask, is_causal=is_causal, **named)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    both_ways(lm)
+    assert len(masks) == 3 * 3 + 2 * 3 * 3 + 3 and set(masks) == {(False, True)}
+    masks.clear()
+    lm.hidden(torch.arange(6)[None], torch.tensor([[0, 1, 2, 0, 1, 2]]))
+    assert set(masks) == {(True, False)}
+
+
 @pytest.fixture(scope="module")
 def two_term(world, tmp_path_factory):
     """Teacher cache and rows for the real loss."""

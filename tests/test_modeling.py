@@ -5,22 +5,26 @@ import shutil
 
 import pytest
 import torch
+import transformers.integrations.flex_attention
 from safetensors.torch import load_file, save_file
+from torch.nn.attention import flex_attention
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.head import logits
 from neko_lean.modeling import (
+    keeps_apart,
     load_model,
     load_tokenizer,
     model_folder,
     new_model,
+    packs,
     pick_device,
     pick_dtype,
     split,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from tests.helpers import random_model
+from tests.helpers import random_model, tiny
 
 CPU = torch.device("cpu")
 
@@ -36,6 +40,70 @@ def test_backbone_and_head_give_the_models_logits(world, tmp_path, tied):
         hidden = lm.hidden(ids)  # without the mask: padding stands to the right
     got = logits(hidden.flatten(0, 1), lm.head).view_as(wanted)
     torch.testing.assert_close(got[mask.bool()], wanted[mask.bool()], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("family", "attention"),
+    [
+        ("Olmo", "eager"),
+        ("Olmo", "sdpa"),
+        ("Llama", "eager"),
+        ("Llama", "sdpa"),
+        ("Llama", "flex_attention"),  # on a CPU it has no backward pass
+    ],
+)
+def test_no_packed_document_sees_another(family, attention, monkeypatch):
+    # Compiled it takes seconds for each new shape.
+    monkeypatch.setattr(flex_attention, "_FLEX_ATTENTION_DISABLE_COMPILE_DEBUG", True)
+    uncompiled = lambda *args, training, **named: flex_attention.flex_attention(*args, **named)  # noqa: E731
+    monkeypatch.setattr(transformers.integrations.flex_attention, "compile_friendly_flex_attention", uncompiled)
+    lm = tiny(family, attention)
+    lengths, generator = [7, 1, 12, 5], torch.Generator().manual_seed(0)
+    documents = [torch.randint(0, 96, (n,), generator=generator) for n in lengths]
+    places = torch.cat([torch.arange(n) for n in lengths])[None]  # [1, 25]
+    with torch.no_grad():
+        packed = lm.hidden(torch.cat(documents)[None], places)[0].split(lengths)
+        for document, one in zip(documents, packed, strict=True):
+            torch.testing.assert_close(one, lm.hidden(document[None])[0], rtol=1e-5, atol=1e-5)  # softmax is in float32
+        for changed in range(4):
+            others = [(ids + 1 + n) % 96 if n == changed else ids for n, ids in enumerate(documents)]
+            again = lm.hidden(torch.cat(others)[None], places)[0].split(lengths)
+            assert not torch.equal(again[changed], packed[changed])
+            assert all(torch.equal(again[n], packed[n]) for n in range(4) if n != changed)
+    assert keeps_apart(lm) and packs(lm) == (attention == "flex_attention")
+    if attention == "flex_attention":
+        return
+    # What one document's loss sends back to the embedding reaches no token of another.
+    for number in range(4):
+        embedded = lm.embedding[torch.cat(documents)][None].detach().requires_grad_()
+        hidden = lm.backbone(inputs_embeds=embedded, position_ids=places, use_cache=False).last_hidden_state
+        hidden[0].split(lengths)[number].square().sum().backward()
+        for n, gradient in enumerate(embedded.grad[0].split(lengths)):
+            assert bool(gradient.any()) == (n == number)
+
+
+def test_models_that_mix_documents_do_not_pack():
+    assert not keeps_apart(tiny("Mamba", None))  # its state runs on from one to the next
+    lm = tiny("Olmo", "sdpa")
+    layer = lm.backbone.layers[1]
+    layer.register_forward_hook(lambda _, __, out: out + out.mean(1, keepdim=True) / 1000)
+    assert not keeps_apart(lm)
+    lm = tiny("Olmo", "sdpa")
+    lm.backbone.rotary_emb.register_forward_pre_hook(  # positions go on counting
+        lambda _, args, named: (args, {"position_ids": torch.arange(named["position_ids"].shape[1])[None]}),
+        with_kwargs=True,
+    )
+    assert keeps_apart(lm)  # rotary positions are relative: where a document begins to count is all the same
+    lm.model.config._attn_implementation = "no such kernel"
+    assert not packs(lm)
+
+
+def test_a_kernel_that_is_not_installed_is_one_sentence(model, tmp_path):
+    copy = shutil.copytree(model, tmp_path / "copy")
+    config = json.loads((copy / "config.json").read_text())
+    (copy / "config.json").write_text(json.dumps({**config, "attn_implementation": "flash_attention_2"}))
+    with pytest.raises(NekoLeanError, match="cannot be loaded as a causal language model: FlashAttention2"):
+        load_model(copy, torch.float32, CPU)
 
 
 def test_families_that_change_their_logits_are_refused():

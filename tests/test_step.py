@@ -16,9 +16,9 @@ from neko_lean.data import encode, read_rows
 from neko_lean.layerwise import LayerPass, decoder_layers
 from neko_lean.modeling import checkpoint_activations, load_model, load_tokenizer
 from neko_lean.recipes import load_recipe
-from neko_lean.step import OVERHEAD, batch_losses, chosen_hidden, dealt, make_batch, micro_batches
+from neko_lean.step import OVERHEAD, _sent, batch_losses, chosen_hidden, dealt, make_batch, micro_batches
 from neko_lean.substitutes import random_answers, refusals
-from tests.helpers import random_model
+from tests.helpers import random_model, tiny
 
 CPU = torch.device("cpu")
 
@@ -109,6 +109,44 @@ def test_loss_does_not_change_with_padding_order_or_micro_batches(pieces):
         two = losses(*shuffled, 1, micro_tokens)
         for name in one:
             assert one[name].item() == pytest.approx(two[name].item(), rel=1e-5)
+
+
+@pytest.mark.parametrize("family", ["Olmo", "Llama"])
+@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+@pytest.mark.parametrize("way", ["layerwise", "plain"])
+def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(pieces, family, attention, way):
+    _, _, rows, cache = pieces
+    forget, retain = rows["forget"][:6], rows["retain"][:8]
+    lengths = [len(one) for one in [*forget, *retain]]
+    found = []
+    for packed in (False, True):
+        lm = tiny(family, attention, vocab_size=512)
+        batch = make_batch(forget, retain, cache, load_recipe("neko", {"micro_tokens": 256}), 0, CPU, packed=packed)
+        assert len(batch.micro) > 1 and sum(batch.sizes) == len(lengths) and max(batch.sizes) > 1
+        assert (batch.positions == sum(lengths)) == packed and (batch.places[0] is not None) == packed
+        walk = LayerPass(lm, decoder_layers(lm)) if way == "layerwise" else None
+        parts = batch.micro, batch.index, batch.places
+        hidden = walk.forward(*parts) if walk else chosen_hidden(lm, *parts)
+        losses = batch_losses(hidden, lm.head, batch, load_recipe("neko"))
+        losses["loss"].backward()
+        if walk:
+            walk.backward(lambda parameter: None)
+        found.append((losses, {name: p.grad for name, p in lm.model.named_parameters()}))
+    (one, padded), (two, end_to_end) = found
+    for name, loss in one.items():
+        torch.testing.assert_close(two[name], loss, rtol=1e-9, atol=0)
+    for name, gradient in padded.items():
+        assert gradient.abs().max() > 0
+        torch.testing.assert_close(end_to_end[name], gradient, rtol=1e-8, atol=1e-10 * gradient.abs().max().item())
+
+
+def test_to_a_gpu_tensors_go_out_of_pinned_memory(monkeypatch):
+    tensor, calls = torch.arange(3), []
+    assert _sent(tensor, CPU) is tensor
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
+    monkeypatch.setattr(torch.Tensor, "to", lambda self, *where, **how: calls.append((where, how)))
+    _sent(tensor, torch.device("cuda"))
+    assert calls == ["pinned", ((torch.device("cuda"),), {"non_blocking": True})]
 
 
 @pytest.mark.parametrize("objective", ["wga", "npo", "simnpo", "dpo", "undial", "calibrated"])
@@ -293,9 +331,9 @@ def test_ranks_share_one_batch_and_its_loss(pieces, monkeypatch):
     own, hidden = [], []
     for number in range(3):
         monkeypatch.setattr(step, "rank", lambda n=number: n)
-        micro, index, place = batch.own()
+        given, place = batch.own()
         own += range(*place.indices(len(batch.row)))
-        hidden.append(chosen_hidden(lm, micro, index))
+        hidden.append(chosen_hidden(lm, *given))
     assert own == list(range(len(batch.row)))
     monkeypatch.setattr(step, "size", lambda: 1)
     monkeypatch.setattr(step, "rank", lambda: 0)
