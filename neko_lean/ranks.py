@@ -50,3 +50,13 @@ def alone() -> Iterator[None]:
 def share(items: Sequence[T]) -> Sequence[T]:
     """This rank's part of some items, every `size()`-th, so that a list in order of length is split evenly."""
     return items[rank() :: size()]
+
+
+def rounds(items: Sequence[T]) -> list[Sequence[T]]:
+    """For each item of the first rank's share, what all ranks are at meanwhile: it and those beside it."""
+    return [items[start : start + size()] for start in range(0, len(items), size())]
+
+
+def rank_by_rank(batches: Sequence[Sequence[T]]) -> list[T]:
+    """What is in the batches, in the order in which the ranks' shares of the batches follow one another."""
+    return [one for number in range(size()) for batch in batches[number :: size()] for one in batch]

@@ -13,9 +13,11 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from neko_lean.collective import gather_rows
 from neko_lean.data import length_batches, pad
 from neko_lean.modeling import CausalLM
 from neko_lean.progress import Bar
+from neko_lean.ranks import rank_by_rank, rounds, share
 
 _ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
 
@@ -27,15 +29,16 @@ def last_hidden(
     """Last hidden state of each row's last token: [len(rows), d], as each row alone would have it.
 
     A batch has at most `batch_tokens` positions, what the rows share counted for each, because each attends to it.
-    `progress` counts rows.
+    The ranks share the batches out, and each has all rows' states. `progress` counts rows of all ranks.
     """
     lm.model.eval()
     shared = common_prefix(rows)
     cache = _prefix_cache(lm, rows[0][:shared])
     if cache is None:
         shared = 0
-    out = lm.head.new_empty(len(rows), lm.head.shape[1])  # [N, d]
-    for batch in length_batches([len(row) for row in rows], max_rows=len(rows), max_tokens=batch_tokens):
+    batches = length_batches([len(row) for row in rows], max_rows=len(rows), max_tokens=batch_tokens)
+    own = [lm.head.new_empty(0, lm.head.shape[1])]  # [B, d] a batch; a rank may have none
+    for batch, beside in zip(share(batches), rounds(batches), strict=False):
         input_ids, mask = pad([rows[i][shared:] for i in batch], pad_id, lm.device)  # [B, L] each
         if cache is None:
             hidden = lm.hidden(input_ids)  # [B, L, d]
@@ -43,9 +46,11 @@ def last_hidden(
             # Positions go on from the cache's length and rows are padded right: as in `hidden`, no mask is needed.
             hidden = lm.backbone(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state
         place = torch.arange(len(batch), device=lm.device)
-        out[torch.tensor(batch, device=lm.device)] = hidden[place, mask.sum(1) - 1]
+        own.append(hidden[place, mask.sum(1) - 1])
         if progress is not None:
-            progress.advance(len(batch))
+            progress.advance(sum(map(len, beside)))
+    out = lm.head.new_empty(len(rows), lm.head.shape[1])  # [N, d]
+    out[torch.tensor(rank_by_rank(batches), device=lm.device)] = torch.cat(gather_rows(torch.cat(own)))
     return out
 
 

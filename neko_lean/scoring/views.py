@@ -8,11 +8,14 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
+import torch
 
+from neko_lean.collective import gather_rows
 from neko_lean.data import length_batches
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import CausalLM, next_token_views
 from neko_lean.progress import Bar
+from neko_lean.ranks import rank_by_rank, rounds, share
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -44,21 +47,30 @@ def view_documents(
     batch_tokens: int = BATCH_TOKENS,
     progress: Bar | None = None,
 ) -> list[View]:
-    """A View of each tokenised document. Raises NekoLeanError for one of fewer than two tokens."""
+    """A View of each tokenised document. Raises NekoLeanError for one of fewer than two tokens.
+
+    The ranks share the batches out, and each has all views: those of one process to the last bit, since the batches are
+    the same. `progress` counts documents of all ranks.
+    """
     lm.model.eval()
     for number, ids in enumerate(documents):
         if len(ids) < 2:
             raise NekoLeanError(f"document {number + 1} has fewer than two tokens, so it has no loss.")
-    views: list[View | None] = [None] * len(documents)
     lengths = [len(ids) for ids in documents]
-    for batch in length_batches(lengths, max_rows=max(1, len(documents)), max_tokens=batch_tokens):
+    batches = length_batches(lengths, max_rows=max(1, len(documents)), max_tokens=batch_tokens)
+    own = [torch.empty(0, 4, dtype=torch.float64)]  # [length - 1, 4] a document; a rank may have none
+    for batch, beside in zip(share(batches), rounds(batches), strict=False):
         found = next_token_views(lm, [documents[i] for i in batch], int(tokenizer.pad_token_id))
-        for index, one in zip(batch, found, strict=True):
-            logp, entropy, deviation = (column.double().cpu().numpy() for column in one[:3])
-            views[index] = View(logp, entropy, deviation, one.rank.cpu().numpy())
+        own += [torch.stack([column.double() for column in one], 1).cpu() for one in found]
         if progress is not None:
-            progress.advance(len(batch))
-    return [one for one in views if one is not None]
+            progress.advance(sum(map(len, beside)))
+    order = rank_by_rank(batches)
+    columns = torch.cat(gather_rows(torch.cat(own))).split([lengths[i] - 1 for i in order])
+    views = {}
+    for index, one in zip(order, columns, strict=True):
+        logp, entropy, deviation, place = one.T.contiguous().numpy()
+        views[index] = View(logp, entropy, deviation, place.astype(np.int64))
+    return [views[i] for i in range(len(documents))]
 
 
 def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
