@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.ranks import size
+
+TORCHRUN = ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 
 
 def lm_eval_tasks(
@@ -25,18 +30,29 @@ def lm_eval_tasks(
     # A dict, not the usual text: a comma in the folder's name would split that.
     model_args = {"pretrained": str(folder), "dtype": dtype, "trust_remote_code": False}
     try:
-        found = simple_evaluate(
-            model="hf",
-            model_args=model_args,
-            tasks=list(tasks),
-            device=device,
-            batch_size=batch_size,
-            log_samples=False,
-        )
+        with _apart():
+            found = simple_evaluate(
+                model="hf",
+                model_args=model_args,
+                tasks=list(tasks),
+                device=device,
+                batch_size=batch_size,
+                log_samples=False,
+            )
     except (KeyError, ValueError, OSError, ImportError) as error:  # unknown names, data or parts that are not there
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise NekoLeanError(f"lm-eval cannot run {', '.join(tasks)}: {reason}") from error
     return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+
+
+@contextmanager
+def _apart() -> Iterator[None]:
+    """Hide from the harness, which one rank runs, that there are others: accelerate would have it wait for them."""
+    hidden = {name: os.environ.pop(name) for name in TORCHRUN} if size() > 1 else {}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
 
 
 def _numbers(metrics: dict[str, object]) -> dict[str, float]:

@@ -1,6 +1,7 @@
 """The harness is called as its documentation says, and what comes back is plain numbers. The harness is a stand-in."""
 
 import json
+import os
 import sys
 from types import SimpleNamespace
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.ranks import size
 from neko_lean.scoring.lm_eval import lm_eval_tasks
 
 FOUND = {
@@ -30,6 +32,23 @@ def test_numbers_only(monkeypatch):
     assert call["model"] == "hf" and call["tasks"] == ["arc", "ppl"]
     assert (call["device"], call["batch_size"]) == ("cpu", 8)
     assert call["model_args"] == {"pretrained": "a,b=c", "dtype": "float32", "trust_remote_code": False}
+
+
+def test_under_torchrun_it_does_not_know_of_other_ranks(monkeypatch):
+    launched = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
+    seen = []
+
+    def simple_evaluate(**given):
+        seen.append((size(), [name for name in launched if name in os.environ]))
+        raise KeyError("nosuch")
+
+    for name, value in launched.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setitem(sys.modules, "lm_eval", SimpleNamespace(simple_evaluate=simple_evaluate))
+    with pytest.raises(NekoLeanError, match="nosuch"):
+        lm_eval_tasks("m", ["x"], "cpu", "float32", 8)
+    assert seen == [(1, [])]
+    assert size() == 2 and {name: os.environ[name] for name in launched} == launched
 
 
 @pytest.mark.parametrize("error", [KeyError("nosuch"), ConnectionError("no network"), ImportError("no accelerate")])
