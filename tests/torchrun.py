@@ -12,9 +12,11 @@ from pathlib import Path
 ROOT = Path(__file__).parents[1]
 
 
-def torchrun(*arguments: object, script: str = __file__, **environment: str) -> subprocess.CompletedProcess[str]:
-    """`neko-lean ARGUMENTS` by two processes on this machine."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", script]
+def torchrun(
+    *arguments: object, ranks: int = 2, script: str = __file__, **environment: str
+) -> subprocess.CompletedProcess[str]:
+    """`neko-lean ARGUMENTS` by so many processes on this machine, as `script` starts it."""
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script]
     given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
     return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=given, timeout=300)
 

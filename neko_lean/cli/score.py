@@ -9,6 +9,7 @@ import typer
 from rich.console import Console
 
 from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, Revision, Seed, Split, command, emit, pinned
+from neko_lean.ranks import leads
 
 
 @command
@@ -92,6 +93,8 @@ def score(
         overwrite=overwrite,
         quiet=quiet,
     )
+    if not leads():
+        return
     if json:
         emit({"out": str(out), **result})
     elif not quiet:

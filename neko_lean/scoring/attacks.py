@@ -8,23 +8,27 @@ first tokens of the answer are given.
 from __future__ import annotations
 
 import random
-import tempfile
+import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
+from neko_lean.collective import by_first, gather
 from neko_lean.data import Row, encode, write_jsonl
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import CausalLM
 from neko_lean.progress import bar
+from neko_lean.ranks import alone, leads
 from neko_lean.runs import memorize
-from neko_lean.scoring.generation import Generation, generate
+from neko_lean.scoring.generation import Generation, generate, own_rows
 from neko_lean.scoring.paraphrases import Paraphrase
 from neko_lean.scoring.task import KINDS, row_score
 from neko_lean.scoring.uncertainty import mean_by_document
+from neko_lean.scoring.unfinished import writing
 from neko_lean.scoring.views import MAX_LENGTH
 
 if TYPE_CHECKING:
@@ -40,17 +44,21 @@ Say = Callable[[CausalLM, Sequence[Row], Sequence[Sequence[int]] | None, str], l
 
 
 def talker(tokenizer: PreTrainedTokenizerBase, batch_size: int, max_new_tokens: int, quiet: bool) -> Say:
-    """A function that has a model answer rows, in order, with a bar of its own."""
+    """A function that has a model answer rows, in order, with a bar of its own. The ranks share the rows out; the bar
+    counts the first one's."""
 
     def say(lm: CausalLM, rows: Sequence[Row], prompts: Sequence[Sequence[int]] | None, label: str) -> list[Generation]:
-        found: dict[int, Generation] = {}
-        with bar(label, len(rows), "rows", quiet) as progress:
+        own = own_rows(tokenizer, rows, batch_size, prompts)
+        wanted, given = [rows[i] for i in own], None if prompts is None else [prompts[i] for i in own]
+        said = []
+        with bar(label, len(own), "rows", quiet) as progress:
             for batch in generate(
-                lm, tokenizer, rows, batch_size=batch_size, max_new_tokens=max_new_tokens, prompts=prompts
+                lm, tokenizer, wanted, batch_size=batch_size, max_new_tokens=max_new_tokens, prompts=given
             ):
-                found |= dict(batch)
+                said += [(own[i], asdict(one)) for i, one in batch]
                 progress.advance(len(batch))
-        return [found[i] for i in range(len(rows))]
+        found = dict(one for part in gather(said) for one in part)
+        return [Generation(**found[i]) for i in range(len(rows))]
 
     return say
 
@@ -153,12 +161,16 @@ def relearn(
     rows: Sequence[Row],
     base: Mapping[str, Generation],
     say: Say,
+    stage: Path,
     *,
     lr: float,
     seed: int,
     device: str | None,
 ) -> list[dict[str, Any]]:
-    """Some documents of the forget set trained on again for a few steps; the rows of the others after each."""
+    """Some documents of the forget set trained on again for a few steps; the rows of the others after each.
+
+    The first rank trains, and all read what it wrote to `stage`, a folder that they see; nothing of it stays there.
+    """
     names = sorted({row.document for row in rows})
     random.Random(f"{seed} relearn").shuffle(names)
     known: list[Row] = []
@@ -169,17 +181,30 @@ def relearn(
     if not others:
         raise NekoLeanError(f"--attack relearn needs more forget rows than the {len(known)} that it trains on.")
     curve = [{"steps": 0, "rows": len(known), **base_point(others, base)}]
-    with tempfile.TemporaryDirectory() as scratch:
-        work = Path(scratch)
-        write_jsonl(work / "forget.jsonl", map(asdict, known))
+    work = stage / "relearn"
+    try:
+        by_first(writing(stage, lambda: _write_rows(work, known)))
         at, done = folder, 0
         for steps in RELEARN_STEPS:
             change = {"max_steps": steps - done, "lr": lr, "schedule": "constant", "warmup": 0.0}
             change["retain_rows"] = len(known)  # every step takes all of them
             to = work / f"steps-{steps}"
-            memorize(at, work, to, sets=("forget",), overrides=change, seed=seed, device=device, quiet=True)
+            by_first(writing(stage, partial(_train, at, work, to, change, seed, device)))
             at, done = to, steps
             lm = load(at)
             curve.append({"steps": steps, "rows": len(known), **point(others, say(lm, others, None, f"{steps} steps"))})
             del lm
+    finally:
+        if leads():
+            shutil.rmtree(work, ignore_errors=True)
     return curve
+
+
+def _write_rows(folder: Path, rows: Sequence[Row]) -> None:
+    folder.mkdir()
+    write_jsonl(folder / "forget.jsonl", map(asdict, rows))
+
+
+def _train(model: Path, data: Path, out: Path, change: Mapping[str, Any], seed: int, device: str | None) -> None:
+    with alone():  # the others wait for it, and take no part
+        memorize(model, data, out, sets=("forget",), overrides=change, seed=seed, device=device, quiet=True)

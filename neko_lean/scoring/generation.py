@@ -16,6 +16,7 @@ from transformers import DynamicCache
 from neko_lean.data import Row, length_batches, pad
 from neko_lean.head import logits
 from neko_lean.modeling import CausalLM
+from neko_lean.ranks import share
 from neko_lean.scoring.task import regurgitation, same_answers
 
 if TYPE_CHECKING:
@@ -63,6 +64,34 @@ def spoken(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], window: int, 
     return Generation(text(ids), text(ids[:window]), ended)
 
 
+def own_rows(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    batch_size: int,
+    prompts: Sequence[Sequence[int]] | None = None,
+) -> list[int]:
+    """Numbers of the rows that this rank is to generate: all of its share of the batches, so that `generate` of these
+    rows makes the very batches that one process makes of all, and their texts are the same in any dtype."""
+    encoded = _prompts(tokenizer, rows) if prompts is None else prompts
+    return sorted(i for batch in share(_batches(rows, encoded, batch_size)) for i in batch)
+
+
+def _prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[list[int]]:
+    return [tokenizer(row.input)["input_ids"] for row in rows]
+
+
+def _batches(rows: Sequence[Row], prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+    """Numbers of the rows, questions with questions and prompts with those of like length: full batches, and for each
+    kind of row one at its end that may not be."""
+    found = []
+    for kind in ("qa", "sc"):
+        own = [i for i, row in enumerate(rows) if row.kind == kind]
+        lengths = [len(prompts[i]) for i in own]
+        batches = length_batches(lengths, max_rows=batch_size, max_tokens=sum(lengths) * batch_size)
+        found += [[own[i] for i in batch] for batch in batches]
+    return found
+
+
 @torch.no_grad()
 def generate(
     lm: CausalLM,
@@ -82,23 +111,19 @@ def generate(
     each alone.
     """
     lm.model.eval()
-    encoded = [tokenizer(row.input)["input_ids"] for row in rows] if prompts is None else prompts
+    encoded = _prompts(tokenizer, rows) if prompts is None else prompts
     windows = [max(WINDOW, 2 * len(tokenizer(" " + row.output)["input_ids"])) for row in rows]
-    for kind in ("qa", "sc"):
-        own = [i for i, row in enumerate(rows) if row.kind == kind]
-        lengths = [len(encoded[i]) for i in own]
-        for some in length_batches(lengths, max_rows=batch_size, max_tokens=sum(lengths) * batch_size):
-            batch = [own[i] for i in some]
+    for batch in _batches(rows, encoded, batch_size):
 
-            def done(number: int, ids: Sequence[int], batch: list[int] = batch) -> bool:
-                """Whether the row is past its window and settled."""
-                past = len(ids) - windows[batch[number]]
-                if not stop_early or past < 0 or past % STRIDE:
-                    return False
-                return settled(rows[batch[number]], spoken(tokenizer, ids, 0, "").text)
+        def done(number: int, ids: Sequence[int], batch: list[int] = batch) -> bool:
+            """Whether the row is past its window and settled."""
+            past = len(ids) - windows[batch[number]]
+            if not stop_early or past < 0 or past % STRIDE:
+                return False
+            return settled(rows[batch[number]], spoken(tokenizer, ids, 0, "").text)
 
-            said = _decode(lm, tokenizer, [encoded[i] for i in batch], max_new_tokens, done)
-            yield [(i, spoken(tokenizer, ids, windows[i], ended)) for i, (ids, ended) in zip(batch, said, strict=True)]
+        said = _decode(lm, tokenizer, [encoded[i] for i in batch], max_new_tokens, done)
+        yield [(i, spoken(tokenizer, ids, windows[i], ended)) for i, (ids, ended) in zip(batch, said, strict=True)]
 
 
 def _decode(

@@ -3,22 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neko_lean.cache import TeacherCache
+from neko_lean.collective import agreed, by_first, whole
 from neko_lean.data import Row, encode, write_jsonl
 from neko_lean.documents import Document, read_anchor
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import CausalLM
 from neko_lean.progress import bar, say
+from neko_lean.ranks import alone, rank, share
 from neko_lean.scoring import membership
-from neko_lean.scoring.generation import Generation, generate
+from neko_lean.scoring.generation import Generation, generate, own_rows
 from neko_lean.scoring.memorisation import answer_numbers, truth_ratio
 from neko_lean.scoring.outputs import leak_numbers, output_numbers
 from neko_lean.scoring.paraphrases import Paraphrase
 from neko_lean.scoring.task import KINDS, row_score
-from neko_lean.scoring.unfinished import add_generations, read_generations
+from neko_lean.scoring.unfinished import add_generations, read_generations, writing
 from neko_lean.scoring.views import MAX_LENGTH, tokenised, view_documents
 
 if TYPE_CHECKING:
@@ -36,20 +39,29 @@ def generations(
     max_new_tokens: int,
     quiet: bool,
 ) -> list[Generation]:
-    """What the model says to each row; what an earlier run left in `stage` is not said again."""
-    found = read_generations(stage)
-    left = [i for i in range(len(rows)) if i not in found]
-    if found:
-        say(f"score: {len(found)} of {len(rows)} rows were generated already", quiet)
-    with bar("score", len(rows), "rows", quiet) as progress:
-        progress.advance(len(found))
-        wanted = [rows[i] for i in left]
-        for batch in generate(lm, tokenizer, wanted, batch_size=batch_size, max_new_tokens=max_new_tokens):
-            numbered = [(left[i], one) for i, one in batch]
-            add_generations(stage, numbered)
-            found |= dict(numbered)
-            progress.advance(len(batch))
-    return [found[i] for i in range(len(rows))]
+    """What the model says to each row; what an earlier run left in `stage` is not said again. The ranks share the rows
+    out; the bar counts the first one's."""
+    known = dict(by_first(writing(stage, lambda: [(i, asdict(one)) for i, one in read_generations(stage).items()])))
+    left = [i for i in range(len(rows)) if i not in known]
+    own = [left[i] for i in own_rows(tokenizer, [rows[i] for i in left], batch_size)]
+    if known:
+        say(f"score: {len(known)} of {len(rows)} rows were generated already", quiet)
+
+    def speak() -> list[tuple[int, dict[str, Any]]]:
+        said = []
+        with bar("score", len(known) + len(own), "rows", quiet) as progress:
+            progress.advance(len(known))
+            wanted = [rows[i] for i in own]
+            for batch in generate(lm, tokenizer, wanted, batch_size=batch_size, max_new_tokens=max_new_tokens):
+                numbered = [(own[i], one) for i, one in batch]
+                add_generations(stage, numbered)
+                said += [(i, asdict(one)) for i, one in numbered]
+                progress.advance(len(batch))
+        return said
+
+    for part in agreed(writing(stage, speak)):
+        known |= dict(part)
+    return [Generation(**known[i]) for i in range(len(rows))]
 
 
 def row_numbers(
@@ -79,15 +91,20 @@ def _truth_ratios(
 ) -> dict[str, dict[str, float]]:
     """The truth ratio of each row of which another wording of the answer and wrong answers were given, by id."""
     known = {row.id: row for row in rows}
+    answered = [(one.id, (one.output, *one.wrong)) for one in others if one.output is not None]
+
+    def ratio(name: str, answers: Sequence[str]) -> float:
+        row = known[name]
+        encoded = encode([replace(row, output=text) for text in answers], tokenizer, "plain", MAX_LENGTH)
+        with alone():  # so few texts are one batch
+            views = view_documents(lm, tokenizer, [one.ids for one in encoded])
+        right, *wrong = (view.after(one.prompt) for view, one in zip(views, encoded, strict=True))
+        return truth_ratio(right, wrong)
+
+    own = agreed(lambda: [ratio(*one) for one in share(answered)])[rank()]
     found: dict[str, list[float]] = {}
-    for one in others:
-        if one.output is not None:
-            row = known[one.id]
-            texts = [Row(row.id, row.input, text, row.task) for text in (one.output, *one.wrong)]
-            encoded = encode(texts, tokenizer, "plain", MAX_LENGTH)
-            views = view_documents(lm, tokenizer, [e.ids for e in encoded])
-            right, *wrong = (view.after(e.prompt) for view, e in zip(views, encoded, strict=True))
-            found.setdefault(one.id, []).append(truth_ratio(right, wrong))
+    for (name, _), value in zip(answered, whole(own), strict=True):
+        found.setdefault(name, []).append(value)
     return {name: {"truth_ratio": sum(values) / len(values)} for name, values in found.items()}
 
 
@@ -157,5 +174,5 @@ def membership_attacks(
             loss = float(-again[text].logp.mean()) if text in again else found["loss"]
             found["reference"] = loss - reference[text][1]
     lines = [{"side": side, "task": one.task, **found} for (side, one), found in zip(documents, numbers, strict=True)]
-    write_jsonl(stage / DOCUMENTS, lines)
+    by_first(writing(stage, lambda: write_jsonl(stage / DOCUMENTS, lines)))
     return membership.summary(lines)

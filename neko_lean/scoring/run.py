@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from neko_lean.collective import by_first, joined
 from neko_lean.data import Row, read_jsonl, read_rows, write_jsonl
 from neko_lean.documents import read_documents
 from neko_lean.errors import NekoLeanError
@@ -39,7 +40,7 @@ from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.official import official_results
 from neko_lean.scoring.paraphrases import read_paraphrases
 from neko_lean.scoring.task import SPLITS, cell_means, missing_cells, row_score, task_aggregate
-from neko_lean.scoring.unfinished import GENERATIONS, unfinished
+from neko_lean.scoring.unfinished import GENERATIONS, unfinished, writing
 from neko_lean.scoring.verdict import verdict
 from neko_lean.scoring.views import BATCH_TOKENS
 from neko_lean.trust import is_inside
@@ -50,6 +51,7 @@ MIA = "--mia wants a folder with member.jsonl and nonmember.jsonl"
 SIDES = ("member", "nonmember")
 
 
+@joined()
 def score(
     model: str | Path,
     data: str | Path,
@@ -96,6 +98,8 @@ def score(
         seed: of the rows that relearn trains on.
         dtype: 'float32' or 'bfloat16'; by default float32 on a CPU and bfloat16 on a GPU.
         resume: go on with a run that was cut off, from what it had generated.
+
+    Under torchrun the ranks share the rows out and the first one writes; the numbers are those of one process.
 
     Returns what scores.json holds; docs/score.md says what each key means. Raises NekoLeanError for bad input.
     """
@@ -175,13 +179,13 @@ def score(
             )
         if "relearn" in attacks:
             scores["attacks"]["relearn"] = attack.relearn(
-                folder, lambda at: load_model(at, pick_dtype(precision), place), forget, base, say_rows,
+                folder, lambda at: load_model(at, pick_dtype(precision), place), forget, base, say_rows, stage,
                 lr=relearn_lr, seed=seed, device=device,
             )  # fmt: skip
         if lm_eval:
             from neko_lean.scoring.lm_eval import lm_eval_tasks
 
-            scores["lm_eval"] = lm_eval_tasks(folder, lm_eval, str(place), precision, batch_size)
+            scores["lm_eval"] = by_first(lambda: lm_eval_tasks(folder, lm_eval, str(place), precision, batch_size))
         scores["verdict"] = verdict(scores)
         scores["broken"] = any(sentence.startswith("BROKEN") for sentence in scores["verdict"])
         scores |= {
@@ -193,11 +197,15 @@ def score(
             "wall_seconds": time.monotonic() - start,
             "peak_memory": peak_memory(place),
         }
-        write_jsonl(stage / GENERATIONS, lines)
-        (stage / SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
-        if official is not None:
-            results = official_results(scores, scored)
-            Path(official).write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
+
+        def write() -> None:
+            write_jsonl(stage / GENERATIONS, lines)
+            (stage / SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+            if official is not None:
+                results = official_results(scores, scored)
+                Path(official).write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
+
+        by_first(writing(stage, write))
     return scores
 
 

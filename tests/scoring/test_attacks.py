@@ -92,13 +92,14 @@ def test_a_round_trip_stays_within_half_a_step(world, model, bits, error):
     assert changed == 14
 
 
-def test_relearning_some_rows_brings_back_what_they_share_with_others(knows, rows, monkeypatch):
+def test_relearning_some_rows_brings_back_what_they_share_with_others(knows, rows, monkeypatch, tmp_path):
     monkeypatch.setattr(attacks, "RELEARN_STEPS", (2, 30))
     monkeypatch.setattr(attacks, "RELEARN_ROWS", 6)
-    curve = relearn(knows, load, rows, silent(rows), say(knows), lr=1e-5, seed=0, device="cpu")
+    curve = relearn(knows, load, rows, silent(rows), say(knows), tmp_path, lr=1e-5, seed=0, device="cpu")
     assert [one["steps"] for one in curve] == [0, 2, 30]
     # Nothing was hidden in this model: at a rate that changes little, the other rows are all there.
     assert curve[0]["knowledge"] == 0 and curve[1]["knowledge"] > 0.9 and curve[1]["rows"] >= 6
     assert curve[1]["knowledge_rows"] + curve[1]["regurgitation_rows"] == len(rows) - curve[1]["rows"]
+    assert list(tmp_path.iterdir()) == []
     with pytest.raises(NekoLeanError, match="more forget rows"):
-        relearn(knows, load, rows[:2], silent(rows), say(knows), lr=1e-5, seed=0, device="cpu")
+        relearn(knows, load, rows[:2], silent(rows), say(knows), tmp_path, lr=1e-5, seed=0, device="cpu")

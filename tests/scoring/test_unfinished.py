@@ -27,6 +27,7 @@ def cut_off(out, *batches):
 def test_what_was_generated_is_kept_and_read_again(tmp_path):
     stage = cut_off(tmp_path / "out", [(1, ONE)], [(0, TWO)])
     assert stage.is_dir() and not (tmp_path / "out").exists()
+    (stage / "relearn").mkdir()  # an attack's, of a process that was killed
     with unfinished(tmp_path / "out", PLANNED, **options(resume=True)) as again:
         assert again == stage and read_generations(stage) == {1: ONE, 0: TWO}
     assert not stage.exists() and sorted(p.name for p in (tmp_path / "out").iterdir()) == [GENERATIONS]

@@ -1,0 +1,194 @@
+"""`score` by several processes: the files are those of one, a run goes on with another number of them, and an error of
+one of them ends all."""
+
+import errno
+import json
+
+import pytest
+import torch
+
+import neko_lean
+from neko_lean.data import read_rows, write_jsonl
+from neko_lean.errors import NekoLeanError
+from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.ranks import leads
+from neko_lean.scoring import generation, measure, prefix, views
+from neko_lean.scoring.generation import generate, own_rows
+from neko_lean.scoring.prefix import last_hidden
+from neko_lean.scoring.run import GENERATIONS, SCORES
+from neko_lean.scoring.unfinished import add_generations
+from neko_lean.scoring.views import tokenised, view_documents
+from tests.scoring.subjects import make_subject, write_hub
+from tests.torchrun import torchrun
+
+LOOSE = ("wall_seconds", "peak_memory")
+FEW = ("--max-new-tokens", 6, "--batch-size", 8)
+SMALL = {"max_new_tokens": 6, "batch_size": 8, "quiet": True}
+
+
+def scores_of(folder):
+    return {k: v for k, v in json.loads((folder / SCORES).read_text()).items() if k not in LOOSE}
+
+
+def files(folder):
+    """Every file but scores.json, which holds times."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != SCORES}
+
+
+@pytest.fixture
+def as_rank(monkeypatch):
+    """Be one of so many ranks, without the others."""
+
+    def become(number, count):
+        for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", count), ("RANK", number)):
+            monkeypatch.setenv(name, str(value))
+
+    return become
+
+
+@pytest.fixture(scope="module")
+def parts(world, model):
+    return load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model), read_rows(world, "forget")
+
+
+@pytest.fixture(scope="module")
+def whole(world, model, tmp_path_factory):
+    """The score of one process."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    neko_lean.score(model, world, out, **SMALL)
+    return out
+
+
+def by_ranks(monkeypatch, as_rank, module, count, work):
+    """What each of so many ranks sends in `work`, which gathers once, and what each gets from it."""
+
+    def send(own):
+        sent.append(own)
+        raise InterruptedError
+
+    sent, found = [], []
+    monkeypatch.setattr(module, "gather_rows", send)
+    for number in range(count):
+        as_rank(number, count)
+        with pytest.raises(InterruptedError):
+            work()
+    monkeypatch.setattr(module, "gather_rows", lambda own: sent)
+    for number in range(count):
+        as_rank(number, count)
+        found.append(work())
+    return sent, found
+
+
+@pytest.mark.parametrize("count", [2, 5])
+def test_views_are_those_of_one_process_bit_for_bit(parts, monkeypatch, as_rank, count):
+    lm, tokenizer, rows = parts
+    ids = tokenised(tokenizer, [f"{row.input} {row.output}" for row in rows])
+    wanted = view_documents(lm, tokenizer, ids, batch_tokens=150)
+    sent, found = by_ranks(
+        monkeypatch, as_rank, views, count, lambda: view_documents(lm, tokenizer, ids, batch_tokens=150)
+    )
+    assert len(sent[0]) and len(sent[1]) and sum(map(len, sent)) == sum(len(one) - 1 for one in ids)
+    for some in found:
+        for one, two in zip(some, wanted, strict=True):
+            assert all((getattr(one, k) == getattr(two, k)).all() for k in ("logp", "entropy", "deviation", "rank"))
+            assert one.rank.dtype == two.rank.dtype == "int64"
+
+
+@pytest.mark.parametrize(("count", "batch_tokens"), [(2, 100), (3, 10**6)])
+def test_hidden_states_are_those_of_one_process_bit_for_bit(parts, monkeypatch, as_rank, count, batch_tokens):
+    lm, tokenizer, rows = parts
+    ids = [[5, 6, 7, *one] for one in tokenised(tokenizer, [row.input for row in rows])]
+    wanted = last_hidden(lm, ids, 0, batch_tokens=batch_tokens)
+    sent, found = by_ranks(
+        monkeypatch, as_rank, prefix, count, lambda: last_hidden(lm, ids, 0, batch_tokens=batch_tokens)
+    )
+    assert sum(map(len, sent)) == len(ids)
+    assert [len(one) for one in sent[1:]] == [0, 0] or batch_tokens == 100  # one batch: two ranks have none
+    assert all(torch.equal(one, wanted) for one in found)
+
+
+@pytest.mark.parametrize("count", [2, 20])
+def test_ranks_generate_the_batches_of_one_process(parts, monkeypatch, as_rank, count):
+    _, tokenizer, rows = parts
+    made = []
+    monkeypatch.setattr(generation, "_decode", lambda lm, tok, prompts, most, done: [([], "eos") for _ in prompts])
+
+    def batches(own):
+        said = generate(parts[0], tokenizer, [rows[i] for i in own], batch_size=5, max_new_tokens=1)
+        return [[own[i] for i, _ in batch] for batch in said]
+
+    wanted = batches(range(len(rows)))
+    assert len(wanted) == 6
+    for number in range(count):
+        as_rank(number, count)
+        made.append(batches(own_rows(tokenizer, rows, 5)))
+        assert made[-1] == wanted[number::count]
+    assert sum(map(len, made)) == len(wanted)
+
+
+def test_two_processes_find_what_one_finds(world, model, tmp_path):
+    nonmembers = world / "mia" / "nonmember.jsonl"
+    write_hub(tmp_path / "mmlu", [make_subject("anatomy", 6), make_subject("virology", 1)])
+    asked = [row for row in read_rows(world, "forget") if row.kind == "qa"][:3]
+    write_jsonl(tmp_path / "other.jsonl", [{"id": row.id, "output": "a wood", "wrong": ["a sea"]} for row in asked])
+    neko_lean.score(
+        model, world, tmp_path / "one", **SMALL, mia=world / "mia", held=nonmembers, mmlu=tmp_path / "mmlu", shots=2,
+        paraphrases=tmp_path / "other.jsonl", attacks=["prefix", "quantize", "relearn"], official=tmp_path / "one.json",
+    )  # fmt: skip
+    found = torchrun(
+        "score", model, "--data", world, "--out", tmp_path / "two", *FEW, "--mia", world / "mia", "--held", nonmembers,
+        "--mmlu", tmp_path / "mmlu", "--shots", 2, "--paraphrases", tmp_path / "other.jsonl", "--attack", "prefix",
+        "--attack", "quantize", "--attack", "relearn", "--official", tmp_path / "two.json", "--json",
+    )  # fmt: skip
+    assert found.returncode == 0, found.stderr
+    said = json.loads(found.stdout)  # one object: one rank talks
+    assert said.pop("out") == str(tmp_path / "two")
+    assert said == json.loads((tmp_path / "two" / SCORES).read_text())
+    assert scores_of(tmp_path / "two") == scores_of(tmp_path / "one")
+    assert sorted(files(tmp_path / "one")) == ["documents.jsonl", GENERATIONS]
+    assert files(tmp_path / "two") == files(tmp_path / "one")
+    assert (tmp_path / "two.json").read_bytes() == (tmp_path / "one.json").read_bytes()
+    assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
+
+
+def test_three_processes_go_on_where_one_was_cut_off(world, model, whole, tmp_path, monkeypatch):
+    def killed(*args, **kwargs):
+        for number, batch in enumerate(generate(*args, **kwargs)):
+            if number == 7:
+                raise KeyboardInterrupt
+            yield batch
+
+    monkeypatch.setattr(measure, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        neko_lean.score(model, world, tmp_path / "out", **SMALL)
+    found = torchrun("score", model, "--data", world, "--out", tmp_path / "out", *FEW, "--resume", ranks=3)
+    assert found.returncode == 0, found.stderr
+    assert "score: 54 of 60 rows were generated already" in found.stderr  # what is left is one batch: two have none
+    assert files(tmp_path / "out") == files(whole) and scores_of(tmp_path / "out") == scores_of(whole)
+
+
+def test_a_full_disk_of_one_process_ends_both_and_one_goes_on(world, model, whole, tmp_path):
+    out, stage = tmp_path / "out", tmp_path / ".out.partial"
+    found = torchrun("score", model, "--data", world, "--out", out, *FEW, script=__file__)
+    assert found.returncode != 0 and not out.exists()
+    for rank in ("", "rank 1: "):
+        assert f"\n{rank}error: No space left on the disk while writing {out}" in f"\n{found.stderr}"
+    assert f"{stage} keeps what was generated: go on with --resume." in found.stderr
+    held = {path.name: len(path.read_text().splitlines()) for path in stage.glob("generations*")}
+    assert held == {GENERATIONS: 32, "generations-1.jsonl": 8}  # the first rank's share, and a batch
+    with pytest.raises(NekoLeanError, match="--resume"):
+        neko_lean.score(model, world, out, **SMALL)
+    neko_lean.score(model, world, out, **SMALL, resume=True)
+    assert files(out) == files(whole) and scores_of(out) == scores_of(whole)
+
+
+if __name__ == "__main__":  # under torchrun: every rank's disk but the first's is full after a batch
+    from neko_lean.cli import main
+
+    def full(stage, batch):
+        if not leads() and any(stage.glob("generations-*")):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        add_generations(stage, batch)
+
+    measure.add_generations = full
+    main()
