@@ -72,6 +72,14 @@ def decoder_layers(lm: CausalLM) -> nn.ModuleList:
     return layers
 
 
+def compile_layers(layers: nn.ModuleList) -> None:
+    """Have torch.compile make each layer's forward, for rows of any shape; what it makes for one layer serves all that
+    are like it. Hooks stay outside.
+    """
+    for layer in layers:
+        layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
 def freeze(lm: CausalLM, last: int = 0, only: str = "") -> None:
     """Choose what learns: with `last` above 0 the last so many layers, what follows them and an untied head; with
     `only`, a regular expression, of those the parameters in whose names it is found."""

@@ -21,7 +21,7 @@ from neko_lean.collective import any_rank, by_first
 from neko_lean.data import Encoded
 from neko_lean.errors import NekoLeanError
 from neko_lean.evaluation import answers, quality
-from neko_lean.layerwise import LayerPass, decoder_layers, freeze
+from neko_lean.layerwise import LayerPass, compile_layers, decoder_layers, freeze
 from neko_lean.modeling import CausalLM, packs
 from neko_lean.optim import InBackwardAdam8bit, NotFinite, refuse_not_finite
 from neko_lean.progress import say
@@ -55,6 +55,8 @@ def _way_back(student: CausalLM, recipe: Recipe, device: torch.device) -> tuple[
     freeze(student, recipe.train_last, recipe.train_only)
     if size() > 1 and recipe.backward != "layerwise":
         raise NekoLeanError(f"backward={recipe.backward} is for one process: under torchrun leave it at layerwise.")
+    if size() > 1 and recipe.compile:
+        raise NekoLeanError("compile=true is for one process: under torchrun leave it out.")
     if recipe.backward == "layerwise":
         try:
             layers = decoder_layers(student)
@@ -98,6 +100,8 @@ class Trainer:
         self.forget, self.retain, self.teacher, self.substitutes = forget, retain, teacher, substitutes
         self.learning = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
         self.state = RunState(recipe.micro_tokens)
+        if recipe.compile:
+            compile_layers(self.walk.layers if self.walk else decoder_layers(student))
 
     def go_on(self, state: RunState) -> None:
         """Stand where `state` says, the weights being those of its step already."""

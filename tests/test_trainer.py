@@ -7,6 +7,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 import neko_lean
 from neko_lean import cache, runs, trainer
@@ -18,7 +19,7 @@ from neko_lean.modeling import load_model, load_tokenizer, next_token_logp
 from neko_lean.recipes import load_recipe, recipe_names
 from neko_lean.schedules import learning_rate
 from neko_lean.trainer import prefetched
-from tests.helpers import random_model
+from tests.helpers import SMALL, random_model
 
 FAST = {"max_steps": 6, "forget_rows": 8, "retain_rows": 8, "eval_every": 2, "eval_rows": 4, "lr": 1e-3}
 
@@ -373,3 +374,32 @@ def test_levels_follow_what_unseen_text_costs_the_student(world, model, anchored
     again = trainer.make_batch([scaled], documents, teacher, recipe, 1, torch.device("cpu"))
     other = trainer.batch_losses(hidden, lm.head, again, recipe)["forget_loss"]
     assert halved.item() == pytest.approx(other.item(), rel=1e-5) != losses["forget_loss"].item()
+
+
+@pytest.mark.parametrize("backward", ["layerwise", "checkpointed"])
+def test_compiled_layers_train_as_plain_ones(unlearn, tmp_path, monkeypatch, backward):
+    """But for rounding, in float32. Traced only: inductor's C++ takes a minute to build and is compared in
+    bench/compile.py."""
+    calls = []
+
+    def compiled(function, dynamic):
+        calls.append(dynamic)
+        return torch_compile(function, dynamic=dynamic, backend="eager", fullgraph=True)
+
+    torch_compile = torch.compile
+    monkeypatch.setattr(torch, "compile", compiled)
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    change = {**SMALL, "dtype": "float32", "backward": backward, "max_steps": 3, "micro_tokens": 256}
+    unlearn(tmp_path / "plain", change)
+    assert not calls
+    run = unlearn(tmp_path / "compiled", {**change, "compile": True})
+    assert calls == [True, True] and run["recipe"]["compile"] is True
+    graphs = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert 0 < graphs <= 8 and not torch._dynamo.utils.counters["graph_break"]  # for two layers and all shapes
+    one, two = metrics(tmp_path / "plain"), metrics(tmp_path / "compiled")
+    for before, after in zip(one, two, strict=True):
+        assert after["loss"] == pytest.approx(before["loss"], rel=1e-4)
+    plain, found = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "compiled"))
+    for name, tensor in plain.items():
+        assert (found[name] - tensor).abs().mean() < 0.01 * 3 * change["lr"], name  # of the way they went

@@ -1,0 +1,110 @@
+"""Decoder layers by torch.compile against the same layers as they are: time and results of a step, without its update.
+
+    .venv/bin/python bench/compile.py --out bench-compile.json
+
+A random OLMo of moderate size, 12 micro-batches of different shapes a step; both ways take every step in turn, in one
+process and in an order that alternates, and the ratio is of neighbours. Losses and gradients are compared in float32.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from pathlib import Path
+
+import torch
+from contenders import clock, device_name
+from transformers import OlmoConfig, OlmoForCausalLM
+
+from neko_lean.head import token_stats
+from neko_lean.layerwise import LayerPass, compile_layers, decoder_layers
+from neko_lean.modeling import CausalLM, pick_device, pick_dtype, split
+
+VOCABULARY = 4096
+
+
+def model(width: int, layers: int, dtype: torch.dtype, device: torch.device) -> CausalLM:
+    """A random OLMo, the same at each call."""
+    config = OlmoConfig(
+        vocab_size=VOCABULARY, hidden_size=width, intermediate_size=4 * width, num_hidden_layers=layers,
+        num_attention_heads=width // 64, pad_token_id=1, eos_token_id=0, bos_token_id=None,
+    )  # fmt: skip
+    torch.manual_seed(0)
+    return split(OlmoForCausalLM(config).to(device=device, dtype=dtype).eval())
+
+
+def rows(number: int, device: torch.device) -> list[torch.Tensor]:
+    """Micro-batches [b, l] of up to 512 positions, of other shapes each step."""
+    generator = torch.Generator().manual_seed(number)
+    lengths = [int(torch.randint(24, 257, (), generator=generator)) for _ in range(12)]
+    return [torch.randint(0, VOCABULARY, (max(1, 512 // n), n), generator=generator).to(device) for n in lengths]
+
+
+def step(walk: LayerPass, micro: list[torch.Tensor]) -> tuple[float, float, dict[str, torch.Tensor]]:
+    """Seconds, loss and gradients of one step; the gradients are taken as each is complete."""
+    names = {id(p): name for name, p in walk.lm.model.named_parameters()}
+    gradients = {}
+
+    def complete(parameter: torch.nn.Parameter) -> None:
+        if parameter.grad is not None:
+            gradients[names[id(parameter)]] = parameter.grad
+            parameter.grad = None
+
+    start = clock(walk.lm.device)
+    hidden = walk.forward(micro, [torch.arange(0, ids.numel(), 8, device=ids.device) for ids in micro])
+    target = torch.cat([ids.flatten()[::8] for ids in micro])
+    loss = -token_stats(hidden, walk.lm.head, target)[0].mean()
+    loss.backward()
+    walk.backward(complete)
+    return clock(walk.lm.device) - start, loss.item(), gradients
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--width", type=int, default=512)
+    parser.add_argument("--layers", type=int, default=8)
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--out", type=Path, default=Path("bench-compile.json"))
+    options = parser.parse_args()
+    device = pick_device()
+    found = {}
+    for name in ("float32", "bfloat16"):
+        torch._dynamo.reset()
+        torch._dynamo.utils.counters.clear()
+        plain, compiled = (model(options.width, options.layers, pick_dtype(name), device) for _ in range(2))
+        walks = [LayerPass(lm, decoder_layers(lm)) for lm in (plain, compiled)]
+        compile_layers(walks[1].layers)
+        first = [step(walk, rows(0, device))[0] for walk in walks]
+        seconds: tuple[list[float], list[float]] = ([], [])
+        apart = 0.0
+        for number in range(1, options.rounds + 1):
+            micro = rows(number, device)
+            pair = {way: step(walks[way], micro) for way in ((0, 1) if number % 2 else (1, 0))}
+            for way in (0, 1):
+                seconds[way].append(pair[way][0])
+            differences = [(pair[1][2][key] - one).norm() / one.norm() for key, one in pair[0][2].items()]
+            apart = max(apart, abs(pair[1][1] / pair[0][1] - 1), *(one.item() for one in differences))
+        ratios = [after / before for before, after in zip(*seconds, strict=True)]
+        found[name] = {
+            "plain": statistics.median(seconds[0]),
+            "compiled": statistics.median(seconds[1]),
+            "ratio": statistics.median(ratios),
+            "ratios": ratios,
+            "first_step_extra_seconds": first[1] - first[0],
+            "graphs": torch._dynamo.utils.counters["stats"]["unique_graphs"],
+            "largest_relative_difference": apart,
+        }
+        one = found[name]
+        print(
+            f"{name}: plain {one['plain']:.2f} s, compiled {one['compiled']:.2f} s, ratio {one['ratio']:.2f} "
+            f"({min(ratios):.2f} to {max(ratios):.2f}); the first step took {one['first_step_extra_seconds']:.0f} s "
+            f"more for {one['graphs']} graphs; losses and gradients at most {apart:.1e} apart"
+        )
+    title = f"OLMo of width {options.width}, {options.layers} layers; {device_name(device)}"
+    options.out.write_text(json.dumps({"title": title, **found}, indent=1) + "\n")
+    print(title)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,203 @@
+"""Where one step's time goes at OLMo-1B-0724 geometry, and how much of the device's matrix arithmetic it uses.
+
+    .venv/bin/python bench/profile_step.py ../shared/data/lume --out bench-profile.json
+
+The rows are those of bench/step.py: 32 forget and 32 retain of LUME a step on a GPU, 4 and 4 on a CPU. One step warms
+up, one is timed by phase, and one more runs under torch.profiler for the operators. Model FLOPs are those that the
+mathematics of the step asks for: real tokens, causal attention, the head only at the positions that the loss looks at.
+Hardware FLOPs add what this way of going runs beside: padding, each layer's and the head's second forward. The peak is
+the card's dense bfloat16 peak from a table, or where it is not there, as on a CPU, that of a large matmul in this run.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from collections import defaultdict
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import STEPS, _encoded, clock, prepare, rows_a_step, title
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+from torch.profiler import ProfilerActivity, profile
+
+from neko_lean.cache import TeacherCache
+from neko_lean.layerwise import LayerPass, decoder_layers
+from neko_lean.modeling import CausalLM, load_model, pick_device
+from neko_lean.optim import InBackwardAdam8bit
+from neko_lean.recipes import Recipe, load_recipe
+from neko_lean.step import Batch, batch_losses, make_batch
+
+# Dense bfloat16 FLOP/s by what torch calls the card, the longer names first.
+PEAKS = {
+    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
+    "RTX A6000": 155e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
+}  # fmt: skip
+# Operators by what is in their names; the first group that fits takes it.
+GROUPS = {
+    "8-bit update": ("bitsandbytes", "optimizer_update", "random", "bitwise"),
+    "attention": ("attention", "flash"),
+    "matmul": ("mm", "matmul", "linear"),
+    "norm, activation, softmax": ("norm", "silu", "gelu", "softmax", "logsumexp", "exp"),
+    "copies and casts": ("copy", "to", "cat", "clone", "fill", "zero", "empty", "index", "gather", "scatter"),
+}
+PHASES = ("forward", "head", "backward of the layers", "update")
+
+
+def flops(lm: CausalLM, layers: nn.ModuleList, lengths: Iterable[int], positions: int) -> dict[str, float]:
+    """Of one forward pass: `layers`, the matmuls with their weights, over so many `positions`; and `attention`, over
+    rows of these lengths, each token with itself and those before it."""
+    config = lm.model.config
+    width = config.num_attention_heads * (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
+    weights = sum(m.weight.numel() for m in layers.modules() if isinstance(m, nn.Linear))
+    pairs = sum(n * (n + 1) / 2 for n in lengths)
+    return {"layers": 2.0 * weights * positions, "attention": 4.0 * width * len(layers) * pairs}
+
+
+def step_flops(lm: CausalLM, layers: nn.ModuleList, batch: Batch, lengths: list[int]) -> dict[str, float]:
+    """Model and hardware FLOPs of a step, and what each is made of. A matmul's backward is two of its size."""
+    head = 2.0 * lm.head.numel() * len(batch.row)
+    real = sum(flops(lm, layers, lengths, batch.tokens).values())
+    padded = [ids.shape[1] for ids in batch.micro for _ in range(ids.shape[0])]
+    done = sum(flops(lm, layers, padded, batch.positions).values())
+    parts = {"forward": real, "backward": 2 * real, "head": 3 * head}
+    extra = {"padding": 3 * (done - real), "layers again": done, "head again": head}
+    model = sum(parts.values())
+    return {"model": model, "hardware": model + sum(extra.values()), **parts, **extra}
+
+
+def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
+    """FLOP/s of the best of ten matmuls of [4096, 4096], half as wide on a CPU."""
+    n = 4096 if device.type == "cuda" else 2048
+    one, two = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    spent = []
+    for _ in range(10):
+        start = clock(device)
+        one @ two
+        spent.append(clock(device) - start)
+    return 2 * n**3 / min(spent)
+
+
+def known_peak(device: torch.device) -> float | None:
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    return next((peak for card, peak in PEAKS.items() if card in name), None)
+
+
+def take_step(
+    walk: LayerPass, optimizer: InBackwardAdam8bit, batch: Batch, recipe: Recipe, device: torch.device
+) -> dict[str, float]:
+    """Seconds of each phase of one step; on a GPU the host waits at each border."""
+    seconds = dict.fromkeys(PHASES, 0.0)
+
+    def update(parameter: nn.Parameter) -> None:
+        start = clock(device)
+        optimizer.update(parameter)
+        seconds["update"] += clock(device) - start
+
+    optimizer.begin_step(1e-5)
+    marks = [clock(device)]
+    hidden = walk.forward(batch.micro, batch.index, batch.places)
+    marks.append(clock(device))
+    batch_losses(hidden, walk.lm.head, batch, recipe)["loss"].backward()
+    marks.append(clock(device))
+    walk.backward(update)
+    marks.append(clock(device))
+    for phase, start, stop in zip(PHASES, marks[:-1], marks[1:], strict=False):
+        seconds[phase] += stop - start
+    seconds["backward of the layers"] -= seconds["update"]
+    return seconds
+
+
+def group(name: str) -> str:
+    return next((title for title, marks in GROUPS.items() if any(mark in name.lower() for mark in marks)), "the rest")
+
+
+def operators(found: profile, device: torch.device) -> dict[str, float]:
+    """Seconds that each operator spent itself, the longest first."""
+    own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    spent = {one.key: getattr(one, own) / 1e6 for one in found.key_averages()}
+    return dict(sorted(spent.items(), key=lambda pair: -pair[1]))
+
+
+def grouped(spent: dict[str, float]) -> dict[str, float]:
+    found: dict[str, float] = defaultdict(float)
+    for name, seconds in spent.items():
+        found[group(name)] += seconds
+    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+
+
+def table(result: dict[str, Any]) -> Table:
+    found = Table(title=result["title"], title_justify="left")
+    for column in ("", "seconds", "share"):
+        found.add_column(column, justify="right" if column else "left")
+    for heading in ("phases", "operators"):
+        whole = sum(result[heading].values())
+        for name, seconds in result[heading].items():
+            found.add_row(name, f"{seconds:.2f}", f"{seconds / whole:.1%}")
+        found.add_row(f"all {heading}", f"{whole:.2f}", "", end_section=True)
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lume", type=Path, help="folder of LUME's parquet files")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/neko-lean-bench"), help="3 GB of scratch, kept")
+    parser.add_argument("--out", type=Path, default=Path("bench-profile.json"))
+    options = parser.parse_args()
+    device = pick_device()
+    prepare(options.work, options.lume, device)
+    recipe, n = load_recipe("neko"), rows_a_step(device)
+    lm = load_model(options.work / "model", torch.bfloat16, device)
+    lm.model.eval()
+    forget, retain = _encoded(options.work)
+    cache = TeacherCache(options.work / "cache")
+    parts = [slice(s * n, (s + 1) * n) for s in range(STEPS)]
+    batches = [make_batch(forget[part], retain[part], cache, recipe, 1, device) for part in parts]
+    layers = decoder_layers(lm)
+    walk = LayerPass(lm, layers)
+    optimizer = InBackwardAdam8bit(lm.model.named_parameters())
+    take_step(walk, optimizer, batches[0], recipe, device)
+    phases = take_step(walk, optimizer, batches[1], recipe, device)
+    cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
+    with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
+        take_step(walk, optimizer, batches[2], recipe, device)
+    spent = operators(profiler, device)
+    lengths = [len(one) for one in [*forget[parts[1]], *retain[parts[1]]]]
+    counted = step_flops(lm, layers, batches[1], lengths)
+    peak = known_peak(device) or measured_peak(device, torch.bfloat16)
+    seconds = {"with": sum(phases.values()), "without": sum(phases.values()) - phases["update"]}
+    result = {
+        "title": title(device),
+        "phases": phases,
+        "operators": grouped(spent),
+        "largest operators": dict(list(spent.items())[:30]),
+        "flops": counted,
+        "peak": peak,
+        "peak_is": "of a table" if known_peak(device) else "measured",
+        "tokens": batches[1].tokens,
+        "positions": batches[1].positions,
+        "head_positions": len(batches[1].row),
+        "used": {
+            f"{kind}, {how} update": counted[kind] / s / peak
+            for kind in ("model", "hardware")
+            for how, s in seconds.items()
+        },
+    }
+    Console(width=140).print(table(result))
+    print(
+        f"{result['tokens']} tokens, {result['positions']} positions with padding, {result['head_positions']} at the "
+        f"head; model {counted['model'] / 1e12:.2f} TFLOP, hardware {counted['hardware'] / 1e12:.2f}; peak "
+        f"{peak / 1e12:.2f} TFLOP/s ({result['peak_is']})"
+    )
+    print("utilisation: " + "; ".join(f"{name} {share:.1%}" for name, share in result["used"].items()))
+    options.out.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
