@@ -2,7 +2,7 @@
 
     .venv/bin/python bench/compile.py --out bench-compile.json
 
-A random OLMo of moderate size, 12 micro-batches of different shapes a step; both ways take every step in turn, in one
+A random OLMo of moderate size, 6 micro-batches of different shapes a step; both ways take every step in turn, in one
 process and in an order that alternates, and the ratio is of neighbours. Losses and gradients are compared in float32.
 """
 
@@ -35,10 +35,10 @@ def model(width: int, layers: int, dtype: torch.dtype, device: torch.device) -> 
 
 
 def rows(number: int, device: torch.device) -> list[torch.Tensor]:
-    """Micro-batches [b, l] of up to 512 positions, of other shapes each step."""
+    """Micro-batches [b, l] of up to 256 positions, of other shapes each step."""
     generator = torch.Generator().manual_seed(number)
-    lengths = [int(torch.randint(24, 257, (), generator=generator)) for _ in range(12)]
-    return [torch.randint(0, VOCABULARY, (max(1, 512 // n), n), generator=generator).to(device) for n in lengths]
+    lengths = [int(torch.randint(24, 257, (), generator=generator)) for _ in range(6)]
+    return [torch.randint(0, VOCABULARY, (max(1, 256 // n), n), generator=generator).to(device) for n in lengths]
 
 
 def step(walk: LayerPass, micro: list[torch.Tensor]) -> tuple[float, float, dict[str, torch.Tensor]]:

@@ -43,6 +43,7 @@ GROUPS = {
     "attention": ("attention", "flash"),
     "matmul": ("mm", "matmul", "linear"),
     "norm, activation, softmax": ("norm", "silu", "gelu", "softmax", "logsumexp", "exp"),
+    "elementwise": ("add", "mul", "div", "sub", "sqrt"),
     "copies and casts": ("copy", "to", "cat", "clone", "fill", "zero", "empty", "index", "gather", "scatter"),
 }
 PHASES = ("forward", "head", "backward of the layers", "update")

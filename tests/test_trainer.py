@@ -403,3 +403,14 @@ def test_compiled_layers_train_as_plain_ones(unlearn, tmp_path, monkeypatch, bac
     plain, found = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "compiled"))
     for name, tensor in plain.items():
         assert (found[name] - tensor).abs().mean() < 0.01 * 3 * change["lr"], name  # of the way they went
+
+
+def test_a_run_with_packed_rows_has_the_losses_of_a_padded_one(unlearn, tmp_path, monkeypatch):
+    change = {**SMALL, "dtype": "float32", "max_steps": 3, "micro_tokens": 256, "eval_every": 3}
+    assert unlearn(tmp_path / "padded", change)["padding"] > 0
+    monkeypatch.setattr(trainer, "packs", lambda student: True)
+    run = unlearn(tmp_path / "packed", change)
+    assert run["padding"] == 0 and run["predicted_peak"] > 0
+    for before, after in zip(metrics(tmp_path / "padded"), metrics(tmp_path / "packed"), strict=True):
+        for name in (key for key in before if key.endswith("loss")):
+            assert after[name] == pytest.approx(before[name], rel=1e-2, abs=1e-6)
