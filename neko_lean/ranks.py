@@ -38,7 +38,7 @@ def leads() -> bool:
 
 @contextmanager
 def alone() -> Iterator[None]:
-    """Within it every rank does the whole of what the others do as well."""
+    """Within it this process counts as the only one: it does the whole of a thing, by itself."""
     global _alone  # threads, too, must see it
     before, _alone = _alone, True
     try:
