@@ -76,7 +76,7 @@ class Recipe:
     offload_state: bool = False  # Adam's state in host memory
     offload_activations: bool = False  # the layers' inputs in host memory; layerwise only
     state_bits: int = 8  # of Adam's state; 4 needs torchao
-    compile: bool = False  # the decoder layers by torch.compile: faster after a minute, rounds otherwise
+    compile: bool = False  # the decoder layers by torch.compile; rounds otherwise, docs/profile.md
 
 
 def needs_teacher(recipe: Recipe) -> bool:
