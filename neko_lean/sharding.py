@@ -44,6 +44,7 @@ class Shards:
         for layer in layers:
             fully_shard(layer, mesh=self.mesh)
         fully_shard(lm.model, mesh=self.mesh)
+        self._point_at_head()  # or the whole head, and with it the file that all weights were mapped from, would stay
         with torch.no_grad():  # FSDP takes for its root what runs first
             lm.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
         self.root = cast(FSDPModule, lm.model)

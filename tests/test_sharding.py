@@ -65,6 +65,7 @@ def test_two_processes_end_in_the_weights_of_one(world, model, cache, tmp_path, 
 
     stopped = torchrun(*given, "--out", tmp_path / "stopped", "--save-every", 3, STOP_AT="8")
     assert f"stopped by {signal.Signals.SIGTERM.name} after step 8 of 20" in stopped.stderr, stopped.stderr
+    assert stopped.stderr.count("stopped by") == 1 and "torchrun --nproc-per-node 2 -m neko_lean" in stopped.stderr
     assert len(list((tmp_path / ".stopped.saved").glob("step-*"))) == 2
     with pytest.raises(NekoLeanError, match=r"holds a run with another .*ranks"):
         run("stopped", resume=True)

@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.ranks import leads, rank
+from neko_lean.ranks import leads, rank, size
 from neko_lean.signals import Interrupted
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hub name (owner/name).")]
@@ -55,7 +55,8 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             sys.stderr.write(f"{'' if leads() else f'rank {rank()}: '}error: {error}\n")
             raise typer.Exit(2) from error
         except Interrupted as stop:
-            print(_stopped(stop, "resume" in kwargs), file=sys.stderr)
+            if leads():
+                print(_stopped(stop, "resume" in kwargs), file=sys.stderr)
             raise typer.Exit(128 + stop.number) from stop
         except KeyboardInterrupt as error:
             print("interrupted; the output folder was not written.", file=sys.stderr)
@@ -69,7 +70,10 @@ def _stopped(stop: Interrupted, resumes: bool) -> str:
     if stop.kept is None or not resumes:
         return f"{stop}; the output folder was not written."
     again = [one for one in sys.argv[1:] if one != "--resume"]
-    return f"{stop}; {stop.kept}. Go on with:\n  {shlex.join(['neko-lean', *again, '--resume'])}"
+    name = ["neko-lean"]
+    if size() > 1:
+        name = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "neko_lean"]
+    return f"{stop}; {stop.kept}. Go on with:\n  {shlex.join([*name, *again, '--resume'])}"
 
 
 def _quieten_libraries() -> None:
