@@ -141,6 +141,8 @@ class LayerPass:
         for ids, wanted, place in zip(micro, index, places or [None] * len(micro), strict=True):
             with self._caught(wanted):
                 rows.append(self.lm.hidden(ids, place)[0])  # [n, d]
+        if self.shards is not None:
+            self.shards.gather_head()
         return torch.cat(rows)
 
     def clear(self) -> None:
@@ -166,7 +168,7 @@ class LayerPass:
         embedding = self.lm.embedding
         if self.shards is not None:
             self.shards.reduce(self.lm.model, leave=embedding)
-            self.shards.root.reshard()  # the embedding's gradient can do without its weight
+            self.shards.let_go()  # the embedding's gradient can do without its weight
         for parameter in self.outside:
             if parameter is not self.embedding:
                 complete(parameter)

@@ -34,8 +34,8 @@ def local(tensor: Tensor) -> Tensor:
 class Shards:
     """Spread `lm`, which lies whole on the CPU, over the ranks' devices of type `device`.
 
-    Its layers are groups of their own; embedding, final norm and head are one more, `lm.model`. Outside `whole` the
-    parameters are DTensors, sharded by rows.
+    Its layers are groups of their own, an untied head is one, and the rest, embedding and final norm, is one more,
+    `lm.model`. Parameters that are not gathered are DTensors, sharded by rows.
     """
 
     def __init__(self, lm: CausalLM, layers: Iterable[nn.Module], device: torch.device) -> None:
@@ -43,6 +43,9 @@ class Shards:
         self.mesh = init_device_mesh(device.type, (size(),))
         for layer in layers:
             fully_shard(layer, mesh=self.mesh)
+        head = cast(nn.Module, lm.model.get_output_embeddings())
+        # Apart, as FSDP holds twice what it gathers for a moment. Its forward never runs: the loss takes the weight.
+        self.head = None if head.weight is lm.embedding else fully_shard(head, mesh=self.mesh)
         fully_shard(lm.model, mesh=self.mesh)
         self._point_at_head()  # or the whole head, and with it the file that all weights were mapped from, would stay
         with torch.no_grad():  # FSDP takes for its root what runs first
@@ -54,9 +57,21 @@ class Shards:
             self.parts[module] = dict(module.named_parameters())
 
     def gather(self) -> None:
-        """Have embedding, final norm and head whole."""
+        """Have embedding and final norm whole, for `lm.hidden`; each layer gathers itself when it is called."""
         self.root.unshard()
         self._point_at_head()
+
+    def gather_head(self) -> None:
+        """Have the head whole, too."""
+        if self.head is not None:
+            self.head.unshard()
+        self._point_at_head()
+
+    def let_go(self) -> None:
+        """The opposite of both, in the middle of a pass."""
+        self.root.reshard()
+        if self.head is not None:
+            self.head.reshard()
 
     def release(self) -> None:
         """Keep no more than this rank's part of anything; forget what FSDP noted down of a forward pass."""
@@ -65,8 +80,9 @@ class Shards:
 
     @contextmanager
     def whole(self) -> Iterator[None]:
-        """Embedding, final norm and head are whole while it lasts; each layer gathers itself when it is called."""
+        """Embedding, final norm and head are whole while it lasts."""
         self.gather()
+        self.gather_head()
         try:
             yield
         finally:
