@@ -4,6 +4,7 @@ torchrun ... tests/sharded.py FOLDER    where FOLDER holds world and cache; prin
 """
 
 import json
+import os
 import sys
 from pathlib import Path
 
@@ -90,3 +91,5 @@ def main(root: Path) -> None:
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
+    sys.stdout.flush()
+    os._exit(0)  # as neko_lean.cli.main ends, and for its reason

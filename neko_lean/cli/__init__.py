@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import sys
+import traceback
+
 import typer
 
 from neko_lean.cli.cache_teacher import cache_teacher
@@ -13,6 +17,7 @@ from neko_lean.cli.recipes import recipes
 from neko_lean.cli.report import report
 from neko_lean.cli.score import score
 from neko_lean.cli.unlearn import unlearn
+from neko_lean.ranks import size
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -27,4 +32,18 @@ for command in (cache_teacher, inspect, plan, recipes, unlearn, score, report, m
 
 def main() -> None:
     """Entry point of `neko-lean`."""
-    app()
+    if size() == 1:
+        app()
+        return
+    code: object = 1
+    try:
+        app()
+    except SystemExit as end:
+        code = end.code
+    except BaseException:
+        traceback.print_exc()
+    # Not by Python's own way out: what spread a student holds on to the connections, and gloo's threads, which may still
+    # wait for Python then, would abort the process.
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code if isinstance(code, int) else int(code is not None))
