@@ -42,7 +42,7 @@ def main() -> None:
         code = end.code
     except BaseException:
         traceback.print_exc()
-    # Not by Python's own way out: what spread a student holds on to the connections, and gloo's threads, which may still
+    # Not by Python's own way out: a student in shards holds on to the connections, and gloo's threads, which may still
     # wait for Python then, would abort the process.
     sys.stdout.flush()
     sys.stderr.flush()
