@@ -10,6 +10,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
@@ -102,6 +103,18 @@ def agreed(work: Callable[[], T]) -> list[T]:
 def by_first(work: Callable[[], T]) -> T:
     """What `work` returns on the first rank, on all; nothing is done elsewhere."""
     return agreed(lambda: work() if leads() else None)[0]  # type: ignore[return-value]
+
+
+def refuse_unseen(folder: Path) -> None:
+    """Raise NekoLeanError on all ranks where one does not see a folder that the first has made."""
+
+    def look() -> None:
+        if not folder.is_dir():
+            raise NekoLeanError(
+                f"rank {rank()} does not see {folder}: put --out on a file system that all machines share."
+            )
+
+    agreed(look)
 
 
 def whole(own: Sequence[T]) -> list[T]:

@@ -59,7 +59,6 @@ class Shards:
     def gather(self) -> None:
         """Have embedding and final norm whole, for `lm.hidden`; each layer gathers itself when it is called."""
         self.root.unshard()
-        self._point_at_head()
 
     def gather_head(self) -> None:
         """Have the head whole, too."""

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from neko_lean import __version__
 from neko_lean.checkpoints import METRICS, RunState, Save, best_step, damage, read_save, seal, write_folder, write_save
-from neko_lean.collective import by_first
+from neko_lean.collective import by_first, refuse_unseen
 from neko_lean.data import Encoded
 from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, sync, sync_tree
 from neko_lean.modeling import CausalLM
@@ -204,8 +204,7 @@ def unfinished(
             _tidy(run)
 
         by_first(begin)
-        if not run.folder.is_dir():
-            raise NekoLeanError(f"rank {rank()} does not see {run.folder}: put --out on a file system that all share.")
+        refuse_unseen(run.folder)
         run.found = run.newest()
         if leads():
             run.prune(run.found.state.best_step if run.found else 0)

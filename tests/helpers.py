@@ -65,7 +65,7 @@ def random_model(world: Path, out: Path, *, seed: int = 0, tied: bool = False, s
     return out
 
 
-def tiny(family, attention, dtype=torch.float64, **more):
+def tiny(family, attention=None, dtype=torch.float64, **more):
     """A random model of a family whose attention goes through the implementation of that name."""
     sizes = {
         "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
@@ -73,7 +73,7 @@ def tiny(family, attention, dtype=torch.float64, **more):
     }  # fmt: skip
     config = getattr(transformers, f"{family}Config")(**{**sizes, **more}, attn_implementation=attention)
     torch.manual_seed(0)
-    model = getattr(transformers, f"{family}ForCausalLM")(config).to(dtype).eval()
+    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).to(dtype).eval()
     return CausalLM(model, model.base_model, model.get_output_embeddings().weight)
 
 

@@ -14,21 +14,16 @@ from neko_lean.memory import LiveTensors
 from neko_lean.modeling import load_model, load_tokenizer, split
 from neko_lean.recipes import load_recipe
 from neko_lean.step import batch_losses, chosen_hidden, make_batch
-from tests.helpers import random_model
+from tests.helpers import random_model, tiny
 
 CPU = torch.device("cpu")
-SMALL = {
-    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-}  # fmt: skip
+SMALL = {"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 8}
 FAMILIES = ["Olmo", "Olmo2", "Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gemma3Text", "Phi3"]
 
 
-def small(family, tied=False, **more):
+def small(family, tied=False, attention=None, **more):
     """A random model of a family in float64, its layers' weights large enough that every one of them matters."""
-    config = getattr(transformers, f"{family}Config")(**{**SMALL, "tie_word_embeddings": tied, **more})
-    torch.manual_seed(0)
-    model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).double().eval()
+    model = tiny(family, attention, **{**SMALL, "tie_word_embeddings": tied, **more}).model
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3).add_(0.1 * torch.randn_like(p))
@@ -127,7 +122,7 @@ def test_families_that_cannot_be_walked_are_refused():
 @pytest.mark.parametrize("family", FAMILIES[:6])
 def test_sdpa_gets_no_mask_so_that_its_flash_kernel_may_run(family, monkeypatch):
     """In the pass forward, when layers run again, and in a plain one; and what packing would cost here: a mask."""
-    lm = small(family, attn_implementation="sdpa")
+    lm = small(family, attention="sdpa")
     kernel, masks = torch.nn.functional.scaled_dot_product_attention, []
 
     def watched(*args, attn_mask=None, is_causal=False, **named):
@@ -204,8 +199,8 @@ def test_two_term_loss_keeps_one_layers_gradients_alive(two_term, tied):
 
 def test_more_rows_raise_the_peak_by_little_more_than_layer_inputs():
     """12 layers, one position in eight wanted: beyond the inputs only what is kept of the wanted positions grows."""
-    config = transformers.OlmoConfig(**{**SMALL, "num_hidden_layers": 12, "hidden_size": 64, "intermediate_size": 256})
-    lm = split(transformers.OlmoForCausalLM(config))
+    sizes = {**SMALL, "num_hidden_layers": 12, "hidden_size": 64, "intermediate_size": 256}
+    lm = split(tiny("Olmo", dtype=torch.float32, **sizes).model)
     walk = LayerPass(lm, decoder_layers(lm))
 
     def free(p):

@@ -29,7 +29,7 @@ from neko_lean.cache.format import (
     write_manifest,
 )
 from neko_lean.cache.teacher import keep
-from neko_lean.collective import agreed, by_first, joined
+from neko_lean.collective import agreed, by_first, joined, refuse_unseen
 from neko_lean.data import FORMATS, Encoded, encode, length_batches, read_rows, truncation_line
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, refuse_unfinished, sync
@@ -155,6 +155,7 @@ def cache_teacher(
         with _kept_on_error(stage):
             explained = explained_write_errors(out)
             by_first(explained(lambda: _begin(stage, plan)))
+            refuse_unseen(stage)
             agreed(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, quiet)))
             by_first(explained(lambda: _end(stage, plan, out)))
             manifest = read_manifest(out / MANIFEST)
@@ -257,8 +258,6 @@ def _write_shards(
     stage: Path, plan: Manifest, jobs: Mapping[str, list[list[Batch]]], teacher: CausalLM, pad_id: int, quiet: bool
 ) -> None:
     """Write every shard of this rank's that is not there yet; one that has its name is whole."""
-    if not stage.is_dir():
-        raise NekoLeanError(f"rank {rank()} does not see {stage}: put --out on a file system that all machines share.")
     work = [(shard, _save_retain, batches) for shard, batches in zip(plan.shards, jobs["shard"], strict=True)]
     work += [(shard, _save_forget, batches) for shard, batches in zip(plan.forget_shards, jobs["forget"], strict=True)]
     work = list(share(work))  # shards get longer rows from the first to the last

@@ -15,7 +15,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neko_lean.collective import agreed, by_first
+from neko_lean.collective import by_first, refuse_unseen
 from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, refuse_unfinished
 from neko_lean.progress import say
 from neko_lean.ranks import leads, rank
@@ -41,7 +41,7 @@ def unfinished(out: Path, plan: Mapping[str, Any], *, resume: bool, overwrite: b
     with explained_write_errors(out):
         try:
             by_first(writing(stage, lambda: _begin(stage, plan)))
-            agreed(lambda: _see(stage))
+            refuse_unseen(stage)
             yield stage
             by_first(writing(stage, lambda: _end(stage, out)))
         except BaseException:
@@ -61,11 +61,6 @@ def writing(stage: Path, work: Callable[[], T]) -> Callable[[], T]:
 def _refuse_or_clear(out: Path, stage: Path, resume: bool, overwrite: bool) -> None:
     refuse_occupied(out, overwrite)
     refuse_unfinished(stage, resume, overwrite)
-
-
-def _see(stage: Path) -> None:
-    if not stage.is_dir():
-        raise NekoLeanError(f"rank {rank()} does not see {stage}: put --out on a file system that all machines share.")
 
 
 def _begin(stage: Path, plan: Mapping[str, Any]) -> None:
