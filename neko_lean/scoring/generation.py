@@ -14,7 +14,6 @@ import torch
 from transformers import DynamicCache
 
 from neko_lean.data import Row, length_batches, pad
-from neko_lean.head import logits
 from neko_lean.modeling import CausalLM
 from neko_lean.ranks import share
 from neko_lean.scoring.task import regurgitation, same_answers
@@ -145,7 +144,7 @@ def _decode(
     for _ in range(max_new_tokens):
         more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if takes_positions else {}
         out = lm.backbone(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
-        token = logits(out.last_hidden_state[:, -1], lm.head).argmax(1)  # [alive]
+        token = lm.logits(out.last_hidden_state[:, -1]).argmax(1)  # [alive]
         keep = []
         for place, (row, one) in enumerate(zip(alive, token.tolist(), strict=True)):
             said[row].append(one)
