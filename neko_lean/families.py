@@ -212,7 +212,8 @@ def refuse_sight_of_later_tokens(model: PreTrainedModel, hidden_of: Callable[[Te
     """
     config, family = model.config.get_text_config(), type(model).__name__
     vocabulary, device = len(linear_head(model).weight), linear_head(model).weight.device
-    padding = next((i for i in (config.pad_token_id, config.eos_token_id) if isinstance(i, int) and i >= 0), 0)
+    ids = (config.pad_token_id, config.eos_token_id)
+    padding = next((i for i in ids if isinstance(i, int) and 0 <= i < vocabulary), 0)
     length = min(PROBE_LENGTH, (stated_positions(config) or PROBE_LENGTH) - 2)
     if length < 2:
         return
@@ -254,7 +255,7 @@ def stated_positions(config: PreTrainedConfig) -> int | None:
     return found[0] if found else None
 
 
-def position_limit(model: nn.Module, config: PreTrainedConfig) -> int | None:
+def embeddable_positions(model: nn.Module, config: PreTrainedConfig) -> int | None:
     """The longest row that the model can embed; None where no table of positions sets a limit.
 
     A limit is a table (learned, sinusoidal or rotary) with a row for each of config.json's positions, give or take the
@@ -284,8 +285,9 @@ def _run(model: PreTrainedModel, ids: Tensor) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
+        family, reason = type(model).__name__, _first_line(error)
         raise NekoLeanError(
-            f"{type(model).__name__} is not supported: its forward pass fails on token ids alone ({_first_line(error)})."
+            f"{family} is not supported: its forward pass fails on token ids alone ({reason})."
         ) from error
 
 

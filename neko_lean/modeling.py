@@ -23,10 +23,10 @@ from neko_lean.data import pad
 from neko_lean.errors import NekoLeanError
 from neko_lean.families import (
     backbone_of,
+    embeddable_positions,
     linear_head,
     logit_transform,
     plain_outputs,
-    position_limit,
     refuse_sight_of_later_tokens,
     stated_positions,
 )
@@ -246,7 +246,7 @@ def split(model: PreTrainedModel) -> CausalLM:
     try:
         backbone = backbone_of(model)
         scale, softcap = logit_transform(model, backbone)
-        lm = CausalLM(model, backbone, scale, softcap, position_limit(model, model.config))
+        lm = CausalLM(model, backbone, scale, softcap, embeddable_positions(model, model.config))
         probe = torch.arange(4, device=lm.device)[None] % len(lm.head)  # [1, 4]
         wanted = model(input_ids=probe, use_cache=False).logits[0].float()  # [4, V]
         got = lm.logits(lm.hidden(probe)[0])  # [4, V]
@@ -259,9 +259,13 @@ def split(model: PreTrainedModel) -> CausalLM:
     return lm
 
 
+def position_limit(lm: CausalLM, wanted: int) -> int:
+    """The longest row that the model can embed, at most `wanted` tokens."""
+    return min(wanted, lm.max_positions or wanted)
+
+
 def usable_length(folder: Path, max_length: int) -> int:
-    """`max_length`, or the longest row that the checkpoint in `folder` can embed where that is shorter, in tokens. Reads
-    no weights."""
+    """`position_limit` of the checkpoint in `folder`, from its config alone."""
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder)
@@ -270,7 +274,7 @@ def usable_length(folder: Path, max_length: int) -> int:
         return max_length
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    return min(max_length, position_limit(model, config) or max_length)
+    return min(max_length, embeddable_positions(model, config) or max_length)
 
 
 @torch.no_grad()

@@ -6,7 +6,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.families import backbone_of, linear_head, logit_transform, position_limit
+from neko_lean.families import backbone_of, linear_head, logit_transform, embeddable_positions
 from neko_lean.modeling import next_token_logp, split, usable_length
 from tests.helpers import SIZES
 
@@ -128,7 +128,7 @@ def test_positions_end_where_a_longer_row_fails(name, more, limit, tmp_path, mon
     monkeypatch.setitem(MODELS, "GPT2", "GPT2LMHeadModel")
     model = family(name, **{"max_position_embeddings": 64, **more})
     lm = split(model)
-    assert lm.max_positions == limit == position_limit(model, model.config)
+    assert lm.max_positions == limit == embeddable_positions(model, model.config)
     length = 80
     row = torch.ones(1, limit or length, dtype=torch.int64)
     with torch.no_grad():
