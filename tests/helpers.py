@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 from neko_lean.cache.format import file_sha256, sign
 from neko_lean.data import Row, encode, read_rows, write_jsonl
@@ -76,6 +77,16 @@ def tiny(family, attention=None, dtype=torch.float64, **more):
     torch.manual_seed(0)
     model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).to(dtype).eval()
     return CausalLM(model, model.base_model)
+
+
+def templated(folder, before, after):
+    """The tokenizer in a folder with other tokens around every text; also the ids of the tokens before and after."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "</s>"]})
+    names = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<s>", "</s>")}
+    template = TemplateProcessing(single=" ".join([*before, "$A", *after]), special_tokens=list(names.items()))
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer, [names[name] for name in before], [names[name] for name in after]
 
 
 def encoded(world, style="neko", limit=512):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from transformers import DynamicCache
 
-from neko_lean.data import Row, length_batches, pad
+from neko_lean.data import Row, encode_texts, length_batches, pad
 from neko_lean.modeling import CausalLM
 from neko_lean.ranks import share
 from neko_lean.scoring.task import regurgitation, same_answers
@@ -76,7 +76,7 @@ def own_rows(
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[list[int]]:
-    return [tokenizer(row.input)["input_ids"] for row in rows]
+    return encode_texts(tokenizer, [row.input for row in rows])
 
 
 def _batches(rows: Sequence[Row], prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
@@ -111,7 +111,7 @@ def generate(
     """
     lm.model.eval()
     encoded = _prompts(tokenizer, rows) if prompts is None else prompts
-    windows = [max(WINDOW, 2 * len(tokenizer(" " + row.output)["input_ids"])) for row in rows]
+    windows = [max(WINDOW, 2 * len(ids)) for ids in encode_texts(tokenizer, [" " + row.output for row in rows])]
     for batch in _batches(rows, encoded, batch_size):
 
         def done(number: int, ids: Sequence[int], batch: list[int] = batch) -> bool:

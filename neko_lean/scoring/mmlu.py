@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from neko_lean.data import encode_texts
 from neko_lean.errors import NekoLeanError
 from neko_lean.families import stated_positions
 from neko_lean.head import logits
@@ -114,7 +115,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, subject: Subject, shots: 
         if not pending:
             break
         texts = [prompt(subject.name, subject.dev[:used], subject.test[i]) for i in pending]
-        for index, ids in zip(pending, tokenizer(texts, verbose=False)["input_ids"], strict=True):
+        for index, ids in zip(pending, encode_texts(tokenizer, texts), strict=True):
             if len(ids) <= limit or used == 0:
                 found[index] = Prompt(ids[-limit:], used, len(ids) > limit)
     return [found[i] for i in range(len(subject.test))]
