@@ -15,7 +15,7 @@ import torch
 from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.cache.format import MANIFEST, file_sha256
 from neko_lean.collective import gather, joined
-from neko_lean.data import Encoded, encode, read_rows, truncation_line
+from neko_lean.data import Encoded, encode, position_warning, read_rows, truncation_line
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, explained_write_errors
 from neko_lean.levels import with_levels
@@ -30,6 +30,7 @@ from neko_lean.modeling import (
     pick_device,
     pick_dtype,
     tokenizer_fingerprint,
+    usable_length,
     weights_fingerprint,
 )
 from neko_lean.progress import say
@@ -95,10 +96,13 @@ def unlearn(
     folder, place = model_folder(model), pick_device(device)
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
-    forget_rows = _encode(forget, "forget", tokenizer, chosen) if forgets(chosen) else []
-    retain_rows = _encode(retain, "retain", tokenizer, chosen) if chosen.retain_objective != "none" else []
-    anchors = encode(read_anchor(anchor), tokenizer, "plain", chosen.max_length) if anchor is not None else []
-    substitutes = _substitutes(forget_rows, retain_rows, tokenizer, chosen, seed)
+    limit = usable_length(folder, chosen.max_length)
+    forget_rows = _encode(forget, "forget", tokenizer, chosen, limit) if forgets(chosen) else []
+    retain_rows = _encode(retain, "retain", tokenizer, chosen, limit) if chosen.retain_objective != "none" else []
+    anchors = encode(read_anchor(anchor), tokenizer, "plain", limit) if anchor is not None else []
+    substitutes = _substitutes(forget_rows, retain_rows, tokenizer, chosen, limit, seed)
+    if warning := position_warning([*forget_rows, *retain_rows, *anchors], limit, chosen.max_length):
+        say(warning)
     if chosen.retain_objective != "none":
         retain_rows += anchors
     reads_cache = needs_teacher(chosen) or (chosen.forget_objective == "calibrated" and bool(anchors))
@@ -155,12 +159,12 @@ def unlearn(
             forget_rows = _leveled(forget_rows, anchors, teacher, before_learning, tokenizer, chosen)
         for name, encoded in (("forget", forget_rows), ("retain", retain_rows)):
             if encoded:
-                say(f"{name}: {truncation_line(encoded, chosen.max_length)}", quiet)
+                say(f"{name}: {truncation_line(encoded, limit)}", quiet)
         lost = answers_lost(forget_rows)
         if lost:
             # Even --quiet does not hide that part of the forget set will not be forgotten.
             say(
-                f"warning: the length limit of {chosen.max_length} removes the whole answer of {lost} of "
+                f"warning: the length limit of {limit} removes the whole answer of {lost} of "
                 f"{len(forget_rows)} forget rows; they get no forget loss."
             )
         before = resident()
@@ -208,8 +212,11 @@ def memorize(
     folder, place = model_folder(model), pick_device(device)
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
-    encoded = [one for name in sets for one in _encode(data, name, tokenizer, chosen, split)]
-    say(truncation_line(encoded, chosen.max_length), quiet)
+    limit = usable_length(folder, chosen.max_length)
+    encoded = [one for name in sets for one in _encode(data, name, tokenizer, chosen, limit, split)]
+    say(truncation_line(encoded, limit), quiet)
+    if warning := position_warning(encoded, limit, chosen.max_length):
+        say(warning)
     # Without weights the model follows from config.json and the seed.
     trained = any(folder.glob("*.safetensors"))
     identity = {
@@ -263,14 +270,19 @@ def _leveled(
 
 
 def _substitutes(
-    forget: Sequence[Encoded], retain: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, seed: int
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    limit: int,
+    seed: int,
 ) -> list[Encoded] | None:
     """What the recipe puts in the place of each forget row's answer."""
     if recipe.substitute == "none":
         return None
     rows, others = [one.row for one in forget], [one.row for one in retain]
     chosen = refusals(rows) if recipe.substitute == "refusal" else random_answers(rows, others, seed)
-    return encode(chosen, tokenizer, recipe.format, recipe.max_length)
+    return encode(chosen, tokenizer, recipe.format, limit)
 
 
 def answers_lost(encoded: Sequence[Encoded]) -> int:
@@ -279,10 +291,15 @@ def answers_lost(encoded: Sequence[Encoded]) -> int:
 
 
 def _encode(
-    path: str | Path, stem: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, split: str | None = None
+    path: str | Path,
+    stem: str,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    limit: int,
+    split: str | None = None,
 ) -> list[Encoded]:
     rows = read_rows(path, stem, split)
-    return encode(rows, tokenizer, recipe.format, recipe.max_length, append_eos=recipe.append_eos)
+    return encode(rows, tokenizer, recipe.format, limit, append_eos=recipe.append_eos)
 
 
 def _identity(command: str, recipe: Recipe, seed: int, device: torch.device) -> dict[str, Any]:

@@ -218,7 +218,7 @@ def test_substitutes_take_the_answers_place(pieces):
     assert losses["substitute_loss"].item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
     bare = load_recipe("neko")
     plain = batch_losses(
-        *(lambda b: (chosen_hidden(lm, b.micro, b.index), lm.head, b))(make_batch(forget, retain, cache, bare, 0, CPU)),
+        *(lambda b: (chosen_hidden(lm, b.micro, b.index), lm, b))(make_batch(forget, retain, cache, bare, 0, CPU)),
         bare,
     )
     wanted = plain["loss"] + 0.5 * losses["substitute_loss"]

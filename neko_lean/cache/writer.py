@@ -30,7 +30,7 @@ from neko_lean.cache.format import (
 )
 from neko_lean.cache.teacher import keep
 from neko_lean.collective import agreed, by_first, joined, refuse_unseen
-from neko_lean.data import FORMATS, Encoded, encode, length_batches, read_rows, truncation_line
+from neko_lean.data import FORMATS, Encoded, encode, length_batches, position_warning, read_rows, truncation_line
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, refuse_unfinished, sync
 from neko_lean.modeling import (
@@ -43,6 +43,7 @@ from neko_lean.modeling import (
     pick_device,
     pick_dtype,
     tokenizer_fingerprint,
+    usable_length,
     weights_fingerprint,
 )
 from neko_lean.progress import bar, say
@@ -118,10 +119,11 @@ def cache_teacher(
     by_first(lambda: _refuse_or_clear(out, stage, resume, overwrite))
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
-    kept = encode(rows, tokenizer, format, max_length)
-    anchors = encode(anchor_rows, tokenizer, "plain", max_length)
-    forgotten = encode(forget_rows, tokenizer, format, max_length)
-    refused = encode(refusals(forget_rows), tokenizer, format, max_length)
+    limit = usable_length(folder, max_length)
+    kept = encode(rows, tokenizer, format, limit)
+    anchors = encode(anchor_rows, tokenizer, "plain", limit)
+    forgotten = encode(forget_rows, tokenizer, format, limit)
+    refused = encode(refusals(forget_rows), tokenizer, format, limit)
     sets = {"shard": kept + anchors + forgotten, "forget": forgotten + refused + anchors}
     teacher = load_model(folder, precision, place)
     teacher.model.eval()
@@ -147,7 +149,10 @@ def cache_teacher(
         shards=_planned("shard", jobs["shard"]),
         forget_shards=_planned("forget", jobs["forget"]),
     )
-    say(truncation_line([*sets["shard"], *sets["forget"]], max_length), quiet)
+    everything = [*sets["shard"], *sets["forget"]]
+    say(truncation_line(everything, limit), quiet)
+    if warning := position_warning(everything, limit, max_length):
+        say(warning)
     if resume and (out / MANIFEST).is_file():
         manifest = read_manifest(out / MANIFEST)
         _same_plan(plan, _without_results(manifest), out)

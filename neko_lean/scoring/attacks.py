@@ -20,7 +20,7 @@ import torch
 from neko_lean.collective import by_first, gather
 from neko_lean.data import Row, encode, write_jsonl
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import CausalLM
+from neko_lean.modeling import CausalLM, position_limit
 from neko_lean.progress import bar
 from neko_lean.ranks import alone, leads
 from neko_lean.runs import memorize
@@ -87,7 +87,7 @@ def prefix(
 ) -> list[dict[str, Any]]:
     """Each row asked with the first tokens of its answer given, and scored on the rest; rows whose answer is no longer
     than what is given are left out."""
-    encoded = encode(rows, tokenizer, "plain", MAX_LENGTH)
+    encoded = encode(rows, tokenizer, "plain", position_limit(lm, MAX_LENGTH))
     curve = [{"tokens": 0, **base_point(rows, base)}]
     for count in PREFIXES:
         asked = [one for one in encoded if one.answer > count]

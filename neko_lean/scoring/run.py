@@ -22,6 +22,7 @@ from neko_lean.modeling import (
     model_name,
     pick_device,
     pick_dtype,
+    position_limit,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
@@ -43,7 +44,7 @@ from neko_lean.scoring.paraphrases import read_paraphrases
 from neko_lean.scoring.task import SPLITS, cell_means, missing_cells, row_score, task_aggregate
 from neko_lean.scoring.unfinished import GENERATIONS, unfinished, writing
 from neko_lean.scoring.verdict import verdict
-from neko_lean.scoring.views import BATCH_TOKENS
+from neko_lean.scoring.views import BATCH_TOKENS, MAX_LENGTH
 from neko_lean.trust import is_inside
 from neko_lean.unfinished import versions
 
@@ -138,7 +139,8 @@ def score(
         scored = {name: [(row, row_score(row, one.text)) for (s, row), one in zip(rows, said, strict=True) if s == name]
                   for name in SPLITS}  # fmt: skip
         cells = cell_means(scored)
-        known = None if reference is None else reference_losses(reference, mia, rows, tokenizer)
+        limit = position_limit(lm, MAX_LENGTH)
+        known = None if reference is None else reference_losses(reference, mia, rows, tokenizer, limit)
         members = membership_attacks(lm, tokenizer, documents, known, stage, quiet)
         found = uncertainty.estimates(lines)
         scores: dict[str, Any] = {

@@ -14,7 +14,7 @@ from neko_lean.collective import gather_rows
 from neko_lean.data import encode_texts, length_batches
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import CausalLM, next_token_views
-from neko_lean.progress import Bar
+from neko_lean.progress import Bar, say
 from neko_lean.ranks import rank_by_rank, rounds, share
 
 if TYPE_CHECKING:
@@ -73,6 +73,10 @@ def view_documents(
     return [views[i] for i in range(len(documents))]
 
 
-def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The documents' tokens, cut to MAX_LENGTH."""
-    return [ids[:MAX_LENGTH] for ids in encode_texts(tokenizer, texts)]
+def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int = MAX_LENGTH) -> list[list[int]]:
+    """The documents' tokens, cut to `limit`; a warning counts the documents that lose some."""
+    encoded = encode_texts(tokenizer, texts)
+    cut = sum(len(ids) > limit for ids in encoded)
+    if cut:
+        say(f"warning: {cut} of {len(encoded)} documents cut to their first {limit} tokens.")
+    return [ids[:limit] for ids in encoded]
