@@ -12,6 +12,7 @@ from neko_lean.collective import agreed, by_first, whole
 from neko_lean.data import Row, encode, write_jsonl
 from neko_lean.documents import Document, read_anchor
 from neko_lean.errors import NekoLeanError
+from neko_lean.finite import strict_json
 from neko_lean.modeling import CausalLM
 from neko_lean.progress import bar, say
 from neko_lean.ranks import alone, rank, share
@@ -23,6 +24,7 @@ from neko_lean.scoring.paraphrases import Paraphrase
 from neko_lean.scoring.task import KINDS, row_score
 from neko_lean.scoring.unfinished import add_generations, read_generations, writing
 from neko_lean.scoring.views import MAX_LENGTH, tokenised, view_documents
+from neko_lean.vocabulary import refuse_unknown_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,6 +76,7 @@ def row_numbers(
 ) -> list[dict[str, float]]:
     """Everything that is measured of a row but its score, by name."""
     encoded = encode(rows, tokenizer, "plain", MAX_LENGTH)
+    refuse_unknown_rows(encoded, lm)
     answered = [one for one in encoded if one.answer]
     with bar("answers", len(answered), "rows", quiet) as progress:
         views = view_documents(lm, tokenizer, [one.ids for one in answered], progress=progress)
@@ -174,5 +177,6 @@ def membership_attacks(
             loss = float(-again[text].logp.mean()) if text in again else found["loss"]
             found["reference"] = loss - reference[text][1]
     lines = [{"side": side, "task": one.task, **found} for (side, one), found in zip(documents, numbers, strict=True)]
+    strict_json(lines, DOCUMENTS)  # a reference model's losses, too, may be NaN
     by_first(writing(stage, lambda: write_jsonl(stage / DOCUMENTS, lines)))
     return membership.summary(lines)
