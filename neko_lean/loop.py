@@ -23,6 +23,7 @@ from neko_lean.cache.format import MANIFEST
 from neko_lean.checkpoints import METRICS, RunState, Save, load_weights, random_states, set_random_states
 from neko_lean.collective import largest
 from neko_lean.errors import NekoLeanError
+from neko_lean.finite import or_null
 from neko_lean.memory import peak_memory, predicted_peak, reset_peak
 from neko_lean.modeling import CausalLM
 from neko_lean.optim import InBackwardAdam8bit, NotFinite
@@ -267,7 +268,7 @@ class Loop:
         line["wait_seconds"] = waited
         line["seconds"] = time.monotonic() - start
         line["peak_memory"] = peak_memory(self.device)
-        metrics.write(json.dumps(line) + "\n")
+        metrics.write(json.dumps(or_null(line), allow_nan=False) + "\n")
         metrics.flush()
         return values
 

@@ -18,6 +18,7 @@ from neko_lean.collective import gather, joined
 from neko_lean.data import Encoded, encode, position_warning, read_rows, truncation_line
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, explained_write_errors
+from neko_lean.finite import or_null
 from neko_lean.levels import with_levels
 from neko_lean.loop import Loop
 from neko_lean.memory import resident
@@ -332,7 +333,7 @@ def _train(loop: Loop, before: int, about: dict[str, Any]) -> dict[str, Any]:
         with loop.work.output() as stage:
             loop.write(stage)
             if leads():
-                (stage / RUN).write_text(json.dumps(run, indent=1) + "\n")
+                (stage / RUN).write_text(json.dumps(or_null(run), indent=1, allow_nan=False) + "\n")
     return run
 
 

@@ -33,6 +33,7 @@ from neko_lean.collective import agreed, by_first, joined, refuse_unseen
 from neko_lean.data import FORMATS, Encoded, encode, length_batches, position_warning, read_rows, truncation_line
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, refuse_unfinished, sync
+from neko_lean.finite import refuse_broken_outputs
 from neko_lean.modeling import (
     CausalLM,
     load_model,
@@ -49,6 +50,7 @@ from neko_lean.modeling import (
 from neko_lean.progress import bar, say
 from neko_lean.ranks import leads, rank, share
 from neko_lean.substitutes import refusals
+from neko_lean.vocabulary import refuse_unknown_rows
 
 PLAN = "plan.json"
 KEPT = ("ids", "scaled_p", "tail_logp")
@@ -127,6 +129,7 @@ def cache_teacher(
     sets = {"shard": kept + anchors + forgotten, "forget": forgotten + refused + anchors}
     teacher = load_model(folder, precision, place)
     teacher.model.eval()
+    refuse_unknown_rows([*sets["shard"], *sets["forget"]], teacher)
     jobs = {kind: _into_shards(teacher_batches(encoded, batch_tokens)) for kind, encoded in sets.items()}
     plan = Manifest(
         written_by=__version__,
@@ -315,5 +318,10 @@ def _save_retain(path: Path, teacher: CausalLM, batches: Sequence[Batch], plan: 
 
 
 def _save_forget(path: Path, teacher: CausalLM, batches: Sequence[Batch], plan: Manifest, pad_id: int) -> None:
-    parts = [next_token_logp(teacher, [one.ids for one in batch], pad_id).cpu().numpy() for batch in batches]
+    parts = []
+    for batch in batches:
+        logp = next_token_logp(teacher, [one.ids for one in batch], pad_id).cpu()  # [sum of (length - 1)]
+        for one, own in zip(batch, logp.split([len(one) - 1 for one in batch]), strict=True):
+            refuse_broken_outputs(own, f"row {one.row.id}")
+        parts.append(logp.numpy())
     save_file({"target_logp": np.concatenate(parts)}, path)

@@ -14,9 +14,11 @@ import torch
 from transformers import DynamicCache
 
 from neko_lean.data import Row, encode_texts, length_batches, pad
+from neko_lean.finite import likeliest
 from neko_lean.modeling import CausalLM
 from neko_lean.ranks import share
 from neko_lean.scoring.task import regurgitation, same_answers
+from neko_lean.vocabulary import refuse_unknown_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,6 +114,7 @@ def generate(
     lm.model.eval()
     encoded = _prompts(tokenizer, rows) if prompts is None else prompts
     windows = [max(WINDOW, 2 * len(ids)) for ids in encode_texts(tokenizer, [" " + row.output for row in rows])]
+    refuse_unknown_ids(((f"row {row.id}", ids) for row, ids in zip(rows, encoded, strict=True)), lm)
     for batch in _batches(rows, encoded, batch_size):
 
         def done(number: int, ids: Sequence[int], batch: list[int] = batch) -> bool:
@@ -144,7 +147,7 @@ def _decode(
     for _ in range(max_new_tokens):
         more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if takes_positions else {}
         out = lm.backbone(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
-        token = lm.logits(out.last_hidden_state[:, -1]).argmax(1)  # [alive]
+        token = likeliest(lm.logits(out.last_hidden_state[:, -1]), "a generated token")  # [alive]
         keep = []
         for place, (row, one) in enumerate(zip(alive, token.tolist(), strict=True)):
             said[row].append(one)

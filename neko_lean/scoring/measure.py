@@ -12,6 +12,7 @@ from neko_lean.collective import agreed, by_first, whole
 from neko_lean.data import Row, encode, truncation_line, write_jsonl
 from neko_lean.documents import Document, read_anchor
 from neko_lean.errors import NekoLeanError
+from neko_lean.finite import strict_json
 from neko_lean.modeling import CausalLM, position_limit
 from neko_lean.progress import bar, say
 from neko_lean.ranks import alone, rank, share
@@ -23,6 +24,7 @@ from neko_lean.scoring.paraphrases import Paraphrase
 from neko_lean.scoring.task import KINDS, row_score
 from neko_lean.scoring.unfinished import add_generations, read_generations, writing
 from neko_lean.scoring.views import MAX_LENGTH, tokenised, view_documents
+from neko_lean.vocabulary import refuse_unknown_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -77,6 +79,7 @@ def row_numbers(
     encoded = encode(rows, tokenizer, "plain", limit)
     if any(one.cut for one in encoded):
         say(f"warning: answers are measured within the length limit: {truncation_line(encoded, limit)}")
+    refuse_unknown_rows(encoded, lm)
     answered = [one for one in encoded if one.answer]
     with bar("answers", len(answered), "rows", quiet) as progress:
         views = view_documents(lm, tokenizer, [one.ids for one in answered], progress=progress)
@@ -178,5 +181,6 @@ def membership_attacks(
             loss = float(-again[text].logp.mean()) if text in again else found["loss"]
             found["reference"] = loss - reference[text][1]
     lines = [{"side": side, "task": one.task, **found} for (side, one), found in zip(documents, numbers, strict=True)]
+    strict_json(lines, DOCUMENTS)  # a reference model's losses, too, may be NaN
     by_first(writing(stage, lambda: write_jsonl(stage / DOCUMENTS, lines)))
     return membership.summary(lines)

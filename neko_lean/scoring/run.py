@@ -14,6 +14,7 @@ from neko_lean.data import Row, read_rows, write_jsonl
 from neko_lean.documents import read_documents
 from neko_lean.errors import NekoLeanError
 from neko_lean.files import read_jsonl
+from neko_lean.finite import strict_json
 from neko_lean.memory import peak_memory
 from neko_lean.modeling import (
     load_model,
@@ -27,6 +28,7 @@ from neko_lean.modeling import (
     weights_fingerprint,
 )
 from neko_lean.progress import bar
+from neko_lean.quantized import quantization_method
 from neko_lean.scoring import attacks as attack
 from neko_lean.scoring import uncertainty
 from neko_lean.scoring.measure import (
@@ -121,6 +123,12 @@ def score(
     if "paraphrase" in attacks and not any(one.input for one in others):
         raise NekoLeanError("--attack paraphrase needs --paraphrases FILE with other inputs.")
     place, folder = pick_device(device), model_folder(model)
+    method = quantization_method(folder) if lm_eval else None
+    if method is not None:
+        raise NekoLeanError(
+            f"--lm-eval would run the weights of {folder} quantised ({method}), and all else here runs plain ones: "
+            f"give the checkpoint in bfloat16, float16 or float32."
+        )
     precision = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     tokenizer = load_tokenizer(folder)
     start = time.monotonic()
@@ -202,11 +210,12 @@ def score(
         }
 
         def write() -> None:
+            strict_json(lines, GENERATIONS)
             write_jsonl(stage / GENERATIONS, lines)
-            (stage / SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+            (stage / SCORES).write_text(strict_json(scores, SCORES, indent=1) + "\n", encoding="utf-8")
             if official is not None:
                 results = official_results(scores, scored)
-                Path(official).write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
+                Path(official).write_text(strict_json(results, str(official), indent=4) + "\n", encoding="utf-8")
 
         by_first(writing(stage, write))
     return scores
