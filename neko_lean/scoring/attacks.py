@@ -23,6 +23,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import CausalLM
 from neko_lean.progress import bar
 from neko_lean.ranks import alone, leads
+from neko_lean.recipes import load_recipe
 from neko_lean.runs import memorize
 from neko_lean.scoring.generation import Generation, generate, own_rows
 from neko_lean.scoring.paraphrases import Paraphrase
@@ -187,7 +188,9 @@ def relearn(
         at, done = folder, 0
         for steps in RELEARN_STEPS:
             change = {"max_steps": steps - done, "lr": lr, "schedule": "constant", "warmup": 0.0}
-            change["retain_rows"] = len(known)  # every step takes all of them
+            # Every step takes all of them, however long they are, so that steps on long and short rows are alike.
+            change["retain_rows"] = len(known)
+            change["batch_tokens"] = len(known) * load_recipe("memorize").max_length
             to = work / f"steps-{steps}"
             by_first(writing(stage, partial(_train, at, work, to, change, seed, device)))
             at, done = to, steps

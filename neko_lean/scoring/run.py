@@ -25,6 +25,7 @@ from neko_lean.modeling import (
     weights_fingerprint,
 )
 from neko_lean.progress import bar
+from neko_lean.runs import refuse_one_file
 from neko_lean.scoring import attacks as attack
 from neko_lean.scoring import uncertainty
 from neko_lean.scoring.measure import (
@@ -63,15 +64,15 @@ def score(
     reference: str | Path | None = None,
     paraphrases: str | Path | None = None,
     mmlu: str | Path | None = None,
-    shots: int = 5,
+    shots: int | None = None,
     lm_eval: Sequence[str] = (),
     attacks: Sequence[str] = (),
-    relearn_lr: float = 1e-4,
+    relearn_lr: float | None = None,
     before: str | Path | None = None,
     official: str | Path | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 256,
-    seed: int = 0,
+    seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
     resume: bool = False,
@@ -88,26 +89,29 @@ def score(
         held: jsonl file of documents that no training saw, to tell a broken model by.
         reference: folder of a teacher cache of a reference model that holds the losses of all documents of `mia`.
         paraphrases: jsonl file of other wordings, see `scoring.paraphrases`.
-        mmlu: folder of the MMLU questions; `shots` examples precede each.
+        mmlu: folder of the MMLU questions; `shots` examples, by default 5, precede each.
         lm_eval: tasks of lm-evaluation-harness to run on the checkpoint, where it is installed.
-        attacks: any of relearn (at `relearn_lr`), quantize, paraphrase, prefix.
+        attacks: any of relearn (at `relearn_lr`, by default 1e-4), quantize, paraphrase, prefix.
         before: folder of an earlier score of the same rows, to give the differences from.
         official: file to write the shared task's own results to.
         batch_size: prompts generated together.
         max_new_tokens: most tokens of a generation; the task's own limit is 256.
-        seed: of the rows that relearn trains on.
+        seed: of the rows that relearn trains on; by default 0.
         dtype: 'float32' or 'bfloat16'; by default float32 on a CPU and bfloat16 on a GPU.
         resume: go on with a run that was cut off, from what it had generated.
 
     Under torchrun the ranks share the rows out and the first one writes; the numbers are those of one process.
 
-    Returns what scores.json holds; docs/score.md says what each key means. Raises NekoLeanError for bad input.
+    Returns what scores.json holds; docs/score.md says what each key means. Raises NekoLeanError for bad input, and
+    for an option that would change nothing.
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise NekoLeanError("batch-size and max-new-tokens must be at least 1.")
     for name in attacks:
         if name not in attack.ATTACKS:
             raise NekoLeanError(f"attack {name!r} is not one of {', '.join(attack.ATTACKS)}.")
+    _refuse_unused(attacks, mmlu=mmlu, shots=shots, relearn_lr=relearn_lr, seed=seed)
+    refuse_one_file(data, "--data", SPLITS, split)
     rows = [(name, row) for name in SPLITS for row in read_rows(data, name, split)]
     documents = [] if mia is None else [(s, d) for s in SIDES for d in read_documents(Path(mia) / f"{s}.jsonl", MIA)]
     unseen = [] if held is None else read_documents(Path(held), "--held wants a jsonl file with a column document")
@@ -118,6 +122,11 @@ def score(
         raise NekoLeanError("--reference compares the documents of --mia: give both.")
     if "paraphrase" in attacks and not any(one.input for one in others):
         raise NekoLeanError("--attack paraphrase needs --paraphrases FILE with other inputs.")
+    if others and "paraphrase" not in attacks and not any(one.output for one in others):
+        raise NekoLeanError(
+            f"--paraphrases {paraphrases} has no effect: it holds other inputs alone, which are for --attack "
+            f"paraphrase; give that too."
+        )
     place, folder = pick_device(device), model_folder(model)
     precision = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     tokenizer = load_tokenizer(folder)
@@ -159,7 +168,12 @@ def score(
         if subjects is not None:
             with bar("MMLU", sum(len(one.test) for one in subjects.values()), "questions", quiet) as progress:
                 scores["mmlu"] = run_mmlu(
-                    lm, tokenizer, subjects, shots=shots, batch_tokens=BATCH_TOKENS, progress=progress
+                    lm,
+                    tokenizer,
+                    subjects,
+                    shots=5 if shots is None else shots,
+                    batch_tokens=BATCH_TOKENS,
+                    progress=progress,
                 )
         if members is not None and scores["mmlu"] is not None and scores["task_aggregate"] is not None:
             parts = scores["task_aggregate"], members["score"], scores["mmlu"]["micro"]
@@ -180,7 +194,7 @@ def score(
         if "relearn" in attacks:
             scores["attacks"]["relearn"] = attack.relearn(
                 folder, lambda at: load_model(at, pick_dtype(precision), place), forget, base, say_rows, stage,
-                lr=relearn_lr, seed=seed, device=device,
+                lr=1e-4 if relearn_lr is None else relearn_lr, seed=seed or 0, device=device,
             )  # fmt: skip
         if lm_eval:
             from neko_lean.scoring.lm_eval import lm_eval_tasks
@@ -207,6 +221,17 @@ def score(
 
         by_first(writing(stage, write))
     return scores
+
+
+def _refuse_unused(attacks: Sequence[str], mmlu: str | Path | None, **options: float | None) -> None:
+    """Raise NekoLeanError for an option whose attack or benchmark was not asked for."""
+    for name, wanted, asked in (
+        ("shots", "--mmlu", mmlu is not None),
+        ("relearn_lr", "--attack relearn", "relearn" in attacks),
+        ("seed", "--attack relearn", "relearn" in attacks),
+    ):
+        if options[name] is not None and not asked:
+            raise NekoLeanError(f"--{name.replace('_', '-')} has no effect without {wanted}: give both or neither.")
 
 
 def read_score(folder: str | Path, rows: Sequence[Row] | None = None) -> dict[str, Any]:
