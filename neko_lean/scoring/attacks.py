@@ -27,7 +27,7 @@ from neko_lean.recipes import load_recipe
 from neko_lean.runs import memorize
 from neko_lean.scoring.generation import Generation, generate, own_rows
 from neko_lean.scoring.paraphrases import Paraphrase
-from neko_lean.scoring.task import KINDS, row_score
+from neko_lean.scoring.task import KINDS, row_score, unicode_score
 from neko_lean.scoring.uncertainty import mean_by_document
 from neko_lean.scoring.unfinished import writing
 from neko_lean.scoring.views import MAX_LENGTH
@@ -76,6 +76,8 @@ def point(rows: Sequence[Row], said: Sequence[Generation]) -> dict[str, Any]:
         own = [(row, row_score(row, one.text)) for row, one in zip(rows, said, strict=True) if row.kind == kind]
         mean = mean_by_document([row for row, _ in own], [value for _, value in own])
         found |= {name: mean["mean"], f"{name}_interval": mean["interval"], f"{name}_rows": len(own)}
+        seen = [unicode_score(row, one.text) for row, one in zip(rows, said, strict=True) if row.kind == kind]
+        found[f"unicode_{name}"] = sum(seen) / len(seen) if seen else None
     return found
 
 

@@ -24,7 +24,7 @@ from neko_lean.modeling import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from neko_lean.progress import bar
+from neko_lean.progress import bar, say
 from neko_lean.runs import refuse_one_file
 from neko_lean.scoring import attacks as attack
 from neko_lean.scoring import uncertainty
@@ -40,7 +40,15 @@ from neko_lean.scoring.mmlu import mmlu as run_mmlu
 from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.official import official_results
 from neko_lean.scoring.paraphrases import read_paraphrases
-from neko_lean.scoring.task import SPLITS, cell_means, missing_cells, row_score, task_aggregate
+from neko_lean.scoring.task import (
+    SPLITS,
+    cell_means,
+    missing_cells,
+    official_blind,
+    row_score,
+    task_aggregate,
+    unicode_score,
+)
 from neko_lean.scoring.unfinished import GENERATIONS, unfinished, writing
 from neko_lean.scoring.verdict import verdict
 from neko_lean.scoring.views import BATCH_TOKENS
@@ -130,6 +138,9 @@ def score(
     place, folder = pick_device(device), model_folder(model)
     precision = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     tokenizer = load_tokenizer(folder)
+    blind = {s: official_blind([row for name, row in rows if name == s], tokenizer.clean_up_tokenization)
+             for s in SPLITS}  # fmt: skip
+    _warn_blind(blind, rows)
     start = time.monotonic()
     plan = {
         "model": weights_fingerprint(folder),
@@ -146,12 +157,16 @@ def score(
         scored = {name: [(row, row_score(row, one.text)) for (s, row), one in zip(rows, said, strict=True) if s == name]
                   for name in SPLITS}  # fmt: skip
         cells = cell_means(scored)
+        unicode = {name: [(row, unicode_score(row, one.text)) for (s, row), one in zip(rows, said, strict=True)
+                          if s == name] for name in SPLITS}  # fmt: skip
         known = None if reference is None else reference_losses(reference, mia, rows, tokenizer)
         members = membership_attacks(lm, tokenizer, documents, known, stage, quiet)
         found = uncertainty.estimates(lines)
         scores: dict[str, Any] = {
             "model": model_name(model),
             "cells": cells,
+            "unicode_cells": cell_means(unicode),
+            "official_blind": blind,
             "missing_cells": missing_cells(cells),
             "task_aggregate": task_aggregate(cells),
             "membership": members,
@@ -232,6 +247,21 @@ def _refuse_unused(attacks: Sequence[str], mmlu: str | Path | None, **options: f
     ):
         if options[name] is not None and not asked:
             raise NekoLeanError(f"--{name.replace('_', '-')} has no effect without {wanted}: give both or neither.")
+
+
+def _warn_blind(blind: Mapping[str, Mapping[str, int]], rows: Sequence[tuple[str, Row]]) -> None:
+    """Say, even if --quiet, how many rows the official numbers cannot judge."""
+    for split in SPLITS:
+        total = sum(name == split for name, _ in rows)
+        few, unseen = blind[split]["unscorable"], blind[split]["mostly_unseen"]
+        parts = [f"{few} of {total} {split} rows score below 1 for their own true answer"] if few else []
+        parts += [f"of {unseen} of {total} {split} rows it sees less than half of the words"] if unseen else []
+        if parts:
+            say(
+                f"warning: the task's official arithmetic knows English letters alone and moves spaces: "
+                f"{'; '.join(parts)}. Its cells are no measure of these; unicode_cells stand beside them, and the "
+                f"verdict reads those."
+            )
 
 
 def read_score(folder: str | Path, rows: Sequence[Row] | None = None) -> dict[str, Any]:
