@@ -133,7 +133,7 @@ def test_the_largest_step_is_one_that_the_recipe_can_make(name, change, rows):
     length, most = recipe.max_length, 0
     pushed = recipe.forget_objective != "none"
     filling = min(length, (recipe.batch_tokens - recipe.forget_rows) // recipe.retain_rows)
-    for own, other in ((length, length), (length, 1), (1, length), (1, max(1, filling))):
+    for own, other in ((length, length), (length - 1, 1), (1, length), (1, max(1, filling))):
         forget = [own] * 120 if pushed or recipe.substitute != "none" else []
         retain = [other] * 120 if recipe.retain_objective != "none" else []
         for phase in phases(recipe, forget, retain, random.Random(0))[:2]:
