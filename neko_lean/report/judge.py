@@ -16,7 +16,8 @@ from neko_lean.scoring.judge import NO, PARTLY, UNKNOWN, YES, cells_before, judg
 RULES = (
     f"Forgotten: no forget task has more than {judged.ANSWERS_LEFT:.0%} of its answers left, to the letter or anywhere "
     f"in the text, nor a regurgitation above {judged.TEXT_LEFT}, and the true answers are not likely all the same "
-    f"(above {judged.LIKELY}); not at all, while the mean of its cells is above {judged.REMEMBERED:.0%} of what it was. "
+    f"(above {judged.LIKELY}); not at all, while the mean of its cells is above {judged.REMEMBERED:.0%} of what it "
+    "was. "
     f"Kept: every retain cell is at least {judged.HIGH}, or their mean {judged.KEPT:.0%} of what it was and none below "
     f"{judged.KEPT_CELL:.0%}; in part, the mean at least {judged.KEPT_SOME:.0%}. As if never seen: the 95 % interval "
     "of the membership AUC holds 0.5, and that of the distance from unseen documents does not lie above it (where none "
