@@ -46,6 +46,7 @@ from neko_lean.recipes import (
 )
 from neko_lean.shrink import explained_out_of_memory
 from neko_lean.signals import handled
+from neko_lean.step import forget_start
 from neko_lean.substitutes import random_answers, refusals
 from neko_lean.trainer import Trainer
 from neko_lean.unfinished import RUN, complete_run, digests, rows_digest, unfinished, versions
@@ -113,6 +114,7 @@ def unlearn(
     if not reads_retain(chosen):
         say(f"retain: not used, as recipe {chosen.name} has no retain objective", quiet)
     anchors = encode(read_anchor(anchor), tokenizer, "plain", chosen.max_length) if anchor is not None else []
+    _refuse_nothing_to_forget(forget_rows, chosen)
     substitutes = _substitutes(forget_rows, retain_rows, tokenizer, chosen, seed)
     retain_rows = [*retain_rows, *anchors] if chosen.retain_objective != "none" else []
     cached = reads_cache(chosen, anchor=bool(anchors))
@@ -284,6 +286,16 @@ def _refuse_unused(
     source = "--base-cache" if base_cache is not None else "--anchor" if anchor is not None else ""
     if source and recipe.forget_objective == "calibrated" and "level" in (overrides or {}):
         raise NekoLeanError(f"level has no effect: {source} says what each token should cost; leave one of them out.")
+
+
+def _refuse_nothing_to_forget(forget: Sequence[Encoded], recipe: Recipe) -> None:
+    """Raise NekoLeanError where no token of any forget row would get a loss, and no substitute takes its place."""
+    if recipe.substitute == "none" and not any(forget_start(one, recipe) < len(one) - 1 for one in forget):
+        raise NekoLeanError(
+            f"recipe {recipe.name} would forget nothing: with max_length {recipe.max_length} and answer_skip "
+            f"{recipe.answer_skip} no token of the {len(forget)} forget rows gets a loss; raise the one or lower "
+            f"the other."
+        )
 
 
 def refuse_one_file(data: str | Path, option: str, sets: Sequence[str], split: str | None) -> None:

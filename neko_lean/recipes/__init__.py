@@ -199,7 +199,9 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
     _refuse_without_effect(recipe, changed, in_file=False)
     missing = [key for key in WANTED if key not in values and has_effect(key, recipe)]
     if missing:
-        raise NekoLeanError(f"{path} lacks {', '.join(missing)}, which its objectives need.")
+        raise NekoLeanError(
+            f"{path} lacks {', '.join(missing)}, which its objectives need: give each by --set or in a file."
+        )
     # A key of the file that an override has left without effect: nobody is to read it off run.json.
     idle: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Recipe) if not has_effect(f.name, recipe)}
     return _checked(dataclasses.replace(recipe, **idle))

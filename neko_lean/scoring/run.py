@@ -128,8 +128,9 @@ def score(
     earlier = None if before is None else read_score(before, [row for _, row in rows])
     if reference is not None and mia is None:
         raise NekoLeanError("--reference compares the documents of --mia: give both.")
-    if "paraphrase" in attacks and not any(one.input for one in others):
-        raise NekoLeanError("--attack paraphrase needs --paraphrases FILE with other inputs.")
+    forgotten = {row.id for name, row in rows if name == "forget"}
+    if "paraphrase" in attacks and not any(one.input for one in others if one.id in forgotten):
+        raise NekoLeanError("--attack paraphrase needs --paraphrases FILE with other inputs of forget rows.")
     if others and "paraphrase" not in attacks and not any(one.output for one in others):
         raise NekoLeanError(
             f"--paraphrases {paraphrases} has no effect: it holds other inputs alone, which are for --attack "
