@@ -64,6 +64,8 @@ class Loop:
         rows, recipe = (trainer.forget, trainer.retain), trainer.recipe
         self.lengths = [len(one) for one in rows[0]], [len(one) for one in rows[1]]
         self.steps = sum(phase.steps for phase in phases(recipe, *self.lengths, random.Random(seed)))
+        if not self.steps:
+            raise NekoLeanError(f"recipe {recipe.name} makes no step of {sum(map(len, self.lengths))} rows.")
         chosen = random.Random(f"{seed} evaluation")
         sample = [chosen.sample(range(len(some)), min(recipe.eval_rows, len(some))) for some in rows]
         self.sample: Rows = sample[0], sample[1]

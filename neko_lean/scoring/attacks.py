@@ -23,10 +23,11 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import CausalLM, position_limit
 from neko_lean.progress import bar
 from neko_lean.ranks import alone, leads
+from neko_lean.recipes import load_recipe
 from neko_lean.runs import memorize
 from neko_lean.scoring.generation import Generation, generate, own_rows
 from neko_lean.scoring.paraphrases import Paraphrase
-from neko_lean.scoring.task import KINDS, row_score
+from neko_lean.scoring.task import KINDS, row_score, unicode_score
 from neko_lean.scoring.uncertainty import mean_by_document
 from neko_lean.scoring.unfinished import writing
 from neko_lean.scoring.views import MAX_LENGTH
@@ -75,6 +76,8 @@ def point(rows: Sequence[Row], said: Sequence[Generation]) -> dict[str, Any]:
         own = [(row, row_score(row, one.text)) for row, one in zip(rows, said, strict=True) if row.kind == kind]
         mean = mean_by_document([row for row, _ in own], [value for _, value in own])
         found |= {name: mean["mean"], f"{name}_interval": mean["interval"], f"{name}_rows": len(own)}
+        seen = [unicode_score(row, one.text) for row, one in zip(rows, said, strict=True) if row.kind == kind]
+        found[f"unicode_{name}"] = sum(seen) / len(seen) if seen else None
     return found
 
 
@@ -187,7 +190,9 @@ def relearn(
         at, done = folder, 0
         for steps in RELEARN_STEPS:
             change = {"max_steps": steps - done, "lr": lr, "schedule": "constant", "warmup": 0.0}
-            change["retain_rows"] = len(known)  # every step takes all of them
+            # Every step takes all of them, however long they are, so that steps on long and short rows are alike.
+            change["retain_rows"] = len(known)
+            change["batch_tokens"] = len(known) * load_recipe("memorize").max_length
             to = work / f"steps-{steps}"
             by_first(writing(stage, partial(_train, at, work, to, change, seed, device)))
             at, done = to, steps

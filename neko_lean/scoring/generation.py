@@ -17,7 +17,8 @@ from neko_lean.data import Row, encode_texts, length_batches, pad
 from neko_lean.finite import likeliest
 from neko_lean.modeling import CausalLM
 from neko_lean.ranks import share
-from neko_lean.scoring.task import regurgitation, same_answers
+from neko_lean.scoring.scripts import bare
+from neko_lean.scoring.task import regurgitation, same_answers, unicode_regurgitation
 from neko_lean.vocabulary import refuse_unknown_ids
 
 if TYPE_CHECKING:
@@ -39,20 +40,16 @@ class Generation:
 
 
 def settled(row: Row, text: str) -> bool:
-    """Whether the row's score is the same however `text` goes on.
+    """Whether the row's scores, the official one and that of any script, are the same however `text` goes on.
 
     Cleaning up spaces later can move words together, so that only what it cannot touch counts: all but the spaces of
     an answer to a question, and of a text all but its last two words.
     """
     if row.kind == "qa":
         # An answer like None is read back as nan, so that a NULL would still be right.
-        return not any(_bare(one).startswith(_bare(text.rstrip("\ufffd"))) for one in same_answers(row.output))
-    return regurgitation(row.output, " ".join(text.split()[:-2])) == 1.0
-
-
-def _bare(text: str) -> str:
-    """Without spaces and case; case folds letter by letter, while lower() looks at what follows."""
-    return "".join(text.split()).casefold()
+        return not any(bare(one).startswith(bare(text.rstrip("\ufffd"))) for one in same_answers(row.output))
+    whole = " ".join(text.split()[:-2])
+    return regurgitation(row.output, whole) == 1.0 == unicode_regurgitation(row.output, whole)
 
 
 def spoken(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], window: int, ended: str) -> Generation:

@@ -21,7 +21,7 @@ from neko_lean.scoring.generation import Generation, generate, own_rows
 from neko_lean.scoring.memorisation import answer_numbers, truth_ratio
 from neko_lean.scoring.outputs import leak_numbers, output_numbers
 from neko_lean.scoring.paraphrases import Paraphrase
-from neko_lean.scoring.task import KINDS, row_score
+from neko_lean.scoring.task import KINDS, row_score, unicode_score
 from neko_lean.scoring.unfinished import add_generations, read_generations, writing
 from neko_lean.scoring.views import MAX_LENGTH, tokenised, view_documents
 from neko_lean.vocabulary import refuse_unknown_rows
@@ -117,6 +117,7 @@ def _truth_ratios(
 def line_of(split: str, row: Row, said: Generation, numbers: dict[str, float]) -> dict[str, Any]:
     """One line of generations.jsonl."""
     line = {"split": split, "id": row.id, "task": row.task, "kind": KINDS[row.kind], "score": row_score(row, said.text)}
+    line["unicode_score"] = unicode_score(row, said.text)
     line |= {"input": row.input, "output": row.output, "generation": said.text, "window": said.window}
     return {**line, "ended": said.ended, "numbers": numbers}
 
