@@ -41,10 +41,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
 import transformers
-from small_models import FAMILIES, build, plain_logits, small_config
+from small_models import FAMILIES, SKIPPED, build, plain_logits, small_config
 from tokenizers import ByteLevelBPETokenizer
 from torch import Tensor
-from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
+from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import neko_lean
 from neko_lean import loop
@@ -151,18 +151,22 @@ class Bench:
     def __init__(self, name: str, work: Path) -> None:
         self.work, self.found = work, Found()
         family, change = VARIANTS.get(name, (name, {}))
-        self.tokenizer = make_tokenizer()
+        tokenizer = make_tokenizer()
         ids = {"bos_token_id": 0, "eos_token_id": 1, "pad_token_id": 2}
-        config = small_config(family, len(self.tokenizer), ids, change)
+        config = small_config(family, len(tokenizer), ids, change)
         self.student, self.teacher = work / "student", work / "teacher"
         for folder, seed in ((self.student, 0), (self.teacher, 1)):
             model = build(config, seed)
             model.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
+            if type(model.config) is not type(config):  # a composite's language model alone is no checkpoint of its own
+                config.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
             for key in ("return_dict", "output_attentions", "output_hidden_states"):
                 if key in change:  # saving leaves these out
                     path = folder / "config.json"
                     path.write_text(json.dumps({**json.loads(path.read_text()), key: change[key]}))
+        # As transformers reads it back, which may be with a family's own way to split a text into words.
+        self.tokenizer = AutoTokenizer.from_pretrained(self.student)
         self.found.numbers["parameters"] = sum(p.numel() for p in model.parameters())
         self.forget, self.retain = (tokenised(self.tokenizer, rows) for rows in (FORGET, RETAIN))
         self.rows = [one.ids for one in (*self.forget, *self.retain)] + [self.forget[0].ids[:2]]
@@ -248,12 +252,15 @@ class Bench:
         lm = load_model(self.student, torch.bfloat16, CPU)
         lm.model.eval()
         ours = next_token_logp(lm, self.rows, 2)
-        rms, allowed = ((one - full).square().mean().sqrt().item() for one in (ours, half))
-        self.found.numbers |= {"bf16 logp off": rms, "bf16 logp off, transformers": allowed}
+        # By the median: where rounding sends a token to another expert, all is different in either.
+        typical, allowed = ((one - full).abs().median().item() for one in (ours, half))
+        self.found.numbers |= {"bf16 logp off": typical, "bf16 logp off, transformers": allowed}
         if not off < FLOAT32_LOGP:
             raise Differs(f"float32 log-probabilities are off by up to {off:.3g} nats")
-        if not rms < 1.5 * allowed + 0.03:
-            raise Differs(f"bfloat16 log-probabilities are off by {rms:.3g} nats rms, transformers' own by {allowed:.3g}")
+        if not typical < 1.5 * allowed + 0.02:
+            raise Differs(
+                f"bfloat16 log-probabilities are off by {typical:.3g} nats in the median, transformers' own by {allowed:.3g}"
+            )
 
     def gradients(self) -> None:
         """Loss and gradients of one step of `unlearn`, by the way that its Trainer takes for this model."""
@@ -466,6 +473,7 @@ def kept_weights(predict: bool) -> Iterator[dict[str, Tensor]]:
 def plain(folder: Path) -> PreTrainedModel:
     """transformers' own model of a folder, float32, evaluation mode."""
     model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+    model.config.return_dict = True  # with False no forward of transformers' own runs
     return model
 
 
@@ -499,6 +507,9 @@ def one_family(name: str, chosen: Sequence[str], out: Path) -> None:
     torch.set_num_threads(1)
     # What the libraries print beside their warnings.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
+    if name in SKIPPED:
+        out.write_text(json.dumps(vars(Found("not built", [SKIPPED[name]]))))
+        return
     start = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="family-"))
     try:
