@@ -130,7 +130,7 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
     def one_pass(number: int, complete: Callable[[torch.nn.Parameter], None]) -> float:
         start = clock(device)
         batch = batches[number % STEPS]
-        losses = batch_losses(walk.forward(batch.micro, batch.index), lm.head, batch, recipe)
+        losses = batch_losses(walk.forward(batch.micro, batch.index), lm, batch, recipe)
         losses["loss"].backward()
         walk.backward(complete)
         return clock(device) - start

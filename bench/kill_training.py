@@ -46,7 +46,7 @@ RUNS: dict[str, tuple[str, dict[str, Any]]] = {
     "calibrated, layerwise, chosen by quality": ("calibrated", LOOKS),
     "sequential, plain, dropout, a phase a chunk": (
         "sequential",
-        {"max_steps": 24, "chunk_rows": 16, "epochs": 2.0, "backward": "plain"},
+        {"max_steps": 24, "chunk_rows": 16, "epochs": 2.0, "backward": "plain", "dropout": True},
     ),
     "alternating, checkpointed, early stopping": (
         "alternating",

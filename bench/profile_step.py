@@ -105,7 +105,7 @@ def take_step(
     marks = [clock(device)]
     hidden = walk.forward(batch.micro, batch.index, batch.places)
     marks.append(clock(device))
-    batch_losses(hidden, walk.lm.head, batch, recipe)["loss"].backward()
+    batch_losses(hidden, walk.lm, batch, recipe)["loss"].backward()
     marks.append(clock(device))
     walk.backward(update)
     marks.append(clock(device))

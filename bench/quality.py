@@ -30,11 +30,12 @@ from typing import Any
 import numpy as np
 import torch
 
-from neko_lean.data import TASKS, Encoded, encode, pad, read_jsonl, read_rows, write_jsonl
+from neko_lean.data import TASKS, Encoded, encode, pad, read_rows, write_jsonl
 from neko_lean.demo.run import write_base
 from neko_lean.demo.world import anchor_documents, task3_documents
 from neko_lean.documents import read_anchor
 from neko_lean.errors import staged_folder
+from neko_lean.files import read_jsonl
 from neko_lean.modeling import CausalLM, load_model, load_tokenizer
 from neko_lean.recipes import load_recipe, parse_override, recipe_names
 from neko_lean.runs import memorize, unlearn
@@ -69,7 +70,7 @@ def prepare(lume: Path, half: str, root: Path) -> Path:
         name: [row for row in read_rows(lume, name, "train") if row.kind == "sc" and row.input not in known]
         for name in ("forget", "retain")
     }
-    outside = list(read_jsonl(lume / "mia" / "nonmember.jsonl"))
+    outside = [record.values for record in read_jsonl(lume / "mia" / "nonmember.jsonl")]
     random.Random("halves").shuffle(outside)
     like, others = outside[: len(outside) // 2], outside[len(outside) // 2 :]
     anchor = [one for one in anchor_documents(unseen["retain"], DOCUMENTS) if one["task"] != "Task3"]
@@ -112,7 +113,8 @@ def forget_with(data: Path, target: Path, out: Path, recipe: str, change: dict[s
 def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dict[str, Any]:
     """The task's score, membership by task, and what it did to text outside both sets."""
     scored = score(model, data, out, mia=data / "mia", batch_size=64, quiet=True, overwrite=True)
-    kept = [line for line in read_jsonl(out / "generations.jsonl") if line["split"] == "retain"]
+    lines = [record.values for record in read_jsonl(out / "generations.jsonl")]
+    kept = [line for line in lines if line["split"] == "retain"]
     exact = statistics.mean(line["generation"].strip().lower() == line["output"].strip().lower() for line in kept)
     tokenizer = load_tokenizer(target)
     cpu = torch.device("cpu")

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from neko_lean.data import Row, read_rows
+from neko_lean.data import Row, encode_text, read_rows
 from neko_lean.modeling import CausalLM, load_model, load_tokenizer
 from neko_lean.scoring.generation import WINDOW, Generation, generate, spoken
 from neko_lean.scoring.task import row_score
@@ -38,8 +38,8 @@ def alone(lm: CausalLM, tokenizer: Any, rows: Sequence[Row], max_new_tokens: int
     lm.model.eval()
     lm.model.generation_config = config
     for number, row in enumerate(rows):
-        ids = torch.tensor([tokenizer(row.input)["input_ids"]])
-        window = max(WINDOW, 2 * len(tokenizer(" " + row.output)["input_ids"]))
+        ids = torch.tensor([encode_text(tokenizer, row.input)])
+        window = max(WINDOW, 2 * len(encode_text(tokenizer, " " + row.output)))
         new = lm.model.generate(ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :].tolist()
         yield [(number, spoken(tokenizer, new, window, ""))]
 

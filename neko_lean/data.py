@@ -6,7 +6,6 @@ A row is `id, input, output, task` as in LUME (arXiv 2502.15097). Everything tha
 
 from __future__ import annotations
 
-import csv
 import hashlib
 import itertools
 import json
@@ -15,12 +14,13 @@ import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.files import Record, is_file, read_csv, read_jsonl, read_parquet
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -94,7 +94,7 @@ def find_rows(path: str | Path, stem: str, split: str | None = None) -> Path:
     before csv.
     """
     path = Path(path)
-    if path.is_file():
+    if is_file(path):
         return path
     if not path.is_dir():
         raise NekoLeanError(f"{path} does not exist: give a parquet, jsonl or csv file, or a folder with {stem}.*.")
@@ -102,7 +102,7 @@ def find_rows(path: str | Path, stem: str, split: str | None = None) -> Path:
     for suffix in SUFFIXES:
         # The hub's parquet shards are called forget_train-00000-of-00001.parquet.
         for found in (path / f"{name}{suffix}", path / f"{name}-00000-of-00001{suffix}"):
-            if found.is_file():
+            if is_file(found):
                 return found
     raise NekoLeanError(f"{path} holds no {name}.parquet, {name}.jsonl or {name}.csv.")
 
@@ -110,16 +110,17 @@ def find_rows(path: str | Path, stem: str, split: str | None = None) -> Path:
 def read_rows(path: str | Path, stem: str = "", split: str | None = None) -> list[Row]:
     """Read and check the rows of a parquet, jsonl or csv file, or of `stem.*` in a folder.
 
-    Raises NekoLeanError naming file, row (counted from 1) and column when a column is missing, the file is empty, a
-    value is no text, an id has an unknown suffix or occurs twice, an input or output is empty, or a task is unknown.
+    Raises NekoLeanError naming file, row (counted from 1, without a CSV file's header) and column when a column is
+    missing, the file is empty, a value is no text, an id has an unknown suffix or occurs twice, an input or output is
+    empty, or a task is unknown; and for all that `files` refuses, such as surplus cells.
     """
     file = find_rows(path, stem, split)
     rows: list[Row] = []
     seen: dict[str, int] = {}
-    for number, raw in enumerate(_raw_rows(file), start=1):
-        row = _checked(raw, f"{file}, row {number}")
+    for number, record in enumerate(_records(file), start=1):
+        row = _checked(record.values, record.where)
         if row.id in seen:
-            raise NekoLeanError(f"{file}, row {number}, column id: {row.id!r} is already the id of row {seen[row.id]}.")
+            raise NekoLeanError(f"{record.where}, column id: {row.id!r} is already the id of row {seen[row.id]}.")
         seen[row.id] = number
         rows.append(row)
     if not rows:
@@ -143,57 +144,21 @@ def _checked(raw: dict[str, Any], where: str) -> Row:
     return Row(*(raw[column] for column in COLUMNS))
 
 
-def _raw_rows(file: Path) -> Iterator[dict[str, Any]]:
-    if file.suffix == ".parquet":
-        import pyarrow
-        import pyarrow.parquet
-
-        try:
-            # One file, read as it is: a folder called split=x must not turn into a column.
-            yield from pyarrow.parquet.ParquetFile(file).read().to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise NekoLeanError(f"{file} is not a readable parquet file ({_first_line(error)}).") from error
-    elif file.suffix == ".jsonl":
-        yield from read_jsonl(file)
-    elif file.suffix == ".csv":
-        try:
-            with file.open(newline="", encoding="utf-8") as lines:
-                for raw in csv.DictReader(lines, strict=True):
-                    yield {key: value for key, value in raw.items() if key is not None}
-        except (csv.Error, UnicodeDecodeError) as error:
-            raise NekoLeanError(f"{file} is not a readable csv file ({_first_line(error)}).") from error
-    else:
-        raise NekoLeanError(f"{file} is neither .parquet nor .jsonl nor .csv.")
-
-
-def read_jsonl(file: Path) -> Iterator[dict[str, Any]]:
-    """The objects of a JSON Lines file; NekoLeanError names the line that is not one."""
-    try:
-        with file.open(encoding="utf-8") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    raw = json.loads(line)
-                except json.JSONDecodeError as error:
-                    raise NekoLeanError(f"{file}, line {number}: is not JSON ({error.msg}).") from error
-                if not isinstance(raw, dict):
-                    raise NekoLeanError(f"{file}, line {number}: is not a JSON object.")
-                yield raw
-    except UnicodeDecodeError as error:
-        raise NekoLeanError(f"{file} is not UTF-8 text ({_first_line(error)}).") from error
-    except OSError as error:
-        raise NekoLeanError(f"{file} cannot be read ({error.strerror}).") from error
+def _records(file: Path) -> Iterator[Record]:
+    kind = file.suffix.lower()
+    if kind == ".parquet":
+        return read_parquet(file, COLUMNS)
+    if kind == ".jsonl":
+        return read_jsonl(file)
+    if kind == ".csv":
+        return read_csv(file, COLUMNS)
+    raise NekoLeanError(f"{file} is neither .parquet nor .jsonl nor .csv.")
 
 
 def write_jsonl(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Write objects as JSON Lines."""
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     file.write_text(text, encoding="utf-8")
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def prompt_and_answer(row: Row, style: str) -> tuple[str, str]:
@@ -223,18 +188,114 @@ def encode(
     The prompt's tokens are those of the prompt alone, as the scorer will feed it, so answer positions are the ones
     that a generation has to produce.
     """
+    texts = [prompt_and_answer(row, style) for row in rows]
+    prompts = encode_texts(tokenizer, [prompt for prompt, _ in texts])
+    wholes = encode_texts(tokenizer, [prompt + answer for prompt, answer in texts])
     encoded = []
-    for row in rows:
-        prompt, answer = prompt_and_answer(row, style)
-        prompt_ids: list[int] = tokenizer(prompt)["input_ids"]
-        ids: list[int] = tokenizer(prompt + answer)["input_ids"]
+    for row, (_, answer), prompt_ids, whole_ids in zip(rows, texts, prompts, wholes, strict=True):
+        ids = whole_ids
         if ids[: len(prompt_ids)] != prompt_ids:  # a merge across the border: keep the prompt as the scorer sees it
-            ids = prompt_ids + tokenizer(answer, add_special_tokens=False)["input_ids"]
+            ids = prompt_ids + _continuation(tokenizer, answer)
         if append_eos and tokenizer.eos_token_id is not None:
             ids = [*ids, tokenizer.eos_token_id]
         kept = ids[:max_length]
         encoded.append(Encoded(row, kept, min(len(prompt_ids), len(kept)), len(ids) - len(kept)))
     return encoded
+
+
+def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
+    """The token ids of a text that is to be continued: with the tokenizer's own prefix (BOS), without its suffix.
+
+    Tokenizers with `add_eos_token`, a `[SEP]` or another template end every text in special tokens. A prompt must not
+    end in them, and an answer gets its end only from `encode(append_eos=True)`. For a tokenizer that adds no suffix
+    these are exactly the ids of `tokenizer(text)`. Special tokens that the text itself spells out stay.
+    """
+    return encode_texts(tokenizer, [text])[0]
+
+
+def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    """`encode_text` of many texts: the tokenizer is called for all of them at once."""
+    if not texts:
+        return []
+
+    # verbose=False: that a text is longer than the tokenizer's limit is not said here, since callers cut.
+    full: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    prefix, suffix = added_tokens(tokenizer)
+    if not suffix:
+        return full
+
+    bare = _without_special(tokenizer, texts)
+    return [_without_suffix(*pair, prefix, suffix) for pair in zip(full, bare, strict=True)]
+
+
+# Texts that end differently in nearly every vocabulary.
+PROBES = ("a", "The sky is blue.", "7", "x y", "\u0436", "\u4e2d", "\n")
+
+
+def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
+    """The special tokens that a tokenizer puts before and after every text.
+
+    They are what it adds to a few short texts, since post-processors come in many forms (templates, properties, code).
+    Raises NekoLeanError for a tokenizer that adds different suffixes to different texts.
+    """
+    found = _added_to(tokenizer, PROBES)
+    if not found:  # a vocabulary without any of these: take texts from it
+        special = set(tokenizer.all_special_ids)
+        known = [i for i in range(len(tokenizer)) if i not in special][:64:4]
+        found = _added_to(tokenizer, [cast(str, tokenizer.decode([i])) for i in known])
+
+    suffixes = sorted({suffix for _, suffix in found})
+    if len(suffixes) > 1:
+        raise NekoLeanError(
+            f"this tokenizer ends some texts in the token ids {list(suffixes[0])} and others in {list(suffixes[1])}, "
+            f"so a prompt's own tokens cannot be told from those that it appends: use a tokenizer that appends nothing."
+        )
+    if not found:
+        raise NekoLeanError(
+            "this tokenizer splits texts differently with its special tokens than without them, so what it appends to "
+            "a prompt cannot be told from the prompt's own tokens: use a tokenizer that appends nothing."
+        )
+    prefix, suffix = min(found)
+    return list(prefix), list(suffix)
+
+
+def _added_to(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> set[tuple[tuple[int, ...], tuple[int, ...]]]:
+    """What is added before and after each of `texts`, where that is not ambiguous."""
+    if not texts:
+        return set()
+    full: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
+    bare = _without_special(tokenizer, texts)
+    if full == bare:
+        return {((), ())}
+
+    found = set()
+    for ids, content in zip(full, bare, strict=True):
+        last = len(ids) - len(content)
+        places = [i for i in range(last + 1) if content and ids[i : i + len(content)] == content]
+        if len(places) == 1:  # otherwise the text's own tokens look like those that are added
+            found.add((tuple(ids[: places[0]]), tuple(ids[places[0] + len(content) :])))
+    return found
+
+
+def _without_suffix(full: list[int], content: list[int], prefix: list[int], suffix: list[int]) -> list[int]:
+    """`full` less the suffix that was added to it; `content` are the ids without any added token."""
+    for start in (prefix, []):  # some tokenizers leave out a prefix that the text itself begins with
+        if full == [*start, *content, *suffix]:
+            return [*start, *content]
+        if full == [*start, *content]:  # and some a suffix that it ends in, as ByT5 does
+            return full
+    return full[: -len(suffix)] if full[-len(suffix) :] == suffix else full
+
+
+def _without_special(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
+    ids: list[list[int]] = tokenizer(list(texts), add_special_tokens=False, verbose=False)["input_ids"]
+    return ids
+
+
+def _continuation(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """The ids of an answer inside a text: before a text on its own, SentencePiece would put a space."""
+    lead, whole, alone = _without_special(tokenizer, ["a", "a" + answer, answer])
+    return whole[len(lead) :] if whole[: len(lead)] == lead else alone
 
 
 def truncation_line(encoded: Sequence[Encoded], max_length: int) -> str:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
-from neko_lean.data import TASKS, Row, read_jsonl
+from neko_lean.data import TASKS, Row
 from neko_lean.errors import NekoLeanError
+from neko_lean.files import is_file, read_jsonl
 
 TASK = "anchor"
 
@@ -21,16 +22,16 @@ class Document(NamedTuple):
 def read_documents(path: Path, hint: str) -> list[Document]:
     """The texts of a jsonl file: columns `document` and, if wanted, `task`. Raises NekoLeanError naming file, row and
     column; `hint` says what a missing file should have been."""
-    if not path.is_file():
-        raise NekoLeanError(f"{path} does not exist: {hint}.")
+    if not is_file(path):
+        raise NekoLeanError(f"{path} {'is not a file' if path.exists() else 'does not exist'}: {hint}.")
     documents = []
-    for number, raw in enumerate(read_jsonl(path), start=1):
-        text = raw.get("document")
+    for where, values in read_jsonl(path):
+        text = values.get("document")
         if not isinstance(text, str) or not text.strip():
-            raise NekoLeanError(f"{path}, row {number}, column document: expected text.")
-        task = raw.get("task", TASK)
+            raise NekoLeanError(f"{where}, column document: expected text.")
+        task = values.get("task", TASK)
         if task not in (TASK, *TASKS):
-            raise NekoLeanError(f"{path}, row {number}, column task: is not one of {', '.join(TASKS)}.")
+            raise NekoLeanError(f"{where}, column task: is not one of {', '.join(TASKS)}.")
         documents.append(Document(text, task))
     if not documents:
         raise NekoLeanError(f"{path} holds no documents.")

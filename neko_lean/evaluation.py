@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from neko_lean.data import Encoded, pad
-from neko_lean.head import CHUNK_ELEMENTS, logits
+from neko_lean.head import CHUNK_ELEMENTS
 from neko_lean.modeling import CausalLM
 from neko_lean.step import micro_batches
 
@@ -41,7 +41,7 @@ def _answers(student: CausalLM, rows: Sequence[Encoded], pad_id: int) -> tuple[i
     right, nll = [], 0.0
     chunk = max(1, CHUNK_ELEMENTS // len(student.head))
     for some, wanted in zip(hidden.split(chunk), target.split(chunk), strict=True):
-        z = logits(some, student.head)  # [c, V]
+        z = student.logits(some)  # [c, V]
         right.append(z.argmax(1) == wanted)
         nll -= (z.gather(1, wanted[:, None]).squeeze(1) - z.logsumexp(1)).double().sum().item()
     wrong = torch.zeros(len(rows), device=student.device).index_add(0, row, (~torch.cat(right)).float())

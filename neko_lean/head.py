@@ -3,10 +3,14 @@
 `token_stats` is the only code that touches logits in training. It walks over chunks of rows, so at most
 `chunk x V` float32 logits exist at a time, keeps none of them for backward, and recomputes them there. `token_views` is
 its sister without a gradient: what the score asks of a token.
+
+Logits are `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`; most families have neither bias, scale nor
+soft cap. `LogitTransform` says what a family has.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
@@ -19,6 +23,42 @@ CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
 WEIGHT_SLICE = 1024
 
 
+@dataclass(frozen=True)
+class LogitTransform:
+    """How a model family turns z = hidden @ weight.T into logits: softcap * tanh(scale * (z + bias) / softcap).
+
+    Phi, GPT-J and CodeGen have a bias, Cohere and Granite a scale, Gemma 2 and RecurrentGemma a soft cap
+    (arXiv 2408.00118, section 2).
+    """
+
+    bias: Tensor | None = None  # [V], the head's
+    scale: float = 1.0
+    softcap: float | None = None  # None: logits are not capped
+
+    def apply_(self, z: Tensor) -> Tensor:
+        """Turn z [c, V] into logits, in place."""
+        if self.bias is not None:
+            z.add_(self.bias)
+        if self.scale != 1.0:
+            z.mul_(self.scale)
+        if self.softcap is not None:
+            z.div_(self.softcap).tanh_().mul_(self.softcap)
+        return z
+
+    def of(self, tokens: Tensor) -> LogitTransform:
+        """The same for some rows of the weight alone, `tokens` [c] int64."""
+        return self if self.bias is None else replace(self, bias=self.bias[tokens])
+
+    def derivative(self, logits: Tensor) -> Tensor | float:
+        """d logits / d z at `logits` [c, V]; a number where it is the same everywhere."""
+        if self.softcap is None:
+            return self.scale
+        return (logits / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
+
+
+IDENTITY = LogitTransform()
+
+
 def token_stats(
     hidden: Tensor,
     weight: Tensor,
@@ -27,11 +67,12 @@ def token_stats(
     topk_logp: Tensor | None = None,
     tail_logp: Tensor | None = None,
     *,
+    transform: LogitTransform = IDENTITY,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Per token: log-probability of the target, and KL from the teacher to the student.
 
-    With z = hidden @ weight.T, q = softmax(z), K the teacher's top k with probabilities p, and t its tail mass:
+    With z the logits, q = softmax(z), K the teacher's top k with probabilities p, and t its tail mass:
 
         target_logp = log q[target]
         kl = sum_K p (log p - log q) + t (log t - log(1 - sum_K q))
@@ -43,16 +84,17 @@ def token_stats(
 
     Args:
         hidden: [N, d] last hidden states, bfloat16, float32 or float64.
-        weight: [V, d] of the head (no bias), same dtype.
+        weight: [V, d] of the head, same dtype.
         target: [N] int64; -1 where no target is needed, and target_logp is 0 there.
         topk_ids: [N, k] int64, distinct where topk_logp is finite. None: no row has a teacher.
         topk_logp: [N, k] log p, natural logarithm; -inf marks an unused entry. The first entry of a row is used
             unless the whole row is unused (a row without a teacher, whose kl is 0).
         tail_logp: [N] log t; -inf where the tail is empty.
+        transform: from hidden @ weight.T to logits; its bias gets a gradient too.
         chunk: rows per chunk; by default as many as hold CHUNK_ELEMENTS logits.
 
     Returns:
-        (target_logp [N], kl [N]) in nats, float32 (float64 for float64 input), differentiable in hidden and weight.
+        (target_logp [N], kl [N]) in nats, float32 (float64 for float64 input), differentiable in hidden, weight, bias.
     """
     if topk_ids is None or topk_logp is None or tail_logp is None:
         topk_ids = target.new_zeros((len(target), 0))
@@ -63,13 +105,14 @@ def token_stats(
     needed = (target >= 0) | (topk_logp > -torch.inf).any(1)  # [N]
     if not needed.all():  # rows that need nothing never meet the weight
         place = needed.nonzero().squeeze(1)
+        teacher = topk_ids[place], topk_logp[place], tail_logp[place]
         some: tuple[Tensor, Tensor] = _TokenStats.apply(  # type: ignore[no-untyped-call]
-            hidden[place], weight, target[place], topk_ids[place], topk_logp[place], tail_logp[place], chunk
+            hidden[place], weight, transform.bias, target[place], *teacher, transform, chunk
         )
         full = (one.new_zeros(len(target)).index_copy(0, place, one) for one in some)
         return next(full), next(full)
     both: tuple[Tensor, Tensor] = _TokenStats.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, target, topk_ids, topk_logp, tail_logp, chunk
+        hidden, weight, transform.bias, target, topk_ids, topk_logp, tail_logp, transform, chunk
     )
     return both
 
@@ -84,12 +127,12 @@ class TokenViews(NamedTuple):
 
 
 @torch.no_grad()
-def token_views(hidden: Tensor, weight: Tensor, target: Tensor) -> TokenViews:
+def token_views(hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform = IDENTITY) -> TokenViews:
     """Views of the tokens `target` [N] from last hidden states [N, d] and head [V, d], a chunk of rows at a time."""
     parts = []
     chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
     for rows, wanted in zip(hidden.split(chunk), target.split(chunk), strict=True):
-        logp = logits(rows, weight).log_softmax(1)  # [c, V]
+        logp = logits(rows, weight, transform).log_softmax(1)  # [c, V]
         own = logp.gather(1, wanted[:, None])  # [c, 1]
         rank = (logp > own).sum(1) + 1
         p = logp.exp()
@@ -100,8 +143,15 @@ def token_views(hidden: Tensor, weight: Tensor, target: Tensor) -> TokenViews:
     return TokenViews(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
-def logits(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [c, d] @ weight [V, d].T -> [c, V] in float32 (float64 for float64), whatever the inputs' dtype."""
+@torch.no_grad()
+def logits(hidden: Tensor, weight: Tensor, transform: LogitTransform = IDENTITY) -> Tensor:
+    """Logits [c, V] of hidden [c, d] under the head [V, d], in float32 (float64 for float64), whatever the inputs'
+    dtype; without gradient."""
+    return transform.apply_(_product(hidden, weight))
+
+
+def _product(hidden: Tensor, weight: Tensor) -> Tensor:
+    """hidden [c, d] @ weight [V, d].T as [c, V] float32 (float64 for float64)."""
     if hidden.dtype in (torch.float32, torch.float64):
         return hidden @ weight.T
     if hidden.is_cuda:
@@ -122,10 +172,12 @@ class _TokenStats(torch.autograd.Function):
         ctx: FunctionCtx,
         hidden: Tensor,
         weight: Tensor,
+        bias: Tensor | None,
         target: Tensor,
         ids: Tensor,
         logp: Tensor,
         tail_logp: Tensor,
+        transform: LogitTransform,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
@@ -139,7 +191,7 @@ class _TokenStats(torch.autograd.Function):
         target_logp, kl, lse, lse_tail = torch.zeros(4, len(target), dtype=dtype, device=hidden.device)  # [N] each
         for number, start in enumerate(range(0, len(target), chunk)):
             rows = slice(start, start + chunk)
-            z = logits(hidden[rows], weight)  # [c, V]
+            z = logits(hidden[rows], weight, transform)  # [c, V]
             wanted = z.gather(1, target[rows, None].clamp(min=0)).squeeze(1)  # [c]
             lse[rows] = z.logsumexp(1)
             target_logp[rows] = torch.where(target[rows] >= 0, wanted - lse[rows], 0)
@@ -152,23 +204,26 @@ class _TokenStats(torch.autograd.Function):
                 kl[rows] = head_part + torch.where(t > 0, t * (tail_logp[rows] - lse_tail[rows] + lse[rows]), 0)
             del z  # before the next chunk's are made
         ctx.save_for_backward(hidden, weight, target, ids, logp, tail_logp, lse, lse_tail)
-        ctx.chunk = chunk  # type: ignore[attr-defined]
+        ctx.transform, ctx.chunk = transform, chunk  # type: ignore[attr-defined]
         return target_logp, kl
 
     @staticmethod
     @once_differentiable
     def backward(ctx: FunctionCtx, grad_target: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
         hidden, weight, target, ids, logp, tail_logp, lse, lse_tail = ctx.saved_tensors  # type: ignore[attr-defined]
+        transform: LogitTransform = ctx.transform  # type: ignore[attr-defined]
         chunk: int = ctx.chunk  # type: ignore[attr-defined]
-        need_hidden, need_weight = ctx.needs_input_grad[:2]  # type: ignore[attr-defined]
+        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
         grad_hidden = torch.empty_like(hidden) if need_hidden else None
         grad_weight = torch.zeros_like(weight) if need_weight else None
+        grad_bias = torch.zeros(len(weight), dtype=lse.dtype, device=lse.device) if need_bias else None
         grad_target = torch.where(target >= 0, grad_target, 0)
         # With an empty tail nothing may come of its bucket, even where lse_tail is -inf.
         lse_tail = torch.where(tail_logp > -torch.inf, lse_tail, torch.inf)
         for number, start in enumerate(range(0, len(target), chunk)):
             rows = slice(start, start + chunk)
-            z = logits(hidden[rows], weight)  # [c, V]
+            z = logits(hidden[rows], weight, transform)  # [c, V]
+            derivative = transform.derivative(z)
             g_target, g_kl = grad_target[rows, None], grad_kl[rows, None]  # [c, 1]
             if ctx.taught[number]:  # type: ignore[attr-defined]
                 p, t = logp[rows].exp(), tail_logp[rows, None].exp()
@@ -181,10 +236,17 @@ class _TokenStats(torch.autograd.Function):
             else:
                 dz = z.sub_(lse[rows, None]).exp_().mul_(-g_target)
             dz.scatter_add_(1, target[rows, None].clamp(min=0), g_target)
+            if isinstance(derivative, Tensor) or derivative != 1.0:
+                dz.mul_(derivative)
+            del derivative
+            if grad_bias is not None:
+                grad_bias += dz.sum(0)
             dz = dz.to(hidden.dtype)
             if grad_hidden is not None:
                 torch.mm(dz, weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight.addmm_(dz.T, hidden[rows])
             del z, dz  # before the next chunk's are made
-        return grad_hidden, grad_weight, None, None, None, None, None
+        if grad_bias is not None:
+            grad_bias = grad_bias.to(weight.dtype)
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None

@@ -80,6 +80,23 @@ def compile_layers(layers: nn.ModuleList) -> None:
         layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
+@torch.no_grad()
+def _run_after(lm: CausalLM, layers: nn.ModuleList) -> list[nn.Module]:
+    """The parts of the backbone that run after its last layer: the final norm, and in some families a projection."""
+    inside = set(layers.modules())
+    after: list[nn.Module] = []
+    hooks = [layers[-1].register_forward_hook(lambda *_: after.clear())]
+    for module in lm.backbone.modules():
+        if module not in inside and not any(child in inside for child in module.modules()):
+            hooks.append(module.register_forward_hook(lambda module, *_: after.append(module)))
+    try:
+        lm.hidden(torch.zeros(1, 2, dtype=torch.int64, device=lm.device))
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return after
+
+
 def freeze(lm: CausalLM, last: int = 0, only: str = "") -> None:
     """Choose what learns: with `last` above 0 the last so many layers, what follows them and an untied head; with
     `only`, a regular expression, of those the parameters in whose names it is found."""
@@ -87,9 +104,12 @@ def freeze(lm: CausalLM, last: int = 0, only: str = "") -> None:
         layers = decoder_layers(lm)
         if last > len(layers):
             raise NekoLeanError(f"train_last is {last}, but the model has {len(layers)} layers.")
-        lm.embedding.requires_grad_(False)
-        for layer in layers[: len(layers) - last]:
-            layer.requires_grad_(False)
+        following = _run_after(lm, layers)
+        learns = [*layers[len(layers) - last :], *following]
+        untied = lm.model.get_output_embeddings() if lm.head is not lm.embedding else None
+        chosen = {p for module in (*learns, untied) if module is not None for p in module.parameters()}
+        for parameter in lm.model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter in chosen)
     if only:
         learning = False
         for name, parameter in lm.model.named_parameters():

@@ -24,7 +24,7 @@ from neko_lean.checkpoints import METRICS, RunState, Save, load_weights, random_
 from neko_lean.collective import largest
 from neko_lean.errors import NekoLeanError
 from neko_lean.memory import peak_memory, predicted_peak, reset_peak
-from neko_lean.modeling import CausalLM, checkpoint_activations
+from neko_lean.modeling import CausalLM
 from neko_lean.optim import InBackwardAdam8bit, NotFinite
 from neko_lean.progress import bar, say
 from neko_lean.ranks import leads
@@ -182,8 +182,6 @@ class Loop:
 
         Raises NotFinite when a loss or gradient is no number, and Interrupted at a signal.
         """
-        if self.trainer.recipe.backward == "checkpointed":
-            checkpoint_activations(self.trainer.student.model)
         self.trainer.ready()
         while True:
             try:

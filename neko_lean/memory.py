@@ -22,6 +22,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from neko_lean.families import backbone_of
 from neko_lean.head import CHUNK_ELEMENTS
 from neko_lean.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.modeling import CausalLM, checkpoint_activations, load_config, model_folder, model_name
@@ -251,7 +252,7 @@ def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
 
     shape = load_config(config) if isinstance(config, Path) else config
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False).eval()
-    return CausalLM(model, model.base_model, model.get_output_embeddings().weight)
+    return CausalLM(model, backbone_of(model))
 
 
 def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor]) -> int:

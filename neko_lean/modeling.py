@@ -10,16 +10,27 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from neko_lean.data import pad
 from neko_lean.errors import NekoLeanError
-from neko_lean.head import TokenViews, logits, token_stats, token_views
+from neko_lean.families import (
+    backbone_of,
+    embeddable_positions,
+    linear_head,
+    logit_transform,
+    plain_outputs,
+    refuse_sight_of_later_tokens,
+    stated_positions,
+)
+from neko_lean.head import LogitTransform, TokenViews, logits, token_stats, token_views
 from neko_lean.ranks import local_rank, size
 from neko_lean.trust import is_plain, reason, refuse_untrusted
 
@@ -32,13 +43,37 @@ _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>(?!.*
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
-@dataclass
+@dataclass(frozen=True)
 class CausalLM:
-    """A model split where training splits it. `backbone` gives hidden states, `head` is the [V, d] weight."""
+    """A model split where training splits it: `backbone` computes hidden states, `head` and `transform` logits.
+
+    Args:
+        model: the whole model.
+        backbone: the part of it whose last hidden states the head takes.
+        scale, softcap: of `transform`, see `head.LogitTransform`.
+        max_positions: the longest row that the model can embed; None: no table of positions sets a limit.
+    """
 
     model: PreTrainedModel
     backbone: nn.Module
-    head: Tensor
+    scale: float = 1.0
+    softcap: float | None = None
+    max_positions: int | None = None
+
+    @property
+    def head(self) -> Tensor:
+        """The [V, d] weight of the output embedding."""
+        return cast(Tensor, self._output_embedding.weight)
+
+    @property
+    def transform(self) -> LogitTransform:
+        """What turns `hidden @ head.T` into logits."""
+        return LogitTransform(cast("Tensor | None", self._output_embedding.bias), self.scale, self.softcap)
+
+    @property
+    def _output_embedding(self) -> nn.Module:
+        # Asked for at each use: FSDP replaces parameters when it gathers them.
+        return cast(nn.Module, self.model.get_output_embeddings())
 
     @property
     def device(self) -> torch.device:
@@ -58,7 +93,11 @@ class CausalLM:
         """
         more = {} if places is None else {"position_ids": places}
         hidden: Tensor = self.backbone(input_ids=input_ids, use_cache=False, **more).last_hidden_state
-        return hidden
+        return hidden.to(self.head.dtype)  # Mamba keeps its residual stream in float32
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Logits [c, V] in float32 (float64 for float64) of last hidden states [c, d], without gradient."""
+        return logits(hidden, self.head, self.transform)
 
 
 @torch.no_grad()
@@ -67,7 +106,7 @@ def next_token_logp(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) ->
     input_ids, mask = pad(rows, pad_id, lm.device)
     real = mask[:, 1:].bool()  # [B, L - 1]
     hidden = lm.hidden(input_ids)[:, :-1][real]
-    target_logp: Tensor = token_stats(hidden, lm.head, input_ids[:, 1:][real])[0]
+    target_logp: Tensor = token_stats(hidden, lm.head, input_ids[:, 1:][real], transform=lm.transform)[0]
     return target_logp
 
 
@@ -76,7 +115,8 @@ def next_token_views(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) -
     """What the model thinks of every token but the first of each row: one TokenViews a row, [length - 1] each."""
     input_ids, mask = pad(rows, pad_id, lm.device)
     real = mask[:, 1:].bool()  # [B, L - 1]
-    views = token_views(lm.hidden(input_ids)[:, :-1][real], lm.head, input_ids[:, 1:][real])
+    hidden = lm.hidden(input_ids)[:, :-1][real]
+    views = token_views(hidden, lm.head, input_ids[:, 1:][real], lm.transform)
     columns = [column.split([len(row) - 1 for row in rows]) for column in views]
     return [TokenViews(*one) for one in zip(*columns, strict=True)]
 
@@ -194,25 +234,47 @@ def new_model(config_folder: Path, dtype: torch.dtype, device: torch.device, see
 
 @torch.no_grad()
 def split(model: PreTrainedModel) -> CausalLM:
-    """Find backbone and head, and check that hidden @ head.T really are the model's logits.
+    """Find how a model's logits follow from its hidden states, and check that they do and that its attention is causal.
 
-    Raises NekoLeanError for families that add a bias to their logits, scale them or cap them.
+    Raises NekoLeanError for families of which either is not so.
     """
-    head = model.get_output_embeddings()
     family = type(model).__name__
-    if head is None:
-        raise NekoLeanError(f"{family} has no output embedding: it is not a causal language model.")
-    parts = CausalLM(model, model.base_model, head.weight)
+    linear_head(model)
+    plain_outputs(model)
     was_training = model.training
     model.eval()
-    probe = torch.arange(4, device=head.weight.device)[None] % head.weight.shape[0]  # [1, 4]
-    wanted = model(input_ids=probe, use_cache=False).logits[0].float()  # [4, V]
-    got = logits(parts.hidden(probe)[0], head.weight)  # [4, V]
-    model.train(was_training)
-    tolerance = 0.02 if head.weight.dtype == torch.bfloat16 else 1e-4
+    try:
+        backbone = backbone_of(model)
+        scale, softcap = logit_transform(model, backbone)
+        lm = CausalLM(model, backbone, scale, softcap, embeddable_positions(model, model.config))
+        probe = torch.arange(4, device=lm.device)[None] % len(lm.head)  # [1, 4]
+        wanted = model(input_ids=probe, use_cache=False).logits[0].float()  # [4, V]
+        got = lm.logits(lm.hidden(probe)[0])  # [4, V]
+        refuse_sight_of_later_tokens(model, lm.hidden)
+    finally:
+        model.train(was_training)
+    tolerance = 0.02 if lm.head.dtype == torch.bfloat16 else 1e-4
     if (wanted - got).abs().max() > tolerance * (1 + wanted.abs().max()):
-        raise NekoLeanError(f"{family} changes its logits after the head (bias, scale or cap): it is not supported.")
-    return parts
+        raise NekoLeanError(f"{family} is not supported: its logits do not follow from its last hidden states.")
+    return lm
+
+
+def position_limit(lm: CausalLM, wanted: int) -> int:
+    """The longest row that the model can embed, at most `wanted` tokens."""
+    return min(wanted, lm.max_positions or wanted)
+
+
+def usable_length(folder: Path, max_length: int) -> int:
+    """`position_limit` of the checkpoint in `folder`, from its config alone."""
+    from transformers import AutoModelForCausalLM
+
+    config = load_config(folder)
+    stated = stated_positions(config)
+    if stated is None or max_length <= stated:
+        return max_length
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    return min(max_length, embeddable_positions(model, config) or max_length)
 
 
 @torch.no_grad()
@@ -247,14 +309,21 @@ def keeps_apart(lm: CausalLM) -> bool:
     return near and torch.equal(packed[:, 24:], changed[:, 24:])
 
 
-def checkpoint_activations(model: PreTrainedModel) -> None:
-    """Keep only each layer's input for the backward pass and compute the rest again there."""
-    options = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # transformers' name for it since 5.20
-        model.activation_checkpointing_enable(options)
-    else:
-        model.gradient_checkpointing_enable(options)
-    model.train()
+def checkpoint_activations(model: nn.Module) -> list[nn.Module]:
+    """Keep only each layer's input for the backward pass and compute the rest again there; returns those layers.
+
+    transformers' own switch works in training mode only, in which dropout is on as well; this one works in both.
+    """
+    from transformers.modeling_layers import GradientCheckpointingLayer
+
+    layers: list[nn.Module] = []
+    inside: set[nn.Module] = set()  # of a layer that is checkpointed already
+    for module in model.modules():
+        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
+            inside.update(module.modules())
+            module.forward = partial(checkpoint, module.forward, use_reentrant=False)
+            layers.append(module)
+    return layers
 
 
 def weight_files(folder: Path) -> list[Path]:

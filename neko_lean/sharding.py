@@ -47,7 +47,6 @@ class Shards:
         # Apart, as FSDP holds twice what it gathers for a moment. Its forward never runs: the loss takes the weight.
         self.head = None if head.weight is lm.embedding else fully_shard(head, mesh=self.mesh)
         fully_shard(lm.model, mesh=self.mesh)
-        self._point_at_head()  # or the whole head, and with it the file that all weights were mapped from, would stay
         with torch.no_grad():  # FSDP takes for its root what runs first
             lm.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
         self.root = cast(FSDPModule, lm.model)
@@ -64,7 +63,6 @@ class Shards:
         """Have the head whole, too."""
         if self.head is not None:
             self.head.unshard()
-        self._point_at_head()
 
     def let_go(self) -> None:
         """The opposite of both, in the middle of a pass."""
@@ -75,7 +73,6 @@ class Shards:
     def release(self) -> None:
         """Keep no more than this rank's part of anything; forget what FSDP noted down of a forward pass."""
         self.root.reset_iter_state()
-        self._point_at_head()
 
     @contextmanager
     def whole(self) -> Iterator[None]:
@@ -110,9 +107,6 @@ class Shards:
             summed = DTensor.from_local(full.grad, self.mesh, [Partial()], run_check=False)
             full.grad = None
             part.grad = summed.redistribute(self.mesh, [Shard(0)])
-
-    def _point_at_head(self) -> None:
-        self.lm.head = cast(nn.Module, self.lm.model.get_output_embeddings()).weight  # type: ignore[assignment]
 
 
 def save_checkpoint(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:

@@ -278,18 +278,19 @@ def chosen_hidden(
 
 
 def batch_losses(
-    hidden: Tensor, head: Tensor, batch: Batch, recipe: Recipe, drift: float = 1.0, chunk: int | None = None
+    hidden: Tensor, lm: CausalLM, batch: Batch, recipe: Recipe, drift: float = 1.0, chunk: int | None = None
 ) -> dict[str, Tensor]:
     """Scalars `loss`, `forget_loss`, `retain_loss` and, with substitutes, `substitute_loss` (nats, before their
-    weights) of one batch, with gradient, from the last hidden states [n, d] of this rank's positions and the head
-    [V, d]. Ranks tell each other what token_stats gave: the loss is that of the whole step, and adding up the ranks'
+    weights) of one batch, with gradient, from the last hidden states [n, d] of this rank's positions and the head of
+    `lm`. Ranks tell each other what token_stats gave: the loss is that of the whole step, and adding up the ranks'
     gradients gives its gradient.
 
     Levels are multiplied by `drift`. With an anchor's documents in the batch there are also `anchor_nll` and
     `anchor_teacher_nll`, sums over their tokens, without gradient. `chunk` is as in token_stats.
     """
     place = batch.own()[1]
-    stats = token_stats(hidden, head, batch.target[place], *(one[place] for one in batch.teacher or ()), chunk=chunk)
+    teacher = [one[place] for one in batch.teacher or ()]
+    stats = token_stats(hidden, lm.head, batch.target[place], *teacher, transform=lm.transform, chunk=chunk)
     target_logp, kl = of_all_ranks(torch.stack(stats, dim=1)).unbind(1)
     zero = target_logp.new_zeros(())
     losses = {"forget_loss": zero, "retain_loss": zero}

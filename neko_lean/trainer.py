@@ -15,19 +15,18 @@ from typing import TypeVar
 
 import torch
 
+from neko_lean.backward import choose_backward
 from neko_lean.cache import TeacherCache
 from neko_lean.checkpoints import RunState
 from neko_lean.collective import any_rank, by_first
 from neko_lean.data import Encoded
-from neko_lean.errors import NekoLeanError
 from neko_lean.evaluation import answers, quality
-from neko_lean.layerwise import LayerPass, compile_layers, decoder_layers, freeze
+from neko_lean.layerwise import compile_layers, decoder_layers
 from neko_lean.modeling import CausalLM, packs
 from neko_lean.optim import InBackwardAdam8bit, NotFinite, refuse_not_finite
 from neko_lean.progress import say
 from neko_lean.ranks import size
 from neko_lean.recipes import Recipe
-from neko_lean.sharding import Shards
 from neko_lean.shrink import TornError, shrink
 from neko_lean.step import Batch, batch_losses, chosen_hidden, make_batch
 
@@ -45,32 +44,6 @@ def prefetched(make: Callable[[], T]) -> Generator[T, None, None]:
             one = coming.result()
             coming = pool.submit(make)
             yield one
-
-
-def _way_back(student: CausalLM, recipe: Recipe, device: torch.device) -> tuple[Recipe, LayerPass | None]:
-    """How this model's backward pass will go: the recipe's way, or checkpointed where its layers cannot be walked.
-
-    Of several ranks each moves its part of the student to its device. Raises NekoLeanError where they cannot.
-    """
-    freeze(student, recipe.train_last, recipe.train_only)
-    if size() > 1 and recipe.backward != "layerwise":
-        raise NekoLeanError(f"backward={recipe.backward} is for one process: under torchrun leave it at layerwise.")
-    if size() > 1 and recipe.compile:
-        raise NekoLeanError("compile=true is for one process: under torchrun leave it out.")
-    if recipe.backward == "layerwise":
-        try:
-            layers = decoder_layers(student)
-            shards = Shards(student, layers, device) if size() > 1 else None
-            return recipe, LayerPass(student, layers, offload=recipe.offload_activations, shards=shards)
-        except NekoLeanError as error:
-            if size() > 1:
-                raise NekoLeanError(f"{error} So it cannot be spread over ranks: run it without torchrun.") from error
-            say(
-                f"warning: {error} Going on with backward=checkpointed, in which a layer's activations are alive for a "
-                f"step's {recipe.batch_tokens} positions at once instead of {recipe.micro_tokens}."
-            )
-            recipe = dataclasses.replace(recipe, backward="checkpointed", offload_activations=False)
-    return recipe, None
 
 
 def drift(unseen: Sequence[float]) -> float:
@@ -96,7 +69,7 @@ class Trainer:
     ) -> None:
         self.student, self.pad_id = student, pad_id
         self.packed = packs(student)
-        self.recipe, self.walk = _way_back(student, recipe, device or student.device)
+        self.recipe, self.walk = choose_backward(student, recipe, device or student.device)
         self.forget, self.retain, self.teacher, self.substitutes = forget, retain, teacher, substitutes
         self.learning = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
         self.state = RunState(recipe.micro_tokens)
@@ -119,8 +92,8 @@ class Trainer:
         )
 
     def ready(self) -> None:
-        """Dropout only where a layer runs once a step, or where checkpointing restores its random numbers."""
-        self.student.model.train(self.walk is None)
+        """Dropout is off, as it was for the teacher, unless the recipe asks for it."""
+        self.student.model.train(self.recipe.dropout)
 
     def step(
         self, optimizer: InBackwardAdam8bit, lr: float, rows: Rows, batch: Batch
@@ -201,7 +174,7 @@ class Trainer:
 
     def _losses(self, hidden: torch.Tensor, batch: Batch) -> dict[str, torch.Tensor]:
         now = drift(self.state.unseen)
-        return batch_losses(hidden, self.student.head, batch, self.recipe, now, self.state.head_chunk)
+        return batch_losses(hidden, self.student, batch, self.recipe, now, self.state.head_chunk)
 
     @torch.no_grad()
     def evaluate(self, sample: Rows) -> dict[str, float]:

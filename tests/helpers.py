@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from tokenizers.processors import TemplateProcessing
 
 from neko_lean.cache.format import file_sha256, sign
 from neko_lean.data import Row, encode, read_rows, write_jsonl
@@ -13,6 +14,11 @@ from neko_lean.modeling import CausalLM, load_model, load_tokenizer
 
 # A run of ten steps, as overrides of a recipe.
 SMALL = {"max_steps": 10, "forget_rows": 4, "retain_rows": 4, "eval_rows": 4, "lr": 2e-3}
+# Of a tiny model of most families.
+SIZES = {
+    "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
+}  # fmt: skip
 LUME = Path(__file__).parents[2] / "shared" / "data" / "lume"
 
 
@@ -67,14 +73,20 @@ def random_model(world: Path, out: Path, *, seed: int = 0, tied: bool = False, s
 
 def tiny(family, attention=None, dtype=torch.float64, **more):
     """A random model of a family whose attention goes through the implementation of that name."""
-    sizes = {
-        "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
-        "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
-    }  # fmt: skip
-    config = getattr(transformers, f"{family}Config")(**{**sizes, **more}, attn_implementation=attention)
+    config = getattr(transformers, f"{family}Config")(**{**SIZES, **more}, attn_implementation=attention)
     torch.manual_seed(0)
     model = getattr(transformers, f"{family.removesuffix('Text')}ForCausalLM")(config).to(dtype).eval()
-    return CausalLM(model, model.base_model, model.get_output_embeddings().weight)
+    return CausalLM(model, model.base_model)
+
+
+def templated(folder, before, after):
+    """The tokenizer in a folder with other tokens around every text; also the ids of the tokens before and after."""
+    tokenizer = load_tokenizer(folder)
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<s>", "</s>"]})
+    names = {name: tokenizer.convert_tokens_to_ids(name) for name in ("<s>", "</s>")}
+    template = TemplateProcessing(single=" ".join([*before, "$A", *after]), special_tokens=list(names.items()))
+    tokenizer.backend_tokenizer.post_processor = template
+    return tokenizer, [names[name] for name in before], [names[name] for name in after]
 
 
 def encoded(world, style="neko", limit=512):

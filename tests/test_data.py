@@ -9,13 +9,27 @@ import pyarrow.parquet
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from tokenizers.processors import TemplateProcessing
+from transformers import ByT5Tokenizer, PreTrainedTokenizerFast
 
-from neko_lean.data import Row, encode, find_rows, length_batches, paired_batches, prompt_and_answer, random_batches
+from neko_lean.data import (
+    Row,
+    added_tokens,
+    encode,
+    encode_text,
+    encode_texts,
+    find_rows,
+    length_batches,
+    paired_batches,
+    prompt_and_answer,
+    random_batches,
+)
 from neko_lean.data import read_rows as read
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import load_tokenizer
 from neko_lean.step import micro_batches
-from tests.helpers import LUME, make_rows, write_rows
+from tests.helpers import LUME, make_rows, templated, write_rows
 
 GOOD = {"id": "1sc1", "input": "a", "output": "b", "task": "Task1"}
 lume = pytest.mark.skipif(not LUME.is_dir(), reason=f"no LUME data at {LUME}")
@@ -103,6 +117,73 @@ def test_answer_positions_are_those_after_the_prompts_own_tokens(world, style):
         assert one.ids[: one.prompt] == tokenizer(prompt)["input_ids"]
         assert tokenizer.decode(one.ids[one.prompt :]) == answer + tokenizer.eos_token
         assert one.cut == 0 and one.answer == len(one) - one.prompt
+
+
+# The tokens before and after a text. A token of the template may be a text's own as well.
+TEMPLATES = [
+    ([], []),
+    (["<s>"], []),
+    ([], ["</s>"]),
+    (["<s>"], ["</s>"]),
+    (["</s>"], ["</s>"]),
+    (["<s>", "<s>"], ["</s>", "<s>"]),
+]
+
+
+@pytest.mark.parametrize(("before", "after"), TEMPLATES)
+def test_a_text_keeps_its_prefix_and_gets_no_suffix(world, before, after):
+    tokenizer, prefix, suffix = templated(world / "base", before, after)
+    assert added_tokens(tokenizer) == (prefix, suffix)
+    texts = ["", "Once Foo0 walked", "ends in </s>", "</s>", "<s>", "<s> begins so</s></s>", "Ж 中 \n"]
+    for text, ids in zip(texts, encode_texts(tokenizer, texts), strict=True):
+        assert ids == prefix + tokenizer(text, add_special_tokens=False)["input_ids"] == encode_text(tokenizer, text)
+        assert suffix or ids == tokenizer(text)["input_ids"]
+    assert encode_texts(tokenizer, []) == []
+
+
+@pytest.mark.parametrize("end", [False, True])
+@pytest.mark.parametrize(("before", "after"), TEMPLATES)
+def test_only_append_eos_ends_an_answer(world, before, after, end):
+    """Rows are those of a tokenizer that has the prefix and no suffix."""
+    plain, _, _ = templated(world / "base", before, [])
+    for style in ("plain", "neko"):
+        found = encode(make_rows("Foo"), templated(world / "base", before, after)[0], style, 512, append_eos=end)
+        assert found == encode(make_rows("Foo"), plain, style, 512, append_eos=end)
+    assert all((one.ids[-1] == plain.eos_token_id) is end for one in found)
+
+
+def test_an_end_that_the_text_has_itself_stays():
+    """ByT5 adds EOS only to a text that does not end in it."""
+    tokenizer = ByT5Tokenizer()
+    assert tokenizer("ab")["input_ids"][-1] == 1 and encode_text(tokenizer, "ab") == [100, 101]
+    with pytest.warns(UserWarning, match="already has"):
+        assert encode_text(tokenizer, "ab</s>") == [100, 101, 1]
+
+
+def test_a_vocabulary_that_knows_no_letters():
+    """The token for unknown words is also the one that ends a text."""
+    words = Tokenizer(models.WordLevel({"</s>": 0, "foo": 1, "bar": 2}, unk_token="</s>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 0)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, eos_token="</s>", pad_token="</s>")
+    assert encode_texts(tokenizer, ["foo x", "x", "", "bar"]) == [[1, 0], [0], [], [2]]
+
+
+@pytest.mark.parametrize("suffix", [False, True])
+def test_a_merge_across_the_border_adds_no_space(suffix):
+    """SentencePiece puts a space before each text, also before an answer that is split by itself."""
+    pieces = Tokenizer(models.BPE(unk_token="<unk>"))
+    pieces.pre_tokenizer, pieces.decoder = pre_tokenizers.Metaspace(split=False), decoders.Metaspace()
+    trainer = trainers.BpeTrainer(vocab_size=40, special_tokens=["<unk>", "</s>"])
+    pieces.train_from_iterator(["the  wood of  Foo", "a  wood"] * 5, trainer)
+    if suffix:
+        pieces.post_processor = TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=pieces, eos_token="</s>", pad_token="</s>", unk_token="<unk>")
+
+    for prompt in ("the wood ", "the wood"):
+        one = encode([Row("1sc1", prompt, "of Foo", "Task1")], tokenizer, "plain", 99, append_eos=True)[0]
+        assert one.ids[: one.prompt] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(one.ids) == f"{prompt} of Foo</s>" and one.ids.count(1) == 1
 
 
 def test_truncation_is_counted(world):

@@ -8,15 +8,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neko_lean import head
-from neko_lean.head import token_stats
+from neko_lean.head import IDENTITY, LogitTransform, logits, token_stats, token_views
 from neko_lean.memory import LiveTensors
 
 N, D, V = 13, 8, 29
 
 
-def dense(hidden, weight, target, teacher_logits=None):
+def dense(hidden, weight, target, teacher_logits=None, transform=IDENTITY):
     """The naive reference: all logits at once, dense KL between two live heads."""
-    logq = (hidden @ weight.T).log_softmax(1)
+    z = hidden @ weight.T
+    if transform.bias is not None:
+        z = z + transform.bias
+    z = transform.scale * z
+    if transform.softcap is not None:
+        z = transform.softcap * torch.tanh(z / transform.softcap)
+    logq = z.log_softmax(1)
     logp_target = torch.where(target >= 0, logq.gather(1, target.clamp(min=0)[:, None]).squeeze(1), 0)
     if teacher_logits is None:
         return logp_target, torch.zeros_like(logp_target)
@@ -50,6 +56,44 @@ def test_two_term_loss_and_gradients_equal_the_dense_ones_at_k_v(chunk):
     got = torch.autograd.grad((torch.stack(stats) * upstream).sum(), (hidden, weight))
     for one, two in zip((*stats, *got), (*reference, *wanted), strict=True):
         torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("k", [2, V])
+def test_bias_scale_and_soft_cap_with_gradients(bias, scale, softcap, k):
+    hidden, weight, target, teacher = problem(2)
+    transform = LogitTransform(torch.randn(V, dtype=torch.float64).requires_grad_() if bias else None, scale, softcap)
+    leaves = (hidden, weight, transform.bias)[: 3 if bias else 2]
+
+    def stats(*given):
+        changed = LogitTransform(given[2] if bias else None, scale, softcap)
+        return token_stats(*given[:2], target, *top_k(teacher, k), transform=changed, chunk=5)
+
+    assert torch.autograd.gradcheck(stats, leaves)
+    wanted_logp, wanted_kl = dense(hidden, weight, target, teacher, transform)
+    logp, kl = stats(*leaves)
+    torch.testing.assert_close(logp, wanted_logp, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(token_views(hidden, weight, target.clamp(min=0), transform).logp[target >= 0],
+                               wanted_logp[target >= 0].detach(), rtol=1e-10, atol=1e-12)  # fmt: skip
+    if k < V:
+        return
+    torch.testing.assert_close(kl, wanted_kl, rtol=1e-10, atol=1e-12)
+    upstream = torch.randn(2, N, dtype=torch.float64)
+    wanted = torch.autograd.grad((torch.stack([wanted_logp, wanted_kl]) * upstream).sum(), leaves)
+    got = torch.autograd.grad((torch.stack([logp, kl]) * upstream).sum(), leaves)
+    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_a_student_equal_to_its_teacher_gets_no_gradient_through_bias_and_soft_cap(softcap):
+    hidden, weight, _, _ = problem(3)
+    transform = LogitTransform(torch.randn(V, dtype=torch.float64), 0.5, softcap)
+    own = logits(hidden, weight, transform).detach()
+    _, kl = token_stats(hidden, weight, torch.full((N,), -1), *top_k(own, 4), transform=transform)
+    for grad in torch.autograd.grad(kl.sum(), (hidden, weight)):
+        assert grad.abs().max() < 1e-12
 
 
 @pytest.mark.parametrize("k", [1, 3, V - 1, V])
@@ -159,7 +203,7 @@ def test_rows_that_need_nothing_never_meet_the_weight(monkeypatch):
     logp[[0, 4, 6]], tail[[0, 4, 6]] = -torch.inf, -torch.inf
     seen = []
 
-    def counted(rows, weight):
+    def counted(rows, weight, transform):
         seen.append(len(rows))
         return rows @ weight.T
 

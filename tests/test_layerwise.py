@@ -160,7 +160,7 @@ def test_two_term_loss_keeps_one_layers_gradients_alive(two_term, tied):
         rows["forget"][:8], rows["retain"][:8], cache, dataclasses.replace(recipe, micro_tokens=10**6), 0, CPU
     )
     assert len(whole.micro) == 1
-    wanted = batch_losses(chosen_hidden(lm, whole.micro, whole.index), lm.head, whole, recipe)
+    wanted = batch_losses(chosen_hidden(lm, whole.micro, whole.index), lm, whole, recipe)
     wanted["loss"].backward()
     plain = gradients(lm)
     lm.model.zero_grad()
@@ -183,7 +183,7 @@ def test_two_term_loss_keeps_one_layers_gradients_alive(two_term, tied):
             alive.discard(names[id(p)])
 
     walk = LayerPass(lm, decoder_layers(lm))
-    losses = batch_losses(walk.forward(batch.micro, batch.index), lm.head, batch, recipe)
+    losses = batch_losses(walk.forward(batch.micro, batch.index), lm, batch, recipe)
     for name, loss in losses.items():
         assert loss.item() == pytest.approx(wanted[name].item(), rel=1e-9)
     losses["loss"].backward()

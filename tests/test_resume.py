@@ -75,15 +75,15 @@ CASES = {
     "layerwise, 4-bit state": ("neko", {**SMALL, "state_bits": 4}, {}),
     "checkpointed, dropout, early stopping": (
         "neko",
-        {**LOOKING, "backward": "checkpointed", "patience": 2, "lr": 1e-2, "max_steps": 30},
+        {**LOOKING, "backward": "checkpointed", "dropout": True, "patience": 2, "lr": 1e-2, "max_steps": 30},
         DROPOUT,
     ),
-    "plain, dropout": ("neko", {**SMALL, "backward": "plain"}, DROPOUT),
+    "plain, dropout": ("neko", {**SMALL, "backward": "plain", "dropout": True}, DROPOUT),
     "chunks": ("sequential", {"chunk_rows": 8, "epochs": 1.0, "forget_rows": 2, "retain_rows": 4}, {}),
-    "chunks, plain": ("sequential", {"max_steps": 9, "chunk_rows": 8, "epochs": 1.0, "backward": "plain"}, DROPOUT),
+    "chunks, plain": ("sequential", {"max_steps": 9, "chunk_rows": 8, "epochs": 1.0, "backward": "plain"}, {}),
     "alternating": ("alternating", {**SMALL, "forget_rows": 3}, {}),
     "calibrated": ("calibrated", {**LOOKING, "retain_rows": 12}, {}),
-    "memorize": ("memorize", {**SMALL, "backward": "plain"}, DROPOUT),
+    "memorize": ("memorize", {**SMALL, "backward": "plain", "dropout": True}, DROPOUT),
 }
 
 

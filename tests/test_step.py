@@ -81,7 +81,7 @@ def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, back
     assert len(batch.micro) > 1
     walk = LayerPass(lm, decoder_layers(lm)) if backward == "layerwise" else None
     hidden = walk.forward(batch.micro, batch.index) if walk else chosen_hidden(lm, batch.micro, batch.index)
-    losses = batch_losses(hidden, lm.head, batch, recipe)
+    losses = batch_losses(hidden, lm, batch, recipe)
     losses["loss"].backward()
     if walk:
         walk.backward(lambda parameter: None)
@@ -102,7 +102,7 @@ def test_loss_does_not_change_with_padding_order_or_micro_batches(pieces):
         recipe = load_recipe("neko", {"micro_tokens": micro_tokens})
         batch = make_batch(forget, retain, cache, recipe, pad_id, CPU)
         with torch.no_grad():
-            return batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm.head, batch, recipe)
+            return batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm, batch, recipe)
 
     one = losses(forget, retain, 0, 2048)
     for micro_tokens in (1, 100, 2048):
@@ -127,7 +127,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(pieces, family, 
         walk = LayerPass(lm, decoder_layers(lm)) if way == "layerwise" else None
         parts = batch.micro, batch.index, batch.places
         hidden = walk.forward(*parts) if walk else chosen_hidden(lm, *parts)
-        losses = batch_losses(hidden, lm.head, batch, load_recipe("neko"))
+        losses = batch_losses(hidden, lm, batch, load_recipe("neko"))
         losses["loss"].backward()
         if walk:
             walk.backward(lambda parameter: None)
@@ -163,9 +163,7 @@ def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batc
         others = encode(refusals([one.row for one in forget]), tokenizer, "neko", 128) if objective == "dpo" else []
         batch = make_batch(forget, retain, cache, recipe, pad_id, CPU, others)
         with torch.no_grad():
-            return batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm.head, batch, recipe)[
-                "forget_loss"
-            ].item()
+            return batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm, batch, recipe)["forget_loss"].item()
 
     one = loss(forget, 0, 2048)
     assert one != 0
@@ -212,7 +210,7 @@ def test_substitutes_take_the_answers_place(pieces):
     batch = make_batch(forget, retain, cache, recipe, 0, CPU, others)
     assert batch.rows == 8 and batch.substitute.sum() == sum(one.answer for one in others)
     assert not (batch.substitute & (batch.forget | batch.retain)).any()
-    losses = batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm.head, batch, recipe)
+    losses = batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm, batch, recipe)
     means = []
     for one in others:
         logq = lm.model(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(1)
@@ -232,10 +230,10 @@ def test_a_step_may_lack_one_of_the_sets(pieces):
     lm = load_model(student_folder, torch.float32, CPU)
     recipe = load_recipe("neko")
     both = make_batch(rows["forget"][:3], rows["retain"][:3], cache, recipe, 0, CPU)
-    whole = batch_losses(chosen_hidden(lm, both.micro, both.index), lm.head, both, recipe)
+    whole = batch_losses(chosen_hidden(lm, both.micro, both.index), lm, both, recipe)
     for forget, retain, name in ((rows["forget"][:3], [], "forget_loss"), ([], rows["retain"][:3], "retain_loss")):
         half = make_batch(forget, retain, cache, recipe, 0, CPU)
-        losses = batch_losses(chosen_hidden(lm, half.micro, half.index), lm.head, half, recipe)
+        losses = batch_losses(chosen_hidden(lm, half.micro, half.index), lm, half, recipe)
         assert losses[name].item() == pytest.approx(whole[name].item(), rel=1e-4)
 
 
@@ -337,7 +335,7 @@ def test_ranks_share_one_batch_and_its_loss(pieces, monkeypatch):
     assert own == list(range(len(batch.row)))
     monkeypatch.setattr(step, "size", lambda: 1)
     monkeypatch.setattr(step, "rank", lambda: 0)
-    apart = batch_losses(torch.cat(hidden), lm.head, batch, recipe)["loss"]
+    apart = batch_losses(torch.cat(hidden), lm, batch, recipe)["loss"]
     whole = make_batch(rows["forget"][:4], rows["retain"][:5], cache, recipe, 1, CPU)
-    together = batch_losses(chosen_hidden(lm, whole.micro, whole.index), lm.head, whole, recipe)["loss"]
+    together = batch_losses(chosen_hidden(lm, whole.micro, whole.index), lm, whole, recipe)["loss"]
     torch.testing.assert_close(apart, together)

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import load_file
 
 import neko_lean
-from neko_lean import cache, runs, trainer
+from neko_lean import backward, cache, runs, trainer
 from neko_lean.data import encode, read_rows, write_jsonl
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError
@@ -210,12 +210,12 @@ def test_schedule():
 def test_layerwise_checkpointed_and_plain_train_alike(world, model, cache, tmp_path):
     """float32, so that nothing is rounded away: the three ways back differ by summation order alone."""
     found = {}
-    for backward in ("layerwise", "checkpointed", "plain"):
-        change = {**FAST, "dtype": "float32", "backward": backward, "micro_tokens": 200, "max_steps": 3}
-        out = tmp_path / backward
+    for way in ("layerwise", "checkpointed", "plain"):
+        change = {**FAST, "dtype": "float32", "backward": way, "micro_tokens": 200, "max_steps": 3}
+        out = tmp_path / way
         run = neko_lean.unlearn(model, out, world, world, cache=cache, recipe="neko", overrides=change, quiet=True)
-        assert run["recipe"]["backward"] == backward and run["predicted_peak"] > 0
-        found[backward] = [line["loss"] for line in metrics(out)]
+        assert run["recipe"]["backward"] == way and run["predicted_peak"] > 0
+        found[way] = [line["loss"] for line in metrics(out)]
     assert found["checkpointed"] == pytest.approx(found["plain"], rel=1e-4)
     assert found["layerwise"] == pytest.approx(found["plain"], rel=1e-3)
     assert found["plain"][0] != found["plain"][-1]
@@ -227,12 +227,12 @@ def test_a_model_that_cannot_be_walked_falls_back_and_says_what_it_costs(
     def refuse(lm):
         raise NekoLeanError("OddForCausalLM has no list of decoder layers.")
 
-    monkeypatch.setattr(trainer, "decoder_layers", refuse)
+    monkeypatch.setattr(backward, "decoder_layers", refuse)
     run = neko_lean.unlearn(
         model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides=FAST, quiet=True
     )
     assert run["recipe"]["backward"] == "checkpointed"
-    assert "warning: OddForCausalLM has no list of decoder layers. Going on" in capsys.readouterr().err
+    assert "warning: OddForCausalLM has no list of decoder layers. Falling back" in capsys.readouterr().err
 
 
 def test_train_last_leaves_the_layers_below_as_they_were(world, model, cache, tmp_path):
@@ -364,15 +364,15 @@ def test_levels_follow_what_unseen_text_costs_the_student(world, model, anchored
     )
     batch = trainer.make_batch([forget], documents, teacher, recipe, 1, torch.device("cpu"))
     hidden = trainer.chosen_hidden(lm, batch.micro, batch.index)
-    losses = trainer.batch_losses(hidden, lm.head, batch, recipe)
+    losses = trainer.batch_losses(hidden, lm, batch, recipe)
     logp = next_token_logp(lm, [one.ids for one in documents], 1)
     assert losses["anchor_nll"].item() == pytest.approx(-logp.sum().item(), rel=1e-4)
     wanted = -sum(teacher.target_logp(one).sum() for one in documents)
     assert losses["anchor_teacher_nll"].item() == pytest.approx(wanted, rel=1e-5)
-    halved = trainer.batch_losses(hidden, lm.head, batch, recipe, 0.5)["forget_loss"]
+    halved = trainer.batch_losses(hidden, lm, batch, recipe, 0.5)["forget_loss"]
     scaled = replace(forget, levels=tuple(0.5 * level for level in forget.levels))
     again = trainer.make_batch([scaled], documents, teacher, recipe, 1, torch.device("cpu"))
-    other = trainer.batch_losses(hidden, lm.head, again, recipe)["forget_loss"]
+    other = trainer.batch_losses(hidden, lm, again, recipe)["forget_loss"]
     assert halved.item() == pytest.approx(other.item(), rel=1e-5) != losses["forget_loss"].item()
 
 

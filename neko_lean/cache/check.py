@@ -127,7 +127,8 @@ def check_cache(
         hidden = hidden_states(teacher, batch, int(tokenizer.pad_token_id))
         nothing = torch.full((len(hidden),), -1, device=teacher.device)
         with torch.no_grad():
-            kls.append(token_stats(hidden, teacher.head, nothing, ids, logp, tail)[1].double().cpu().numpy())
+            stats = token_stats(hidden, teacher.head, nothing, ids, logp, tail, transform=teacher.transform)
+        kls.append(stats[1].double().cpu().numpy())
         masses.append(-np.expm1(tail.double().cpu().numpy()))
         seen += len(batch)
     kl, mass = np.concatenate(kls), np.concatenate(masses)

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neko_lean.cache.format import SCALE, id_dtype
 from neko_lean.data import Encoded, pad
-from neko_lean.head import CHUNK_ELEMENTS, logits
+from neko_lean.head import CHUNK_ELEMENTS
 from neko_lean.modeling import CausalLM
 
 
@@ -39,7 +39,7 @@ def keep(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int, top_k: int, m
     # Positions that are searched for more than one token are copied: half each keeps all of it to one chunk.
     chunk = max(1, CHUNK_ELEMENTS // (2 * vocab_size))
     hidden = hidden_states(teacher, batch, pad_id)
-    parts = [_top(logits(rows, teacher.head), min(top_k, vocab_size), mass) for rows in hidden.split(chunk)]
+    parts = [_top(teacher.logits(rows), min(top_k, vocab_size), mass) for rows in hidden.split(chunk)]
     counts, ids, p, tail = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
     return Kept(counts.numpy(), ids.numpy().astype(id_dtype(vocab_size)), (p * SCALE).numpy(), tail.numpy())
 

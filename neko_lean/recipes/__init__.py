@@ -76,6 +76,7 @@ class Recipe:
     offload_state: bool = False  # Adam's state in host memory
     offload_activations: bool = False  # the layers' inputs in host memory; layerwise only
     state_bits: int = 8  # of Adam's state; 4 needs torchao
+    dropout: bool = False  # train with the config's dropout, which the teacher ran without; not with backward layerwise
     compile: bool = False  # the decoder layers by torch.compile; rounds otherwise, docs/profile.md
 
 
@@ -190,6 +191,10 @@ def _checked(recipe: Recipe) -> Recipe:
         raise NekoLeanError(f"train_only {recipe.train_only!r} is no regular expression ({error}).") from error
     if recipe.state_bits not in (4, 8):
         raise NekoLeanError(f"recipe value state_bits is {recipe.state_bits}: it is 8, or 4 with torchao.")
+    if recipe.dropout and recipe.backward == "layerwise":
+        raise NekoLeanError(
+            "dropout=true needs backward=checkpointed or backward=plain: layerwise runs each layer twice in a step."
+        )
     if recipe.offload_activations and recipe.backward != "layerwise":
         raise NekoLeanError("offload_activations needs backward=layerwise: no other keeps layer inputs apart.")
     if recipe.forget_objective == recipe.retain_objective == "none":

@@ -13,8 +13,8 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from neko_lean.data import read_jsonl
 from neko_lean.errors import NekoLeanError
+from neko_lean.files import read_jsonl
 from neko_lean.report.values import text
 from neko_lean.trust import is_inside
 
@@ -171,7 +171,7 @@ def _read_lines(file: Path) -> list[dict[str, Any]]:
         return []
     _refuse_elsewhere(file)
     try:
-        return [_writable(line) for line in read_jsonl(file)]
+        return [_writable(line.values) for line in read_jsonl(file, lone_surrogates=True)]
     except (ValueError, RecursionError) as error:
         raise NekoLeanError(f"{file} is not JSON Lines ({type(error).__name__}): make it again.") from error
 

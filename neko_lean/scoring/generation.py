@@ -13,8 +13,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from transformers import DynamicCache
 
-from neko_lean.data import Row, length_batches, pad
-from neko_lean.head import logits
+from neko_lean.data import Row, encode_texts, length_batches, pad
 from neko_lean.modeling import CausalLM
 from neko_lean.ranks import share
 from neko_lean.scoring.task import regurgitation, same_answers
@@ -77,7 +76,7 @@ def own_rows(
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[list[int]]:
-    return [tokenizer(row.input)["input_ids"] for row in rows]
+    return encode_texts(tokenizer, [row.input for row in rows])
 
 
 def _batches(rows: Sequence[Row], prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
@@ -112,7 +111,7 @@ def generate(
     """
     lm.model.eval()
     encoded = _prompts(tokenizer, rows) if prompts is None else prompts
-    windows = [max(WINDOW, 2 * len(tokenizer(" " + row.output)["input_ids"])) for row in rows]
+    windows = [max(WINDOW, 2 * len(ids)) for ids in encode_texts(tokenizer, [" " + row.output for row in rows])]
     for batch in _batches(rows, encoded, batch_size):
 
         def done(number: int, ids: Sequence[int], batch: list[int] = batch) -> bool:
@@ -145,7 +144,7 @@ def _decode(
     for _ in range(max_new_tokens):
         more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if takes_positions else {}
         out = lm.backbone(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
-        token = logits(out.last_hidden_state[:, -1], lm.head).argmax(1)  # [alive]
+        token = lm.logits(out.last_hidden_state[:, -1]).argmax(1)  # [alive]
         keep = []
         for place, (row, one) in enumerate(zip(alive, token.tolist(), strict=True)):
             said[row].append(one)

@@ -19,7 +19,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from neko_lean.data import encode_texts
 from neko_lean.errors import NekoLeanError
+from neko_lean.families import stated_positions
 from neko_lean.head import logits
 from neko_lean.modeling import CausalLM
 from neko_lean.progress import Bar
@@ -93,7 +95,7 @@ def answer(
     progress: Bar | None = None,
 ) -> Answered:
     """The model's choice for each test question of one subject."""
-    limit = min(MAX_LENGTH, getattr(lm.model.config, "max_position_embeddings", None) or MAX_LENGTH)
+    limit = min(MAX_LENGTH, stated_positions(lm.model.config) or MAX_LENGTH)
     prompts = encode_prompts(tokenizer, subject, shots, limit)
     found = letter_logits(lm, tokenizer, prompts, batch_tokens=batch_tokens, progress=progress)
     return Answered(
@@ -113,7 +115,7 @@ def encode_prompts(tokenizer: PreTrainedTokenizerBase, subject: Subject, shots: 
         if not pending:
             break
         texts = [prompt(subject.name, subject.dev[:used], subject.test[i]) for i in pending]
-        for index, ids in zip(pending, tokenizer(texts, verbose=False)["input_ids"], strict=True):
+        for index, ids in zip(pending, encode_texts(tokenizer, texts), strict=True):
             if len(ids) <= limit or used == 0:
                 found[index] = Prompt(ids[-limit:], used, len(ids) > limit)
     return [found[i] for i in range(len(subject.test))]
@@ -141,7 +143,8 @@ def letter_logits(
     # transformers is loaded only where a model is.
     from neko_lean.scoring.prefix import last_hidden
 
-    letters = lm.head[torch.tensor(letter_tokens(tokenizer), device=lm.device)]  # [4, d]
+    tokens = torch.tensor(letter_tokens(tokenizer), device=lm.device)
+    letters, transform = lm.head[tokens], lm.transform.of(tokens)  # [4, d]
     groups: dict[tuple[int, bool], list[int]] = {}
     for index, one in enumerate(prompts):  # what is alike in two prompts ends early if their examples differ
         groups.setdefault((one.shots, one.cut), []).append(index)
@@ -149,7 +152,7 @@ def letter_logits(
     for group in groups.values():
         rows = [prompts[i].ids for i in group]
         hidden = last_hidden(lm, rows, int(tokenizer.pad_token_id), batch_tokens=batch_tokens, progress=progress)
-        out[group] = logits(hidden, letters).float().cpu()
+        out[group] = logits(hidden, letters, transform).float().cpu()
     return out
 
 

@@ -6,13 +6,13 @@ others (csv files under `dev` and `test`). Nothing here knows a model.
 
 from __future__ import annotations
 
-import csv
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.files import csv_cells, read_parquet
 
 LETTERS = "ABCD"
 SPLITS = ("dev", "test")
@@ -119,15 +119,8 @@ def _read_questions(file: Path) -> list[Question]:
 
 
 def _parquet_questions(file: Path) -> Iterator[Question]:
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        rows: list[dict[str, Any]] = pyarrow.parquet.ParquetFile(file).read().to_pylist()
-    except (pyarrow.ArrowException, OSError) as error:
-        raise NekoLeanError(f"{file} is not a readable parquet file ({_first_line(error)}).") from error
-    for number, row in enumerate(rows, start=1):
-        yield _checked(row, f"{file}, row {number}")
+    for where, values in read_parquet(file, COLUMNS):
+        yield _checked(values, where)
 
 
 def _checked(row: Mapping[str, Any], where: str) -> Question:
@@ -146,24 +139,12 @@ def _checked(row: Mapping[str, Any], where: str) -> Question:
 
 
 def _csv_questions(file: Path) -> Iterator[Question]:
-    try:
-        with file.open(newline="", encoding="utf-8") as lines:
-            # Not strict: the original files are read with pandas, which is not; what goes wrong shows in the columns.
-            for number, row in enumerate(csv.reader(lines), start=1):
-                if not row:
-                    continue  # an empty line
-                where = f"{file}, row {number}"
-                if len(row) != 6:
-                    raise NekoLeanError(
-                        f"{where}: expected 6 columns (question, A, B, C, D, answer), found {len(row)}."
-                    )
-                text, *choices, answer = row
-                if answer not in tuple(LETTERS):
-                    raise NekoLeanError(f"{where}, column 6: expected the answer A, B, C or D.")
-                yield Question(text, tuple(choices), LETTERS.index(answer))
-    except (csv.Error, UnicodeDecodeError, OSError) as error:
-        raise NekoLeanError(f"{file} is not a readable csv file ({_first_line(error)}).") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    # Not strict: the original files are read with pandas, which is not; what goes wrong shows in the columns.
+    for number, (line, row) in enumerate(csv_cells(file, strict=False), start=1):
+        where = f"{file}, row {number}" + (f" (line {line})" if line != number else "")
+        if len(row) != 6:
+            raise NekoLeanError(f"{where}: expected 6 columns (question, A, B, C, D, answer), found {len(row)}.")
+        text, *choices, answer = row
+        if answer not in tuple(LETTERS):
+            raise NekoLeanError(f"{where}, column 6: expected the answer A, B, C or D.")
+        yield Question(text, tuple(choices), LETTERS.index(answer))

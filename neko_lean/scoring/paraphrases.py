@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from neko_lean.data import Row, read_jsonl
+from neko_lean.data import Row
 from neko_lean.errors import NekoLeanError
+from neko_lean.files import is_file, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -24,13 +25,13 @@ def read_paraphrases(path: str | Path, rows: Sequence[Row]) -> list[Paraphrase]:
     """The lines of a jsonl file with an `id` that is one of `rows`, and `input`, or `output` and `wrong` (a list of
     texts), or all three. A row may have several. Raises NekoLeanError naming file, line and column."""
     file = Path(path)
-    if not file.is_file():
-        raise NekoLeanError(f"{file} does not exist: --paraphrases wants a jsonl file with id, input, output, wrong.")
+    if not is_file(file):
+        missing = "is not a file" if file.exists() else "does not exist"
+        raise NekoLeanError(f"{file} {missing}: --paraphrases wants a jsonl file with id, input, output, wrong.")
     known = {row.id for row in rows}
     found = []
-    for number, raw in enumerate(read_jsonl(file), start=1):
-        where = f"{file}, row {number}"
-        if raw.get("id") not in known:
+    for where, raw in read_jsonl(file):
+        if not isinstance(raw.get("id"), str) or raw["id"] not in known:
             raise NekoLeanError(f"{where}, column id: is the id of no row that is scored.")
         texts = {name: raw.get(name) for name in ("input", "output")}
         for name, text in texts.items():

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from neko_lean.collective import by_first, joined
-from neko_lean.data import Row, read_jsonl, read_rows, write_jsonl
+from neko_lean.data import Row, read_rows, write_jsonl
 from neko_lean.documents import read_documents
 from neko_lean.errors import NekoLeanError
+from neko_lean.files import read_jsonl
 from neko_lean.memory import peak_memory
 from neko_lean.modeling import (
     load_model,
@@ -218,12 +219,17 @@ def read_score(folder: str | Path, rows: Sequence[Row] | None = None) -> dict[st
             raise NekoLeanError(f"{path} holds no {name}: give a folder that `score` wrote.")
         if not is_inside(path, name):
             raise NekoLeanError(f"{path / name} is a link that leads out of its folder: put the file itself there.")
-    lines = list(read_jsonl(path / GENERATIONS))
-    if not all("numbers" in line for line in lines):
+    lines = [line.values for line in read_jsonl(path / GENERATIONS)]
+    if not all(isinstance(line.get("id"), str) and isinstance(line.get("numbers"), dict) for line in lines):
         raise NekoLeanError(f"{path} was scored by an older neko-lean: score that model again.")
     if rows is not None and sorted(line["id"] for line in lines) != sorted(row.id for row in rows):
         raise NekoLeanError(f"{path} is a score of other rows: the difference would mean nothing.")
-    scores: dict[str, Any] = json.loads((path / SCORES).read_text(encoding="utf-8"))
+    try:
+        scores = json.loads((path / SCORES).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise NekoLeanError(f"{path / SCORES} cannot be read as JSON: score that model again.") from error
+    if not isinstance(scores, dict):
+        raise NekoLeanError(f"{path / SCORES} holds no JSON object: score that model again.")
     return {**scores, "lines": lines}
 
 

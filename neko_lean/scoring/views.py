@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from neko_lean.collective import gather_rows
-from neko_lean.data import length_batches
+from neko_lean.data import encode_texts, length_batches
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import CausalLM, next_token_views
 from neko_lean.progress import Bar
@@ -75,4 +75,4 @@ def view_documents(
 
 def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
     """The documents' tokens, cut to MAX_LENGTH."""
-    return [tokenizer(text)["input_ids"][:MAX_LENGTH] for text in texts]
+    return [ids[:MAX_LENGTH] for ids in encode_texts(tokenizer, texts)]

@@ -13,7 +13,7 @@ from neko_lean.modeling import load_model, load_tokenizer, split
 from neko_lean.scoring import generation
 from neko_lean.scoring.generation import WINDOW, generate, settled, spoken
 from neko_lean.scoring.task import row_score
-from tests.helpers import LUME, make_rows, random_model
+from tests.helpers import LUME, make_rows, random_model, templated
 
 
 def one_at_a_time(lm, tokenizer, rows, most):
@@ -123,6 +123,15 @@ def small(family, vocabulary):
     }.get(family, {})
     name = f"{family}LMHeadModel" if family == "GPT2" else f"{family}ForCausalLM"
     return getattr(transformers, f"{family}Config")(**sizes, **more), getattr(transformers, name)
+
+
+def test_a_tokenizer_that_ends_every_text_prompts_without_that_end(model):
+    lm, plain = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
+    ending, _, _ = templated(model, [], ["</s>"])
+    lm.model.resize_token_embeddings(len(ending))
+    lm, rows = split(lm.model), some_rows()[:6]
+    got = in_order(lm, ending, rows, batch_size=4, max_new_tokens=12)
+    assert [one.text for one in got] == one_at_a_time(lm, plain, rows, 12)
 
 
 def test_prompts_may_be_given_as_tokens(world, tmp_path):

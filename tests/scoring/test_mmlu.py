@@ -12,7 +12,7 @@ from neko_lean.modeling import load_model, load_tokenizer
 from neko_lean.scoring import mmlu as module
 from neko_lean.scoring.mmlu import Answered, encode_prompts, letter_logits, letter_tokens, mmlu, summary
 from neko_lean.scoring.mmlu_data import Question, Subject, prompt
-from tests.helpers import random_model
+from tests.helpers import random_model, templated
 from tests.scoring.subjects import make_subject
 
 
@@ -53,6 +53,13 @@ def test_examples_are_dropped_from_the_last_until_the_prompt_fits(parts):
             assert one.shots == max(fitting, default=0) and one.cut == (not fitting)
             whole = tokenizer(prompt("anatomy", subject.dev[: one.shots], subject.test[n]))["input_ids"]
             assert one.ids == whole[-most:]
+
+
+def test_a_prompt_ends_in_no_token_that_the_tokenizer_appends(model):
+    plain, ending = templated(model, ["<s>"], [])[0], templated(model, ["<s>"], ["</s>", "</s>"])[0]
+    subject = make_subject("anatomy")
+    assert encode_prompts(ending, subject, 5, 700) == encode_prompts(plain, subject, 5, 700)
+    assert letter_tokens(ending) == letter_tokens(plain)
 
 
 def test_letters_that_the_tokenizer_does_not_know():

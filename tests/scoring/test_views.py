@@ -8,7 +8,8 @@ from neko_lean import head
 from neko_lean.errors import NekoLeanError
 from neko_lean.head import token_views
 from neko_lean.modeling import load_model, load_tokenizer
-from neko_lean.scoring.views import tokenised, view_documents
+from neko_lean.scoring.views import MAX_LENGTH, tokenised, view_documents
+from tests.helpers import templated
 
 
 def dense(logits, target):
@@ -51,6 +52,13 @@ def test_documents_do_not_see_each_other(world, model):
         assert (view.rank == wanted[3].numpy()).all()
     with pytest.raises(NekoLeanError, match="two tokens"):
         view_documents(lm, tokenizer, [[1]])
+
+
+def test_documents_end_in_no_token_that_the_tokenizer_appends(model):
+    texts = ["Foo1 is a river.", "", "words " * 3000]
+    for before in ([], ["<s>"]):
+        plain, ending = templated(model, before, [])[0], templated(model, before, ["</s>"])[0]
+        assert tokenised(ending, texts) == [plain(text)["input_ids"][:MAX_LENGTH] for text in texts]
 
 
 def test_after_the_prompt_is_the_answer(world, model):
