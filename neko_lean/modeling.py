@@ -12,10 +12,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -31,8 +31,9 @@ from neko_lean.families import (
     stated_positions,
 )
 from neko_lean.head import LogitTransform, TokenViews, logits, token_stats, token_views
+from neko_lean.loading import check_loaded, refuse_packed, stored_tensors, weight_files
 from neko_lean.ranks import local_rank, size
-from neko_lean.trust import is_plain, reason, refuse_untrusted
+from neko_lean.trust import reason, refuse_untrusted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -197,17 +198,30 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> CausalLM:
-    """Load a checkpoint's weights from safetensors as `dtype` onto `device`."""
+    """Load a checkpoint's weights from safetensors as `dtype` onto `device`.
+
+    Raises NekoLeanError where the files do not hold exactly the tensors of the model that config.json describes, or a
+    tensor holds NaN or infinite values; see `loading.check_loaded`.
+    """
     from transformers import AutoModelForCausalLM
 
-    weight_files(folder)  # says in one sentence what is missing
+    stored = stored_tensors(folder)
+    refuse_packed(stored)
     try:
-        model = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, trust_remote_code=False, use_safetensors=True
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype,
+            local_files_only=True,
+            trust_remote_code=False,
+            use_safetensors=True,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # check_loaded names them
         )
-    except (ImportError, OSError, ValueError, RuntimeError, SafetensorError) as error:
+    except Exception as error:  # transformers raises a dozen types
         raise NekoLeanError(f"{folder} cannot be loaded as a causal language model: {reason(error)}") from error
-    return split(model.to(device))  # type: ignore[arg-type]
+    model, info = loaded
+    check_loaded(model, folder, stored, info)
+    return split(model.to(device))
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -324,26 +338,6 @@ def checkpoint_activations(model: nn.Module) -> list[nn.Module]:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
             layers.append(module)
     return layers
-
-
-def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files of a checkpoint; NekoLeanError when there are none or one is missing."""
-    index = folder / "model.safetensors.index.json"
-    if index.is_file() and not (folder / "model.safetensors").is_file():  # transformers, too, takes the one file first
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (OSError, ValueError, KeyError, AttributeError, TypeError, RecursionError) as error:
-            raise NekoLeanError(f"{index} is not a readable index of weights.") from error
-        strange = next((name for name in names if not is_plain(name)), None)
-        if strange is not None:
-            raise NekoLeanError(f"{index} names {strange!r}, which is no file of its folder: get the checkpoint again.")
-    else:
-        names = ["model.safetensors"]
-    files = [folder / name for name in names]
-    for file in files:
-        if not file.is_file():
-            raise NekoLeanError(f"{folder} lacks {file.name}: neko-lean reads weights from safetensors only.")
-    return files
 
 
 def weights_fingerprint(folder: Path) -> str:

@@ -20,7 +20,8 @@ from neko_lean.cli import app
 from neko_lean.data import read_rows, write_jsonl
 from neko_lean.documents import read_documents
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import load_tokenizer, model_folder, model_name, weight_files
+from neko_lean.loading import weight_files
+from neko_lean.modeling import load_tokenizer, model_folder, model_name
 from neko_lean.report.read import collect
 from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.paraphrases import read_paraphrases
