@@ -12,7 +12,7 @@ check is plain transformers on one row at a time: no padding, no mask, no cache,
                first update; the output reloads without a missing key and with the weights that were trained; it can be
                cached and scored
 
-Outcomes: layerwise; fallback (checkpointed training); refused, in one sentence; SILENT DIFFERENCE; TRACEBACK; not built.
+Outcomes: layerwise; fallback, to checkpointed or plain training; refused, in one sentence; SILENT DIFFERENCE; TRACEBACK; not built.
 Exit code 1 when there is a silent difference or a traceback.
 """
 
@@ -51,7 +51,7 @@ from neko_lean import loop
 from neko_lean.cache import TeacherCache
 from neko_lean.data import Encoded, Row, write_jsonl
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import CausalLM, checkpoint_activations, load_model, next_token_logp
+from neko_lean.modeling import CausalLM, load_model, next_token_logp
 from neko_lean.recipes import load_recipe
 from neko_lean.scoring.generation import generate
 from neko_lean.trainer import Trainer
@@ -96,6 +96,7 @@ class Found:
     """What came of one family."""
 
     outcome: str = ""
+    backward: str = ""  # layerwise, checkpointed or plain
     says: list[str] = field(default_factory=list)  # why, a line each
     checks: dict[str, str] = field(default_factory=dict)
     numbers: dict[str, float] = field(default_factory=dict)
@@ -229,12 +230,14 @@ class Bench:
             return "refused"
         if "refused" in ends:
             return "partly refused"
-        return "layerwise" if self.found.numbers.get("layerwise") else "fallback"
+        return "layerwise" if found.backward == "layerwise" else f"fallback: {found.backward}"
 
     def log_probabilities(self) -> None:
         """Log-probability of every next token, rows padded together."""
         following = [torch.tensor(ids[1:]) for ids in self.rows]
-        wanted = torch.cat([logp[:-1].gather(1, t[:, None])[:, 0] for logp, t in zip(self.logp, following, strict=True)])
+        wanted = torch.cat(
+            [logp[:-1].gather(1, t[:, None])[:, 0] for logp, t in zip(self.logp, following, strict=True)]
+        )
         lm = load_model(self.student, torch.float32, CPU)
         lm.model.eval()
         got = next_token_logp(lm, self.rows, 2)
@@ -271,9 +274,7 @@ class Bench:
         )  # fmt: skip
         lm = load_model(self.student, torch.float32, CPU)
         trainer = Trainer(lm, 2, self.forget, self.retain, TeacherCache(self.work / "cache"), recipe)
-        self.found.numbers["layerwise"] = float(trainer.walk is not None)
-        if trainer.recipe.backward == "checkpointed":
-            checkpoint_activations(lm.model)
+        self.found.backward = trainer.recipe.backward
         trainer.ready()
         recorder = Recorder(lm)
         rows = range(len(self.forget)), range(len(self.retain))
@@ -508,7 +509,7 @@ def one_family(name: str, chosen: Sequence[str], out: Path) -> None:
     # What the libraries print beside their warnings.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if name in SKIPPED:
-        out.write_text(json.dumps(vars(Found("not built", [SKIPPED[name]]))))
+        out.write_text(json.dumps(vars(Found("not built", says=[SKIPPED[name]]))))
         return
     start = time.monotonic()
     work = Path(tempfile.mkdtemp(prefix="family-"))
@@ -516,7 +517,7 @@ def one_family(name: str, chosen: Sequence[str], out: Path) -> None:
         try:
             bench = Bench(name, work)
         except Exception as error:
-            found = Found("not built", [f"{type(error).__name__}: {one_line(error)} at {where(error)}"])
+            found = Found("not built", says=[f"{type(error).__name__}: {one_line(error)} at {where(error)}"])
         else:
             found = bench.run(chosen)
         found.seconds = time.monotonic() - start
@@ -551,10 +552,14 @@ def sweep(names: Sequence[str], chosen: Sequence[str], jobs: int, timeout: float
                     found[name] = Found(**json.loads(path.read_text()))
                 else:
                     why = f"no end after {timeout:.0f} s" if late else f"died with exit code {process.exitcode}"
-                    found[name] = Found("TRACEBACK", [why], seconds=time.monotonic() - start)
+                    found[name] = Found("TRACEBACK", says=[why], seconds=time.monotonic() - start)
                 del running[name]
                 one = found[name]
-                print(f"{len(found)}/{len(names)} {name}: {one.outcome} {one.seconds:.1f} s {one.says}", file=sys.stderr, flush=True)
+                print(
+                    f"{len(found)}/{len(names)} {name}: {one.outcome} {one.seconds:.1f} s {one.says}",
+                    file=sys.stderr,
+                    flush=True,
+                )
     return {name: found[name] for name in names}
 
 

@@ -126,7 +126,9 @@ def shrunk(config: PreTrainedConfig, vocab_size: int) -> dict[str, Any]:
     return given
 
 
-def small_config(family: str, vocab_size: int, ids: Mapping[str, int], change: Mapping[str, Any] = {}) -> PreTrainedConfig:
+def small_config(
+    family: str, vocab_size: int, ids: Mapping[str, int], change: Mapping[str, Any] = {}
+) -> PreTrainedConfig:
     """A small configuration of a family, with the tokenizer's special ids."""
     kind = CONFIG_MAPPING[family]
     base = OVERRIDES.get(family, {})
