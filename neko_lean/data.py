@@ -97,7 +97,8 @@ def find_rows(path: str | Path, stem: str, split: str | None = None) -> Path:
     if is_file(path):
         return path
     if not path.is_dir():
-        raise NekoLeanError(f"{path} does not exist: give a parquet, jsonl or csv file, or a folder with {stem}.*.")
+        missing = "is neither a file nor a folder" if path.exists() else "does not exist"
+        raise NekoLeanError(f"{path} {missing}: give a parquet, jsonl or csv file, or a folder with {stem}.*.")
     name = f"{stem}_{split}" if split else stem
     for suffix in SUFFIXES:
         # The hub's parquet shards are called forget_train-00000-of-00001.parquet.

@@ -77,6 +77,11 @@ class TeacherCache:
                     f"{self.folder} splits row {one.row.id!r} into {positions} tokens or more, which are "
                     f"{len(one) + one.cut} now: another neko-lean made it; run cache-teacher again."
                 )
+            if positions < len(one) <= made.max_length:
+                raise CacheError(
+                    f"{self.folder} holds {positions} positions of row {one.row.id!r}, the recipe reads {len(one)}: a "
+                    f"cache has no EOS after an answer, so set append_eos=false."
+                )
             if positions < len(one):
                 raise CacheError(
                     f"{self.folder} was cut to {made.max_length} tokens, the recipe reads {max_length}: "

@@ -212,6 +212,12 @@ def test_a_cache_of_other_tokens_of_the_same_text_is_refused(world, model, cache
         check(cache, world, model, encoded=rows)
 
 
+def test_an_end_that_no_cache_has_is_refused_by_its_name(world, model, cache):
+    rows = [Encoded(one.row, [*one.ids, 0], one.prompt, 0) for one in encoded(world)]
+    with pytest.raises(CacheError, match="append_eos=false"):
+        check(cache, world, model, encoded=rows)
+
+
 def anonymous_memory():
     """RssAnon of this process in bytes: what mapped files do not count towards."""
     with open("/proc/self/status") as lines:  # noqa: PTH123
