@@ -243,6 +243,11 @@ def diagnosis(found: Differences, model: PreTrainedModel) -> str:
             return sentence
     if any(_QUANTIZED.search(name) for name in unexpected):
         return "This looks like a quantised checkpoint: give it in bfloat16, float16 or float32."
+    if any(_MULTIMODAL.search(name) for name in unexpected):
+        return (
+            "This looks like a multimodal model with a config.json of its language part: give the config.json of the "
+            "whole model, or the language part's weights alone."
+        )
     prefix = _wrapper(found, model.base_model_prefix)
     if prefix == "module.":
         return "This looks like a model saved inside DistributedDataParallel: save its .module instead."
@@ -253,11 +258,6 @@ def diagnosis(found: Differences, model: PreTrainedModel) -> str:
         return layers
     if found.mismatched and not found.missing and not unexpected:
         return _other_shape(found, model)
-    if unexpected and all(_MULTIMODAL.search(name) for name in unexpected):
-        return (
-            "This looks like a multimodal model with a config.json of its language part: give the config.json of the "
-            "whole model, or the language part's weights alone."
-        )
     if found.missing and not unexpected and set(found.missing) <= _head_names(model):
         return (
             "This looks like a base model without its head: give the causal language model, or, if its head is the "
