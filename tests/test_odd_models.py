@@ -1,6 +1,7 @@
 """Whole commands on checkpoints of other families than the world's: positions, dropout, soft caps, odd configs."""
 
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -84,22 +85,17 @@ def test_every_command_runs(build, world, tmp_path, name):
 
 def test_rows_longer_than_the_learned_positions_are_cut_with_a_count(build, world, tmp_path, capsys):
     folder = build("GPT2", "GPT2LMHeadModel", n_positions=48, **GPT2)
-    for stem in ("forget", "retain"):
-        rows = make_rows({"forget": "Foo", "retain": "Rix"}[stem])
-        long = [rows[0]._replace(output="word " * 100) if hasattr(rows[0], "_replace") else rows[0]]
-        write_rows(tmp_path / f"{stem}.jsonl", [*long, *rows[1:]])
-    longest = make_rows("Foo")[0].__class__('"Foo0a"sc1', "Once Foo0 walked", "word " * 100, "Task1")
-    write_rows(tmp_path / "forget.jsonl", [longest, *make_rows("Foo")[1:]])
-    write_rows(tmp_path / "retain.jsonl", [longest.__class__('"Rix0a"sc1', *("Once", "word " * 90, "Task1"))])
+    for stem, name in (("forget", "Foo"), ("retain", "Rix")):
+        first, *others = make_rows(name)
+        write_rows(tmp_path / f"{stem}.jsonl", [replace(first, output="word " * 100), *others])
 
     neko_lean.cache_teacher(folder, tmp_path, tmp_path / "cache", dtype="float32", quiet=True)
     said = capsys.readouterr().err
-    assert "warning: the model has 48 positions, fewer than the 512 asked for: 1 of 1 rows cut to 48 tokens" in said
+    assert "warning: the model has 48 positions, fewer than the 512 asked for: 1 of 24 rows cut to 48 tokens" in said
 
     change = {**TWO_STEPS, "format": "plain", "max_length": 512}
-    neko_lean.unlearn(
-        folder, tmp_path / "out", tmp_path, tmp_path, cache=tmp_path / "cache", recipe="neko", overrides=change, quiet=True
-    )
+    options = {"cache": tmp_path / "cache", "recipe": "neko", "overrides": change, "quiet": True}
+    neko_lean.unlearn(folder, tmp_path / "out", tmp_path, tmp_path, **options)
     assert "the model has 48 positions" in capsys.readouterr().err
 
     neko_lean.memorize(folder, tmp_path, tmp_path / "learned", overrides={"max_steps": 1}, quiet=True)
