@@ -13,6 +13,7 @@ from neko_lean.collective import by_first, joined
 from neko_lean.data import Row, read_jsonl, read_rows, write_jsonl
 from neko_lean.documents import read_documents
 from neko_lean.errors import NekoLeanError
+from neko_lean.generation_config import listed_ends
 from neko_lean.memory import peak_memory
 from neko_lean.modeling import (
     load_model,
@@ -128,6 +129,7 @@ def score(
         "rows": [f"{name} {row.digest}" for name, row in rows],
         "max_new_tokens": max_new_tokens,
         "dtype": precision,
+        "eos_token_id": listed_ends(folder),
     }
     with unfinished(Path(out), plan, resume=resume, overwrite=overwrite, quiet=quiet) as stage:
         lm = load_model(folder, pick_dtype(precision), place)
