@@ -19,6 +19,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
+from neko_lean.generation_config import save_model
 from neko_lean.modeling import CausalLM
 from neko_lean.ranks import leads, size
 
@@ -116,5 +117,5 @@ def save_checkpoint(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         weights = get_model_state_dict(lm.model, options=options)
     if leads():
-        lm.model.save_pretrained(folder, state_dict=weights)
+        save_model(lm.model, lambda: lm.model.save_pretrained(folder, state_dict=weights), folder)
         tokenizer.save_pretrained(folder)

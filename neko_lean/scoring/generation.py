@@ -7,16 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from inspect import signature
 from typing import TYPE_CHECKING, cast
 
 import torch
-from transformers import DynamicCache
+from torch import Tensor
 
-from neko_lean.data import Row, encode_texts, length_batches, pad
+from neko_lean.data import Row, encode_texts, length_batches
 from neko_lean.finite import likeliest
-from neko_lean.modeling import CausalLM
+from neko_lean.generation_config import end_ids, unknown_ends
+from neko_lean.modeling import CausalLM, position_limit
 from neko_lean.ranks import share
+from neko_lean.scoring.decoding import Prompts
+from neko_lean.scoring.decoding_probe import PADDED, decode_exactly, pick_method
 from neko_lean.scoring.scripts import bare
 from neko_lean.scoring.task import regurgitation, same_answers, unicode_regurgitation
 from neko_lean.vocabulary import refuse_unknown_ids
@@ -27,6 +29,7 @@ if TYPE_CHECKING:
 # Leaks and brokenness are judged by a generation's first tokens: so many, or twice the answer's where that is more.
 WINDOW = 64
 STRIDE = 16  # tokens between two looks at whether a row is settled
+ROOM = 32  # new tokens that a prompt leaves room for: where a model has fewer positions left, the prompt is cut
 
 
 @dataclass(frozen=True)
@@ -90,6 +93,52 @@ def _batches(rows: Sequence[Row], prompts: Sequence[Sequence[int]], batch_size: 
     return found
 
 
+def fitted(lm: CausalLM, prompt: Sequence[int], max_new_tokens: int) -> tuple[Sequence[int], int]:
+    """A prompt and its number of new tokens, made to fit the positions that the model has.
+
+    A prompt keeps its last tokens, so that at least ROOM new tokens fit, or half of all positions where those are few.
+    """
+    limit = position_limit(lm, len(prompt) + max_new_tokens)
+    room = min(max_new_tokens, ROOM, max(1, limit // 2))
+    kept = prompt[-max(1, limit - room) :]
+    return kept, min(max_new_tokens, limit - len(kept))
+
+
+def generation_warnings(
+    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_new_tokens: int
+) -> list[str]:
+    """What changes the generations of these rows without being asked for, in sentences."""
+    found = []
+    unknown = unknown_ends(lm)
+    if unknown:
+        named = ", ".join(map(repr, unknown[:5]))
+        found.append(
+            f"warning: generations do not end at {named}: the eos_token_id of the checkpoint's generation config must "
+            f"be token ids from 0 to {len(lm.head) - 1}."
+        )
+
+    prompts = _prompts(tokenizer, rows)
+    fits = [fitted(lm, prompt, max_new_tokens) for prompt in prompts]
+    capped = sum(room < max_new_tokens for _, room in fits)
+    cut = sum(len(kept) < len(prompt) for prompt, (kept, _) in zip(prompts, fits, strict=True))
+    if capped:
+        limit = max(len(kept) + room for kept, room in fits if room < max_new_tokens)
+        found.append(
+            f"warning: {capped} of {len(rows)} rows have fewer than {max_new_tokens} new tokens (the least is "
+            f"{min(room for _, room in fits)}), and {cut} of them lose the beginning of their prompt: the model has "
+            f"{limit} positions."
+        )
+    return found
+
+
+def method_line(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> str | None:
+    """How the model decodes, in words, where that is not in padded batches."""
+    method = pick_method(lm, int(tokenizer.pad_token_id), 0)
+    if method is PADDED:
+        return None
+    return f"{type(lm.model).__name__} does not decode exactly in padded batches: rows are generated {method.name}"
+
+
 @torch.no_grad()
 def generate(
     lm: CausalLM,
@@ -104,9 +153,9 @@ def generate(
     """The greedy continuation of each row's input, a batch at a time, as (number of the row, generation).
 
     Prompts go in raw: no template, no BOS that the tokenizer does not add itself; or `prompts`, tokenised, in their
-    place. A generation stops at EOS, after `max_new_tokens`, or, with `stop_early`, when it is settled. Questions go
-    with questions and prompts with those of like length, padded left, which in float32 gives the tokens of decoding
-    each alone.
+    place. A generation stops at one of `end_ids`, after `max_new_tokens`, where the model's positions end, or, with
+    `stop_early`, when it is settled. Questions go with questions and prompts with those of like length. In float32 the
+    tokens are those of decoding each row alone, whatever the model's state: see `decoding_probe`.
     """
     lm.model.eval()
     encoded = _prompts(tokenizer, rows) if prompts is None else prompts
@@ -121,7 +170,8 @@ def generate(
                 return False
             return settled(rows[batch[number]], spoken(tokenizer, ids, 0, "").text)
 
-        said = _decode(lm, tokenizer, [encoded[i] for i in batch], max_new_tokens, done)
+        fits = [fitted(lm, encoded[i], max_new_tokens) for i in batch]
+        said = _decode(lm, tokenizer, [kept for kept, _ in fits], [room for _, room in fits], done)
         yield [(i, spoken(tokenizer, ids, windows[i], ended)) for i, (ids, ended) in zip(batch, said, strict=True)]
 
 
@@ -129,37 +179,25 @@ def _decode(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[Sequence[int]],
-    max_new_tokens: int,
+    limits: Sequence[int],
     done: Callable[[int, Sequence[int]], bool],
 ) -> list[tuple[list[int], str]]:
-    """The new tokens of each prompt of one batch, and how they ended. Rows that have ended leave the batch, so that one
-    long answer does not keep all others running; transformers' generate pads them on."""
-    eos = tokenizer.eos_token_id
-    ids, mask = pad(prompts, int(tokenizer.pad_token_id), lm.device, left=True)
-    cache = DynamicCache(config=lm.model.config)
-    takes_positions = "position_ids" in signature(lm.backbone.forward).parameters
+    """The new tokens of each prompt of one batch, at most so many as its limit, and how they ended."""
+    ends = end_ids(lm, tokenizer)
     said: list[list[int]] = [[] for _ in prompts]
     ended = ["limit"] * len(prompts)
-    alive = list(range(len(prompts)))  # what row each place of the batch holds
-    for _ in range(max_new_tokens):
-        more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if takes_positions else {}
-        out = lm.backbone(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
-        token = likeliest(lm.logits(out.last_hidden_state[:, -1]), "a generated token")  # [alive]
-        keep = []
-        for place, (row, one) in enumerate(zip(alive, token.tolist(), strict=True)):
-            said[row].append(one)
-            if one == eos:
+
+    def choose(rows: Sequence[int], scores: Tensor) -> list[int | None]:
+        tokens: list[int | None] = []
+        for row, token in zip(rows, likeliest(scores, "a generated token").tolist(), strict=True):
+            said[row].append(token)
+            if token in ends:
                 ended[row] = "eos"
             elif done(row, said[row]):
                 ended[row] = "settled"
-            else:
-                keep.append(place)
-        if not keep:
-            break
-        if len(keep) < len(alive):
-            alive = [alive[place] for place in keep]
-            chosen = torch.tensor(keep, device=lm.device)
-            token, mask = token[chosen], mask[chosen]
-            cache.batch_select_indices(chosen)
-        ids, mask = token[:, None], torch.cat([mask, mask.new_ones(len(alive), 1)], dim=1)
+            goes_on = ended[row] == "limit" and len(said[row]) < limits[row]
+            tokens.append(token if goes_on else None)
+        return tokens
+
+    decode_exactly(lm, Prompts(prompts, int(tokenizer.pad_token_id), max(limits)), choose)
     return list(zip(said, ended, strict=True))

@@ -17,7 +17,7 @@ from neko_lean.modeling import CausalLM, position_limit
 from neko_lean.progress import bar, say
 from neko_lean.ranks import alone, rank, share
 from neko_lean.scoring import membership
-from neko_lean.scoring.generation import Generation, generate, own_rows
+from neko_lean.scoring.generation import Generation, generate, generation_warnings, method_line, own_rows
 from neko_lean.scoring.memorisation import answer_numbers, truth_ratio
 from neko_lean.scoring.outputs import leak_numbers, output_numbers
 from neko_lean.scoring.paraphrases import Paraphrase
@@ -48,6 +48,11 @@ def generations(
     own = [left[i] for i in own_rows(tokenizer, [rows[i] for i in left], batch_size)]
     if known:
         say(f"score: {len(known)} of {len(rows)} rows were generated already", quiet)
+    for warning in generation_warnings(lm, tokenizer, rows, max_new_tokens):
+        say(warning)
+    line = method_line(lm, tokenizer) if left else None
+    if line is not None:
+        say(f"score: {line}", quiet)
 
     def speak() -> list[tuple[int, dict[str, Any]]]:
         said = []

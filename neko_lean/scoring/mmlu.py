@@ -24,7 +24,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.families import stated_positions
 from neko_lean.finite import refuse_broken_outputs
 from neko_lean.head import logits
-from neko_lean.modeling import CausalLM
+from neko_lean.modeling import CausalLM, position_limit
 from neko_lean.progress import Bar
 from neko_lean.scoring.mmlu_data import LETTERS, SUBJECTS, Subject, prompt
 from neko_lean.vocabulary import refuse_unknown_ids
@@ -97,7 +97,7 @@ def answer(
     progress: Bar | None = None,
 ) -> Answered:
     """The model's choice for each test question of one subject."""
-    limit = min(MAX_LENGTH, stated_positions(lm.model.config) or MAX_LENGTH)
+    limit = position_limit(lm, min(MAX_LENGTH, stated_positions(lm.model.config) or MAX_LENGTH))
     prompts = encode_prompts(tokenizer, subject, shots, limit)
     letters = ("the letters of MMLU", letter_tokens(tokenizer))
     questions = ((f"question {n} of MMLU subject {subject.name}", one.ids) for n, one in enumerate(prompts, start=1))

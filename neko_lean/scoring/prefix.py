@@ -1,6 +1,7 @@
 """Rows that begin alike: run what they share once, and the rest of each on a view of its key-value cache.
 
-Few-shot prompts share their examples, which are most of their tokens.
+Few-shot prompts share their examples, which are most of their tokens. Models for which this is not exact, such as
+recurrent ones, run each row whole.
 """
 
 from __future__ import annotations
@@ -11,15 +12,22 @@ from typing import cast
 
 import torch
 from torch import Tensor
-from transformers.cache_utils import Cache, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from neko_lean.collective import gather_rows
 from neko_lean.data import length_batches, pad
-from neko_lean.modeling import CausalLM
+from neko_lean.modeling import CausalLM, position_limit
 from neko_lean.progress import Bar
 from neko_lean.ranks import rank_by_rank, rounds, share
+from neko_lean.scoring.decoding_probe import (
+    batch_length_limit,
+    equals_plain,
+    keeps_only_keys_and_values,
+    probed,
+    random_rows,
+)
 
-_ATTENTION = (DynamicLayer, DynamicSlidingWindowLayer)
+PROBE_LENGTH = 48  # positions of the longest row of the probe
 
 
 @torch.no_grad()
@@ -33,18 +41,14 @@ def last_hidden(
     """
     lm.model.eval()
     shared = common_prefix(rows)
-    cache = _prefix_cache(lm, rows[0][:shared])
-    if cache is None:
+    if max(map(len, rows)) > batch_length_limit(lm) or not shares_prefixes(lm, pad_id):
         shared = 0
+    cache = _prefix_cache(lm, rows[0][:shared]) if shared else None
     batches = length_batches([len(row) for row in rows], max_rows=len(rows), max_tokens=batch_tokens)
     own = [lm.head.new_empty(0, lm.head.shape[1])]  # [B, d] a batch; a rank may have none
     for batch, beside in zip(share(batches), rounds(batches), strict=False):
         input_ids, mask = pad([rows[i][shared:] for i in batch], pad_id, lm.device)  # [B, L] each
-        if cache is None:
-            hidden = lm.hidden(input_ids)  # [B, L, d]
-        else:
-            # Positions go on from the cache's length and rows are padded right: as in `hidden`, no mask is needed.
-            hidden = lm.backbone(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state
+        hidden = lm.hidden(input_ids) if cache is None else _continued(lm, cache, input_ids)  # [B, L, d]
         place = torch.arange(len(batch), device=lm.device)
         own.append(hidden[place, mask.sum(1) - 1])
         if progress is not None:
@@ -61,13 +65,39 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
     return next((place for place in range(most) if first[place] != last[place]), most)
 
 
-def _prefix_cache(lm: CausalLM, prefix: list[int]) -> Cache | None:
-    """The cache after `prefix`; None where there is no prefix, or the model keeps more than keys and values."""
+def shares_prefixes(lm: CausalLM, pad_id: int) -> bool:
+    """Whether rows that go on from a prefix's cache are what each of them is as a whole, for this model."""
+    return probed(lm, "prefix", lambda: keeps_only_keys_and_values(lm) and _continues_exactly(lm, pad_id))
+
+
+def _continues_exactly(lm: CausalLM, pad_id: int) -> bool:
+    length = int(min(position_limit(lm, PROBE_LENGTH), batch_length_limit(lm))) // 2
+    if length < 2:
+        return False
+    (prefix, *rows), _ = random_rows(lm, (length, 1, length // 2, length), pad_id)
+    cache = _prefix_cache(lm, prefix)
+    input_ids, mask = pad(rows, pad_id, lm.device)  # [3, L] each
+    last = mask.sum(1) - 1
+    place = torch.arange(len(rows), device=lm.device)
+
+    _continued(lm, cache, input_ids.flip(0))  # other rows before these must leave nothing behind
+    hidden = _continued(lm, cache, input_ids)[place, last]  # [3, d]
+    found = lm.logits(hidden).float()  # [3, V]
+    return equals_plain(lm, [[*prefix, *row] for row in rows], list(found[:, None]))
+
+
+def _prefix_cache(lm: CausalLM, prefix: list[int]) -> Cache:
+    """The cache after `prefix`, for a model that keeps only keys and values."""
     cache = DynamicCache(config=lm.model.config)
-    if not prefix or lm.model._is_stateful or not all(type(layer) in _ATTENTION for layer in cache.layers):
-        return None
     lm.backbone(input_ids=torch.tensor([prefix], device=lm.device), past_key_values=cache, use_cache=True)
     return _PrefixCache(layers=cache.layers)
+
+
+def _continued(lm: CausalLM, cache: Cache, input_ids: Tensor) -> Tensor:
+    """Hidden states [B, L, d] of right-padded ids [B, L] that follow the cache's prefix."""
+    # Positions go on from the cache's length and rows are padded right: as in `hidden`, no mask is needed.
+    hidden: Tensor = lm.backbone(input_ids=input_ids, past_key_values=cache, use_cache=True).last_hidden_state
+    return hidden
 
 
 class _PrefixCache(Cache):
@@ -79,7 +109,7 @@ class _PrefixCache(Cache):
     def update(
         self, key_states: Tensor, value_states: Tensor, layer_idx: int, *args: object, **kwargs: object
     ) -> tuple[Tensor, Tensor]:
-        # _prefix_cache let none but these through, and each of them was filled with the prefix.
+        # Each was filled with the prefix; a model that updates others has failed the probe.
         layer = copy.copy(cast(DynamicLayer, self.layers[layer_idx]))
         assert layer.keys is not None and layer.values is not None
         layer.keys = layer.keys.expand(len(key_states), *layer.keys.shape[1:])  # [B, heads, P, width]

@@ -15,6 +15,7 @@ from neko_lean.documents import read_documents
 from neko_lean.errors import NekoLeanError
 from neko_lean.files import read_jsonl
 from neko_lean.finite import strict_json
+from neko_lean.generation_config import listed_ends
 from neko_lean.memory import peak_memory
 from neko_lean.modeling import (
     load_model,
@@ -159,6 +160,7 @@ def score(
         "rows": [f"{name} {row.digest}" for name, row in rows],
         "max_new_tokens": max_new_tokens,
         "dtype": precision,
+        "eos_token_id": listed_ends(folder),
     }
     with unfinished(Path(out), plan, resume=resume, overwrite=overwrite, quiet=quiet) as stage:
         lm = load_model(folder, pick_dtype(precision), place)

@@ -3,17 +3,19 @@ stopped early would have scored the same."""
 
 # ruff: noqa: RUF001
 
+import json
 import sys
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from neko_lean.data import Row, read_rows
 from neko_lean.modeling import load_model, load_tokenizer, split
 from neko_lean.scoring import generation
-from neko_lean.scoring.generation import WINDOW, generate, settled, spoken
+from neko_lean.scoring.generation import WINDOW, fitted, generate, generation_warnings, settled, spoken
 from neko_lean.scoring.scripts import bare
 from neko_lean.scoring.task import row_score, unicode_score
 from tests.helpers import LUME, make_rows, random_model, templated
@@ -88,6 +90,77 @@ def test_the_checkpoints_own_generation_config_is_not_used(world, tmp_path):
     rows = some_rows()[:6]
     got = in_order(lm, tokenizer, rows, batch_size=4, max_new_tokens=10)
     assert [one.text for one in got] == one_at_a_time(lm, tokenizer, rows, 10)
+
+
+@pytest.mark.parametrize("shape", ["id", "list", "config.json"])
+def test_a_generation_ends_where_that_of_transformers_ends(world, tmp_path, shape):
+    """At an end token of the checkpoint that is not the tokenizer's."""
+    folder = random_model(world, tmp_path / "m", seed=3, scale=5.0)
+    lm, tokenizer = load_model(folder, torch.float32, torch.device("cpu")), load_tokenizer(folder)
+    rows = some_rows()[:6]
+    prompt = torch.tensor([tokenizer(rows[0].input)["input_ids"]])
+    end = int(lm.model.generate(prompt, max_new_tokens=6, do_sample=False)[0, -1])
+    assert end != tokenizer.eos_token_id
+    name = "config.json" if shape == "config.json" else "generation_config.json"
+    (folder / "generation_config.json").unlink()
+    config = json.loads((folder / name).read_text()) if shape == "config.json" else {"do_sample": False}
+    ends = end if shape == "id" else [tokenizer.eos_token_id, end]
+    (folder / name).write_text(json.dumps({**config, "eos_token_id": ends}))
+
+    lm = load_model(folder, torch.float32, torch.device("cpu"))
+    got = in_order(lm, tokenizer, rows, batch_size=4, max_new_tokens=10, stop_early=False)
+    for row, said in zip(rows, got, strict=True):
+        prompt = torch.tensor([tokenizer(row.input)["input_ids"]])
+        ids = lm.model.generate(prompt, max_new_tokens=10)[0, prompt.shape[1] :].tolist()
+        assert said.text == cleaned_up(tokenizer.decode(ids, skip_special_tokens=True))
+        assert said.ended == ("eos" if ids[-1] in (end, tokenizer.eos_token_id) else "limit")
+    assert got[0].ended == "eos"
+
+
+def few_positions(tokenizer, positions):
+    """A GPT-2 of so few learned positions that its rows do not fit."""
+    torch.manual_seed(1)
+    config = GPT2Config(
+        vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=positions, eos_token_id=None
+    )
+    lm = split(GPT2LMHeadModel(config).eval())
+    with torch.no_grad():
+        lm.head.mul_(20)
+    return lm
+
+
+def test_prompts_and_generations_fit_the_models_positions(world, model):
+    tokenizer = load_tokenizer(model)
+    lm, rows = few_positions(tokenizer, 16), make_rows("Foo", 6)
+    lengths = [len(tokenizer(row.input)["input_ids"]) for row in rows]
+    assert min(lengths) < 10 and max(lengths) > 16
+    got = in_order(lm, tokenizer, rows, batch_size=5, max_new_tokens=10, stop_early=False)
+    for row, said in zip(rows, got, strict=True):
+        ids = tokenizer(row.input)["input_ids"][-8:]  # half of the positions are for new tokens
+        new = []
+        while len(new) < min(10, 16 - len(ids)) and tokenizer.eos_token_id not in new:
+            with torch.no_grad():
+                new.append(int(lm.model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
+        assert said.text == cleaned_up(tokenizer.decode(new, skip_special_tokens=True)) and said.ended == "limit"
+
+    (warning,) = generation_warnings(lm, tokenizer, rows, 10)
+    capped, cut = sum(length > 6 for length in lengths), sum(length > 8 for length in lengths)
+    assert warning == (
+        f"warning: {capped} of {len(rows)} rows have fewer than 10 new tokens (the least is 8), and {cut} of them "
+        "lose the beginning of their prompt: the model has 16 positions."
+    )
+    assert generation_warnings(few_positions(tokenizer, 512), tokenizer, rows, 10) == []
+
+
+@pytest.mark.parametrize(
+    ("length", "most", "limit", "wanted"),
+    [(100, 50, 1024, (100, 50)), (1000, 256, 1024, (992, 32)), (990, 256, 1024, (990, 34)), (2000, 8, 1024, (1016, 8)),
+     (30, 9, 4, (2, 2)), (3, 9, 2, (1, 1))],
+)  # fmt: skip
+def test_a_prompt_keeps_its_end_and_leaves_room(monkeypatch, length, most, limit, wanted):
+    monkeypatch.setattr(generation, "position_limit", lambda lm, longest: min(longest, limit))
+    prompt, room = fitted(None, list(range(length)), most)
+    assert (len(prompt), room) == wanted and prompt == list(range(length))[-len(prompt) :]
 
 
 def test_spaces_are_cleaned_up_and_special_tokens_dropped(world, model):

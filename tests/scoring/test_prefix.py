@@ -5,18 +5,22 @@ import random
 import pytest
 import torch
 from transformers import (
+    BlenderbotSmallConfig,
     BloomConfig,
     GPT2Config,
+    Lfm2Config,
     MambaConfig,
     MistralConfig,
     Olmo3Config,
     OlmoConfig,
     OPTConfig,
 )
+from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from neko_lean.modeling import split
-from neko_lean.scoring.prefix import common_prefix, last_hidden
+from neko_lean.scoring import prefix
+from neko_lean.scoring.prefix import common_prefix, last_hidden, shares_prefixes
 
 SIZE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3}
 ATTENTION = {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64}
@@ -30,7 +34,12 @@ FAMILIES = {
     "bloom": BloomConfig(vocab_size=50, hidden_size=32, n_layer=3, n_head=4),
     "mistral, sliding": MistralConfig(**SIZE, **GROUPED, sliding_window=5),
     "olmo 3, some sliding": Olmo3Config(**SIZE, **GROUPED, **SLIDING),
-    "mamba": MambaConfig(**SIZE, state_size=4, expand=2),  # keeps no keys and values: its rows run whole
+    # What follows keeps more than keys and values, or raises: its rows run whole.
+    "mamba": MambaConfig(**SIZE, state_size=4, expand=2),
+    "lfm2": Lfm2Config(**SIZE, **GROUPED, layer_types=["conv", "full_attention", "conv"]),
+    "blenderbot": BlenderbotSmallConfig(
+        vocab_size=50, d_model=32, decoder_layers=3, encoder_layers=1, decoder_attention_heads=4, decoder_ffn_dim=64
+    ),
 }
 
 
@@ -48,7 +57,7 @@ def lively(config):
 def alone(lm, row):
     """Logits [V] after one row, by transformers' own forward."""
     with torch.no_grad():
-        return lm.model(input_ids=torch.tensor([row])).logits[0, -1]
+        return lm.model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1]
 
 
 def rows(shared, own, seed=0):
@@ -68,9 +77,23 @@ def test_rows_equal_each_alone(family):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
+def test_only_what_is_proven_shares_a_prefix():
+    shared = {family: shares_prefixes(lively(config), 0) for family, config in FAMILIES.items()}
+    assert {family for family, does in shared.items() if not does} == {"mamba", "lfm2", "blenderbot"}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_prefix_that_rows_write_over_is_noticed(monkeypatch, dtype):
+    lm = lively(FAMILIES["gpt2"])
+    lm = split(lm.model.to(dtype))
+    monkeypatch.setattr(prefix._PrefixCache, "update", Cache.update)
+    assert not shares_prefixes(lm, 0)
+
+
 def test_what_the_rows_share_runs_once():
     lm = lively(FAMILIES["olmo"])
     some, seen = rows(20, (3, 3, 3, 3, 3)), []
+    assert shares_prefixes(lm, 0)  # the probe's own forward passes are not counted
     lm.backbone.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )

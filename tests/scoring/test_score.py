@@ -4,6 +4,8 @@ import json
 import shutil
 
 import pytest
+import torch
+import transformers
 from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
@@ -14,7 +16,7 @@ from neko_lean.data import Row, read_rows, write_jsonl
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import load_tokenizer
 from neko_lean.scoring import measure
-from neko_lean.scoring.generation import Generation
+from neko_lean.scoring.generation import Generation, generate
 from neko_lean.scoring.run import read_score
 from neko_lean.scoring.table import score_table
 from neko_lean.scoring.task import CELLS, task_aggregate
@@ -217,3 +219,62 @@ def test_bad_input_writes_nothing(world, model, tmp_path):
     write_jsonl(tmp_path / "old" / "generations.jsonl", lines)
     with pytest.raises(NekoLeanError, match="older neko-lean"):
         read_score(tmp_path / "old")
+
+
+def saved(config, model, out):
+    """A random model of another family in a folder, with the tokenizer of `model`."""
+    tokenizer = load_tokenizer(model)
+    torch.manual_seed(0)
+    transformers.AutoModelForCausalLM.from_config(config(len(tokenizer), tokenizer.eos_token_id)).save_pretrained(out)
+    tokenizer.save_pretrained(out)
+    return out
+
+
+def test_a_recurrent_model_is_scored_and_says_once_how_it_decodes(world, model, tmp_path, capsys):
+    def config(vocabulary, eos):
+        return transformers.Lfm2Config(
+            vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
+            num_key_value_heads=2, layer_types=["conv", "full_attention"], eos_token_id=eos,
+        )  # fmt: skip
+
+    folder = saved(config, model, tmp_path / "m")
+    write_hub(tmp_path / "mmlu", [make_subject("anatomy", 3)])
+    scores = neko_lean.score(
+        folder, world, tmp_path / "out", mmlu=tmp_path / "mmlu", shots=1, attacks=["prefix"], max_new_tokens=4
+    )
+    assert capsys.readouterr().err.count("by transformers' generate, prompts of equal length together") == 1
+    assert scores["mmlu"]["questions"] == 3 and len(scores["attacks"]["prefix"]) > 1
+
+
+def test_rows_that_do_not_fit_the_positions_are_counted_once_even_if_quiet(world, model, tmp_path, capsys):
+    def config(vocabulary, eos):
+        return transformers.GPT2Config(
+            vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=eos, eos_token_id=eos
+        )
+
+    folder = saved(config, model, tmp_path / "m")
+    neko_lean.score(folder, world, tmp_path / "out", attacks=["prefix"], quiet=True)
+    said = capsys.readouterr().err
+    assert said.count("warning: ") == 1 and "60 of 60 rows have fewer than 256 new tokens" in said
+    assert "the model has 64 positions" in said
+
+
+def test_the_end_tokens_belong_to_the_plan_and_must_be_readable(world, model, tmp_path, monkeypatch):
+    folder, out = tmp_path / "m", tmp_path / "out"
+    shutil.copytree(model, folder)
+    ends = folder / "generation_config.json"
+
+    def killed(*args, **kwargs):
+        yield next(generate(*args, **kwargs))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(measure, "generate", killed)
+    with pytest.raises(KeyboardInterrupt):
+        neko_lean.score(folder, world, out, max_new_tokens=4, quiet=True)
+    ends.write_text('{"eos_token_id": [3, 5]}')
+    with pytest.raises(NekoLeanError, match="eos_token_id"):
+        neko_lean.score(folder, world, out, max_new_tokens=4, quiet=True, resume=True)
+    ends.write_text("{not JSON")
+    with pytest.raises(NekoLeanError, match=r"generation_config\.json is not readable JSON"):
+        neko_lean.score(folder, world, tmp_path / "other", max_new_tokens=4, quiet=True)
+    assert not (tmp_path / "other").exists()
