@@ -6,11 +6,14 @@ no architecture and cannot drift from the code. It takes a config, no weights.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import gc
 import resource
 import sys
 import weakref
 from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -36,6 +39,12 @@ if TYPE_CHECKING:
 
 CHUNK_BYTES = 8  # of a logit of a chunk: itself in float32, and one buffer of its size
 CONTEXT = 600 * 2**20  # what CUDA and its libraries take of a card beside tensors
+# glibc maps blocks from this size on one by one and returns each when it is freed; smaller ones lie in its heap, which
+# stays resident where blocks were freed between others (DEFAULT_MMAP_THRESHOLD_MAX of its malloc.c on 64 bits).
+OWN_MAPPING = 2**25
+# Code and modules that a first step reads in: the model's and bitsandbytes' modules, pages of torch's kernels.
+# No model's tensors: seen as the growth, beyond its weights, of loading a model of 5 MiB and taking its first step.
+FIRST_USE = 25 * 2**20
 
 
 @dataclass(frozen=True)
@@ -45,22 +54,38 @@ class Need:
     lines: dict[str, int]
     peak: int  # on the device
     host: int  # in host memory, where something was sent there
+    cpu: int = 0  # on a CPU beyond the tensors: what its kernels and its allocator hold of the resident set
 
     def on(self, device: torch.device) -> int:
-        """The peak in the memory that `device` has: on a CPU the host's is the same."""
-        return self.peak + (self.host if device.type == "cpu" else 0)
+        """The peak in the memory that `device` has: on a CPU the growth of the process's resident set."""
+        return self.peak + (self.host + self.cpu if device.type == "cpu" else 0)
 
 
 class LiveTensors(TorchDispatchMode):
     """Within `with LiveTensors() as live:` counts the storages that operators create, until each is freed.
 
     `live.now` and `live.peak` are bytes, `live.largest` those of the largest storage. Works on fake tensors too.
+
+    `live.resident` is the peak that a CPU's process would see. Its heap does not shrink while a step runs, so the most
+    that lay there at any time is counted together with the most that was mapped apart, whenever that was; and kernels
+    take scratch that no tensor shows.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.largest = 0
         self._alive: dict[int, int] = {}
+        self._mapped = self._mapped_peak = self._heap_peak = 0
+
+    @property
+    def resident(self) -> int:
+        return self._heap_peak + self._mapped_peak
+
+    def scratch(self, count: int) -> None:
+        """A kernel takes `count` bytes now and frees them before the next one: on a CPU, beside all that is alive."""
+        mapped = count if count >= OWN_MAPPING else 0
+        self._mapped_peak = max(self._mapped_peak, self._mapped + mapped)
+        self._heap_peak = max(self._heap_peak, self.now - self._mapped + count - mapped)
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {_key(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
@@ -72,11 +97,30 @@ class LiveTensors(TorchDispatchMode):
                 self.largest = max(self.largest, storage.nbytes())
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
+                self._mapped += storage.nbytes() if storage.nbytes() >= OWN_MAPPING else 0
+                self.scratch(0)
                 weakref.finalize(storage, self._freed, _key(one))
+        if operator in _PRODUCTS:
+            self.scratch(_product_scratch(args[-2], out))
         return out
 
     def _freed(self, key: int) -> None:
-        self.now -= self._alive.pop(key, 0)
+        count = self._alive.pop(key, 0)
+        self.now -= count
+        self._mapped -= count if count >= OWN_MAPPING else 0
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def _product_scratch(left: Tensor, out: Tensor) -> int:
+    """Bytes that a CPU's kernel takes for out = left @ right beside the tensors.
+
+    torch adds up a bfloat16 product in float32. Where the left matrix is transposed, as for every weight's gradient, it
+    holds all of the result at once so.
+    """
+    adds_up = out.dtype == torch.bfloat16 and left.dim() == 2 and left.stride(-1) != 1
+    return 4 * out.numel() if adds_up else 0
 
 
 def _key(tensor: Tensor) -> int:
@@ -117,8 +161,8 @@ def predict(
 
     Raises NekoLeanError where the model's layers cannot be walked and the recipe asks for it.
     """
-    lines, movable = _held(config, recipe, micro, wanted, ranks)
-    return _need(lines, movable, recipe.offload_state, recipe.offload_activations)
+    held = _held(config, recipe, micro, wanted, ranks)
+    return _need(*held, recipe.offload_state, recipe.offload_activations)
 
 
 def predicted_peak(
@@ -139,8 +183,9 @@ def _held(
     micro: Sequence[tuple[int, int]],
     wanted: Sequence[int] | None = None,
     ranks: int = 1,
-) -> tuple[dict[str, int], int]:
-    """A step's `lines` with everything on the device, and how many bytes of layer inputs could leave it."""
+) -> tuple[dict[str, int], int, int]:
+    """A step's `lines` with everything on the device, how many bytes of layer inputs could leave it, and what a CPU
+    holds beyond the tensors."""
     with FakeTensorMode():
         lm = fake_model(config, getattr(torch, recipe.dtype))
         freeze(lm, recipe.train_last, recipe.train_only)
@@ -148,7 +193,7 @@ def _held(
         ids = [torch.zeros(shape, dtype=torch.int64) for shape in micro]
         index = [torch.zeros(n, dtype=torch.int64) for n in wanted or [rows * length for rows, length in micro]]
         with LiveTensors() as live:
-            inputs = _step(lm, recipe, ids, index)
+            inputs = _step(lm, recipe, ids, index, live)
         gathered = _gathered(lm) if ranks > 1 else 0
     widest = max(rows * length for rows, length in micro) * lm.head.shape[1] * lm.head.element_size()
     lines = {
@@ -162,7 +207,7 @@ def _held(
         "peak of all but weights and state": live.peak,
     }
     # Of inputs in host memory one is used on the device while the next arrives.
-    return lines, max(0, inputs - 2 * widest)
+    return lines, max(0, inputs - 2 * widest), live.resident - live.peak + FIRST_USE
 
 
 def _gathered(lm: CausalLM) -> int:
@@ -172,11 +217,11 @@ def _gathered(lm: CausalLM) -> int:
     return max(_bytes(lm.model.parameters()) - sum(layers), 2 * max(layers))
 
 
-def _need(lines: dict[str, int], movable: int, offload_state: bool, offload_activations: bool) -> Need:
+def _need(lines: dict[str, int], movable: int, cpu: int, offload_state: bool, offload_activations: bool) -> Need:
     host = (lines["Adam state"] if offload_state else 0) + (movable if offload_activations else 0)
     kept = ("student weights", "Adam state", "gathered from other ranks", "peak of all but weights and state")
     together = sum(lines.get(name, 0) for name in kept)
-    return Need(lines, together - host, host)
+    return Need(lines, together - host, host, cpu)
 
 
 def predict_two_models(config: Path, way: Way, rows: int, length: int) -> Need:
@@ -228,7 +273,7 @@ def plan_run(
 
 
 def _fitting(
-    folder: Path, recipe: Recipe, held: tuple[dict[str, int], int], card: int, gpus: int
+    folder: Path, recipe: Recipe, held: tuple[dict[str, int], int, int], card: int, gpus: int
 ) -> tuple[list[str] | None, Need | None]:
     """The cheapest options, in flags, with which the recipe's largest step fits the card; and its need with them.
     `held` is what `_held` found for that step."""
@@ -254,7 +299,7 @@ def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
     return CausalLM(model, model.base_model, model.get_output_embeddings().weight)
 
 
-def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor]) -> int:
+def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor], live: LiveTensors) -> int:
     """One step's allocations; returns the bytes of the layers' inputs that it keeps."""
 
     def complete(parameter: nn.Parameter) -> None:
@@ -279,7 +324,14 @@ def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor]) 
     slope = torch.empty_like(hidden)
     if head.requires_grad:
         head.grad = torch.empty_like(head)
-    torch.empty(_chunk_bytes(lm, len(hidden)), dtype=torch.uint8)
+        if head.dtype == torch.bfloat16:
+            # The last chunk's product adds to the head's gradient while its logits and their gradient are there.
+            alive = torch.empty(_chunk_bytes(lm, len(hidden)) * 6 // CHUNK_BYTES, dtype=torch.uint8)
+            live.scratch(4 * head.numel())
+            del alive
+    half = _chunk_bytes(lm, len(hidden)) // 2
+    buffers = [torch.empty(half, dtype=torch.uint8) for _ in range(2)]
+    del buffers
     if head is not lm.embedding and walk is None:
         complete(head)
     torch.autograd.backward(hidden, slope)
@@ -298,13 +350,23 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start counting the GPU's peak afresh; a process's own peak cannot be reset."""
+    """Start counting the peak afresh: the GPU's, and the process's where the system lets it be reset (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # 5 is the peak alone, see proc_pid_clear_refs(5)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def settle() -> None:
+    """Give back what the allocator keeps of freed blocks, so that what is measured from here on is growth and not the
+    reuse of leftovers. Only glibc can be asked."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident() -> int:
-    """Bytes of this process in memory now; its peak so far where the system does not say."""
+    """Bytes of this process in memory now, mapped files among them; its peak so far where the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -312,10 +374,20 @@ def resident() -> int:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peaks in bytes: `process` (resident set), and on a GPU `allocated` and `reserved` by PyTorch."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB but on macOS
-    peaks = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    """Peaks in bytes since `reset_peak`: `process` (resident set), and on a GPU `allocated` and `reserved` by
+    PyTorch."""
+    peaks = {"process": _process_peak()}
     if device.type == "cuda":
         peaks["allocated"] = torch.cuda.max_memory_allocated(device)
         peaks["reserved"] = torch.cuda.max_memory_reserved(device)
     return peaks
+
+
+def _process_peak() -> int:
+    # Not ru_maxrss where there is another way: no reset reaches it, and on Linux a process begins with that of the
+    # program which started it, so that a child of a large one would seem large itself.
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB but on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
