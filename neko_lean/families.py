@@ -26,6 +26,7 @@ SPREAD = 30.0  # standard deviation of the logits on which the transformation is
 PROBE_LENGTH = 12
 # Switches in config.json that change what a forward pass returns, not what it computes.
 OUTPUT_SWITCHES = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
+SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
 # What config.json calls the number of positions, where attribute_map does not map it to the first.
 POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx")
 
@@ -245,6 +246,12 @@ def refuse_sight_of_later_tokens(model: PreTrainedModel, hidden_of: Callable[[Te
     for token in {padding, 0}:
         if all(changes(padded(count, token), length) for count in (1, 2)):
             raise NekoLeanError(f"{family} is not supported: its hidden states change with the padding behind a row.")
+
+
+def stated_softcap(config: PreTrainedConfig) -> float | None:
+    """The soft cap of the logits that config.json states, for a model without weights; None where it states none."""
+    text = config.get_text_config()
+    return next((value for name in SOFTCAPS if isinstance(value := getattr(text, name, None), int | float)), None)
 
 
 def stated_positions(config: PreTrainedConfig) -> int | None:

@@ -6,11 +6,15 @@ no architecture and cannot drift from the code. It takes a config, no weights.
 
 from __future__ import annotations
 
+import ctypes
 import dataclasses
+import gc
+import logging
 import resource
 import sys
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from itertools import accumulate, pairwise
 from pathlib import Path
@@ -22,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from neko_lean.families import backbone_of
+from neko_lean.families import backbone_of, plain_outputs, stated_softcap
 from neko_lean.head import CHUNK_ELEMENTS
 from neko_lean.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.modeling import CausalLM, checkpoint_activations, load_config, model_folder, model_name
@@ -35,8 +39,13 @@ from neko_lean.twomodels import WAYS, Way, two_model_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-CHUNK_BYTES = 8  # of a logit of a chunk: itself in float32, and one buffer of its size
 CONTEXT = 600 * 2**20  # what CUDA and its libraries take of a card beside tensors
+# glibc maps blocks from this size on one by one and returns each when it is freed; smaller ones lie in its heap, which
+# stays resident where blocks were freed between others (DEFAULT_MMAP_THRESHOLD_MAX of its malloc.c on 64 bits).
+OWN_MAPPING = 2**25
+# Code and modules that a first step reads in: the model's and bitsandbytes' modules, pages of torch's kernels.
+# No model's tensors: seen as the growth, beyond its weights, of loading a model of 5 MiB and taking its first step.
+FIRST_USE = 25 * 2**20
 
 
 @dataclass(frozen=True)
@@ -46,22 +55,38 @@ class Need:
     lines: dict[str, int]
     peak: int  # on the device
     host: int  # in host memory, where something was sent there
+    cpu: int = 0  # on a CPU beyond the tensors: what its kernels and its allocator hold of the resident set
 
     def on(self, device: torch.device) -> int:
-        """The peak in the memory that `device` has: on a CPU the host's is the same."""
-        return self.peak + (self.host if device.type == "cpu" else 0)
+        """The peak in the memory that `device` has: on a CPU the growth of the process's resident set."""
+        return self.peak + (self.host + self.cpu if device.type == "cpu" else 0)
 
 
 class LiveTensors(TorchDispatchMode):
     """Within `with LiveTensors() as live:` counts the storages that operators create, until each is freed.
 
     `live.now` and `live.peak` are bytes, `live.largest` those of the largest storage. Works on fake tensors too.
+
+    `live.resident` is the peak that a CPU's process would see. Its heap does not shrink while a step runs, so the most
+    that lay there at any time is counted together with the most that was mapped apart, whenever that was; and kernels
+    take scratch that no tensor shows.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.largest = 0
         self._alive: dict[int, int] = {}
+        self._mapped = self._mapped_peak = self._heap_peak = 0
+
+    @property
+    def resident(self) -> int:
+        return self._heap_peak + self._mapped_peak
+
+    def scratch(self, count: int) -> None:
+        """A kernel takes `count` bytes now and frees them before the next one: on a CPU, beside all that is alive."""
+        mapped = count if count >= OWN_MAPPING else 0
+        self._mapped_peak = max(self._mapped_peak, self._mapped + mapped)
+        self._heap_peak = max(self._heap_peak, self.now - self._mapped + count - mapped)
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         given = {_key(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
@@ -73,11 +98,30 @@ class LiveTensors(TorchDispatchMode):
                 self.largest = max(self.largest, storage.nbytes())
                 self.now += storage.nbytes()
                 self.peak = max(self.peak, self.now)
+                self._mapped += storage.nbytes() if storage.nbytes() >= OWN_MAPPING else 0
+                self.scratch(0)
                 weakref.finalize(storage, self._freed, _key(one))
+        if operator in _PRODUCTS:
+            self.scratch(_product_scratch(args[-2], out))
         return out
 
     def _freed(self, key: int) -> None:
-        self.now -= self._alive.pop(key, 0)
+        count = self._alive.pop(key, 0)
+        self.now -= count
+        self._mapped -= count if count >= OWN_MAPPING else 0
+
+
+_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+
+
+def _product_scratch(left: Tensor, out: Tensor) -> int:
+    """Bytes that a CPU's kernel takes for out = left @ right beside the tensors.
+
+    torch adds up a bfloat16 product in float32. Where the left matrix is transposed, as for every weight's gradient, it
+    holds all of the result at once so.
+    """
+    adds_up = out.dtype == torch.bfloat16 and left.dim() == 2 and left.stride(-1) != 1
+    return 4 * out.numel() if adds_up else 0
 
 
 def _key(tensor: Tensor) -> int:
@@ -132,8 +176,8 @@ def predict(
 
     Raises NekoLeanError where the model's layers cannot be walked and the recipe asks for it.
     """
-    lines, movable = _held(config, recipe, micro, wanted, ranks)
-    return _need(lines, movable, recipe.offload_state, recipe.offload_activations)
+    held = _held(config, recipe, micro, wanted, ranks)
+    return _need(*held, recipe.offload_state, recipe.offload_activations)
 
 
 def predicted_peak(
@@ -154,16 +198,17 @@ def _held(
     micro: Sequence[tuple[int, int]],
     wanted: Sequence[int] | None = None,
     ranks: int = 1,
-) -> tuple[dict[str, int], int]:
-    """A step's `lines` with everything on the device, and how many bytes of layer inputs could leave it."""
-    with FakeTensorMode():
+) -> tuple[dict[str, int], int, int]:
+    """A step's `lines` with everything on the device, how many bytes of layer inputs could leave it, and what a CPU
+    holds beyond the tensors."""
+    with FakeTensorMode(), _silent_fake_tensors():
         lm = fake_model(config, getattr(torch, recipe.dtype))
         freeze(lm, recipe.train_last, recipe.train_only)
         learning = [p for p in lm.model.parameters() if p.requires_grad]
         ids = [torch.zeros(shape, dtype=torch.int64) for shape in micro]
         index = [torch.zeros(n, dtype=torch.int64) for n in wanted or [rows * length for rows, length in micro]]
         with LiveTensors() as live:
-            inputs = _step(lm, recipe, ids, index)
+            inputs = _step(lm, recipe, ids, index, live)
         gathered = _gathered(lm) if ranks > 1 else 0
     widest = max(rows * length for rows, length in micro) * lm.head.shape[1] * lm.head.element_size()
     lines = {
@@ -177,7 +222,7 @@ def _held(
         "peak of all but weights and state": live.peak,
     }
     # Of inputs in host memory one is used on the device while the next arrives.
-    return lines, max(0, inputs - 2 * widest)
+    return lines, max(0, inputs - 2 * widest), live.resident - live.peak + FIRST_USE
 
 
 def _gathered(lm: CausalLM) -> int:
@@ -187,17 +232,17 @@ def _gathered(lm: CausalLM) -> int:
     return max(_bytes(lm.model.parameters()) - sum(layers), 2 * max(layers))
 
 
-def _need(lines: dict[str, int], movable: int, offload_state: bool, offload_activations: bool) -> Need:
+def _need(lines: dict[str, int], movable: int, cpu: int, offload_state: bool, offload_activations: bool) -> Need:
     host = (lines["Adam state"] if offload_state else 0) + (movable if offload_activations else 0)
     kept = ("student weights", "Adam state", "gathered from other ranks", "peak of all but weights and state")
     together = sum(lines.get(name, 0) for name in kept)
-    return Need(lines, together - host, host)
+    return Need(lines, together - host, host, cpu)
 
 
 def predict_two_models(config: Path, way: Way, rows: int, length: int) -> Need:
     """What one step of the two-model way needs, with `rows` rows of `length` tokens of each set; on a GPU."""
     shape = (rows, way.max_length or length)
-    with FakeTensorMode():
+    with FakeTensorMode(), _silent_fake_tensors():
         lm = fake_model(config, way.dtype)
         teacher = fake_model(config, way.dtype)
         if way.checkpointing:
@@ -244,7 +289,7 @@ def plan_run(
 
 
 def _fitting(
-    folder: Path, recipe: Recipe, held: tuple[dict[str, int], int], card: int, gpus: int
+    folder: Path, recipe: Recipe, held: tuple[dict[str, int], int, int], card: int, gpus: int
 ) -> tuple[list[str] | None, Need | None]:
     """The cheapest options, in flags, with which the recipe's largest step fits the card; and its need with them.
     `held` is what `_held` found for that step."""
@@ -266,16 +311,29 @@ def _fitting(
     return None, None
 
 
+@contextmanager
+def _silent_fake_tensors() -> Iterator[None]:
+    """Keep PyTorch from logging operators that fake tensors do not support, before it raises what is handled here."""
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    before = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+
+
 def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
     """A model without storage from its config; under FakeTensorMode only."""
     from transformers import AutoModelForCausalLM
 
     shape = load_config(config) if isinstance(config, Path) else config
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False).eval()
-    return CausalLM(model, backbone_of(model))
+    plain_outputs(model)
+    return CausalLM(model, backbone_of(model), softcap=stated_softcap(shape))
 
 
-def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor]) -> int:
+def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor], live: LiveTensors) -> int:
     """One step's allocations; returns the bytes of the layers' inputs that it keeps."""
 
     def complete(parameter: nn.Parameter) -> None:
@@ -300,7 +358,14 @@ def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor]) 
     slope = torch.empty_like(hidden)
     if head.requires_grad:
         head.grad = torch.empty_like(head)
-    torch.empty(_chunk_bytes(lm, len(hidden)), dtype=torch.uint8)
+        if head.dtype == torch.bfloat16:
+            # The last chunk's product adds to the head's gradient while its logits and their gradient are there.
+            alive = torch.empty(_chunk_bytes(lm, len(hidden)) * 6 // (4 * _chunk_buffers(lm)), dtype=torch.uint8)
+            live.scratch(4 * head.numel())
+            del alive
+    logits = _chunk_bytes(lm, len(hidden)) // _chunk_buffers(lm)
+    buffers = [torch.empty(logits, dtype=torch.uint8) for _ in range(_chunk_buffers(lm))]
+    del buffers
     if head is not lm.embedding and walk is None:
         complete(head)
     torch.autograd.backward(hidden, slope)
@@ -311,7 +376,12 @@ def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor]) 
 
 
 def _chunk_bytes(lm: CausalLM, positions: int) -> int:
-    return CHUNK_BYTES * min(CHUNK_ELEMENTS, positions * lm.head.shape[0])
+    return 4 * _chunk_buffers(lm) * min(CHUNK_ELEMENTS, positions * lm.head.shape[0])
+
+
+def _chunk_buffers(lm: CausalLM) -> int:
+    """Float32 buffers of a chunk's size: the logits, one for the student outside the top k, and a soft cap's slope."""
+    return 2 if lm.softcap is None else 3
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -319,13 +389,23 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 
 
 def reset_peak(device: torch.device) -> None:
-    """Start counting the GPU's peak afresh; a process's own peak cannot be reset."""
+    """Start counting the peak afresh: the GPU's, and the process's where the system lets it be reset (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # 5 is the peak alone, see proc_pid_clear_refs(5)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def settle() -> None:
+    """Give back what the allocator keeps of freed blocks, so that what is measured from here on is growth and not the
+    reuse of leftovers. Only glibc can be asked."""
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def resident() -> int:
-    """Bytes of this process in memory now; its peak so far where the system does not say."""
+    """Bytes of this process in memory now, mapped files among them; its peak so far where the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
@@ -333,10 +413,20 @@ def resident() -> int:
 
 
 def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peaks in bytes: `process` (resident set), and on a GPU `allocated` and `reserved` by PyTorch."""
-    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB but on macOS
-    peaks = {"process": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit}
+    """Peaks in bytes since `reset_peak`: `process` (resident set), and on a GPU `allocated` and `reserved` by
+    PyTorch."""
+    peaks = {"process": _process_peak()}
     if device.type == "cuda":
         peaks["allocated"] = torch.cuda.max_memory_allocated(device)
         peaks["reserved"] = torch.cuda.max_memory_reserved(device)
     return peaks
+
+
+def _process_peak() -> int:
+    # Not ru_maxrss where there is another way: no reset reaches it, and on Linux a process begins with that of the
+    # program which started it, so that a child of a large one would seem large itself.
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in KiB but on macOS
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

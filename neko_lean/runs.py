@@ -22,7 +22,7 @@ from neko_lean.finite import or_null
 from neko_lean.levels import with_levels
 from neko_lean.loading import holds_weights
 from neko_lean.loop import Loop
-from neko_lean.memory import resident
+from neko_lean.memory import resident, settle
 from neko_lean.modeling import (
     load_model,
     load_tokenizer,
@@ -183,6 +183,7 @@ def unlearn(
                 f"warning: the length limit of {limit} removes the whole answer of {lost} of "
                 f"{len(forget_rows)} forget rows; they get no forget loss."
             )
+        settle()
         before = resident()
         student = partial(load_model, folder, pick_dtype(chosen.dtype))
         lm = student(_whole_on(place))
@@ -255,6 +256,7 @@ def memorize(
         explained_write_errors(out),
         explained_out_of_memory(),
     ):
+        settle()
         before = resident()
         trainer = Trainer(student(_whole_on(place)), pad_id, [], encoded, None, chosen, device=place)
         loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)

@@ -5,6 +5,7 @@ import importlib
 import inspect
 import random
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,21 @@ from neko_lean import shrink
 from neko_lean.cli import app
 from neko_lean.head import token_stats
 from neko_lean.layerwise import LayerPass, decoder_layers, freeze
-from neko_lean.memory import CONTEXT, LiveTensors, fake_model, full_step, plan_run, predict, predict_two_models
+from neko_lean.memory import (
+    CONTEXT,
+    FIRST_USE,
+    OWN_MAPPING,
+    LiveTensors,
+    fake_model,
+    full_step,
+    peak_memory,
+    plan_run,
+    predict,
+    predict_two_models,
+    reset_peak,
+    resident,
+    settle,
+)
 from neko_lean.modeling import checkpoint_activations, split
 from neko_lean.optim import InBackwardAdam8bit
 from neko_lean.recipes import Recipe, load_recipe, parse_override
@@ -47,6 +62,55 @@ def test_live_tensors_counts_what_is_alive():
         assert live.now == 0
         torch.zeros(10).add_(1)
     assert live.peak == 8000 and live.largest == 4000
+
+
+def test_what_a_cpu_holds_of_small_blocks_stays_beside_what_it_maps():
+    with LiveTensors() as live:
+        small = [torch.empty(OWN_MAPPING // 2, dtype=torch.uint8) for _ in range(3)]
+        del small
+        large = torch.empty(2 * OWN_MAPPING, dtype=torch.uint8)
+        del large
+    assert live.peak == 2 * OWN_MAPPING
+    assert live.resident == 3 * OWN_MAPPING // 2 + 2 * OWN_MAPPING  # the heap does not shrink
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_bfloat16_weight_gradient_is_added_up_in_float32(dtype):
+    delta, hidden = torch.randn(8, 3000).to(dtype), torch.randn(8, 128).to(dtype)
+    with LiveTensors() as live:
+        product = delta.T @ hidden
+        held = product.nbytes + (4 * product.numel() if dtype == torch.bfloat16 else 0)
+        assert live.resident == held and live.peak == product.nbytes
+        delta @ torch.zeros(3000, 8, dtype=dtype)  # nothing is transposed: no scratch
+        assert live.resident == max(held, live.peak)
+
+
+def test_a_prediction_on_a_cpu_counts_the_heads_gradient_in_float32():
+    cpu, gpu = torch.device("cpu"), torch.device("cuda")
+    wide = OlmoConfig(**{**MIDDLE.to_dict(), "vocab_size": 60000, "hidden_size": 256, "num_hidden_layers": 1})
+    extra = {}
+    for dtype in ("bfloat16", "float32"):
+        need = predict(wide, load_recipe("graddiff", {"dtype": dtype}), [(4, 128)])
+        extra[dtype] = need.on(cpu) - need.on(gpu)
+        assert need.on(gpu) == need.peak and need.on(cpu) == need.peak + need.cpu and need.cpu >= FIRST_USE
+    assert extra["bfloat16"] > extra["float32"]
+    offloaded = predict(MIDDLE, load_recipe("neko", {"offload_state": True}), [(4, 128)])
+    plain = predict(MIDDLE, load_recipe("neko"), [(4, 128)])
+    assert offloaded.on(cpu) == plain.on(cpu)  # host memory is the CPU's own
+    assert predict_two_models(MIDDLE, LEAN, 4, 128).cpu == 0
+
+
+def test_the_process_peak_can_be_reset_and_is_not_the_parents():
+    held = torch.ones(2**26)  # 256 MiB
+    before = peak_memory(torch.device("cpu"))["process"]
+    assert before >= held.nbytes
+    del held
+    settle()
+    reset_peak(torch.device("cpu"))
+    after = peak_memory(torch.device("cpu"))["process"]
+    if not Path("/proc/self/clear_refs").exists():
+        pytest.skip("this system cannot reset a process's peak")
+    assert after < before - 2**27 and after >= resident() - 2**24
 
 
 def real_step(recipe, micro):

@@ -71,7 +71,10 @@ def _print(found: dict[str, Any]) -> None:
         table.add_row(line, *("" if cell is None else gibibytes(cell) for cell in cells))
     table.add_section()
     table.add_row("peak on the device", *(gibibytes(way["peak"]) for way in found["ways"].values()))
+    on_cpu = [way["peak"] + way["host"] + way["cpu"] if way["cpu"] else None for way in found["ways"].values()]
+    table.add_row("peak on a CPU instead", *("" if peak is None else gibibytes(peak) for peak in on_cpu))
     Console().print(table)
+    print("On a CPU it is the growth of the resident set, with the allocator's share and the code of the first step.")
 
 
 def _bytes(text: str) -> int:

@@ -98,9 +98,10 @@ def unlearn(
         emit({"out": str(out), **result})
     elif not quiet:
         predicted = result["predicted_peak"]
+        counted = " (resident set, with the allocator's share)" if result["device"] == "cpu" else ""
         print(
             f"{out}: {result['ended']}; weights of step {result['weights_of_step']}; "
             f"{result['wall_seconds']:.0f} s, {result['padding']:.1%} padding\n"
             f"peak memory: {gibibytes(result['measured_peak'])} measured, "
-            f"{'none' if predicted is None else gibibytes(predicted)} predicted"
+            f"{'none' if predicted is None else gibibytes(predicted)} predicted{counted}"
         )
