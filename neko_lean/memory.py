@@ -26,10 +26,18 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from neko_lean.errors import NekoLeanError
 from neko_lean.families import backbone_of, plain_outputs, stated_softcap
 from neko_lean.head import CHUNK_ELEMENTS
 from neko_lean.layerwise import LayerPass, decoder_layers, freeze
-from neko_lean.modeling import CausalLM, checkpoint_activations, load_config, model_folder, model_name
+from neko_lean.modeling import (
+    CausalLM,
+    checkpoint_activations,
+    load_config,
+    model_folder,
+    model_name,
+    usable_length,
+)
 from neko_lean.optim import SLICE, UPDATE_BYTES, state_size
 from neko_lean.ranks import size
 from neko_lean.recipes import Recipe, forgets, load_recipe
@@ -271,21 +279,46 @@ def plan_run(
     when not even all of them do)."""
     folder = model_folder(model, config_only=True)
     chosen = load_recipe(recipe, overrides)
+    chosen = dataclasses.replace(chosen, max_length=usable_length(folder, chosen.max_length))
+    try:
+        held = _held_by_full_step(folder, chosen, gpus)
+        note = ""
+    except NekoLeanError as error:
+        if gpus > 1 or chosen.backward != "layerwise":
+            raise
+        chosen = dataclasses.replace(chosen, backward="checkpointed", offload_activations=False)
+        held = _held_by_full_step(folder, chosen, gpus)
+        note = f" with backward=checkpointed, as {str(error).removesuffix('.')}"
+
     micro = full_step(chosen)
     length = micro[0][1]
     rows = sum(one[0] for one in micro)
-    held = _held(folder, chosen, _of_one(micro, gpus), ranks=gpus)
     needs = {"neko-lean": _need(*held, chosen.offload_state, chosen.offload_activations)}
     for way in WAYS:
-        needs[way.name] = predict_two_models(folder, way, max(1, rows // 2), length)
+        with suppress(Exception):  # of the family's code in a dtype that it does not predict, as experts in float32
+            needs[way.name] = predict_two_models(folder, way, max(1, rows // 2), length)
     found: dict[str, Any] = {
-        "title": f"{model_name(model)}, recipe {chosen.name}: {rows} rows of {length} tokens a step, all used",
+        "title": f"{model_name(model)}, recipe {chosen.name}: {rows} rows of {length} tokens a step, all used{note}",
         "ways": {name: dataclasses.asdict(need) for name, need in needs.items()},
     }
     if card is not None:
         options, fits = _fitting(folder, chosen, held, card, gpus)
         found |= {"options": options, "fits": fits and dataclasses.asdict(fits)}
     return found
+
+
+def _held_by_full_step(folder: Path, recipe: Recipe, gpus: int) -> tuple[dict[str, int], int, int]:
+    """`_held` of a recipe's largest step, on each of several GPUs. Raises NekoLeanError where the model's own code does
+    not run on tensors without storage."""
+    try:
+        return _held(folder, recipe, _of_one(full_step(recipe), gpus), ranks=gpus)
+    except NekoLeanError:
+        raise
+    except Exception as error:
+        line = (str(error).splitlines() or [type(error).__name__])[0]
+        raise NekoLeanError(
+            f"the memory of {folder} cannot be predicted: its code needs real tensors ({line})."
+        ) from error
 
 
 def _fitting(
@@ -298,7 +331,7 @@ def _fitting(
         smaller = ["--set micro_tokens=512"] if positions < recipe.micro_tokens else []
         if smaller:
             changed = dataclasses.replace(recipe, micro_tokens=positions)
-            held = _held(folder, changed, _of_one(full_step(changed), gpus), ranks=gpus)
+            held = _held_by_full_step(folder, changed, gpus)
         ways: list[list[str]] = [[], ["activations"], ["state"], ["state", "activations"]]
         if recipe.backward != "layerwise":  # no other keeps layer inputs apart
             ways = [[], ["state"]]
@@ -330,7 +363,11 @@ def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
     shape = load_config(config) if isinstance(config, Path) else config
     model = AutoModelForCausalLM.from_config(shape, dtype=dtype, trust_remote_code=False).eval()
     plain_outputs(model)
-    return CausalLM(model, backbone_of(model), softcap=stated_softcap(shape))
+    try:
+        backbone = backbone_of(model)
+    except NekoLeanError as error:
+        raise NekoLeanError(f"memory cannot be predicted from the config alone in {dtype}: {error}") from error
+    return CausalLM(model, backbone, softcap=stated_softcap(shape))
 
 
 def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor], live: LiveTensors) -> int:
