@@ -33,6 +33,7 @@ from neko_lean.data import Row
 from neko_lean.demo.run import write_base
 from neko_lean.demo.world import build_world, write_world
 from neko_lean.modeling import load_tokenizer, new_model
+from neko_lean.recipes import load_recipe, reads_cache
 from neko_lean.runs import memorize, unlearn
 from neko_lean.unfinished import RUN
 
@@ -87,7 +88,8 @@ def run(root: Path, name: str, out: Path, resume: bool) -> None:
     if recipe == "memorize":
         memorize(root / "model", data, out, **common)
         return
-    unlearn(root / "model", out, data, data, cache=root / "cache", anchor=data / "anchor.jsonl", **common)
+    cache = root / "cache" if reads_cache(load_recipe(recipe, SMALL | change), anchor=True) else None
+    unlearn(root / "model", out, data, data, cache=cache, anchor=data / "anchor.jsonl", **common)
 
 
 def result(out: Path) -> tuple[dict[str, str], list[dict[str, Any]], dict[str, Any]]:

@@ -37,7 +37,7 @@ from neko_lean.documents import read_anchor
 from neko_lean.errors import staged_folder
 from neko_lean.files import read_jsonl
 from neko_lean.modeling import CausalLM, load_model, load_tokenizer
-from neko_lean.recipes import load_recipe, parse_override, recipe_names
+from neko_lean.recipes import load_recipe, parse_override, reads_cache, recipe_names
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring import score
 from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
@@ -105,7 +105,8 @@ def forget_with(data: Path, target: Path, out: Path, recipe: str, change: dict[s
     command += ["--format", chosen.format, "--overwrite", "--quiet", *(["--anchor", anchor] if anchor else [])]
     subprocess.run(list(map(str, command)), check=True)
     unlearn(
-        target, out, data, data, cache=cache, anchor=anchor, recipe=recipe,
+        target, out, data, data, cache=cache if reads_cache(chosen, anchor=anchor is not None) else None,
+        anchor=anchor, recipe=recipe,
         overrides={"backward": "plain", **change}, seed=seed, quiet=True,
     )  # fmt: skip
 

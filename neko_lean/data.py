@@ -304,6 +304,18 @@ def truncation_line(encoded: Sequence[Encoded], max_length: int) -> str:
     return f"{cut} of {len(encoded)} rows cut to {max_length} tokens ({sum(e.cut for e in encoded)} tokens lost)"
 
 
+def position_warning(encoded: Sequence[Encoded], limit: int, max_length: int) -> str | None:
+    """That rows are cut because the model embeds no more than `limit` positions, or None where none is.
+
+    `encoded` were cut to `limit`; `max_length` is the length that was asked for.
+    """
+    if limit >= max_length or not any(one.cut for one in encoded):
+        return None
+    return f"warning: the model has {limit} positions, fewer than the {max_length} asked for: " + truncation_line(
+        encoded, limit
+    )
+
+
 def length_batches(lengths: Sequence[int], *, max_rows: int, max_tokens: int) -> list[list[int]]:
     """Indices of rows, in batches of at most `max_rows` rows and `max_tokens` positions, padding included.
 

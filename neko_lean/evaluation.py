@@ -58,6 +58,8 @@ def quality(values: Mapping[str, float]) -> float:
         parts.append(values["eval_retain_exact"])
     if "eval_retain_kl" in values:
         parts.append(math.exp(-values["eval_retain_kl"]))
+    if any(math.isnan(part) for part in parts):
+        return math.nan  # min() may overlook it
     if not parts or min(parts) <= 0:
         return 0.0
     return len(parts) / sum(1 / part for part in parts)

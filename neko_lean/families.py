@@ -259,8 +259,8 @@ def embeddable_positions(model: nn.Module, config: PreTrainedConfig) -> int | No
     """The longest row that the model can embed; None where no table of positions sets a limit.
 
     A limit is a table (learned, sinusoidal or rotary) with a row for each of config.json's positions, give or take the
-    offset of 2 that OPT and BART have. Rotary embeddings that are computed as needed set none. A model on the meta device
-    is enough.
+    offset of 2 that OPT and BART have. Rotary embeddings that are computed as needed set none. A model on the meta
+    device is enough.
     """
     stated = stated_positions(config)
     if stated is None:

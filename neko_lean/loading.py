@@ -33,6 +33,10 @@ _QUANTIZED = re.compile(
     r"\.(absmax|quant_map|nested_absmax|SCB|weight_format|qweight|qzeros|g_idx|scales|zeros|weight_packed|weight_scale"
     r"|weight_scale_inv|weight_zero_point|W_q|meta|input_scale|qdata)$|quant_state|_blocks$|_scales$"
 )
+# Buffers that older versions of transformers saved and newer ones compute: masks, rotary frequencies and positions.
+_OLD_BUFFERS = re.compile(
+    r"(^|\.)(masked_bias|causal_mask|inv_freq|cos_cached|sin_cached|position_ids|embed_positions\.(weights|_float_tensor))$"
+)
 _MULTIMODAL = re.compile(r"vision|visual|audio|multi_modal|mm_projector|image|speech")
 
 
@@ -129,6 +133,8 @@ def _bytes(file: Path, name: str) -> Tensor:
 def _check_index(folder: Path, found: Mapping[str, StoredTensor]) -> None:
     """Raise NekoLeanError unless the index names exactly the tensors that its files hold."""
     listed = _weight_map(folder)
+    if "metadata" not in json.loads((folder / INDEX).read_text(encoding="utf-8")):
+        raise NekoLeanError(f'{folder / INDEX} has no metadata, which transformers needs: add "metadata": {{}} to it.')
     lost = sorted(name for name in listed if name not in found)
     if lost:
         raise NekoLeanError(
@@ -156,7 +162,12 @@ def refuse_packed(stored: Mapping[str, StoredTensor]) -> None:
 
 
 def check_loaded(
-    model: PreTrainedModel, folder: Path, stored: Mapping[str, StoredTensor], info: Mapping[str, Any]
+    model: PreTrainedModel,
+    folder: Path,
+    stored: Mapping[str, StoredTensor],
+    info: Mapping[str, Any],
+    *,
+    packed: bool = False,
 ) -> None:
     """Raise NekoLeanError unless the model's weights are exactly those of the files, and finite.
 
@@ -165,10 +176,11 @@ def check_loaded(
         stored: what the files hold, by name.
         info: transformers' loading info. What it leaves out on purpose, such as tied weights and old buffers, is
             neither missing nor unexpected there.
+        packed: whether config.json says that the weights are quantised, and they were dequantised.
     """
     found = Differences(
         sorted(info["missing_keys"]),
-        sorted(info["unexpected_keys"]),
+        sorted(name for name in info["unexpected_keys"] if not _is_old_buffer(name, model.base_model_prefix, stored)),
         sorted((name, tuple(there), tuple(here)) for name, there, here in info["mismatched_keys"]),
     )
     if found:
@@ -177,9 +189,17 @@ def check_loaded(
             f"{_listed(found)}. {diagnosis(found, model)}"
         )
     _refuse_twice(model, folder, stored)
-    refuse_integers(model, stored)
-    untie_where_stored(model, folder, stored)
-    refuse_not_finite(model, folder)
+    if not packed:
+        refuse_integers(model, stored)
+    untie_where_stored(model, folder)
+    refuse_broken_weights(model, folder)
+
+
+def _is_old_buffer(name: str, base_prefix: str, stored: Mapping[str, StoredTensor]) -> bool:
+    """Whether a tensor that the model does not have is one that needs not be loaded: it is the same for all weights."""
+    tensor = stored.get(name) or stored.get(name.removeprefix(f"{base_prefix}."))
+    is_mask = tensor is not None and name.endswith(".bias") and tensor.shape[:2] == (1, 1) and len(tensor.shape) == 4
+    return is_mask or _OLD_BUFFERS.search(name) is not None
 
 
 def _listed(found: Differences) -> str:
@@ -320,27 +340,31 @@ def refuse_integers(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) 
             )
 
 
-def untie_where_stored(model: PreTrainedModel, folder: Path, stored: Mapping[str, StoredTensor]) -> None:
+def untie_where_stored(model: PreTrainedModel, folder: Path) -> None:
     """Make the config say the truth where it ties the head to the embedding, but the files hold both and they differ.
 
     transformers then loads both. A config that went on saying that they are one would have other programs drop the head
     of what is saved.
     """
-    text = model.config.get_text_config(decoder=True)
-    head, table = model.get_output_embeddings(), model.get_input_embeddings()
-    tied = any(getattr(config, "tie_word_embeddings", False) for config in (model.config, text))
-    if not tied or head is None or not (_head_names(model) & stored.keys()) or head.weight is table.weight:
+    tied = model.get_expanded_tied_weights_keys(all_submodels=True)
+    untied = sorted(tied.keys() - model.all_tied_weights_keys.keys())
+    if not untied:
         return
-    for config in (model.config, text):
+    if len(untied) < len(tied):
+        raise NekoLeanError(
+            f"{folder} holds {_some(untied)} with other values than {tied[untied[0]]}, though config.json says "
+            f"they are one tensor: set tie_word_embeddings to false there, or remove the one that is not meant."
+        )
+    for config in {id(one): one for one in (model.config, model.config.get_text_config(decoder=True))}.values():
         config.tie_word_embeddings = False
     say(
-        f"warning: {folder / 'config.json'} ties the head to the embedding, but the weights hold both and they differ: "
-        f"the head is kept, and what is saved says tie_word_embeddings: false."
+        f"warning: {folder / 'config.json'} ties {_some(untied)} to {tied[untied[0]]}, but the weights hold both and "
+        f"they differ: both are kept, and what is saved says tie_word_embeddings: false."
     )
 
 
 @torch.no_grad()
-def refuse_not_finite(model: PreTrainedModel, folder: Path) -> None:
+def refuse_broken_weights(model: PreTrainedModel, folder: Path) -> None:
     """Raise NekoLeanError naming the first tensor of the model that holds a NaN or an infinity."""
     for name, tensor in model.state_dict().items():
         if tensor.is_floating_point() and not is_finite(tensor):

@@ -23,6 +23,7 @@ from neko_lean.cache.format import MANIFEST
 from neko_lean.checkpoints import METRICS, RunState, Save, load_weights, random_states, set_random_states
 from neko_lean.collective import largest
 from neko_lean.errors import NekoLeanError
+from neko_lean.finite import or_null
 from neko_lean.memory import peak_memory, predicted_peak, reset_peak
 from neko_lean.modeling import CausalLM
 from neko_lean.optim import InBackwardAdam8bit, NotFinite
@@ -63,6 +64,8 @@ class Loop:
         rows, recipe = (trainer.forget, trainer.retain), trainer.recipe
         self.lengths = [len(one) for one in rows[0]], [len(one) for one in rows[1]]
         self.steps = sum(phase.steps for phase in phases(recipe, *self.lengths, random.Random(seed)))
+        if not self.steps:
+            raise NekoLeanError(f"recipe {recipe.name} makes no step of {sum(map(len, self.lengths))} rows.")
         chosen = random.Random(f"{seed} evaluation")
         sample = [chosen.sample(range(len(some)), min(recipe.eval_rows, len(some))) for some in rows]
         self.sample: Rows = sample[0], sample[1]
@@ -267,7 +270,7 @@ class Loop:
         line["wait_seconds"] = waited
         line["seconds"] = time.monotonic() - start
         line["peak_memory"] = peak_memory(self.device)
-        metrics.write(json.dumps(line) + "\n")
+        metrics.write(json.dumps(or_null(line), allow_nan=False) + "\n")
         metrics.flush()
         return values
 

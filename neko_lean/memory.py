@@ -28,7 +28,7 @@ from neko_lean.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.modeling import CausalLM, checkpoint_activations, load_config, model_folder, model_name
 from neko_lean.optim import SLICE, UPDATE_BYTES, state_size
 from neko_lean.ranks import size
-from neko_lean.recipes import Recipe, load_recipe
+from neko_lean.recipes import Recipe, forgets, load_recipe
 from neko_lean.step import chosen_hidden, dealt
 from neko_lean.twomodels import WAYS, Way, two_model_loss
 
@@ -86,11 +86,25 @@ def _key(tensor: Tensor) -> int:
 
 
 def full_step(recipe: Recipe) -> list[tuple[int, int]]:
-    """The largest step a recipe allows, as micro-batches (rows, length): rows of full length, no padding."""
-    length = min(recipe.max_length, recipe.batch_tokens)
-    rows = max(1, recipe.batch_tokens // length)
-    most = max(1, recipe.micro_tokens // length) if recipe.backward == "layerwise" else rows
-    return [(min(most, rows - start), length) for start in range(0, rows, most)]
+    """The largest step that a recipe can make, as micro-batches (rows, length): rows of full length, no padding.
+
+    Forget and retain rows share `batch_tokens`, as `data.paired_batches` has it, which lets one row of each pass
+    whatever their length. A substitute comes on top for each forget row, since it is not counted there.
+    """
+    length = recipe.max_length
+    most = {"forget": recipe.forget_rows if forgets(recipe) else 0}
+    most["retain"] = recipe.retain_rows if recipe.retain_objective != "none" else 0
+    turns = [["forget"], ["retain"]] if recipe.order == "alternating" else [["forget", "retain"]]
+
+    def in_turn(sets: Sequence[str]) -> int:
+        # A forget row without an objective of its own takes room for its substitute, but may itself be short.
+        trained = [name for name in sets if most[name] and (name == "retain" or recipe.forget_objective != "none")]
+        shared = min(sum(most[name] for name in trained), max(len(trained), recipe.batch_tokens // length))
+        return shared + (most["forget"] if "forget" in sets and recipe.substitute != "none" else 0)
+
+    rows = max(1, *map(in_turn, turns))
+    together = max(1, recipe.micro_tokens // length) if recipe.backward == "layerwise" else rows
+    return [(min(together, rows - start), length) for start in range(0, rows, together)]
 
 
 def _of_one(micro: Sequence[tuple[int, int]], ranks: int) -> list[tuple[int, int]]:
@@ -208,7 +222,8 @@ def plan_run(
     model: str | Path, recipe: str | Path, overrides: Mapping[str, Any], card: int | None, gpus: int = 1
 ) -> dict[str, Any]:
     """The need of a recipe's largest step, for this tool (with several `gpus` that of each) and for two models, and
-    which options fit a card of `card` bytes (`options`, flags of unlearn; None when not even all of them do)."""
+    which options fit a card of `card` bytes (`options`, flags of unlearn, or --set where the recipe is memorize's; None
+    when not even all of them do)."""
     folder = model_folder(model, config_only=True)
     chosen = load_recipe(recipe, overrides)
     micro = full_step(chosen)
@@ -233,16 +248,21 @@ def _fitting(
 ) -> tuple[list[str] | None, Need | None]:
     """The cheapest options, in flags, with which the recipe's largest step fits the card; and its need with them.
     `held` is what `_held` found for that step."""
-    for positions in sorted({recipe.micro_tokens, min(512, recipe.micro_tokens)}, reverse=True):
+    less = 512 if recipe.backward == "layerwise" else recipe.micro_tokens
+    for positions in sorted({recipe.micro_tokens, min(less, recipe.micro_tokens)}, reverse=True):
         smaller = ["--set micro_tokens=512"] if positions < recipe.micro_tokens else []
         if smaller:
             changed = dataclasses.replace(recipe, micro_tokens=positions)
             held = _held(folder, changed, _of_one(full_step(changed), gpus), ranks=gpus)
-        for flags in ([], ["activations"], ["state"], ["state", "activations"]):
+        ways: list[list[str]] = [[], ["activations"], ["state"], ["state", "activations"]]
+        if recipe.backward != "layerwise":  # no other keeps layer inputs apart
+            ways = [[], ["state"]]
+        for flags in ways:
             state, activations = (getattr(recipe, f"offload_{f}") or f in flags for f in ("state", "activations"))
             need = _need(*held, state, activations)
             if need.peak + CONTEXT <= card:
-                return [f"--offload-{flag}" for flag in flags] + smaller, need
+                flag = "--offload-{}" if forgets(recipe) else "--set offload_{}=true"  # memorize has no such flags
+                return [flag.format(one) for one in flags] + smaller, need
     return None, None
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -32,6 +33,7 @@ from neko_lean.families import (
 )
 from neko_lean.head import LogitTransform, TokenViews, logits, token_stats, token_views
 from neko_lean.loading import check_loaded, refuse_packed, stored_tensors, weight_files
+from neko_lean.quantized import dequantized, loading_options, quantization_method, refuse_quantized
 from neko_lean.ranks import local_rank, size
 from neko_lean.trust import reason, refuse_untrusted
 
@@ -155,6 +157,7 @@ def model_folder(model: str | Path, *, config_only: bool = False) -> Path:
     if not (path / "config.json").is_file():
         raise NekoLeanError(f"{path} holds no config.json: it is not a Hugging Face checkpoint folder.")
     refuse_untrusted(path)
+    refuse_quantized(path)
     return path
 
 
@@ -179,22 +182,45 @@ def model_name(model: str | Path) -> str:
 
 
 def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
-    """The tokenizer in a checkpoint folder, with a padding token (EOS where it has none of its own)."""
-    from transformers import AutoTokenizer
+    """The tokenizer in a checkpoint folder, with a padding token that the model has a row for.
+
+    Where it has none, another special token is used, EOS first: masks keep padding out of every number.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerBase
 
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:
-        why = f": {reason(error)}" if "trust_remote_code" in str(error) else ""
-        raise NekoLeanError(f"{folder} holds no tokenizer that transformers can load{why}.") from error
+        raise NekoLeanError(
+            f"{folder} holds no tokenizer that transformers can load: {reason(error)}; get its tokenizer files again."
+        ) from error
+    if not isinstance(tokenizer, PreTrainedTokenizerBase):
+        raise NekoLeanError(f"{folder} holds a {type(tokenizer).__name__}, which is no tokenizer of text.")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # Without its files transformers makes up an empty tokenizer of the model's family.
         raise NekoLeanError(f"{folder} holds no tokenizer: its files (tokenizer.json and the like) are missing.")
-    if tokenizer.pad_token_id is None:
-        tokenizer.pad_token = tokenizer.eos_token
-    if tokenizer.pad_token_id is None:
-        raise NekoLeanError(f"the tokenizer in {folder} has neither a padding nor an EOS token: give it one.")
+    known = _vocab_size(folder)
+    if tokenizer.pad_token_id is None or tokenizer.pad_token_id >= known:
+        tokenizer.pad_token = _padding_token(tokenizer, folder, known)
     return tokenizer
+
+
+def _vocab_size(folder: Path) -> int:
+    """How many tokens the model has rows for, by its config; as many as can be where there is no config."""
+    if not (folder / "config.json").is_file():
+        return sys.maxsize
+    size = getattr(load_config(folder).get_text_config(decoder=True), "vocab_size", None)
+    return size if isinstance(size, int) else sys.maxsize
+
+
+def _padding_token(tokenizer: PreTrainedTokenizerBase, folder: Path, known: int) -> str:
+    """A special token below `known` to pad with."""
+    for token in (tokenizer.eos_token, tokenizer.bos_token, tokenizer.unk_token, *tokenizer.all_special_tokens):
+        if token is not None and cast(int, tokenizer.convert_tokens_to_ids(token)) < known:
+            return str(token)
+    raise NekoLeanError(
+        f"the tokenizer in {folder} has neither a padding nor an EOS token that the model knows: give it one."
+    )
 
 
 def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> CausalLM:
@@ -205,8 +231,9 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Causal
     """
     from transformers import AutoModelForCausalLM
 
-    stored = stored_tensors(folder)
-    refuse_packed(stored)
+    stored, method = stored_tensors(folder), quantization_method(folder)
+    if method is None:
+        refuse_packed(stored)
     try:
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder,
@@ -216,12 +243,19 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Causal
             use_safetensors=True,
             output_loading_info=True,
             ignore_mismatched_sizes=True,  # check_loaded names them
+            **loading_options(method, device),
         )
     except Exception as error:  # transformers raises a dozen types
+        if "conversion of the weights" in str(error):
+            raise NekoLeanError(
+                f"the tensors in {folder} do not fit together to those of its config.json, as with an expert that is "
+                f"missing: get the checkpoint again."
+            ) from error
         raise NekoLeanError(f"{folder} cannot be loaded as a causal language model: {reason(error)}") from error
     model, info = loaded
-    check_loaded(model, folder, stored, info)
-    return split(model.to(device))
+    model = dequantized(model, method, dtype)
+    check_loaded(model, folder, stored, info, packed=method is not None)
+    return split(model.to(device))  # type: ignore[arg-type]
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -230,8 +264,10 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
     try:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except Exception as error:  # of a dozen types, transformers' validation errors among them
         raise NekoLeanError(f"{folder / 'config.json'} is no model that transformers has: {reason(error)}") from error
+    if hasattr(config, "quantization_config"):  # of the weights beside it; a new model's are plain
+        del config.quantization_config
     return config
 
 
@@ -268,7 +304,7 @@ def split(model: PreTrainedModel) -> CausalLM:
     finally:
         model.train(was_training)
     tolerance = 0.02 if lm.head.dtype == torch.bfloat16 else 1e-4
-    if (wanted - got).abs().max() > tolerance * (1 + wanted.abs().max()):
+    if not (wanted - got).abs().max() <= tolerance * (1 + wanted.abs().max()):  # NaN is not close to anything
         raise NekoLeanError(f"{family} is not supported: its logits do not follow from its last hidden states.")
     return lm
 

@@ -25,7 +25,8 @@ def token_weights(row: Tensor, reduction: str, positions: int = 0) -> Tensor:
     """Weights [N] for tokens that belong to rows `row` [N] (int64), by one of three reductions.
 
     'tokens': each token 1 / N: the mean over tokens. 'rows': the mean over each row's tokens, then over the rows that
-    have any. 'positions': each token 1 / `positions`, the rectangle's size, so that padding counts as 0.
+    have any. 'positions': each token 1 / `positions`, the size of the rectangle that the set's rows make when each is
+    padded to the longest of them, so that padding, and a token that gets no loss, counts as 0.
     """
     count = max(len(row), 1)
     if reduction == "tokens":

@@ -15,9 +15,10 @@ import torch
 from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.cache.format import MANIFEST, file_sha256
 from neko_lean.collective import gather, joined
-from neko_lean.data import Encoded, encode, read_rows, truncation_line
+from neko_lean.data import Encoded, encode, position_warning, read_rows, truncation_line
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, explained_write_errors
+from neko_lean.finite import or_null
 from neko_lean.levels import with_levels
 from neko_lean.loop import Loop
 from neko_lean.memory import resident
@@ -30,13 +31,24 @@ from neko_lean.modeling import (
     pick_device,
     pick_dtype,
     tokenizer_fingerprint,
+    usable_length,
     weights_fingerprint,
 )
 from neko_lean.progress import say
 from neko_lean.ranks import leads, size
-from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, Recipe, forgets, load_recipe, needs_teacher
+from neko_lean.recipes import (
+    DEFAULT,
+    NEED_FORGET_CACHE,
+    Recipe,
+    forgets,
+    load_recipe,
+    reads_cache,
+    reads_retain,
+    uses_anchor,
+)
 from neko_lean.shrink import explained_out_of_memory
 from neko_lean.signals import handled
+from neko_lean.step import forget_start
 from neko_lean.substitutes import random_answers, refusals
 from neko_lean.trainer import Trainer
 from neko_lean.unfinished import RUN, complete_run, digests, rows_digest, unfinished, versions
@@ -87,25 +99,32 @@ def unlearn(
         resume: go on from the last save of the same run and end in the same weights; from the beginning without one.
         overwrite: replace what `out` holds; and without `resume`, what an unfinished run has left.
 
+    What the recipe has no use for is refused: `cache`, `anchor` and `base_cache`, and a recipe that forgets nothing.
+    The `retain` rows alone, which the signature asks for, are only checked where the recipe does not read them.
+
     Returns what run.json holds. Raises NekoLeanError for bad input, and when a loss or gradient stops being finite:
     then `out` holds the checkpoint of the best evaluation or else of the last save, if there was one, and nothing
     otherwise. Raises signals.Interrupted when SIGINT or SIGTERM arrives, once the step is finished and saved.
     """
     chosen = load_recipe(recipe, overrides)
+    _refuse_unused(chosen, overrides, cache, anchor, base_cache)
     folder, place = model_folder(model), pick_device(device)
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
-    forget_rows = _encode(forget, "forget", tokenizer, chosen) if forgets(chosen) else []
-    retain_rows = _encode(retain, "retain", tokenizer, chosen) if chosen.retain_objective != "none" else []
-    anchors = encode(read_anchor(anchor), tokenizer, "plain", chosen.max_length) if anchor is not None else []
-    substitutes = _substitutes(forget_rows, retain_rows, tokenizer, chosen, seed)
-    if chosen.retain_objective != "none":
-        retain_rows += anchors
-    reads_cache = needs_teacher(chosen) or (chosen.forget_objective == "calibrated" and bool(anchors))
-    teacher = TeacherCache(cache) if reads_cache and cache is not None else None
-    before_learning = None
-    if base_cache is not None and chosen.forget_objective == "calibrated":
-        before_learning = TeacherCache(base_cache)
+    limit = usable_length(folder, chosen.max_length)
+    forget_rows = _encode(forget, "forget", tokenizer, chosen, limit)
+    retain_rows = _encode(retain, "retain", tokenizer, chosen, limit)
+    if not reads_retain(chosen):
+        say(f"retain: not used, as recipe {chosen.name} has no retain objective", quiet)
+    anchors = encode(read_anchor(anchor), tokenizer, "plain", limit) if anchor is not None else []
+    _refuse_nothing_to_forget(forget_rows, chosen)
+    substitutes = _substitutes(forget_rows, retain_rows, tokenizer, chosen, limit, seed)
+    if warning := position_warning([*forget_rows, *retain_rows, *anchors], limit, chosen.max_length):
+        say(warning)
+    retain_rows = [*retain_rows, *anchors] if chosen.retain_objective != "none" else []
+    cached = reads_cache(chosen, anchor=bool(anchors))
+    teacher = TeacherCache(cache) if cache is not None else None
+    before_learning = TeacherCache(base_cache) if base_cache is not None else None
     weights, words = weights_fingerprint(folder), tokenizer_fingerprint(tokenizer)
     identity = {
         **_identity("unlearn", chosen, seed, place),
@@ -127,7 +146,7 @@ def unlearn(
         explained_write_errors(out),
         explained_out_of_memory(),
     ):
-        if reads_cache and teacher is None:
+        if cached and teacher is None:
             cache_teacher(
                 folder,
                 retain,
@@ -155,12 +174,12 @@ def unlearn(
             forget_rows = _leveled(forget_rows, anchors, teacher, before_learning, tokenizer, chosen)
         for name, encoded in (("forget", forget_rows), ("retain", retain_rows)):
             if encoded:
-                say(f"{name}: {truncation_line(encoded, chosen.max_length)}", quiet)
+                say(f"{name}: {truncation_line(encoded, limit)}", quiet)
         lost = answers_lost(forget_rows)
         if lost:
             # Even --quiet does not hide that part of the forget set will not be forgotten.
             say(
-                f"warning: the length limit of {chosen.max_length} removes the whole answer of {lost} of "
+                f"warning: the length limit of {limit} removes the whole answer of {lost} of "
                 f"{len(forget_rows)} forget rows; they get no forget loss."
             )
         before = resident()
@@ -201,15 +220,19 @@ def memorize(
     The rest is as for unlearn.
     """
     chosen = load_recipe(recipe, overrides)
-    if chosen.retain_objective != "ce" or chosen.forget_objective != "none":
+    if chosen.retain_objective != "ce" or forgets(chosen):
         raise NekoLeanError(
-            f"recipe {chosen.name} is not for memorize: it needs retain_objective ce and no forget one."
+            f"recipe {chosen.name} is not for memorize: it needs retain_objective ce, no forget one and no substitute."
         )
+    refuse_one_file(data, "--data", sets, split)
     folder, place = model_folder(model), pick_device(device)
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
-    encoded = [one for name in sets for one in _encode(data, name, tokenizer, chosen, split)]
-    say(truncation_line(encoded, chosen.max_length), quiet)
+    limit = usable_length(folder, chosen.max_length)
+    encoded = [one for name in sets for one in _encode(data, name, tokenizer, chosen, limit, split)]
+    say(truncation_line(encoded, limit), quiet)
+    if warning := position_warning(encoded, limit, chosen.max_length):
+        say(warning)
     # Without weights the model follows from config.json and the seed.
     trained = any(folder.glob("*.safetensors"))
     identity = {
@@ -239,6 +262,59 @@ def memorize(
     return run
 
 
+def _refuse_unused(
+    recipe: Recipe,
+    overrides: Mapping[str, Any] | None,
+    cache: str | Path | None,
+    anchor: str | Path | None,
+    base_cache: str | Path | None,
+) -> None:
+    """Raise NekoLeanError for what was given to `unlearn` and would change nothing."""
+    if not forgets(recipe):
+        raise NekoLeanError(
+            f"recipe {recipe.name} forgets nothing: it has neither a forget_objective nor a substitute; take another "
+            f"recipe, or `memorize` to train on rows."
+        )
+    if base_cache is not None and recipe.forget_objective != "calibrated":
+        raise NekoLeanError(
+            f"--base-cache {base_cache} has no effect: it is for forget_objective calibrated, and recipe {recipe.name} "
+            f"has {recipe.forget_objective}; leave it out."
+        )
+    if anchor is not None and not uses_anchor(recipe, base_cache=base_cache is not None):
+        raise NekoLeanError(
+            f"--anchor {anchor} has no effect: recipe {recipe.name} holds no retain rows still and takes no levels "
+            f"from it; leave it out."
+        )
+    if cache is not None and not reads_cache(recipe, anchor=anchor is not None):
+        why = "without --anchor " if recipe.forget_objective == "calibrated" else ""
+        raise NekoLeanError(
+            f"--cache {cache} has no effect: {why}recipe {recipe.name} asks no teacher (retain_objective "
+            f"{recipe.retain_objective}, forget_objective {recipe.forget_objective}); leave it out."
+        )
+    source = "--base-cache" if base_cache is not None else "--anchor" if anchor is not None else ""
+    if source and recipe.forget_objective == "calibrated" and "level" in (overrides or {}):
+        raise NekoLeanError(f"level has no effect: {source} says what each token should cost; leave one of them out.")
+
+
+def _refuse_nothing_to_forget(forget: Sequence[Encoded], recipe: Recipe) -> None:
+    """Raise NekoLeanError where no token of any forget row would get a loss, and no substitute takes its place."""
+    if recipe.substitute == "none" and not any(forget_start(one, recipe) < len(one) - 1 for one in forget):
+        raise NekoLeanError(
+            f"recipe {recipe.name} would forget nothing: with max_length {recipe.max_length} and answer_skip "
+            f"{recipe.answer_skip} no token of the {len(forget)} forget rows gets a loss; raise the one or lower "
+            f"the other."
+        )
+
+
+def refuse_one_file(data: str | Path, option: str, sets: Sequence[str], split: str | None) -> None:
+    """Raise NekoLeanError where `data` is a file: it would be read for every set, whatever its name and `split`."""
+    if Path(data).is_file() and (len(sets) > 1 or split is not None):
+        raise NekoLeanError(
+            f"{option} {data} is a file: give the folder that holds forget.* and retain.*"
+            f"{' of the split' if split is not None else ''}."
+        )
+
+
 def _leveled(
     forget: Sequence[Encoded],
     anchors: Sequence[Encoded],
@@ -263,14 +339,19 @@ def _leveled(
 
 
 def _substitutes(
-    forget: Sequence[Encoded], retain: Sequence[Encoded], tokenizer: PreTrainedTokenizerBase, recipe: Recipe, seed: int
+    forget: Sequence[Encoded],
+    retain: Sequence[Encoded],
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    limit: int,
+    seed: int,
 ) -> list[Encoded] | None:
     """What the recipe puts in the place of each forget row's answer."""
     if recipe.substitute == "none":
         return None
     rows, others = [one.row for one in forget], [one.row for one in retain]
     chosen = refusals(rows) if recipe.substitute == "refusal" else random_answers(rows, others, seed)
-    return encode(chosen, tokenizer, recipe.format, recipe.max_length)
+    return encode(chosen, tokenizer, recipe.format, limit)
 
 
 def answers_lost(encoded: Sequence[Encoded]) -> int:
@@ -279,10 +360,15 @@ def answers_lost(encoded: Sequence[Encoded]) -> int:
 
 
 def _encode(
-    path: str | Path, stem: str, tokenizer: PreTrainedTokenizerBase, recipe: Recipe, split: str | None = None
+    path: str | Path,
+    stem: str,
+    tokenizer: PreTrainedTokenizerBase,
+    recipe: Recipe,
+    limit: int,
+    split: str | None = None,
 ) -> list[Encoded]:
     rows = read_rows(path, stem, split)
-    return encode(rows, tokenizer, recipe.format, recipe.max_length, append_eos=recipe.append_eos)
+    return encode(rows, tokenizer, recipe.format, limit, append_eos=recipe.append_eos)
 
 
 def _identity(command: str, recipe: Recipe, seed: int, device: torch.device) -> dict[str, Any]:
@@ -315,7 +401,7 @@ def _train(loop: Loop, before: int, about: dict[str, Any]) -> dict[str, Any]:
         with loop.work.output() as stage:
             loop.write(stage)
             if leads():
-                (stage / RUN).write_text(json.dumps(run, indent=1) + "\n")
+                (stage / RUN).write_text(json.dumps(or_null(run), indent=1, allow_nan=False) + "\n")
     return run
 
 

@@ -31,8 +31,8 @@ def shrink(state: RunState, batch: Batch, vocabulary: int) -> str:
         state.micro_tokens = max(shared) // 2
         return f"micro-batches of at most {state.micro_tokens} positions"
     raise NekoLeanError(
-        "the GPU's memory does not hold a single row: make max_length smaller, or give --offload-state, "
-        "--offload-activations or --train-last."
+        "the GPU's memory does not hold a single row: make max_length smaller (--set max_length=256), or give "
+        "--set offload_state=true, --set offload_activations=true or --set train_last=4."
     )
 
 
@@ -43,6 +43,6 @@ def explained_out_of_memory() -> Iterator[None]:
         yield
     except torch.OutOfMemoryError as error:
         raise NekoLeanError(
-            "the GPU's memory does not hold the model and Adam's state: give --offload-state, --state-bits 4 or "
-            "--train-last; `neko-lean plan` says what fits."
+            "the GPU's memory does not hold the model and Adam's state: give --set offload_state=true, "
+            "--set state_bits=4 or --set train_last=4; `neko-lean plan` says what fits."
         ) from error

@@ -93,7 +93,8 @@ class Batch:
     rows: int
     substitutes: int  # how many of the rows are substitutes: as many as forget rows, or none
     tokens: int  # real positions
-    retain_positions: int  # positions of the retain rows if all rows were padded to the longest
+    forget_positions: int  # positions of the forget rows if each were padded to the longest of them
+    retain_positions: int  # of the retain rows, likewise
     teacher: tuple[Tensor, Tensor, Tensor] | None  # as token_stats takes them, [N, k], [N, k], [N]
     reference: Tensor | None  # [N], the teacher's log-probability of the targets that are not of retain rows
     level: Tensor | None  # [N], nats at which the target of a forget position counts as forgotten
@@ -182,7 +183,8 @@ def make_batch(
         rows=len(rows),
         substitutes=len(substitutes),
         tokens=sum(lengths),
-        retain_positions=len(retain) * max(lengths),
+        forget_positions=len(forget) * max(map(len, forget), default=0),
+        retain_positions=len(retain) * max(map(len, retain), default=0),
         teacher=None if taught is None else tuple(_sent(one, device) for one in taught),  # type: ignore[arg-type]
         reference=None if reference is None else _sent(reference, device),
         level=None if level is None else _sent(level, device),
@@ -315,7 +317,7 @@ def batch_losses(
 def _forget_loss(target_logp: Tensor, kl: Tensor, batch: Batch, recipe: Recipe, drift: float) -> Tensor:
     """The recipe's forget objective, from the vectors [N] that token_stats gave for a batch."""
     logp, row = target_logp[batch.forget], batch.row[batch.forget]
-    weights = objectives.token_weights(row, recipe.forget_reduction, len(batch.row))
+    weights = objectives.token_weights(row, recipe.forget_reduction, batch.forget_positions)
     if recipe.forget_objective == "ga":
         return objectives.gradient_ascent(logp, weights)
     if recipe.forget_objective == "wga":

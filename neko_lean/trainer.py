@@ -29,6 +29,7 @@ from neko_lean.ranks import size
 from neko_lean.recipes import Recipe
 from neko_lean.shrink import TornError, shrink
 from neko_lean.step import Batch, batch_losses, chosen_hidden, make_batch
+from neko_lean.vocabulary import refuse_unknown_rows
 
 LATELY = 0.9  # how much of the anchor's last losses a step keeps
 SETS = ("forget", "retain")
@@ -67,6 +68,7 @@ class Trainer:
         substitutes: list[Encoded] | None = None,
         device: torch.device | None = None,
     ) -> None:
+        refuse_unknown_rows([*forget, *retain, *(substitutes or [])], student)
         self.student, self.pad_id = student, pad_id
         self.packed = packs(student)
         self.recipe, self.walk = choose_backward(student, recipe, device or student.device)

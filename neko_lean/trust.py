@@ -40,7 +40,7 @@ def refuse_untrusted(folder: Path) -> None:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise NekoLeanError(f"{file} is not readable JSON: get the checkpoint again.") from error
-    for key, value in _values(config):
+    for key, value in nested_values(config):
         if key.removeprefix("_").startswith(_IMPLEMENTATIONS) and "/" in str(value):
             raise NekoLeanError(f"{file} has {key} run code from the hub, which neko-lean never does: remove {key}.")
         if key == "transformers_weights" and value not in (None, "model.safetensors"):
@@ -49,12 +49,12 @@ def refuse_untrusted(folder: Path) -> None:
         raise NekoLeanError(f"{folder} is an adapter to a model elsewhere: merge the two and give the merged folder.")
 
 
-def _values(config: Any) -> Iterator[tuple[str, Any]]:
+def nested_values(config: Any) -> Iterator[tuple[str, Any]]:
     """Every key and value in nested objects and lists."""
     if isinstance(config, dict):
         yield from config.items()
     for value in config.values() if isinstance(config, dict) else config if isinstance(config, list) else ():
-        yield from _values(value)
+        yield from nested_values(value)
 
 
 def reason(error: Exception) -> str:

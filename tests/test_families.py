@@ -6,7 +6,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.families import backbone_of, linear_head, logit_transform, embeddable_positions
+from neko_lean.families import backbone_of, embeddable_positions, linear_head, logit_transform
 from neko_lean.modeling import next_token_logp, split, usable_length
 from tests.helpers import SIZES
 

@@ -1,20 +1,29 @@
 """What a run will need: predictions on fake tensors against what the real step allocates."""
 
 import dataclasses
+import importlib
+import inspect
+import random
+import re
 
 import pytest
 import torch
 from transformers import OlmoConfig, OlmoForCausalLM
+from typer.testing import CliRunner
 
+from neko_lean import shrink
+from neko_lean.cli import app
 from neko_lean.head import token_stats
 from neko_lean.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.memory import CONTEXT, LiveTensors, fake_model, full_step, plan_run, predict, predict_two_models
 from neko_lean.modeling import checkpoint_activations, split
 from neko_lean.optim import InBackwardAdam8bit
-from neko_lean.recipes import load_recipe
+from neko_lean.recipes import Recipe, load_recipe, parse_override
+from neko_lean.schedules import batches, phases
 from neko_lean.twomodels import LEAN, PUBLISHED
 
 GIB = 2**30
+plan_command = importlib.import_module("neko_lean.cli.plan")
 MIDDLE = OlmoConfig(
     vocab_size=3000, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
     tie_word_embeddings=False, architectures=["OlmoForCausalLM"],
@@ -100,6 +109,64 @@ def test_olmo_1b_stays_within_a_quarter_of_weights_and_state():
     lean = predict(OLMO_1B, dataclasses.replace(recipe, offload_state=True, offload_activations=True), micro)
     assert lean.peak < 1.6 * need.lines["student weights"]
     assert lean.peak + lean.host == pytest.approx(need.peak, rel=0.02)
+
+
+@pytest.mark.parametrize(
+    ("name", "change", "rows"),
+    [
+        ("sequential", {}, 8),
+        ("mismatch", {}, 16 + 12),
+        ("idk", {}, 16 + 12),
+        ("neko", {"forget_rows": 3, "retain_rows": 2}, 5),
+        ("neko", {"retain_objective": "none"}, 32),
+        ("alternating", {}, 16),
+        ("alternating", {"forget_rows": 40, "retain_rows": 3, "batch_tokens": 20_480}, 40),
+        ("memorize", {}, 16),
+        ("neko", {"batch_tokens": 64}, 2),
+    ],
+)
+def test_the_largest_step_is_one_that_the_recipe_can_make(name, change, rows):
+    """Against the batches themselves, of rows that are long where that makes a step large."""
+    recipe = load_recipe(name, change)
+    assert sum(count for count, _ in full_step(recipe)) == rows
+    assert {length for _, length in full_step(recipe)} == {recipe.max_length}
+    length, most = recipe.max_length, 0
+    pushed = recipe.forget_objective != "none"
+    filling = min(length, (recipe.batch_tokens - recipe.forget_rows) // recipe.retain_rows)
+    for own, other in ((length, length), (length - 1, 1), (1, length), (1, max(1, filling))):
+        forget = [own] * 120 if pushed or recipe.substitute != "none" else []
+        retain = [other] * 120 if recipe.retain_objective != "none" else []
+        for phase in phases(recipe, forget, retain, random.Random(0))[:2]:
+            for _, (left, right) in zip(range(20), batches(recipe, phase, forget, retain, random.Random(0))):  # noqa: B905
+                tokens = len(right) * other + (len(left) * own if pushed else 0)
+                most = max(most, tokens + (len(left) * length if recipe.substitute != "none" else 0))
+    # Rows are whole: of a step that short rows fill up, one row may be missing.
+    assert most - length < rows * length and most > (rows - 2) * length
+
+
+def test_what_is_advised_exists(tmp_path, monkeypatch):
+    """Every option that a plan or memory that ran out names is one of `unlearn`, and of `memorize` where it is its."""
+    OlmoConfig(**{**MIDDLE.to_dict(), "num_hidden_layers": 1}).save_pretrained(tmp_path)
+
+    def options(command):
+        return set(re.findall(r"--[a-z-]+", CliRunner().invoke(app, [command, "--help"]).output))
+
+    asked = []
+    for name, command in (("neko", "unlearn"), ("memorize", "memorize")):
+        for backward in ("layerwise", "checkpointed"):
+            change = {"backward": backward}
+            peak = plan_run(tmp_path, name, change, None)["ways"]["neko-lean"]["peak"]
+            for less in (2**20, 2**21, 2**22, 2**23):
+                found = plan_run(tmp_path, name, change, peak + CONTEXT - less)["options"] or []
+                asked.append(found)
+                assert set(re.findall(r"--[a-z-]+", " ".join(found))) <= options(command)
+                values = dict(parse_override(one.removeprefix("--set ")) for one in found if one.startswith("--set"))
+                load_recipe(name, {**change, **values})
+    assert any(asked)
+    text = inspect.getsource(shrink) + inspect.getsource(plan_command)
+    assert set(re.findall(r"--[a-z][a-z-]+", text)) - {"--gpu", "--batch-tokens"} <= options("memorize")
+    for key in re.findall(r"--set (\w+)=", text):
+        assert key in {field.name for field in dataclasses.fields(Recipe)}
 
 
 def test_each_option_is_worth_what_it_says():

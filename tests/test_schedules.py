@@ -15,7 +15,10 @@ FORGET, RETAIN = [30, 20, 40, 10, 25, 35, 15], [20] * 12
 
 
 def recipe(**change):
-    return load_recipe("neko", {"forget_rows": 2, "retain_rows": 4, "max_steps": 0, "epochs": 3.0, **change})
+    given = {"forget_rows": 2, "retain_rows": 4, "max_steps": 0, **change}
+    if not given["max_steps"] or given.get("order") == "chunks":
+        given["epochs"] = 3.0
+    return load_recipe("neko", given)
 
 
 def test_learning_rate_warms_up_and_falls():

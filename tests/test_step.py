@@ -40,7 +40,7 @@ def pieces(world, tmp_path_factory):
 def naive(teacher, student, forget, retain, recipe):
     """The recipe's loss row by row, with two live models and all logits: GA on answers, dense KL on retain."""
     logp, rows, kl, padded = [], [], [], 0
-    longest = max(len(one) for one in [*forget, *retain])
+    longest = max(len(one) for one in retain)
     for number, one in enumerate(forget):
         logq = student(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(1)
         for i in range(one.prompt + recipe.answer_skip, len(one)):
@@ -157,7 +157,8 @@ def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batc
 
     def loss(forget, pad_id, micro_tokens):
         change = {"forget_objective": objective, "micro_tokens": micro_tokens, "forget_reduction": "rows"}
-        change |= {"gamma": 3.0, "substitute": "refusal" if objective == "dpo" else "none", "level": 2.0}
+        change |= {"undial": {"gamma": 3.0}, "simnpo": {"gamma": 3.0}, "calibrated": {"level": 2.0}}.get(objective, {})
+        change |= {"substitute": "refusal"} if objective == "dpo" else {}
         recipe = load_recipe("neko", change)
         tokenizer = load_tokenizer(student_folder)
         others = encode(refusals([one.row for one in forget]), tokenizer, "neko", 128) if objective == "dpo" else []
@@ -218,7 +219,7 @@ def test_substitutes_take_the_answers_place(pieces):
     assert losses["substitute_loss"].item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
     bare = load_recipe("neko")
     plain = batch_losses(
-        *(lambda b: (chosen_hidden(lm, b.micro, b.index), lm.head, b))(make_batch(forget, retain, cache, bare, 0, CPU)),
+        *(lambda b: (chosen_hidden(lm, b.micro, b.index), lm, b))(make_batch(forget, retain, cache, bare, 0, CPU)),
         bare,
     )
     wanted = plain["loss"] + 0.5 * losses["substitute_loss"]
@@ -296,6 +297,38 @@ def test_positions(pieces):
     batch = make_batch([], retain, None, memorize, 0, CPU)
     assert batch.teacher is None and len(batch.row) == sum(len(one) - 1 for one in retain)
     assert batch.retain_positions == 2 * max(len(one) for one in retain)
+
+
+def test_a_mean_over_positions_is_of_a_sets_own_rectangle(pieces):
+    """What the forget rows give does not depend on which retain rows, or substitutes, are in the same step."""
+    _, student_folder, rows, cache = pieces
+    lm = load_model(student_folder, torch.float32, CPU)
+    change = {"forget_reduction": "positions", "retain_reduction": "positions"}
+    recipe = load_recipe("neko", change)
+    by_length = sorted(rows["retain"], key=len)
+    forget, short, long = rows["forget"][:5], by_length[:2], by_length[-8:]
+    substituted = load_recipe("neko", {**change, "substitute": "refusal", "substitute_weight": 1.0})
+    refused = encode(refusals([one.row for one in forget]), load_tokenizer(student_folder), "neko", 128)
+
+    def losses(forget, retain, recipe, others=()):
+        batch = make_batch(forget, retain, cache, recipe, 0, CPU, others)
+        with torch.no_grad():
+            return batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm.head, batch, recipe)
+
+    total = 0.0
+    with torch.no_grad():
+        for one in forget:
+            logq = lm.model(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(1)
+            total += sum(logq[i - 1, one.ids[i]].item() for i in range(one.prompt, len(one)))
+    wanted = total / (len(forget) * max(len(one) for one in forget))
+    for found in (
+        losses(forget, short, recipe),
+        losses(forget, long, recipe),
+        losses(forget, long, substituted, refused),
+    ):
+        assert found["forget_loss"].item() == pytest.approx(wanted, rel=1e-4)
+    alone = losses([], long, recipe)["retain_loss"].item()
+    assert losses(forget, long, recipe)["retain_loss"].item() == pytest.approx(alone, rel=1e-4)
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(20, 200), st.integers(1, 5))

@@ -16,7 +16,7 @@ from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError
 from neko_lean.levels import with_levels
 from neko_lean.modeling import load_model, load_tokenizer, next_token_logp
-from neko_lean.recipes import load_recipe, recipe_names
+from neko_lean.recipes import load_recipe, reads_cache, recipe_names
 from neko_lean.schedules import learning_rate
 from neko_lean.trainer import prefetched
 from tests.helpers import SMALL, random_model
@@ -259,13 +259,14 @@ def anchored(world, model, tmp_path_factory):
     "name", [name for name in recipe_names() if name not in ("memorize", "neko", "neko-published")]
 )
 def test_every_recipe_runs_and_lowers_its_loss(world, model, anchored, tmp_path, name):
-    change = {"max_steps": 24, "lr": 2e-3, "eval_every": 4, "chunk_rows": 8}
-    weighted = load_recipe(name).forget_objective == "wga"
+    recipe = load_recipe(name)
+    change = {"max_steps": 24, "lr": 2e-3, "eval_every": 4, **({"chunk_rows": 8} if recipe.order == "chunks" else {})}
+    weighted = recipe.forget_objective == "wga"
     if weighted:  # by the probability, which a random model gives to no answer: beside the KL it would be nothing
         change |= {"retain_weight": 0.0}
     run = neko_lean.unlearn(
-        model, tmp_path / "out", world, world, cache=anchored / "cache", anchor=anchored / "anchor.jsonl",
-        recipe=name, overrides=change, quiet=True,
+        model, tmp_path / "out", world, world, cache=anchored / "cache" if reads_cache(recipe, anchor=True) else None,
+        anchor=anchored / "anchor.jsonl", recipe=name, overrides=change, quiet=True,
     )  # fmt: skip
     lines = metrics(tmp_path / "out")
     assert run["steps"] == 24 and run["failure"] is None
@@ -281,12 +282,19 @@ def test_every_recipe_runs_and_lowers_its_loss(world, model, anchored, tmp_path,
         assert changed and all(".mlp." in key for key in changed)
 
 
+def test_answers_of_retain_rows_without_a_retain_objective(world, model, tmp_path):
+    """The retain rows are read for their answers, and not held still."""
+    change = {"max_steps": 3, "retain_objective": "none"}
+    run = neko_lean.unlearn(model, tmp_path / "out", world, world, recipe="mismatch", overrides=change, quiet=True)
+    assert run["steps"] == 3 and run["retain_rows"] == 0 and run["failure"] is None
+    assert all(line["retain_loss"] == 0 and line["substitute_loss"] > 0 for line in metrics(tmp_path / "out"))
+
+
 def test_chunks_begin_anew(world, model, anchored, tmp_path):
     """Each chunk's learning rate starts at the top, and its steps take only its rows."""
     change = {"chunk_rows": 12, "epochs": 1.0, "forget_rows": 4}
     neko_lean.unlearn(
-        model, tmp_path / "out", world, world, cache=anchored / "cache", recipe="sequential", overrides=change,
-        quiet=True,
+        model, tmp_path / "out", world, world, recipe="sequential", overrides=change, quiet=True,
     )  # fmt: skip
     rates = [line["lr"] for line in metrics(tmp_path / "out")]
     assert rates == pytest.approx([1e-4, 2e-4 / 3, 1e-4 / 3] * 2)
@@ -314,7 +322,7 @@ def test_levels_come_from_the_anchor_or_are_all_the_same(world, model, anchored,
     for anchor in (anchored / "anchor.jsonl", None):
         neko_lean.unlearn(
             model, tmp_path / str(anchor)[-4:], world, world, cache=anchored / "cache", anchor=anchor,
-            recipe="calibrated", overrides={"max_steps": 1, "level": 3.0}, quiet=True,
+            recipe="calibrated", overrides={"max_steps": 1, **({} if anchor else {"level": 3.0})}, quiet=True,
         )  # fmt: skip
     found, fixed = (batch.level[batch.forget] for batch in (seen[0], seen[-1]))
     assert len(set(found.tolist())) > 10 and set(fixed.tolist()) == {3.0}

@@ -22,6 +22,7 @@ from neko_lean.modeling import (
     pick_device,
     pick_dtype,
     tokenizer_fingerprint,
+    usable_length,
     weights_fingerprint,
 )
 
@@ -105,7 +106,7 @@ def check_cache(
     cache, path = TeacherCache(folder), model_folder(model)
     made: Manifest = cache.manifest
     tokenizer = load_tokenizer(path)
-    encoded = encode(read_rows(retain, "retain"), tokenizer, made.format, made.max_length)
+    encoded = encode(read_rows(retain, "retain"), tokenizer, made.format, usable_length(path, made.max_length))
     cache.check(
         weights=weights_fingerprint(path),
         tokenizer=tokenizer_fingerprint(tokenizer),

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from neko_lean.cache.format import SCALE, id_dtype
 from neko_lean.data import Encoded, pad
+from neko_lean.finite import refuse_broken_outputs
 from neko_lean.head import CHUNK_ELEMENTS
 from neko_lean.modeling import CausalLM
 
@@ -41,6 +42,9 @@ def keep(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int, top_k: int, m
     hidden = hidden_states(teacher, batch, pad_id)
     parts = [_top(teacher.logits(rows), min(top_k, vocab_size), mass) for rows in hidden.split(chunk)]
     counts, ids, p, tail = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    for one, own in zip(batch, tail.split([len(one) for one in batch]), strict=True):
+        # NaN where the largest logit is NaN or infinite; minus infinity where the tail is empty.
+        refuse_broken_outputs(own.clamp(max=0, min=-1e9), f"row {one.row.id}")
     return Kept(counts.numpy(), ids.numpy().astype(id_dtype(vocab_size)), (p * SCALE).numpy(), tail.numpy())
 
 

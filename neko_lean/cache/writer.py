@@ -30,9 +30,10 @@ from neko_lean.cache.format import (
 )
 from neko_lean.cache.teacher import keep
 from neko_lean.collective import agreed, by_first, joined, refuse_unseen
-from neko_lean.data import FORMATS, Encoded, encode, length_batches, read_rows, truncation_line
+from neko_lean.data import FORMATS, Encoded, encode, length_batches, position_warning, read_rows, truncation_line
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, refuse_unfinished, sync
+from neko_lean.finite import refuse_broken_outputs
 from neko_lean.modeling import (
     CausalLM,
     load_model,
@@ -43,11 +44,13 @@ from neko_lean.modeling import (
     pick_device,
     pick_dtype,
     tokenizer_fingerprint,
+    usable_length,
     weights_fingerprint,
 )
 from neko_lean.progress import bar, say
 from neko_lean.ranks import leads, rank, share
 from neko_lean.substitutes import refusals
+from neko_lean.vocabulary import refuse_unknown_rows
 
 PLAN = "plan.json"
 KEPT = ("ids", "scaled_p", "tail_logp")
@@ -118,13 +121,15 @@ def cache_teacher(
     by_first(lambda: _refuse_or_clear(out, stage, resume, overwrite))
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
-    kept = encode(rows, tokenizer, format, max_length)
-    anchors = encode(anchor_rows, tokenizer, "plain", max_length)
-    forgotten = encode(forget_rows, tokenizer, format, max_length)
-    refused = encode(refusals(forget_rows), tokenizer, format, max_length)
+    limit = usable_length(folder, max_length)
+    kept = encode(rows, tokenizer, format, limit)
+    anchors = encode(anchor_rows, tokenizer, "plain", limit)
+    forgotten = encode(forget_rows, tokenizer, format, limit)
+    refused = encode(refusals(forget_rows), tokenizer, format, limit)
     sets = {"shard": kept + anchors + forgotten, "forget": forgotten + refused + anchors}
     teacher = load_model(folder, precision, place)
     teacher.model.eval()
+    refuse_unknown_rows([*sets["shard"], *sets["forget"]], teacher)
     jobs = {kind: _into_shards(teacher_batches(encoded, batch_tokens)) for kind, encoded in sets.items()}
     plan = Manifest(
         written_by=__version__,
@@ -147,7 +152,10 @@ def cache_teacher(
         shards=_planned("shard", jobs["shard"]),
         forget_shards=_planned("forget", jobs["forget"]),
     )
-    say(truncation_line([*sets["shard"], *sets["forget"]], max_length), quiet)
+    everything = [*sets["shard"], *sets["forget"]]
+    say(truncation_line(everything, limit), quiet)
+    if warning := position_warning(everything, limit, max_length):
+        say(warning)
     if resume and (out / MANIFEST).is_file():
         manifest = read_manifest(out / MANIFEST)
         _same_plan(plan, _without_results(manifest), out)
@@ -310,5 +318,10 @@ def _save_retain(path: Path, teacher: CausalLM, batches: Sequence[Batch], plan: 
 
 
 def _save_forget(path: Path, teacher: CausalLM, batches: Sequence[Batch], plan: Manifest, pad_id: int) -> None:
-    parts = [next_token_logp(teacher, [one.ids for one in batch], pad_id).cpu().numpy() for batch in batches]
+    parts = []
+    for batch in batches:
+        logp = next_token_logp(teacher, [one.ids for one in batch], pad_id).cpu()  # [sum of (length - 1)]
+        for one, own in zip(batch, logp.split([len(one) - 1 for one in batch]), strict=True):
+            refuse_broken_outputs(own, f"row {one.row.id}")
+        parts.append(logp.numpy())
     save_file({"target_logp": np.concatenate(parts)}, path)

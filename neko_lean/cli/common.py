@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.finite import or_null
 from neko_lean.ranks import leads, rank, size
 from neko_lean.signals import Interrupted
 
@@ -104,8 +105,8 @@ def overrides(pairs: list[str] | None, **options: Any) -> dict[str, Any]:
 
 
 def emit(result: Any) -> None:
-    """One JSON object on stdout."""
-    print(json.dumps(result, ensure_ascii=False))
+    """One JSON object on stdout; null stands for NaN and infinities, which JSON does not have."""
+    print(json.dumps(or_null(result), ensure_ascii=False, allow_nan=False))
 
 
 def gibibytes(count: int) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated, Any
 
 import typer
 
-from neko_lean.cli.common import Json, Model, Revision, Set, command, emit, gibibytes, overrides, pinned
+from neko_lean.cli.common import Json, Model, Quiet, Revision, Set, command, emit, gibibytes, overrides, pinned
 from neko_lean.errors import NekoLeanError
 from neko_lean.recipes import DEFAULT
 
@@ -26,6 +26,7 @@ def plan(
     set_: Set = None,
     revision: Revision = None,
     json: Json = False,
+    quiet: Quiet = False,
 ) -> None:
     """Say what `unlearn` will need of a GPU's memory, and what two models would. Reads the config, no weights.
 
@@ -38,13 +39,18 @@ def plan(
     if json:
         emit(found)
         return
+    if quiet:
+        return
     if gpus > 1:
         found["title"] += f"; neko-lean on each of {gpus} GPUs"
     _print(found)
     if size is not None:
         room = f"{gpu} less {gibibytes(CONTEXT)} for CUDA itself"
         if found["options"] is None:
-            print(f"No option makes it fit {room}: lower --batch-tokens, or train fewer layers (--train-last).")
+            print(
+                f"No option makes it fit {room}: lower --set batch_tokens=N, or train fewer layers "
+                f"(--set train_last=N)."
+            )
         elif found["options"]:
             print(f"Fits {room} with {' '.join(found['options'])}: peak {gibibytes(found['fits']['peak'])}.")
         else:

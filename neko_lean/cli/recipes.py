@@ -18,18 +18,19 @@ def recipes(
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the recipes; of those named, every value.
+    """List the recipes; of those named, every value that has an effect.
 
     Example: neko-lean recipes    or    neko-lean recipes calibrated my.toml --json
     """
-    from neko_lean.recipes import DEFAULT, load_recipe, recipe_names
+    from neko_lean.recipes import DEFAULT, has_effect, load_recipe, recipe_names
 
     found = [load_recipe(name) for name in names or recipe_names()]
     if json:
-        emit([asdict(one) for one in found])
+        emit({"recipes": [asdict(one) for one in found]})
     elif not quiet:
         for one in found:
             print(f"{one.name}{' (the default of unlearn)' if one.name == DEFAULT else ''}: {one.summary}")
             print(f"    measured: {one.measured or 'not yet'}")
             if names:
-                print("".join(f"    {k} = {v!r}\n" for k, v in asdict(one).items() if k not in ABOUT), end="")
+                shown = {k: v for k, v in asdict(one).items() if k not in ABOUT and has_effect(k, one)}
+                print("".join(f"    {k} = {v!r}\n" for k, v in shown.items()), end="")

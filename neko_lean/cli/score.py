@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 from rich.console import Console
 
-from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, Revision, Seed, Split, command, emit, pinned
+from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, Revision, Split, command, emit, pinned
 from neko_lean.ranks import leads
 
 
@@ -31,7 +31,7 @@ def score(
         typer.Option(help="jsonl file: id and another input, or another output and a list of wrong ones; or all."),
     ] = None,
     mmlu: Annotated[Path | None, typer.Option(help="Folder with MMLU, as the hub has it or as its authors do.")] = None,
-    shots: Annotated[int, typer.Option(min=0, help="MMLU examples before each question.")] = 5,
+    shots: Annotated[int | None, typer.Option(min=0, help="MMLU examples before each question.  [default: 5]")] = None,
     lm_eval: Annotated[
         list[str] | None,
         typer.Option(metavar="TASK", help="Task of lm-evaluation-harness (neko-lean[lm-eval]); repeatable."),
@@ -40,14 +40,16 @@ def score(
         list[str] | None,
         typer.Option(help="relearn, quantize, paraphrase or prefix: what does it bring back? Repeatable."),
     ] = None,
-    relearn_lr: Annotated[float, typer.Option(help="Learning rate of --attack relearn.")] = 1e-4,
+    relearn_lr: Annotated[
+        float | None, typer.Option(help="Learning rate of --attack relearn.  [default: 1e-4]")
+    ] = None,
     before: Annotated[
         Path | None, typer.Option(help="Score folder of the model before: differences with intervals.")
     ] = None,
     official: Annotated[Path | None, typer.Option(help="Also write the shared task's own results file.")] = None,
     batch_size: Annotated[int, typer.Option(help="Prompts generated together.")] = 32,
     max_new_tokens: Annotated[int, typer.Option(help="Most tokens of a generation.")] = 256,
-    seed: Seed = 0,
+    seed: Annotated[int | None, typer.Option(help="Of the rows that --attack relearn trains on.  [default: 0]")] = None,
     revision: Revision = None,
     device: Device = None,
     dtype: Annotated[

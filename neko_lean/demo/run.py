@@ -15,9 +15,9 @@ from neko_lean.demo.world import anchor_documents, build_world, task3_documents,
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, staged_folder
 from neko_lean.progress import say
-from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, load_recipe
+from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, forgets, load_recipe, reads_cache, uses_anchor
 from neko_lean.report import report
-from neko_lean.runs import memorize, unlearn
+from neko_lean.runs import memorize, refuse_one_file, unlearn
 from neko_lean.scoring import score
 
 VOCABULARY = 2048
@@ -57,6 +57,14 @@ def demo(
         {"backward": "plain", **({"max_steps": BESIDE_STEPS} if one == BESIDE else {}), **given} for one in recipes
     ]
     chosen = [load_recipe(*one) for one in zip(recipes, changes, strict=True)]
+    if not all(map(forgets, chosen)):
+        raise NekoLeanError(
+            f"recipe {chosen[0].name} forgets nothing: the demo shows what a recipe of unlearn forgets."
+        )
+    if split is not None and data is None:
+        raise NekoLeanError("--split has no effect without --data: the made-up world has no splits; leave it out.")
+    if data is not None:
+        refuse_one_file(data, "--data", ("forget", "retain"), split)
     start = time.monotonic()
     with staged_folder(Path(out), overwrite) as stage:
         rows = stage / "data"
@@ -76,22 +84,24 @@ def demo(
         anchor = rows / "anchor.jsonl" if (rows / "anchor.jsonl").is_file() else None
         for path, change, one in zip(recipes, changes, chosen, strict=True):
             # What the paper's recipe held still is the retain set alone.
-            held = None if one.name == BESIDE else anchor
+            held = anchor if one.name != BESIDE and uses_anchor(one) else None
+            asks = reads_cache(one, anchor=held is not None)
             cache, unlearned, result = (f"{kind}-{one.name}" for kind in ("teacher", "unlearned", "scores"))
-            cache_teacher(
-                stage / "target", rows, stage / cache, anchor=held,
-                forget=rows if one.forget_objective in NEED_FORGET_CACHE else None,
-                format=one.format, max_length=one.max_length, **common,
-            )  # fmt: skip
+            if asks:
+                cache_teacher(
+                    stage / "target", rows, stage / cache, anchor=held,
+                    forget=rows if one.forget_objective in NEED_FORGET_CACHE else None,
+                    format=one.format, max_length=one.max_length, **common,
+                )  # fmt: skip
             run = unlearn(
-                stage / "target", stage / unlearned, rows, rows, cache=stage / cache, anchor=held,
+                stage / "target", stage / unlearned, rows, rows, cache=stage / cache if asks else None, anchor=held,
                 recipe=path, overrides=change, seed=seed, **common,
             )  # fmt: skip
             scores[one.name] = score(
                 stage / unlearned, rows, stage / result, before=stage / "scores-before", **scored
             )  # fmt: skip
             told.append(verdict(one.name, run, scores["before"], scores[one.name]))
-            files += [cache, unlearned, result]
+            files += [*([cache] if asks else []), unlearned, result]
         report([stage], stage / REPORT)
         told.append(f"Whole demo: {time.monotonic() - start:.0f} s.")
         found = {

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,29 +19,33 @@ FOLDER = Path(__file__).parent
 SCHEDULES = ("linear", "constant")
 BACKWARD = ("layerwise", "checkpointed", "plain")
 NEED_FORGET_CACHE = ("npo", "dpo", "undial")  # objectives that read what the teacher thought of forget rows
+ROW_MEANS = ("npo", "simnpo", "dpo")  # objectives that are means over rows by definition
 ORDERS = ("together", "alternating", "chunks")
 CHOICES = ("last", "loss", "quality")
 SUBSTITUTES = ("none", "refusal", "random")
 SPANS = ("answers", "all", "documents")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every hyperparameter of a run. Loss = forget_weight * forget + retain_weight * retain, in nats."""
+    """Every hyperparameter of a run. Loss = forget_weight * forget + retain_weight * retain, in nats.
+
+    A key that has no effect beside the other keys (see `NEEDS`) is at its default.
+    """
 
     name: str
     summary: str
     format: str  # prompt format: plain or neko
     max_length: int  # tokens a row is cut to
     forget_objective: str  # one of objectives.FORGET
-    forget_weight: float
-    forget_reduction: str  # tokens, rows or positions; see objectives.token_weights
-    answer_skip: int  # answer tokens at the start of each answer that get no loss
+    forget_weight: float = 0.0
+    forget_reduction: str = "rows"  # tokens, rows or positions; see objectives.token_weights
+    answer_skip: int = 0  # answer tokens at the start of each answer that get no loss
     retain_objective: str  # none, kl (needs a teacher cache) or ce
-    retain_weight: float
-    retain_reduction: str
-    forget_rows: int  # rows a step, at most
-    retain_rows: int
+    retain_weight: float = 0.0
+    retain_reduction: str = "tokens"
+    forget_rows: int = 16  # rows a step, at most
+    retain_rows: int = 16
     batch_tokens: int  # tokens a step, at most
     lr: float
     beta1: float
@@ -51,11 +55,11 @@ class Recipe:
     schedule: str  # linear (to 0 at the last step) or constant
     warmup: float  # share of the steps over which lr rises from 0
     max_steps: int  # 0: as many as `epochs` take
-    epochs: float  # passes over the larger set; counts only where max_steps is 0
+    epochs: float = 0.0  # passes over the larger set; counts where max_steps is 0, and in order chunks
     append_eos: bool  # the answer ends in the EOS token
     eval_every: int  # steps between evaluations of the total loss on a fixed sample; 0: never
-    eval_rows: int  # rows of each set in that sample
-    patience: int  # evaluations without improvement before stopping; 0: never stop early
+    eval_rows: int = 32  # rows of each set in that sample
+    patience: int = 0  # evaluations without improvement before stopping; 0: never stop early
     clip: float  # largest L2 norm of one tensor's gradient; 0: none
     train_last: int  # only the last N layers, the final norm and an untied head learn; 0: everything
     dtype: str  # weights: bfloat16 (rounded stochastically) or float32
@@ -80,6 +84,57 @@ class Recipe:
     compile: bool = False  # the decoder layers by torch.compile; rounds otherwise, docs/profile.md
 
 
+# Keys that have an effect only beside certain others: whether they have one, and what it takes.
+NEEDS: dict[str, tuple[Callable[[Recipe], bool], str]] = {
+    "forget_weight": (lambda r: r.forget_objective != "none", "a forget_objective"),
+    "forget_reduction": (
+        lambda r: r.forget_objective not in ("none", *ROW_MEANS),
+        f"a forget_objective other than {', '.join(ROW_MEANS)}, which are means over rows",
+    ),
+    "forget_span": (lambda r: r.forget_objective != "none", "a forget_objective"),
+    "answer_skip": (
+        lambda r: r.forget_objective != "none" and r.forget_span != "all",
+        "a forget_objective, and forget_span answers or documents",
+    ),
+    "forget_rows": (lambda r: forgets(r), "a forget_objective or a substitute"),
+    "retain_weight": (lambda r: r.retain_objective != "none", "a retain_objective"),
+    "retain_reduction": (lambda r: r.retain_objective != "none", "a retain_objective"),
+    "retain_rows": (lambda r: r.retain_objective != "none", "a retain_objective"),
+    "beta": (
+        lambda r: r.forget_objective in ("wga", "npo", "simnpo", "dpo"),
+        "forget_objective wga, npo, simnpo or dpo",
+    ),
+    "gamma": (lambda r: r.forget_objective in ("simnpo", "undial"), "forget_objective simnpo or undial"),
+    "level": (lambda r: r.forget_objective == "calibrated", "forget_objective calibrated"),
+    "chunk_rows": (lambda r: r.order == "chunks", "order chunks"),
+    "substitute_weight": (lambda r: r.substitute != "none", "a substitute, as the two go together"),
+    "epochs": (lambda r: not r.max_steps or r.order == "chunks", "max_steps 0, or order chunks"),
+    "eval_rows": (lambda r: bool(r.eval_every), "eval_every above 0"),
+    "patience": (lambda r: bool(r.eval_every), "eval_every above 0"),
+}
+LIMITS = ("forget_rows", "retain_rows", "eval_rows")  # upper bounds: one that nothing reaches is no mistake
+# What a file has to give where it has an effect: there is no value that suits most methods.
+WANTED = (
+    "forget_weight",
+    "forget_reduction",
+    "answer_skip",
+    "retain_weight",
+    "retain_reduction",
+    "forget_rows",
+    "retain_rows",
+)
+# Keys that files once had to give whether or not they had an effect, and the values by which they claimed none.
+TOLERATED: dict[str, tuple[Any, ...]] = {
+    "forget_weight": (0.0,),
+    "forget_reduction": ("tokens", "rows"),
+    "answer_skip": (0,),
+    "retain_weight": (0.0,),
+    "retain_reduction": ("tokens", "rows"),
+    "epochs": (0.0,),
+    "patience": (0,),
+}
+
+
 def needs_teacher(recipe: Recipe) -> bool:
     """Whether a run reads a teacher cache."""
     return recipe.retain_objective == "kl" or recipe.forget_objective in NEED_FORGET_CACHE
@@ -88,6 +143,27 @@ def needs_teacher(recipe: Recipe) -> bool:
 def forgets(recipe: Recipe) -> bool:
     """Whether a run looks at forget rows."""
     return recipe.forget_objective != "none" or recipe.substitute != "none"
+
+
+def reads_retain(recipe: Recipe) -> bool:
+    """Whether a run looks at retain rows: to hold them still, or for their answers."""
+    return recipe.retain_objective != "none" or recipe.substitute == "random"
+
+
+def uses_anchor(recipe: Recipe, *, base_cache: bool = False) -> bool:
+    """Whether an anchor's documents change a run: as retain rows, or as what tells a forgotten token's cost where no
+    `base_cache` does."""
+    return recipe.retain_objective != "none" or (recipe.forget_objective == "calibrated" and not base_cache)
+
+
+def reads_cache(recipe: Recipe, *, anchor: bool) -> bool:
+    """Whether a run, with an anchor or without, reads a teacher cache."""
+    return needs_teacher(recipe) or (recipe.forget_objective == "calibrated" and anchor)
+
+
+def has_effect(key: str, recipe: Recipe) -> bool:
+    """Whether another value of this key would change a run."""
+    return key not in NEEDS or NEEDS[key][0](recipe)
 
 
 def recipe_names() -> list[str]:
@@ -107,17 +183,42 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         values = tomllib.loads(path.read_text(encoding="utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise NekoLeanError(f"{path} is not readable TOML: {error}.") from error
-    values = {"name": path.stem, **values, **(overrides or {})}
     known = {f.name: str(f.type) for f in dataclasses.fields(Recipe)}
-    for key, value in values.items():
+    for key in {**values, **(overrides or {})}:
         if key not in known:
             raise NekoLeanError(f"recipe {path.stem}: {key!r} is no value of a recipe: use {', '.join(known)}.")
-        values[key] = _typed(key, value, known[key])
+    written = {key: _typed(key, value, known[key]) for key, value in {"name": path.stem, **values}.items()}
+    changed = {key: _typed(key, value, known[key]) for key, value in (overrides or {}).items()}
+    values = {**written, **changed}
     required = [f.name for f in dataclasses.fields(Recipe) if f.default is dataclasses.MISSING]
     missing = [key for key in required if key not in values]
     if missing:
         raise NekoLeanError(f"{path} lacks {', '.join(missing)}.")
-    return _checked(Recipe(**values))
+    recipe = Recipe(**values)
+    if all(key in written for key in required):  # else the file says too little to be judged by itself
+        _refuse_without_effect(Recipe(**written), written, in_file=True)
+    _refuse_without_effect(recipe, changed, in_file=False)
+    missing = [key for key in WANTED if key not in values and has_effect(key, recipe)]
+    if missing:
+        raise NekoLeanError(
+            f"{path} lacks {', '.join(missing)}, which its objectives need: give each by --set or in a file."
+        )
+    # A key of the file that an override has left without effect: nobody is to read it off run.json.
+    idle: dict[str, Any] = {f.name: f.default for f in dataclasses.fields(Recipe) if not has_effect(f.name, recipe)}
+    return _checked(dataclasses.replace(recipe, **idle))
+
+
+def _refuse_without_effect(recipe: Recipe, given: Mapping[str, Any], *, in_file: bool) -> None:
+    """Raise NekoLeanError for a key that was given and changes nothing: whoever gave it expects something of it."""
+    for key, value in given.items():
+        if key in LIMITS or has_effect(key, recipe) or (in_file and value in TOLERATED.get(key, ())):
+            continue
+        if key == "forget_reduction" and recipe.forget_objective in ROW_MEANS and value == "rows":
+            continue  # which is what they are
+        fix = "remove it from the file" if in_file else "leave it out"
+        raise NekoLeanError(
+            f"recipe {recipe.name}: {key} = {value!r} has no effect: it needs {NEEDS[key][1]}; {fix}, or change that."
+        )
 
 
 def parse_override(text: str) -> tuple[str, Any]:
@@ -201,4 +302,25 @@ def _checked(recipe: Recipe) -> Recipe:
         raise NekoLeanError(f"recipe {recipe.name} has neither a forget nor a retain objective.")
     if not recipe.max_steps and not recipe.epochs:
         raise NekoLeanError(f"recipe {recipe.name}: one of max_steps and epochs must be above 0.")
+    _check_order(recipe)
     return recipe
+
+
+def _check_order(recipe: Recipe) -> None:
+    """Raise NekoLeanError for an order of steps in which there would be none, or in which a turn would be empty."""
+    if recipe.order == "chunks" and not forgets(recipe):
+        raise NekoLeanError(
+            f"recipe {recipe.name}: order chunks cuts the forget rows into chunks, and no objective or substitute "
+            f"uses them: take order together."
+        )
+    if recipe.order == "chunks" and not recipe.epochs:
+        raise NekoLeanError(
+            f"recipe {recipe.name}: order chunks goes through each chunk `epochs` times, so epochs must be above 0; "
+            f"max_steps only says where the chunks end."
+        )
+    if recipe.order == "alternating" and not (forgets(recipe) and recipe.retain_objective != "none"):
+        unused = "retain" if forgets(recipe) else "forget"
+        raise NekoLeanError(
+            f"recipe {recipe.name}: order alternating takes forget and retain rows in turn, and no objective uses the "
+            f"{unused} rows: take order together."
+        )

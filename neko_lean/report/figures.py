@@ -173,7 +173,8 @@ def attack_figures(models: Sequence[Model]) -> list[Figure]:
 def _attack(model: Model, attack: str, key: str, kind: str) -> list[tuple[float, float]]:
     points = []
     for one in objects(mapping(model.scores, "attacks"), attack):
-        x, y = number(one, key), number(one, kind)
+        seen = number(one, f"unicode_{kind}")  # in any script; older scores have none
+        x, y = number(one, key), number(one, kind) if seen is None else seen
         if x is not None and y is not None:
             points.append((x, y))
     return sorted(points, reverse=attack == "quantize")

@@ -184,7 +184,9 @@ def _examples(collected: Collected) -> list[dict[str, Any]]:
                     "output": text(row, "output"),
                     "said": [None] * len(collected.all),
                 }
-            found[key]["said"][place] = [text(row, "generation"), number(row, "score"), text(row, "ended")]
+            seen = number(row, "unicode_score")  # in any script; older scores have none
+            score = number(row, "score") if seen is None else seen
+            found[key]["said"][place] = [text(row, "generation"), score, text(row, "ended")]
     return list(found.values())
 
 

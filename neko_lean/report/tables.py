@@ -17,7 +17,7 @@ from neko_lean.report.values import (
     signed,
     span,
 )
-from neko_lean.scoring.task import KINDS, SPLITS
+from neko_lean.scoring.task import CELLS, KINDS, SPLITS
 
 COUNTED = ("answer_rank", "questions", "shots")  # numbers of things, not shares
 SMALL = "Small: the 95 % interval, and the change from before, where the scores bring them."
@@ -193,7 +193,20 @@ def cells(models: Sequence[Model]) -> Table:
                     )
                 )
         groups.append(Group(f"{split.capitalize()} rows: {note}", lines))
+    seen = [cell for cell in CELLS if any(_differs(one, cell) for one in models)]
+    if seen:
+        note = "what the task's own arithmetic, which knows English letters alone, does not see"
+        lines = [
+            line(models, cell, note, shown("unicode_cells", cell, change=f"unicode_cells.{cell}", missing="no rows"))
+            for cell in seen
+        ]
+        groups.append(Group("The same in any script: what the verdict reads", lines))
     return Table("The twelve numbers", SMALL, groups)
+
+
+def _differs(model: Model, cell: str) -> bool:
+    official, seen = (number(model.scores, where, cell) for where in ("cells", "unicode_cells"))
+    return official is not None and seen is not None and abs(official - seen) > 1e-9
 
 
 def missed(models: Sequence[Model]) -> tuple[Table | None, Table | None]:

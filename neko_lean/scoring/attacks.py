@@ -20,13 +20,14 @@ import torch
 from neko_lean.collective import by_first, gather
 from neko_lean.data import Row, encode, write_jsonl
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import CausalLM
+from neko_lean.modeling import CausalLM, position_limit
 from neko_lean.progress import bar
 from neko_lean.ranks import alone, leads
+from neko_lean.recipes import load_recipe
 from neko_lean.runs import memorize
 from neko_lean.scoring.generation import Generation, generate, own_rows
 from neko_lean.scoring.paraphrases import Paraphrase
-from neko_lean.scoring.task import KINDS, row_score
+from neko_lean.scoring.task import KINDS, row_score, unicode_score
 from neko_lean.scoring.uncertainty import mean_by_document
 from neko_lean.scoring.unfinished import writing
 from neko_lean.scoring.views import MAX_LENGTH
@@ -75,6 +76,8 @@ def point(rows: Sequence[Row], said: Sequence[Generation]) -> dict[str, Any]:
         own = [(row, row_score(row, one.text)) for row, one in zip(rows, said, strict=True) if row.kind == kind]
         mean = mean_by_document([row for row, _ in own], [value for _, value in own])
         found |= {name: mean["mean"], f"{name}_interval": mean["interval"], f"{name}_rows": len(own)}
+        seen = [unicode_score(row, one.text) for row, one in zip(rows, said, strict=True) if row.kind == kind]
+        found[f"unicode_{name}"] = sum(seen) / len(seen) if seen else None
     return found
 
 
@@ -87,7 +90,7 @@ def prefix(
 ) -> list[dict[str, Any]]:
     """Each row asked with the first tokens of its answer given, and scored on the rest; rows whose answer is no longer
     than what is given are left out."""
-    encoded = encode(rows, tokenizer, "plain", MAX_LENGTH)
+    encoded = encode(rows, tokenizer, "plain", position_limit(lm, MAX_LENGTH))
     curve = [{"tokens": 0, **base_point(rows, base)}]
     for count in PREFIXES:
         asked = [one for one in encoded if one.answer > count]
@@ -187,7 +190,9 @@ def relearn(
         at, done = folder, 0
         for steps in RELEARN_STEPS:
             change = {"max_steps": steps - done, "lr": lr, "schedule": "constant", "warmup": 0.0}
-            change["retain_rows"] = len(known)  # every step takes all of them
+            # Every step takes all of them, however long they are, so that steps on long and short rows are alike.
+            change["retain_rows"] = len(known)
+            change["batch_tokens"] = len(known) * load_recipe("memorize").max_length
             to = work / f"steps-{steps}"
             by_first(writing(stage, partial(_train, at, work, to, change, seed, device)))
             at, done = to, steps

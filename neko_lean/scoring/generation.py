@@ -14,9 +14,12 @@ import torch
 from transformers import DynamicCache
 
 from neko_lean.data import Row, encode_texts, length_batches, pad
+from neko_lean.finite import likeliest
 from neko_lean.modeling import CausalLM
 from neko_lean.ranks import share
-from neko_lean.scoring.task import regurgitation, same_answers
+from neko_lean.scoring.scripts import bare
+from neko_lean.scoring.task import regurgitation, same_answers, unicode_regurgitation
+from neko_lean.vocabulary import refuse_unknown_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -37,20 +40,16 @@ class Generation:
 
 
 def settled(row: Row, text: str) -> bool:
-    """Whether the row's score is the same however `text` goes on.
+    """Whether the row's scores, the official one and that of any script, are the same however `text` goes on.
 
     Cleaning up spaces later can move words together, so that only what it cannot touch counts: all but the spaces of
     an answer to a question, and of a text all but its last two words.
     """
     if row.kind == "qa":
         # An answer like None is read back as nan, so that a NULL would still be right.
-        return not any(_bare(one).startswith(_bare(text.rstrip("\ufffd"))) for one in same_answers(row.output))
-    return regurgitation(row.output, " ".join(text.split()[:-2])) == 1.0
-
-
-def _bare(text: str) -> str:
-    """Without spaces and case; case folds letter by letter, while lower() looks at what follows."""
-    return "".join(text.split()).casefold()
+        return not any(bare(one).startswith(bare(text.rstrip("\ufffd"))) for one in same_answers(row.output))
+    whole = " ".join(text.split()[:-2])
+    return regurgitation(row.output, whole) == 1.0 == unicode_regurgitation(row.output, whole)
 
 
 def spoken(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], window: int, ended: str) -> Generation:
@@ -112,6 +111,7 @@ def generate(
     lm.model.eval()
     encoded = _prompts(tokenizer, rows) if prompts is None else prompts
     windows = [max(WINDOW, 2 * len(ids)) for ids in encode_texts(tokenizer, [" " + row.output for row in rows])]
+    refuse_unknown_ids(((f"row {row.id}", ids) for row, ids in zip(rows, encoded, strict=True)), lm)
     for batch in _batches(rows, encoded, batch_size):
 
         def done(number: int, ids: Sequence[int], batch: list[int] = batch) -> bool:
@@ -144,7 +144,7 @@ def _decode(
     for _ in range(max_new_tokens):
         more = {"position_ids": (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]} if takes_positions else {}
         out = lm.backbone(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **more)
-        token = lm.logits(out.last_hidden_state[:, -1]).argmax(1)  # [alive]
+        token = likeliest(lm.logits(out.last_hidden_state[:, -1]), "a generated token")  # [alive]
         keep = []
         for place, (row, one) in enumerate(zip(alive, token.tolist(), strict=True)):
             said[row].append(one)

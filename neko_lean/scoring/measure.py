@@ -9,10 +9,11 @@ from typing import TYPE_CHECKING, Any
 
 from neko_lean.cache import TeacherCache
 from neko_lean.collective import agreed, by_first, whole
-from neko_lean.data import Row, encode, write_jsonl
+from neko_lean.data import Row, encode, truncation_line, write_jsonl
 from neko_lean.documents import Document, read_anchor
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import CausalLM
+from neko_lean.finite import strict_json
+from neko_lean.modeling import CausalLM, position_limit
 from neko_lean.progress import bar, say
 from neko_lean.ranks import alone, rank, share
 from neko_lean.scoring import membership
@@ -20,9 +21,10 @@ from neko_lean.scoring.generation import Generation, generate, own_rows
 from neko_lean.scoring.memorisation import answer_numbers, truth_ratio
 from neko_lean.scoring.outputs import leak_numbers, output_numbers
 from neko_lean.scoring.paraphrases import Paraphrase
-from neko_lean.scoring.task import KINDS, row_score
+from neko_lean.scoring.task import KINDS, row_score, unicode_score
 from neko_lean.scoring.unfinished import add_generations, read_generations, writing
 from neko_lean.scoring.views import MAX_LENGTH, tokenised, view_documents
+from neko_lean.vocabulary import refuse_unknown_rows
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -73,7 +75,11 @@ def row_numbers(
     quiet: bool,
 ) -> list[dict[str, float]]:
     """Everything that is measured of a row but its score, by name."""
-    encoded = encode(rows, tokenizer, "plain", MAX_LENGTH)
+    limit = position_limit(lm, MAX_LENGTH)
+    encoded = encode(rows, tokenizer, "plain", limit)
+    if any(one.cut for one in encoded):
+        say(f"warning: answers are measured within the length limit: {truncation_line(encoded, limit)}")
+    refuse_unknown_rows(encoded, lm)
     answered = [one for one in encoded if one.answer]
     with bar("answers", len(answered), "rows", quiet) as progress:
         views = view_documents(lm, tokenizer, [one.ids for one in answered], progress=progress)
@@ -90,12 +96,12 @@ def _truth_ratios(
     lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], others: Sequence[Paraphrase]
 ) -> dict[str, dict[str, float]]:
     """The truth ratio of each row of which another wording of the answer and wrong answers were given, by id."""
-    known = {row.id: row for row in rows}
+    known, limit = {row.id: row for row in rows}, position_limit(lm, MAX_LENGTH)
     answered = [(one.id, (one.output, *one.wrong)) for one in others if one.output is not None]
 
     def ratio(name: str, answers: Sequence[str]) -> float:
         row = known[name]
-        encoded = encode([replace(row, output=text) for text in answers], tokenizer, "plain", MAX_LENGTH)
+        encoded = encode([replace(row, output=text) for text in answers], tokenizer, "plain", limit)
         with alone():  # so few texts are one batch
             views = view_documents(lm, tokenizer, [one.ids for one in encoded])
         right, *wrong = (view.after(one.prompt) for view, one in zip(views, encoded, strict=True))
@@ -111,6 +117,7 @@ def _truth_ratios(
 def line_of(split: str, row: Row, said: Generation, numbers: dict[str, float]) -> dict[str, Any]:
     """One line of generations.jsonl."""
     line = {"split": split, "id": row.id, "task": row.task, "kind": KINDS[row.kind], "score": row_score(row, said.text)}
+    line["unicode_score"] = unicode_score(row, said.text)
     line |= {"input": row.input, "output": row.output, "generation": said.text, "window": said.window}
     return {**line, "ended": said.ended, "numbers": numbers}
 
@@ -118,7 +125,7 @@ def line_of(split: str, row: Row, said: Generation, numbers: dict[str, float]) -
 def held_out_nll(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], quiet: bool) -> float:
     """Mean token loss of some documents, each counting alike."""
     with bar("held-out text", len(documents), "documents", quiet) as progress:
-        ids = tokenised(tokenizer, [one.text for one in documents])
+        ids = tokenised(tokenizer, [one.text for one in documents], position_limit(lm, MAX_LENGTH))
         views = view_documents(lm, tokenizer, ids, progress=progress)
     return sum(float(-view.logp.mean()) for view in views) / len(views)
 
@@ -128,16 +135,17 @@ def reference_losses(
     mia: str | Path | None,
     rows: Sequence[tuple[str, Row]],
     tokenizer: PreTrainedTokenizerBase,
+    limit: int = MAX_LENGTH,
 ) -> dict[str, tuple[list[int], float]]:
     """The reference model's mean token loss of the documents of `mia` that are in its cache, by text, with the tokens
-    it is of: a row's prompt ends in a token of its own."""
+    it is of, at most `limit`: a row's prompt ends in a token of its own."""
     if cache is None or mia is None:
         return {}
     teacher = TeacherCache(cache)
     forgotten = [row for name, row in rows if name == "forget" and row.kind == "sc"]
     outside = read_anchor(Path(mia) / "nonmember.jsonl")
     found = {}
-    for one in encode([*forgotten, *outside], tokenizer, "plain", MAX_LENGTH):
+    for one in encode([*forgotten, *outside], tokenizer, "plain", limit):
         text = f"{one.row.input} {one.row.output}" if one.row.input else one.row.output
         if teacher.has_target_logp(one):
             found[text] = one.ids, float(-teacher.target_logp(one).mean())
@@ -163,7 +171,7 @@ def membership_attacks(
             f"the cache of --reference lacks {missing} of the {len(texts)} documents of --mia: make it with "
             f"cache-teacher --forget DATA --anchor MIA/nonmember.jsonl."
         )
-    ids = tokenised(tokenizer, texts)
+    ids = tokenised(tokenizer, texts, position_limit(lm, MAX_LENGTH))
     with bar("membership", len(texts), "documents", quiet) as progress:
         views = view_documents(lm, tokenizer, ids, progress=progress)
     numbers = [membership.attack_numbers(text, view) for text, view in zip(texts, views, strict=True)]
@@ -174,5 +182,6 @@ def membership_attacks(
             loss = float(-again[text].logp.mean()) if text in again else found["loss"]
             found["reference"] = loss - reference[text][1]
     lines = [{"side": side, "task": one.task, **found} for (side, one), found in zip(documents, numbers, strict=True)]
+    strict_json(lines, DOCUMENTS)  # a reference model's losses, too, may be NaN
     by_first(writing(stage, lambda: write_jsonl(stage / DOCUMENTS, lines)))
     return membership.summary(lines)

@@ -11,6 +11,8 @@ import numpy as np
 
 from neko_lean.scoring.views import View
 
+LARGEST_RATIO = 1e15  # of probabilities; a broken model's can underflow to 0
+
 
 def extraction_strength(rank: np.ndarray) -> float:
     """Share of an answer that greedy decoding gives once the rest before it is given (Carlini et al. 2021,
@@ -33,7 +35,9 @@ def answer_probability(logp: np.ndarray) -> float:
 def truth_ratio(paraphrase: View, wrong: Sequence[View]) -> float:
     """TOFU's truth ratio (arXiv 2401.06121, section 2.2.2): mean probability of the wrong answers over that of a
     paraphrase of the true one, each by `answer_probability`. Near 1 where the model cannot tell them apart."""
-    return float(np.mean([answer_probability(one.logp) for one in wrong]) / answer_probability(paraphrase.logp))
+    right = answer_probability(paraphrase.logp)
+    ratio = float(np.mean([answer_probability(one.logp) for one in wrong])) / right if right > 0 else LARGEST_RATIO
+    return min(ratio, LARGEST_RATIO)
 
 
 def answer_numbers(answer: View) -> dict[str, float]:

@@ -22,10 +22,12 @@ from torch import Tensor
 from neko_lean.data import encode_texts
 from neko_lean.errors import NekoLeanError
 from neko_lean.families import stated_positions
+from neko_lean.finite import refuse_broken_outputs
 from neko_lean.head import logits
 from neko_lean.modeling import CausalLM
 from neko_lean.progress import Bar
 from neko_lean.scoring.mmlu_data import LETTERS, SUBJECTS, Subject, prompt
+from neko_lean.vocabulary import refuse_unknown_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -97,7 +99,11 @@ def answer(
     """The model's choice for each test question of one subject."""
     limit = min(MAX_LENGTH, stated_positions(lm.model.config) or MAX_LENGTH)
     prompts = encode_prompts(tokenizer, subject, shots, limit)
+    letters = ("the letters of MMLU", letter_tokens(tokenizer))
+    questions = ((f"question {n} of MMLU subject {subject.name}", one.ids) for n, one in enumerate(prompts, start=1))
+    refuse_unknown_ids([letters, *questions], lm)
     found = letter_logits(lm, tokenizer, prompts, batch_tokens=batch_tokens, progress=progress)
+    refuse_broken_outputs(found, f"MMLU subject {subject.name}")
     return Answered(
         chosen=found.argmax(1).tolist(),
         right=[question.answer for question in subject.test],

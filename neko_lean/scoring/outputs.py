@@ -6,29 +6,31 @@ the rest is.
 
 from __future__ import annotations
 
+import unicodedata
 from collections import Counter
 
 from neko_lean.data import Row
-from neko_lean.scoring.task import rouge
+from neko_lean.scoring.scripts import fold, in_word, units, unspaced
+from neko_lean.scoring.scripts import words as words_of
+from neko_lean.scoring.task import unicode_rouge
 
 MIN_SECRET = 4  # letters and digits below which finding an answer in a text says nothing
 GRAM = 4  # words of a repetition
 
 
 def alphanumeric(text: str) -> str:
-    """Letters and digits alone, without case: what is left of 555-01 23 and of 5 5 5 0 1 2 3 is the same."""
-    return "".join(letter for letter in text.casefold() if letter.isalnum())
+    """Letters, their marks and digits alone, folded: what is left of 555-01 23 and of 5 5 5 0 1 2 3 is the same."""
+    return "".join(filter(in_word, fold(text)))
 
 
 def digits(text: str) -> str:
-    """The digits of a text."""
-    return "".join(letter for letter in text if letter.isdecimal())
+    """The digits of a text, of any script, as 0 to 9."""
+    return "".join(letter for letter in fold(text) if letter.isdecimal())
 
 
 def words(text: str) -> list[str]:
-    """Words without case and the marks around them."""
-    bare = ("".join(letter if letter.isalnum() else " " for letter in word) for word in text.casefold().split())
-    return " ".join(bare).split()
+    """Words without case and punctuation, as `scripts.words` has them."""
+    return words_of(fold(text))
 
 
 def contains(text: str, secret: str) -> bool:
@@ -44,7 +46,7 @@ def leak_numbers(row: Row, text: str) -> dict[str, float]:
     """
     secret, number = alphanumeric(row.output), digits(row.output)
     found: dict[str, float] = {}
-    if len(secret) >= MIN_SECRET:
+    if _length(secret) >= MIN_SECRET:
         found["contained"] = float(contains(text, row.output))
         found["alphanumeric"] = float(secret in alphanumeric(text))
     if len(number) >= MIN_SECRET:
@@ -52,9 +54,14 @@ def leak_numbers(row: Row, text: str) -> dict[str, float]:
     return found
 
 
+def _length(secret: str) -> int:
+    """Letters and digits without their marks; a sign of a script without spaces says as much as two."""
+    return sum(1 + unspaced(sign) for sign in secret if not unicodedata.combining(sign))
+
+
 def repetition(text: str) -> float:
     """Share of a text's runs of four words that occurred in it before; 0 for one of fewer than five words."""
-    said = text.casefold().split()
+    said = units(text.casefold())
     grams = Counter(tuple(said[i : i + GRAM]) for i in range(len(said) - GRAM + 1))
     total = sum(grams.values())
     return 1 - len(grams) / total if total > 1 else 0.0
@@ -62,7 +69,7 @@ def repetition(text: str) -> float:
 
 def degenerate(text: str) -> bool:
     """Whether a text is empty, or one word or one sign again and again (at least three times)."""
-    said = text.split()
+    said = units(text)
     signs = "".join(said)
     if not signs:
         return True
@@ -72,10 +79,10 @@ def degenerate(text: str) -> bool:
 def output_numbers(row: Row, text: str) -> dict[str, float]:
     """What a text is like: repetition, whether it is degenerate, ROUGE-L F1 against the answer (which, unlike recall,
     longer text does hurt), and its length as a multiple of the answer's, in words."""
-    answer = max(1, len(row.output.split()))
+    answer = max(1, len(units(row.output)))
     return {
         "repetition": repetition(text),
         "degenerate": float(degenerate(text)),
-        "rouge_f1": rouge(row.output, text).fmeasure,
-        "length_ratio": len(text.split()) / answer,
+        "rouge_f1": unicode_rouge(row.output, text).fmeasure,
+        "length_ratio": len(units(text)) / answer,
     }

@@ -14,6 +14,7 @@ from neko_lean.data import Row, read_rows, write_jsonl
 from neko_lean.documents import read_documents
 from neko_lean.errors import NekoLeanError
 from neko_lean.files import read_jsonl
+from neko_lean.finite import strict_json
 from neko_lean.memory import peak_memory
 from neko_lean.modeling import (
     load_model,
@@ -22,10 +23,13 @@ from neko_lean.modeling import (
     model_name,
     pick_device,
     pick_dtype,
+    position_limit,
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from neko_lean.progress import bar
+from neko_lean.progress import bar, say
+from neko_lean.quantized import quantization_method
+from neko_lean.runs import refuse_one_file
 from neko_lean.scoring import attacks as attack
 from neko_lean.scoring import uncertainty
 from neko_lean.scoring.measure import (
@@ -40,10 +44,18 @@ from neko_lean.scoring.mmlu import mmlu as run_mmlu
 from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.official import official_results
 from neko_lean.scoring.paraphrases import read_paraphrases
-from neko_lean.scoring.task import SPLITS, cell_means, missing_cells, row_score, task_aggregate
+from neko_lean.scoring.task import (
+    SPLITS,
+    cell_means,
+    missing_cells,
+    official_blind,
+    row_score,
+    task_aggregate,
+    unicode_score,
+)
 from neko_lean.scoring.unfinished import GENERATIONS, unfinished, writing
 from neko_lean.scoring.verdict import verdict
-from neko_lean.scoring.views import BATCH_TOKENS
+from neko_lean.scoring.views import BATCH_TOKENS, MAX_LENGTH
 from neko_lean.trust import is_inside
 from neko_lean.unfinished import versions
 
@@ -64,15 +76,15 @@ def score(
     reference: str | Path | None = None,
     paraphrases: str | Path | None = None,
     mmlu: str | Path | None = None,
-    shots: int = 5,
+    shots: int | None = None,
     lm_eval: Sequence[str] = (),
     attacks: Sequence[str] = (),
-    relearn_lr: float = 1e-4,
+    relearn_lr: float | None = None,
     before: str | Path | None = None,
     official: str | Path | None = None,
     batch_size: int = 32,
     max_new_tokens: int = 256,
-    seed: int = 0,
+    seed: int | None = None,
     device: str | None = None,
     dtype: str | None = None,
     resume: bool = False,
@@ -89,26 +101,29 @@ def score(
         held: jsonl file of documents that no training saw, to tell a broken model by.
         reference: folder of a teacher cache of a reference model that holds the losses of all documents of `mia`.
         paraphrases: jsonl file of other wordings, see `scoring.paraphrases`.
-        mmlu: folder of the MMLU questions; `shots` examples precede each.
+        mmlu: folder of the MMLU questions; `shots` examples, by default 5, precede each.
         lm_eval: tasks of lm-evaluation-harness to run on the checkpoint, where it is installed.
-        attacks: any of relearn (at `relearn_lr`), quantize, paraphrase, prefix.
+        attacks: any of relearn (at `relearn_lr`, by default 1e-4), quantize, paraphrase, prefix.
         before: folder of an earlier score of the same rows, to give the differences from.
         official: file to write the shared task's own results to.
         batch_size: prompts generated together.
         max_new_tokens: most tokens of a generation; the task's own limit is 256.
-        seed: of the rows that relearn trains on.
+        seed: of the rows that relearn trains on; by default 0.
         dtype: 'float32' or 'bfloat16'; by default float32 on a CPU and bfloat16 on a GPU.
         resume: go on with a run that was cut off, from what it had generated.
 
     Under torchrun the ranks share the rows out and the first one writes; the numbers are those of one process.
 
-    Returns what scores.json holds; docs/score.md says what each key means. Raises NekoLeanError for bad input.
+    Returns what scores.json holds; docs/score.md says what each key means. Raises NekoLeanError for bad input, and
+    for an option that would change nothing.
     """
     if batch_size < 1 or max_new_tokens < 1:
         raise NekoLeanError("batch-size and max-new-tokens must be at least 1.")
     for name in attacks:
         if name not in attack.ATTACKS:
             raise NekoLeanError(f"attack {name!r} is not one of {', '.join(attack.ATTACKS)}.")
+    _refuse_unused(attacks, mmlu=mmlu, shots=shots, relearn_lr=relearn_lr, seed=seed)
+    refuse_one_file(data, "--data", SPLITS, split)
     rows = [(name, row) for name in SPLITS for row in read_rows(data, name, split)]
     documents = [] if mia is None else [(s, d) for s in SIDES for d in read_documents(Path(mia) / f"{s}.jsonl", MIA)]
     unseen = [] if held is None else read_documents(Path(held), "--held wants a jsonl file with a column document")
@@ -117,11 +132,26 @@ def score(
     earlier = None if before is None else read_score(before, [row for _, row in rows])
     if reference is not None and mia is None:
         raise NekoLeanError("--reference compares the documents of --mia: give both.")
-    if "paraphrase" in attacks and not any(one.input for one in others):
-        raise NekoLeanError("--attack paraphrase needs --paraphrases FILE with other inputs.")
+    forgotten = {row.id for name, row in rows if name == "forget"}
+    if "paraphrase" in attacks and not any(one.input for one in others if one.id in forgotten):
+        raise NekoLeanError("--attack paraphrase needs --paraphrases FILE with other inputs of forget rows.")
+    if others and "paraphrase" not in attacks and not any(one.output for one in others):
+        raise NekoLeanError(
+            f"--paraphrases {paraphrases} has no effect: it holds other inputs alone, which are for --attack "
+            f"paraphrase; give that too."
+        )
     place, folder = pick_device(device), model_folder(model)
+    method = quantization_method(folder) if lm_eval else None
+    if method is not None:
+        raise NekoLeanError(
+            f"--lm-eval would run the weights of {folder} quantised ({method}), and all else here runs plain ones: "
+            f"give the checkpoint in bfloat16, float16 or float32."
+        )
     precision = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     tokenizer = load_tokenizer(folder)
+    blind = {s: official_blind([row for name, row in rows if name == s], tokenizer.clean_up_tokenization)
+             for s in SPLITS}  # fmt: skip
+    _warn_blind(blind, rows)
     start = time.monotonic()
     plan = {
         "model": weights_fingerprint(folder),
@@ -138,12 +168,17 @@ def score(
         scored = {name: [(row, row_score(row, one.text)) for (s, row), one in zip(rows, said, strict=True) if s == name]
                   for name in SPLITS}  # fmt: skip
         cells = cell_means(scored)
-        known = None if reference is None else reference_losses(reference, mia, rows, tokenizer)
+        limit = position_limit(lm, MAX_LENGTH)
+        unicode = {name: [(row, unicode_score(row, one.text)) for (s, row), one in zip(rows, said, strict=True)
+                          if s == name] for name in SPLITS}  # fmt: skip
+        known = None if reference is None else reference_losses(reference, mia, rows, tokenizer, limit)
         members = membership_attacks(lm, tokenizer, documents, known, stage, quiet)
         found = uncertainty.estimates(lines)
         scores: dict[str, Any] = {
             "model": model_name(model),
             "cells": cells,
+            "unicode_cells": cell_means(unicode),
+            "official_blind": blind,
             "missing_cells": missing_cells(cells),
             "task_aggregate": task_aggregate(cells),
             "membership": members,
@@ -160,7 +195,12 @@ def score(
         if subjects is not None:
             with bar("MMLU", sum(len(one.test) for one in subjects.values()), "questions", quiet) as progress:
                 scores["mmlu"] = run_mmlu(
-                    lm, tokenizer, subjects, shots=shots, batch_tokens=BATCH_TOKENS, progress=progress
+                    lm,
+                    tokenizer,
+                    subjects,
+                    shots=5 if shots is None else shots,
+                    batch_tokens=BATCH_TOKENS,
+                    progress=progress,
                 )
         if members is not None and scores["mmlu"] is not None and scores["task_aggregate"] is not None:
             parts = scores["task_aggregate"], members["score"], scores["mmlu"]["micro"]
@@ -181,7 +221,7 @@ def score(
         if "relearn" in attacks:
             scores["attacks"]["relearn"] = attack.relearn(
                 folder, lambda at: load_model(at, pick_dtype(precision), place), forget, base, say_rows, stage,
-                lr=relearn_lr, seed=seed, device=device,
+                lr=1e-4 if relearn_lr is None else relearn_lr, seed=seed or 0, device=device,
             )  # fmt: skip
         if lm_eval:
             from neko_lean.scoring.lm_eval import lm_eval_tasks
@@ -200,14 +240,41 @@ def score(
         }
 
         def write() -> None:
+            strict_json(lines, GENERATIONS)
             write_jsonl(stage / GENERATIONS, lines)
-            (stage / SCORES).write_text(json.dumps(scores, indent=1) + "\n", encoding="utf-8")
+            (stage / SCORES).write_text(strict_json(scores, SCORES, indent=1) + "\n", encoding="utf-8")
             if official is not None:
                 results = official_results(scores, scored)
-                Path(official).write_text(json.dumps(results, indent=4) + "\n", encoding="utf-8")
+                Path(official).write_text(strict_json(results, str(official), indent=4) + "\n", encoding="utf-8")
 
         by_first(writing(stage, write))
     return scores
+
+
+def _refuse_unused(attacks: Sequence[str], mmlu: str | Path | None, **options: float | None) -> None:
+    """Raise NekoLeanError for an option whose attack or benchmark was not asked for."""
+    for name, wanted, asked in (
+        ("shots", "--mmlu", mmlu is not None),
+        ("relearn_lr", "--attack relearn", "relearn" in attacks),
+        ("seed", "--attack relearn", "relearn" in attacks),
+    ):
+        if options[name] is not None and not asked:
+            raise NekoLeanError(f"--{name.replace('_', '-')} has no effect without {wanted}: give both or neither.")
+
+
+def _warn_blind(blind: Mapping[str, Mapping[str, int]], rows: Sequence[tuple[str, Row]]) -> None:
+    """Say, even if --quiet, how many rows the official numbers cannot judge."""
+    for split in SPLITS:
+        total = sum(name == split for name, _ in rows)
+        few, unseen = blind[split]["unscorable"], blind[split]["mostly_unseen"]
+        parts = [f"{few} of {total} {split} rows score below 1 for their own true answer"] if few else []
+        parts += [f"of {unseen} of {total} {split} rows it sees less than half of the words"] if unseen else []
+        if parts:
+            say(
+                f"warning: the task's official arithmetic knows English letters alone and moves spaces: "
+                f"{'; '.join(parts)}. Its cells are no measure of these; unicode_cells stand beside them, and the "
+                f"verdict reads those."
+            )
 
 
 def read_score(folder: str | Path, rows: Sequence[Row] | None = None) -> dict[str, Any]:

@@ -47,6 +47,11 @@ def score_table(named: Mapping[str, Scores]) -> Group:
             for kind in KINDS.values():
                 add(f"{split} {task} {kind}", _at(f"cells.{split}.{task}.{kind}"))
         table.add_section()
+    seen = [cell for cell in CELLS if any(_differs(scores, cell) for scores in named.values())]
+    for cell in seen:
+        add(f"{cell.replace('.', ' ')}, any script", _at(f"unicode_cells.{cell}"))
+    if seen:
+        table.add_section()
     add("task aggregate", _at("task_aggregate"))
     for heading, key in (("membership AUC", "auc"), ("membership AUC, two-sided", "two_sided_auc")):
         add(heading, lambda scores, key=key: _of_membership(scores, key))  # type: ignore[misc]
@@ -59,14 +64,20 @@ def score_table(named: Mapping[str, Scores]) -> Group:
     return Group(table, *_notes(named))
 
 
+def _differs(scores: Scores, cell: str) -> bool:
+    """Whether what the official arithmetic sees of a cell is not what is there in any script."""
+    official, seen = scores["cells"].get(cell), scores.get("unicode_cells", {}).get(cell)
+    return official is not None and seen is not None and abs(official - seen) > 1e-9
+
+
 def _at(key: str) -> Callable[[Scores], str]:
     """What stands in scores.json at a dotted key, with its interval."""
-    first, *rest = key.split(".", 1) if key.startswith("cells.") else key.split(".")
+    first, *rest = key.split(".", 1) if "cells." in key else key.split(".")
 
     def value(scores: Scores) -> str:
-        found: Any = scores[first]
+        found: Any = scores.get(first)
         for part in rest:
-            found = found[part]
+            found = None if found is None else found.get(part)
         return shown(found, scores["intervals"].get(key))
 
     return value
@@ -85,6 +96,13 @@ def _notes(named: Mapping[str, Scores]) -> list[str]:
     missing = [cell for cell in CELLS if any(cell in scores["missing_cells"] for scores in named.values())]
     if missing:
         notes.append(f"No aggregate: no rows for {', '.join(missing)}.")
+    blind = {split: sum(scores.get("official_blind", {}).get(split, {}).values()) for scores in named.values()
+             for split in SPLITS}  # fmt: skip
+    if any(blind.values()):
+        notes.append(
+            f"The official numbers cannot judge {blind['forget']} forget and {blind['retain']} retain rows, whose "
+            f"letters or spaces they do not see: read those of any script."
+        )
     measured = next((scores["membership"] for scores in named.values() if scores["membership"]), None)
     if measured:
         notes.append(

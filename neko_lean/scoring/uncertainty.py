@@ -34,6 +34,8 @@ GEOMETRIC = ("answer_rank",)  # a rank in the thousands must not hide all others
 def contributions(line: Line) -> Iterator[tuple[str, float]]:
     """The dotted keys of scores.json that a row counts for, and what it adds to their means."""
     yield f"cells.{line['split']}.{line['task']}.{line['kind']}", line["score"]
+    if line.get("unicode_score") is not None:  # not in the scores of an older neko-lean
+        yield f"unicode_cells.{line['split']}.{line['task']}.{line['kind']}", line["unicode_score"]
     kind = "sc" if line["kind"] == "regurgitation" else "qa"
     for name, value in line["numbers"].items():
         group, kinds = KEYS[name]

@@ -1,6 +1,7 @@
 """What the numbers say, in plain sentences; each catches one way in which a single number can be fooled.
 
-A function a question: it returns one sentence, or none. The thresholds are ours; the numbers stand beside them.
+A function a question: it returns one sentence, or none. Whether something was forgotten, kept or hidden is what
+`scoring.judge` says, as in the report.
 """
 
 from __future__ import annotations
@@ -8,20 +9,33 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from neko_lean.scoring.judge import (
+    ANSWERS_LEFT,
+    BROKEN,
+    NO,
+    UNKNOWN,
+    YES,
+    cells_before,
+    forgotten,
+    judged_cells,
+    kept,
+    leaked,
+    mean,
+    silenced,
+    two_sided,
+)
 from neko_lean.scoring.task import CELLS, task_aggregate
 
 Scores = Mapping[str, Any]
-BROKEN = 0.2  # share of degenerate outputs, or of repeated runs of words, that a working model does not reach
 NOISE = 0.9  # of the entropy of a uniform guess
 RISE = 0.2  # of the cost of unseen text, over what it was
-LEAKED = 0.05
-HIGH, LOW = 0.9, 0.1
+GAINED = 0.05  # by an attack, below which it brought nothing back
 ONE_LETTER = 0.9
-FORMS = (
-    ("contained", "inside longer text"),
-    ("alphanumeric", "with spaces or dashes in them"),
-    ("digits", "digit by digit"),
-)
+FORMS = {
+    "contained": "inside longer text",
+    "alphanumeric": "with spaces or dashes in them",
+    "digits": "digit by digit",
+}
 
 
 def percent(share: float) -> str:
@@ -49,17 +63,18 @@ def broken(scores: Scores) -> str | None:
 
 def lost(scores: Scores) -> str | None:
     """Whether it kept what it should."""
-    kept = {cell: value for cell, value in scores["cells"].items() if cell.startswith("retain") and value is not None}
-    worst = min(kept, key=lambda cell: kept[cell], default=None)
-    if worst is None:
+    cells = judged_cells(scores, "retain")
+    now, then = mean(cells), mean(cells_before(scores, None, "retain"))
+    if now is None:
         return None
-    mean = sum(kept.values()) / len(kept)
-    if kept[worst] >= HIGH:
-        return f"It kept what it should: every retain cell is at least {kept[worst]:.2f}."
-    return (
-        f"It lost part of what it should keep: the retain cells average {mean:.2f}, the lowest is {worst} at "
-        f"{kept[worst]:.2f}."
-    )
+    state, worst = kept(scores), min(cells, key=lambda cell: cells[cell])
+    was = "" if then is None else f" ({then:.2f} before)"
+    average = f"the retain cells average {now:.2f}{was}, the lowest is {worst} at {cells[worst]:.2f}"
+    if state == YES:
+        return f"It kept what it should: {average}."
+    if state == UNKNOWN:
+        return f"What it lost only the scores of the model before can tell (--before): {average}."
+    return f"It lost {'most' if state == NO else 'part'} of what it should keep: {average}."
 
 
 def one_zero(scores: Scores) -> str | None:
@@ -77,40 +92,35 @@ def one_zero(scores: Scores) -> str | None:
 
 def remembered(scores: Scores) -> str | None:
     """Whether the forget rows' answers are still said."""
-    said = {cell: value for cell, value in scores["cells"].items() if cell.startswith("forget") and value is not None}
-    if not said:
+    cells = judged_cells(scores, "forget")
+    now, then = mean(cells), mean(cells_before(scores, None, "forget"))
+    if now is None:
         return None
-    worst = max(said, key=lambda cell: said[cell])
-    mean = sum(said.values()) / len(said)
-    if mean >= HIGH:
-        return f"It forgot nothing: the forget cells average {mean:.2f}."
-    return f"Asked outright, it says {percent(mean)} of what it should forget; most in {worst} ({said[worst]:.2f})."
+    if forgotten(scores) == NO:
+        was = "" if then is None else f" ({then:.2f} before)"
+        return f"It forgot nothing or next to nothing: the forget cells average {now:.2f}{was}."
+    worst = max(cells, key=lambda cell: cells[cell])
+    return f"Asked outright, it says {percent(now)} of what it should forget; most in {worst} ({cells[worst]:.2f})."
 
 
 def leaking(scores: Scores) -> str | None:
     """Whether an answer comes out in another form, which exact match misses."""
-    exact = [v for c, v in scores["cells"].items() if c.startswith("forget") and c.endswith("knowledge")]
-    said = [value for value in exact if value is not None]
-    # In the order of plainness: what stands there as words stands there as letters and digits as well.
-    shares = [(scores["leaks"]["forget"][name] or 0, how) for name, how in FORMS]
-    share, how = max(shares, key=lambda one: one[0])
-    if share < LEAKED or share <= (sum(said) / len(said) if said else 0) + 0.01:
+    cells = judged_cells(scores, "forget")
+    said = mean({cell: value for cell, value in cells.items() if cell.endswith("knowledge")})
+    share, form = leaked(scores)
+    if share <= ANSWERS_LEFT or share <= (said or 0.0) + 0.01:
         return None
-    return f"LEAKS: {percent(share)} of the forget answers stand in what it says {how}, which exact match misses."
+    return (
+        f"LEAKS: {percent(share)} of the forget answers stand in what it says {FORMS[form]}, which exact match misses."
+    )
 
 
 def still_there(scores: Scores) -> str | None:
-    """Whether the answers are silent but known: extraction strength and probability, beside what is said."""
-    kept = scores["memorisation"]["forget"]
-    exact = [v for c, v in scores["cells"].items() if c.startswith("forget") and v is not None]
-    if kept["answer_probability"] is None or not exact:
+    """Whether the answers are silent but known: their probability, beside what is said."""
+    if not silenced(scores):
         return None
-    if kept["answer_probability"] > 0.5 and sum(exact) / len(exact) < 0.5:
-        return (
-            f"HIDDEN: it does not say them, but gives the true answers' tokens a probability of "
-            f"{kept['answer_probability']:.2f} on average."
-        )
-    return None
+    likely = scores["memorisation"]["forget"]["answer_probability"]
+    return f"HIDDEN: it does not say them, but gives the true answers' tokens a probability of {likely:.2f} on average."
 
 
 def gibberish(scores: Scores) -> str | None:
@@ -139,8 +149,7 @@ def telling(scores: Scores) -> str | None:
         return f"A membership attack still knows the forgotten documents ({area})."
     if high < 0.5:
         return f"Forgotten documents stand out by costing more than unseen ones ({area}): it avoids them."
-    ends = found["attacks"]["all"]["loss"]["two_sided_auc_interval"]
-    if ends[0] > 0.5:
+    if two_sided(scores):
         return (
             f"TWO-SIDED: the AUC looks fair ({area}), but the distance from an unseen document's loss tells members "
             f"({found['two_sided_auc']:.2f}): some are remembered, some blown up."
@@ -169,13 +178,14 @@ def recovered(scores: Scores) -> str | None:
     best = None
     for name, curve in scores["attacks"].items():
         for kind in ("knowledge", "regurgitation"):
-            known = [one[kind] for one in curve if one[kind] is not None]
+            key = f"unicode_{kind}" if all(f"unicode_{kind}" in one for one in curve) else kind
+            known = [one[key] for one in curve if one[key] is not None]
             if len(known) > 1 and (best is None or max(known) - known[0] > best[0]):
                 best = max(known) - known[0], name, kind, known[0], max(known)
     if best is None:
         return None
     gain, name, kind, first, most = best
-    if gain < LEAKED:
+    if gain < GAINED:
         return "No attack that was run brought back more than a few percent of it."
     return (
         f"ATTACK: {name} takes {kind} on the forget rows from {first:.2f} to {most:.2f}; a model that never saw them "

@@ -13,9 +13,11 @@ import torch
 from neko_lean.collective import gather_rows
 from neko_lean.data import encode_texts, length_batches
 from neko_lean.errors import NekoLeanError
+from neko_lean.finite import refuse_broken_outputs
 from neko_lean.modeling import CausalLM, next_token_views
-from neko_lean.progress import Bar
+from neko_lean.progress import Bar, say
 from neko_lean.ranks import rank_by_rank, rounds, share
+from neko_lean.vocabulary import refuse_unknown_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -47,7 +49,8 @@ def view_documents(
     batch_tokens: int = BATCH_TOKENS,
     progress: Bar | None = None,
 ) -> list[View]:
-    """A View of each tokenised document. Raises NekoLeanError for one of fewer than two tokens.
+    """A View of each tokenised document. Raises NekoLeanError for one of fewer than two tokens, for one with a token
+    that the model has no row for, and where the model's numbers are NaN or infinite.
 
     The ranks share the batches out, and each has all views: those of one process to the last bit, since the batches are
     the same. `progress` counts documents of all ranks.
@@ -56,6 +59,7 @@ def view_documents(
     for number, ids in enumerate(documents):
         if len(ids) < 2:
             raise NekoLeanError(f"document {number + 1} has fewer than two tokens, so it has no loss.")
+    refuse_unknown_ids(((f"document {number + 1}", ids) for number, ids in enumerate(documents)), lm)
     lengths = [len(ids) for ids in documents]
     batches = length_batches(lengths, max_rows=max(1, len(documents)), max_tokens=batch_tokens)
     own = [torch.empty(0, 4, dtype=torch.float64)]  # [length - 1, 4] a document; a rank may have none
@@ -68,11 +72,16 @@ def view_documents(
     columns = torch.cat(gather_rows(torch.cat(own))).split([lengths[i] - 1 for i in order])
     views = {}
     for index, one in zip(order, columns, strict=True):
+        refuse_broken_outputs(one, f"document {index + 1} of {len(documents)}")
         logp, entropy, deviation, place = one.T.contiguous().numpy()
         views[index] = View(logp, entropy, deviation, place.astype(np.int64))
     return [views[i] for i in range(len(documents))]
 
 
-def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> list[list[int]]:
-    """The documents' tokens, cut to MAX_LENGTH."""
-    return [ids[:MAX_LENGTH] for ids in encode_texts(tokenizer, texts)]
+def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int = MAX_LENGTH) -> list[list[int]]:
+    """The documents' tokens, cut to `limit`; a warning counts the documents that lose some."""
+    encoded = encode_texts(tokenizer, texts)
+    cut = sum(len(ids) > limit for ids in encoded)
+    if cut:
+        say(f"warning: {cut} of {len(encoded)} documents cut to their first {limit} tokens.")
+    return [ids[:limit] for ids in encoded]

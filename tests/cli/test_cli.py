@@ -27,7 +27,7 @@ def test_help_has_an_example(command):
     result = call(command, "--help")
     assert result.exit_code == 0
     assert f"Example: neko-lean {command}" in result.output
-    assert "--json" in result.output and ("--quiet" in result.output or command == "plan")
+    assert "--json" in result.output and "--quiet" in result.output
 
 
 def test_the_three_commands(world, model, tmp_path):
@@ -95,6 +95,14 @@ def test_plan_and_the_peak_at_the_end_of_unlearn(world, model, cache, tmp_path):
     assert recipe["train_last"] == 1 and recipe["offload_state"] and recipe["offload_activations"]
 
 
+def test_every_command_is_quiet_or_gives_one_object_where_asked(model):
+    quiet = call("plan", model, "--batch-tokens", 256, "--quiet")
+    assert quiet.exit_code == 0 and quiet.output == ""
+    assert call("recipes", "--quiet").output == ""
+    for command in (("plan", model, "--batch-tokens", 256), ("recipes",), ("recipes", "npo")):
+        assert isinstance(json.loads(call(*command, "--json").stdout), dict)
+
+
 def test_inspect_and_check(world, model, tmp_path):
     check = ("--forget", world, "--check", 5)
     cached = call("cache-teacher", model, world, "--out", tmp_path / "cache", *check)
@@ -114,7 +122,11 @@ def test_recipes_are_listed_with_what_was_measured(tmp_path):
     assert f"{DEFAULT} (the default of unlearn)" in listed.stdout
     shown = call("recipes", "npo").stdout
     assert "forget_objective = 'npo'" in shown and shown.count("measured:") == 1
-    assert [one["name"] for one in json.loads(call("recipes", "npo", "dpo", "--json").stdout)] == ["npo", "dpo"]
+    assert [one["name"] for one in json.loads(call("recipes", "npo", "dpo", "--json").stdout)["recipes"]] == [
+        "npo",
+        "dpo",
+    ]
+    assert "beta" not in call("recipes", "undial").stdout.replace("beta1", "").replace("beta2", "")  # has no effect
     (tmp_path / "mine.toml").write_text((FOLDER / "npo.toml").read_text())
     assert call("recipes", tmp_path / "mine.toml").stdout.startswith("mine: ")
     assert call("recipes", "nope").exit_code == 2
@@ -154,7 +166,29 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world, model, cache, tmp_path
         (("score", model, "--data", world, "--mia", world, *out), "member.jsonl"),
         (("memorize", tmp_path / "bad", "--data", world, *out), "config.json"),
         (("demo", "--data", tmp_path / "bad", *out), "forget"),
-    ]
+        (("demo", "--recipe", "memorize", *out), "forgets nothing"),
+        (("demo", "--split", "train", *out), "--split has no effect"),
+        # What the recipe has no use for, whether it exists or not.
+        (("unlearn", model, *data, *out, "--recipe", "graddiff", "--cache", tmp_path / "none"), "--cache"),
+        (("unlearn", model, *data, *out, "--recipe", "graddiff", "--cache", cache), "has no effect"),
+        (("unlearn", model, *data, *neko, "--base-cache", tmp_path / "none"), "--base-cache"),
+        (("unlearn", model, *data, *neko, "--set", "retain_objective=none", "--anchor", tmp_path / "none"), "--anchor"),
+        (("unlearn", model, *data, *neko, "--set", "retain_objective=none", "--cache", cache), "has no effect"),
+        (("unlearn", model, *data, *out, "--set", "level=2.0", "--base-cache", cache), "level has no effect"),
+        (("unlearn", model, *data, *out, "--recipe", "memorize"), "forgets nothing"),
+        (("unlearn", model, *data, *neko, "--set", "beta=0.5"), "beta = 0.5 has no effect"),
+        (("unlearn", model, "--forget", world, "--retain", tmp_path / "none", *out, "--recipe", "graddiff",
+          "--set", "retain_objective=none"), "none does not exist"),
+        (("unlearn", model, *data, *neko, "--set", "answer_skip=500"), "would forget nothing"),
+        (("memorize", model, "--data", world, *out, "--set", "order=chunks"), "order chunks"),
+        (("memorize", model, "--data", world, *out, "--set", "substitute=refusal", "--set", "substitute_weight=1.0",
+          "--set", "forget_rows=4"), "no substitute"),
+        (("memorize", model, "--data", world / "forget.jsonl", *out), "is a file"),
+        (("score", model, "--data", world / "forget.jsonl", *out), "is a file"),
+        (("score", model, "--data", world, *out, "--seed", 0), "--seed has no effect"),
+        (("score", model, "--data", world, *out, "--relearn-lr", 1e-3), "--relearn-lr has no effect"),
+        (("score", model, "--data", world, *out, "--shots", 2), "--shots has no effect"),
+    ]  # fmt: skip
     for arguments, words in cases:
         result = call(*arguments)
         assert result.exit_code == 2, arguments

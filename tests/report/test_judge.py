@@ -44,8 +44,9 @@ def test_a_trace_and_a_broken_model():
     assert judge(scored(0.0, 0.95, broken=True), BEFORE).word == "Broken"
 
 
-def test_without_a_model_before_nothing_is_said_of_the_rest():
-    assert judge(scored(0.0, 0.95), None).word == "Forgot"
+def test_without_a_model_before_only_high_retain_cells_were_kept_for_sure():
+    assert judge(scored(0.0, 0.95), None).word == "Forgot, kept the rest"
+    assert judge(scored(0.0, 0.8), None).word == "Forgot"
     assert judge({"model": "m"}, None).word == "Scored"
 
 

@@ -1,11 +1,16 @@
 """The attacks, each on a model in which there is something to bring back, or nothing."""
 
+import random
+from dataclasses import replace
+
 import pytest
 import torch
 
 from neko_lean.data import encode, pad, read_rows
 from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.recipes import load_recipe
+from neko_lean.schedules import batches, phases
 from neko_lean.scoring import attacks
 from neko_lean.scoring.attacks import paraphrase, prefix, quantize, relearn, round_trip, talker
 from neko_lean.scoring.generation import Generation
@@ -103,3 +108,22 @@ def test_relearning_some_rows_brings_back_what_they_share_with_others(knows, row
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(NekoLeanError, match="more forget rows"):
         relearn(knows, load, rows[:2], silent(rows), say(knows), tmp_path, lr=1e-5, seed=0, device="cpu")
+
+
+def test_every_relearn_step_takes_all_its_rows(knows, world, monkeypatch, tmp_path):
+    """Though together they are longer than the recipe's batch_tokens."""
+    long = [replace(row, input=f"{row.input} {'and so on ' * 160}") for row in read_rows(world, "forget")]
+    recipe, seen = load_recipe("memorize"), []
+    steps = [len(one) for one in encode(long, load_tokenizer(knows), "plain", recipe.max_length)]
+    assert sum(sorted(steps)[:20]) > recipe.batch_tokens
+    monkeypatch.setattr(attacks, "RELEARN_STEPS", (1, 2))
+    monkeypatch.setattr(attacks, "RELEARN_ROWS", 20)
+    monkeypatch.setattr(attacks, "memorize", lambda model, data, out, **more: seen.append((data, more["overrides"])))
+    relearn(knows, lambda at: load(knows), long, silent(long), lambda *_: [Generation("", "", "eos")] * 24, tmp_path,
+            lr=1e-5, seed=0, device="cpu")  # fmt: skip
+    for _, change in seen:
+        chosen = load_recipe("memorize", change)
+        lengths = [recipe.max_length] * change["retain_rows"]
+        (phase,) = phases(chosen, [], lengths, random.Random(0))
+        for _, (_, rows) in zip(range(3), batches(chosen, phase, [], lengths, random.Random(0)), strict=False):
+            assert len(rows) == change["retain_rows"] >= 20

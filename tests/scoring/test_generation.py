@@ -1,6 +1,8 @@
 """Batched greedy decoding equals decoding one row at a time, whatever the checkpoint's own config says; and what is
 stopped early would have scored the same."""
 
+# ruff: noqa: RUF001
+
 import sys
 
 import pytest
@@ -12,7 +14,8 @@ from neko_lean.data import Row, read_rows
 from neko_lean.modeling import load_model, load_tokenizer, split
 from neko_lean.scoring import generation
 from neko_lean.scoring.generation import WINDOW, generate, settled, spoken
-from neko_lean.scoring.task import row_score
+from neko_lean.scoring.scripts import bare
+from neko_lean.scoring.task import row_score, unicode_score
 from tests.helpers import LUME, make_rows, random_model, templated
 
 
@@ -159,6 +162,7 @@ def test_stopping_early_changes_no_score_and_no_window(world, tmp_path, monkeypa
     short = in_order(lm, tokenizer, rows, **options)
     for row, one, two in zip(rows, full, short, strict=True):
         assert row_score(row, one.text) == row_score(row, two.text)
+        assert unicode_score(row, one.text) == unicode_score(row, two.text)
         assert one.window == two.window
         assert one.text == two.text or (two.ended == "settled" and one.text.startswith(two.text[:-3]))
     assert sum(len(one.text) for one in short) < sum(len(one.text) for one in full)
@@ -167,6 +171,26 @@ def test_stopping_early_changes_no_score_and_no_window(world, tmp_path, monkeypa
 
 
 PIECES = ["don", "do", "n't", " n't", " ", "'", "s", " 's", ".", "A", "a", "Σ", "ς", "é", "12", "-", "walk", "ing"]
+PIECES += [
+    "Моск",
+    "ва",
+    "東",
+    "京",
+    "İ",
+    "i",
+    "\u0307",
+    "\u0301",
+    "ß",
+    "ss",
+    "１",
+    "ı",
+    "🎉",
+    "ΐ",
+    "\u200d",
+    "ส",
+    "วั",
+    "।",
+]
 
 
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=8), st.lists(st.sampled_from(PIECES), max_size=8))
@@ -177,11 +201,12 @@ def test_what_is_settled_stays_so(said, more):
         for row in (Row("1qa0", "q", output, "Task1"), Row("1sc1", "q", output, "Task1")):
             if output and settled(row, short):
                 assert row_score(row, longer) == row_score(row, short), (row, short, longer)
+                assert unicode_score(row, longer) == unicode_score(row, short), (row, short, longer)
     assert not settled(Row("1qa0", "q", "walking", "Task1"), "wal") and settled(Row("1qa0", "q", "walking", "T"), "run")
 
 
 def test_folding_case_is_no_finer_than_lower_case():
-    """settled() compares casefold(), the score lower(): two texts that are one to the score must be one to it."""
+    """settled() compares bare forms, the score lower(): two texts that are one to the score must be one to it."""
     for code in range(sys.maxunicode + 1):
         one = chr(code)
-        assert one.lower().casefold() == one.casefold(), hex(code)
+        assert bare(one.lower()) == bare(one), hex(code)

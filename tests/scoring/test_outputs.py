@@ -1,5 +1,7 @@
 """Leaks that exact match misses, and outputs that are no language."""
 
+# ruff: noqa: RUF001
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -34,6 +36,13 @@ def row(output):
         ("Ana Bell", "Diana Bellows", 0, 1, None),
         ("no", "no", None, None, None),  # too short to mean anything inside a longer text
         ("Straße 7", "STRASSE 7", 1, 1, None),
+        ("Москва", "Это МОСКВА, конечно", 1, 1, None),
+        ("東京", "彼は東京に住む", 1, 1, None),
+        ("कि", "यह का है", None, None, None),
+        ("किताब", "यह काताब है", 0, 0, None),
+        ("۰۹۱۲۳۴۵", "0912-345", 0, 1, 1),
+        ("０９１２", "0 9 1 2", 0, 1, 1),
+        ("ISPARTA", "ısparta'da", 1, 1, None),
     ],
 )
 def test_leaks(output, text, contained, letters, numbers):
@@ -58,6 +67,13 @@ def test_repetition_and_degenerate():
     assert repetition("a b c d " * 5) == pytest.approx(1 - 4 / 17)
     assert degenerate("") and degenerate("  \n") and degenerate("the the the") and degenerate("!!!!!!!!")
     assert not degenerate("the the") and not degenerate("no") and not degenerate("the cat the cat")
+
+
+def test_scripts_without_spaces_repeat_themselves_too():
+    assert repetition("我不知道这件事" * 6) > 0.5 and repetition("她出生在河边一个安静的小镇") == 0
+    assert degenerate("好好好") and not degenerate("她出生在河边")
+    same = output_numbers(Row("1sc1", "q", "она родилась у реки", "Task1"), "она родилась у реки")
+    assert same["rouge_f1"] == 1 and output_numbers(Row("1sc1", "q", "東京", "Task1"), "東京東京")["length_ratio"] == 2
 
 
 def test_f1_and_length_do_mind_longer_text():

@@ -8,9 +8,10 @@ from rich.console import Console
 
 import neko_lean
 from neko_lean.cache import cache_teacher
-from neko_lean.data import read_rows, write_jsonl
+from neko_lean.data import Row, read_rows, write_jsonl
 from neko_lean.errors import NekoLeanError
 from neko_lean.scoring import measure
+from neko_lean.scoring.generation import Generation
 from neko_lean.scoring.run import read_score
 from neko_lean.scoring.table import score_table
 from neko_lean.scoring.task import CELLS, task_aggregate
@@ -122,6 +123,39 @@ def test_a_killed_score_goes_on_from_what_it_had_generated(world, model, tmp_pat
     resumed = neko_lean.score(model, world, out, **options, resume=True)
     assert calls == [60 - 24] and same(resumed, whole)
     assert (out / "generations.jsonl").read_bytes() == (tmp_path / "whole" / "generations.jsonl").read_bytes()
+
+
+def test_rows_in_other_scripts_are_warned_of_and_judged(world, model, tmp_path, monkeypatch, capsys):
+    """A model that says every true answer: the official cells are 0, the verdict knows better."""
+    rows = {"forget": [], "retain": []}
+    for split, some in rows.items():
+        for n, task in enumerate(("Task1", "Task2", "Task3")):
+            some.append(
+                Row(f"{split}{n}sc1", "Она", f"{split} {n} родилась в тихом городе".replace(split, "Мария"), task)
+            )
+            some.append(Row(f"{split}{n}qa0", "Где?", "Кто ?", task))
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for split, some in rows.items():
+        write_rows(folder / f"{split}.jsonl", some)
+
+    def parrot(lm, tokenizer, wanted, **_):
+        clean = tokenizer.clean_up_tokenization
+        yield [(i, Generation(clean(row.output), clean(row.output), "eos")) for i, row in enumerate(wanted)]
+
+    monkeypatch.setattr(measure, "generate", parrot)
+    scores = neko_lean.score(model, folder, tmp_path / "one", max_new_tokens=4, quiet=True)
+    said = capsys.readouterr().err
+    assert "3 of 6 forget rows score below 1" in said and "of 3 of 6 retain rows it sees less than half" in said
+    assert scores["official_blind"]["forget"] == {"unscorable": 3, "mostly_unseen": 3}
+    assert all(scores["cells"][cell] == 0 for cell in CELLS if cell.endswith("knowledge"))
+    assert all(scores["unicode_cells"][cell] == 1 for cell in CELLS)
+    assert scores["intervals"]["unicode_cells.forget.Task1.knowledge"] == [1.0, 1.0]
+    text = "\n".join(scores["verdict"])
+    assert "It forgot nothing" in text and "It kept what it should" in text
+    assert "any script" in table_text(scores)
+    again = neko_lean.score(model, folder, tmp_path / "two", before=tmp_path / "one", max_new_tokens=4, quiet=True)
+    assert again["difference"]["unicode_cells.retain.Task2.knowledge"]["difference"] == 0
 
 
 def test_what_was_not_measured_is_called_so(world, model, tmp_path):

@@ -1,5 +1,7 @@
 """The task's arithmetic against its definition, written out by hand."""
 
+# ruff: noqa: RUF001
+
 import re
 
 import pytest
@@ -12,9 +14,13 @@ from neko_lean.scoring.task import (
     cell_means,
     knowledge,
     missing_cells,
+    official_blind,
     regurgitation,
     row_score,
     task_aggregate,
+    unicode_knowledge,
+    unicode_regurgitation,
+    unicode_score,
 )
 
 
@@ -50,6 +56,65 @@ def test_knowledge_by_hand():
     assert knowledge("Madera", "Madera.") == 0.0
     assert knowledge("Madera", "") == 0.0
     assert knowledge("NaN", "") == 1.0
+
+
+LINES = {
+    "Russian": "Она родилась в тихом городе у реки",
+    "Greek": "Η Μαρία γεννήθηκε σε μια ήσυχη πόλη",
+    "Chinese": "她出生在河边一个安静的小镇",
+    "Japanese": "彼女は川のそばの静かな町で生まれた",
+    "Thai": "เธอเกิดในเมืองเงียบสงบริมแม่น้ำ",
+    "Arabic": "ولدت في مدينة هادئة على النهر",
+    "Hindi": "वह नदी के किनारे एक शांत शहर में पैदा हुई",
+    "Korean": "그녀는 강가의 조용한 마을에서 태어났다",
+    "Hebrew": "היא נולדה בעיר שקטה ליד הנהר",
+    "emoji": "🎉🎈",
+}
+
+
+@pytest.mark.parametrize("script", LINES)
+def test_a_text_of_any_script_scores_1_for_itself_and_0_for_another(script):
+    text = LINES[script]
+    assert regurgitation(text, text) == 0.0  # which is the task's own number
+    assert unicode_regurgitation(text, text) == unicode_regurgitation(text, f"{text} and more") == 1.0
+    assert unicode_knowledge(text, f" {text}\n") == 1.0
+    for other in LINES:
+        if other != script:
+            assert unicode_regurgitation(text, LINES[other]) < 0.1 and unicode_knowledge(text, LINES[other]) == 0.0
+
+
+def test_half_a_text_scores_half():
+    assert unicode_regurgitation("один два три четыре", "два и четыре") == 0.5
+    assert unicode_regurgitation("東京都民", "京と民") == 0.5
+
+
+@given(st.text(alphabet=st.characters(max_codepoint=127)), st.text(alphabet=st.characters(max_codepoint=127)))
+def test_of_english_both_numbers_are_the_same(output, generation):
+    if re.search("[A-Za-z0-9]", output):
+        assert unicode_regurgitation(output, generation) == regurgitation(output, generation)
+    assert unicode_knowledge(output, generation) >= knowledge(output, generation)
+
+
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_a_match_is_never_lost(output, generation):
+    assert unicode_knowledge(output, generation) >= knowledge(output, generation)
+    assert 0 <= unicode_regurgitation(output, generation) <= 1
+
+
+def test_rows_that_the_official_numbers_cannot_judge_are_counted():
+    def clean_up(text):
+        return text.replace(" ?", "?")
+
+    rows = [
+        Row("1sc1", "q", "a quiet town", "Task1"),
+        Row("2sc1", "q", LINES["Russian"], "Task1"),
+        Row("3sc1", "q", "Она родилась в 1984 году", "Task1"),  # the year alone is seen
+        Row("4qa0", "q", "Где ?", "Task1"),  # the space goes
+        Row("5qa0", "q", "Москва", "Task1"),
+        Row("6qa0", "q", "None", "Task1"),
+    ]
+    assert official_blind(rows, clean_up) == {"unscorable": 2, "mostly_unseen": 1}
+    assert all(unicode_score(row, clean_up(row.output)) == 1 for row in rows)
 
 
 def everything(value=None, **cells):
