@@ -228,6 +228,7 @@ class Bench:
         if "TRACEBACK" in ends:
             return "TRACEBACK"
         if ends == {"refused"}:
+            found.says = [found.says[0].partition(": ")[2]]
             return "refused"
         if "refused" in ends:
             return "partly refused"
