@@ -205,7 +205,7 @@ def damage(folder: Path) -> str | None:
                 return f"{name} was changed"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         return f"it cannot be read ({error})"
     return None
 
@@ -225,7 +225,7 @@ def best_step(folder: Path) -> int:
     """The step of the evaluation that a save counts as its best; 0 where it has none or cannot say."""
     try:
         return int(json.loads((folder / STATE).read_text(encoding="utf-8"))["state"]["best_step"])
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0
 
 

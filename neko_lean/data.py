@@ -97,7 +97,8 @@ def find_rows(path: str | Path, stem: str, split: str | None = None) -> Path:
     if is_file(path):
         return path
     if not path.is_dir():
-        raise NekoLeanError(f"{path} does not exist: give a parquet, jsonl or csv file, or a folder with {stem}.*.")
+        missing = "is neither a file nor a folder" if path.exists() else "does not exist"
+        raise NekoLeanError(f"{path} {missing}: give a parquet, jsonl or csv file, or a folder with {stem}.*.")
     name = f"{stem}_{split}" if split else stem
     for suffix in SUFFIXES:
         # The hub's parquet shards are called forget_train-00000-of-00001.parquet.
@@ -186,8 +187,12 @@ def encode(
     """Tokenise rows in `style`, cut to `max_length` tokens; with `append_eos` the answer ends in the EOS token.
 
     The prompt's tokens are those of the prompt alone, as the scorer will feed it, so answer positions are the ones
-    that a generation has to produce.
+    that a generation has to produce. Raises NekoLeanError for `append_eos` with a tokenizer that has no EOS token.
     """
+    if append_eos and tokenizer.eos_token_id is None:
+        raise NekoLeanError(
+            "this tokenizer has no EOS token, so answers cannot end in one: give it one, or set append_eos=false."
+        )
     texts = [prompt_and_answer(row, style) for row in rows]
     prompts = encode_texts(tokenizer, [prompt for prompt, _ in texts])
     wholes = encode_texts(tokenizer, [prompt + answer for prompt, answer in texts])
@@ -196,7 +201,7 @@ def encode(
         ids = whole_ids
         if ids[: len(prompt_ids)] != prompt_ids:  # a merge across the border: keep the prompt as the scorer sees it
             ids = prompt_ids + _continuation(tokenizer, answer)
-        if append_eos and tokenizer.eos_token_id is not None:
+        if append_eos:
             ids = [*ids, tokenizer.eos_token_id]
         kept = ids[:max_length]
         encoded.append(Encoded(row, kept, min(len(prompt_ids), len(kept)), len(ids) - len(kept)))

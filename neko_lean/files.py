@@ -88,7 +88,9 @@ def _json_object(line: str, where: str) -> dict[str, Any]:
         if not isinstance(values, dict):
             raise NekoLeanError(f"{where}: is not a JSON object.")
     except _DuplicateKeyError as error:
-        raise NekoLeanError(f"{where}: key {error.args[0]!a} occurs twice in one object; remove one.") from error
+        raise NekoLeanError(
+            f"{where}: key '{_shown(error.args[0])}' occurs twice in one object; remove one."
+        ) from error
     except json.JSONDecodeError as error:
         raise NekoLeanError(f"{where}: is not JSON ({error.msg}).") from error
     except RecursionError as error:
@@ -122,8 +124,8 @@ def _refuse_lone_surrogates(values: dict[str, Any], where: str) -> None:
                 pending += one
             elif isinstance(one, str) and (found := _SURROGATE.search(one)):
                 raise NekoLeanError(
-                    f"{where}, column {column!a}: holds {found[0]!a}, half of a surrogate pair, which is no text; "
-                    f"write the whole character."
+                    f"{where}, column '{_shown(column)}': holds {found[0]!a}, half of a surrogate pair, which is no "
+                    f"text; write the whole character."
                 )
 
 
@@ -191,7 +193,7 @@ def _check_header(header: list[str], columns: Sequence[str], where: str) -> None
     _refuse_duplicates(header, where)
     for column in columns:
         if column not in header:
-            needed, found = ", ".join(columns), ", ".join(map(repr, header))
+            needed, found = ", ".join(columns), ", ".join(f"'{_shown(name)}'" for name in header[:10])
             raise NekoLeanError(f"{where}: column {column} is missing (needed: {needed}; found: {found}).")
 
 
@@ -245,11 +247,13 @@ def _refuse_duplicates(names: Sequence[str], where: str) -> None:
     """Columns without a name, as spreadsheets add them at the end, may be several: nothing reads them."""
     for number, name in enumerate(names):
         if name and name in names[:number]:
-            raise NekoLeanError(f"{where}: column {name!r} occurs twice; rename or remove one.")
+            raise NekoLeanError(f"{where}: column '{_shown(name)}' occurs twice; rename or remove one.")
 
 
 def _shown(name: str) -> str:
-    return name if name.isprintable() else repr(name)
+    """A column's name for a message: a file that is no table may have a whole page in its place."""
+    short = name if len(name) <= 40 else f"{name[:40]}..."
+    return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in short)
 
 
 def first_line(error: Exception) -> str:

@@ -19,12 +19,17 @@ from torch import Tensor
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.progress import say
+from neko_lean.quantized import refuse_gguf
 from neko_lean.trust import is_plain
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+_WEIGHT_FILES = (
+    "*.safetensors", "*.safetensors.index.json", "*.gguf", "pytorch_model*", "tf_model*", "flax_model*",
+    "consolidated*", "*.ckpt", "*.pth",
+)  # fmt: skip
 MAX_KEYS = 5  # tensor names in an error message
 # Dtypes that hold weights as they are, as safetensors calls them; all others need scales or a table to be read.
 PLAIN_DTYPES = frozenset({"F64", "F32", "F16", "BF16"})
@@ -61,6 +66,11 @@ class Differences:
         return bool(self.missing or self.unexpected or self.mismatched)
 
 
+def holds_weights(folder: Path) -> bool:
+    """Whether a folder holds weights in any format, read here or not; with some, no model starts at random."""
+    return any(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern))
+
+
 def weight_files(folder: Path) -> list[Path]:
     """The safetensors files of a checkpoint; NekoLeanError when there are none or one is missing."""
     if (folder / INDEX).is_file() and not (folder / WEIGHTS).is_file():  # transformers, too, prefers the single file
@@ -71,11 +81,7 @@ def weight_files(folder: Path) -> list[Path]:
     for file in files:
         if file.is_file():
             continue
-        if any(folder.glob("*.gguf")):
-            raise NekoLeanError(
-                f"{folder} holds its weights as GGUF, which is quantised: neko-lean trains plain weights, so give the "
-                f"original checkpoint in safetensors."
-            )
+        refuse_gguf(folder)
         raise NekoLeanError(f"{folder} lacks {file.name}: neko-lean reads weights from safetensors only.")
     return files
 
@@ -237,6 +243,11 @@ def diagnosis(found: Differences, model: PreTrainedModel) -> str:
             return sentence
     if any(_QUANTIZED.search(name) for name in unexpected):
         return "This looks like a quantised checkpoint: give it in bfloat16, float16 or float32."
+    if any(_MULTIMODAL.search(name) for name in unexpected):
+        return (
+            "This looks like a multimodal model with a config.json of its language part: give the config.json of the "
+            "whole model, or the language part's weights alone."
+        )
     prefix = _wrapper(found, model.base_model_prefix)
     if prefix == "module.":
         return "This looks like a model saved inside DistributedDataParallel: save its .module instead."
@@ -247,11 +258,6 @@ def diagnosis(found: Differences, model: PreTrainedModel) -> str:
         return layers
     if found.mismatched and not found.missing and not unexpected:
         return _other_shape(found, model)
-    if unexpected and all(_MULTIMODAL.search(name) for name in unexpected):
-        return (
-            "This looks like a multimodal model with a config.json of its language part: give the config.json of the "
-            "whole model, or the language part's weights alone."
-        )
     if found.missing and not unexpected and set(found.missing) <= _head_names(model):
         return (
             "This looks like a base model without its head: give the causal language model, or, if its head is the "
@@ -279,16 +285,18 @@ def _layers(names: Collection[str]) -> set[int]:
 
 def _layer_count(found: Differences, model: PreTrainedModel) -> str:
     """What to say where whole layers are missing or surplus, and nothing else; else ''."""
-    count = getattr(model.config.get_text_config(decoder=True), "num_hidden_layers", None)
+    config = model.config.get_text_config(decoder=True)
+    count, key = getattr(config, "num_hidden_layers", None), config.attribute_map.get("num_hidden_layers")
+    key = key or "num_hidden_layers"
     if not isinstance(count, int) or found.mismatched:
         return ""
     missing, surplus = _layers(found.missing), _layers(found.unexpected)
     if surplus and not found.missing and min(surplus) >= count and all(map(_NUMBERED.search, found.unexpected)):
-        return f"The files hold {max(surplus) + 1} layers, and config.json says num_hidden_layers: {count}."
+        return f"The files hold {max(surplus) + 1} layers, and config.json says {key}: {count}."
     if missing and not found.unexpected and all(map(_NUMBERED.search, found.missing)):
-        last = count - len(missing)
-        if missing == set(range(last, count)):
-            return f"The files seem to hold {last} layers, and config.json says num_hidden_layers: {count}."
+        wanted = [name for name in model.state_dict() if _layers([name]) & missing]
+        if len(wanted) == len(found.missing) and missing == set(range(min(missing), count)):
+            return f"The files hold only {min(missing)} of the {count} layers that config.json says ({key})."
         return f"The files lack weights of layer {min(missing)}: get the checkpoint again."
     return ""
 
@@ -296,7 +304,9 @@ def _layer_count(found: Differences, model: PreTrainedModel) -> str:
 def _other_shape(found: Differences, model: PreTrainedModel) -> str:
     """What to say where only shapes differ."""
     tables = _table_names(model)
-    rows = [(there[0], here[0]) for name, there, here in found.mismatched if name in tables and there and here]
+    rows = [
+        (there[0], here[0]) for name, there, here in found.mismatched if name in tables and there[1:] == here[1:] != ()
+    ]
     if rows and len(rows) == len(found.mismatched):
         return f"The files have a vocabulary of {rows[0][0]} entries, and config.json says vocab_size: {rows[0][1]}."
     return "The sizes in config.json are those of another model: give the config.json that belongs to the weights."

@@ -33,7 +33,7 @@ from neko_lean.families import (
 )
 from neko_lean.head import LogitTransform, TokenViews, logits, token_stats, token_views
 from neko_lean.loading import check_loaded, refuse_packed, stored_tensors, weight_files
-from neko_lean.quantized import dequantized, loading_options, quantization_method, refuse_quantized
+from neko_lean.quantized import dequantized, loading_options, quantization_method, refuse_gguf, refuse_quantized
 from neko_lean.ranks import local_rank, size
 from neko_lean.trust import reason, refuse_untrusted
 
@@ -155,6 +155,7 @@ def model_folder(model: str | Path, *, config_only: bool = False) -> Path:
     if not path.is_dir():
         path = _from_hub(str(model), path, config_only)
     if not (path / "config.json").is_file():
+        refuse_gguf(path)
         raise NekoLeanError(f"{path} holds no config.json: it is not a Hugging Face checkpoint folder.")
     refuse_untrusted(path)
     refuse_quantized(path)

@@ -53,6 +53,15 @@ def refuse_quantized(folder: Path) -> None:
     )
 
 
+def refuse_gguf(folder: Path) -> None:
+    """Raise NekoLeanError for a folder with GGUF files, which transformers does not read as a checkpoint."""
+    if any(folder.glob("*.gguf")):
+        raise NekoLeanError(
+            f"{folder} holds its weights as GGUF, which is quantised: neko-lean trains plain weights, so give the "
+            f"original checkpoint in safetensors."
+        )
+
+
 def loading_options(method: str | None, device: torch.device) -> dict[str, Any]:
     """What transformers' from_pretrained needs in addition to load plain weights."""
     if method is None:

@@ -20,6 +20,7 @@ from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, explained_write_errors
 from neko_lean.finite import or_null
 from neko_lean.levels import with_levels
+from neko_lean.loading import holds_weights
 from neko_lean.loop import Loop
 from neko_lean.memory import resident
 from neko_lean.modeling import (
@@ -234,7 +235,7 @@ def memorize(
     if warning := position_warning(encoded, limit, chosen.max_length):
         say(warning)
     # Without weights the model follows from config.json and the seed.
-    trained = any(folder.glob("*.safetensors"))
+    trained = holds_weights(folder)
     identity = {
         **_identity("memorize", chosen, seed, place),
         "model": weights_fingerprint(folder) if trained else file_sha256(folder / "config.json"),

@@ -285,7 +285,7 @@ def complete_run(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | Non
     """What run.json in `out` says, where it is the complete output of this very run."""
     try:
         run: dict[str, Any] = json.loads((out / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return None
     return run if isinstance(run, dict) and run.get("made_from") == digests(identity) else None
 

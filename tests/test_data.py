@@ -160,6 +160,29 @@ def test_an_end_that_the_text_has_itself_stays():
         assert encode_text(tokenizer, "ab</s>") == [100, 101, 1]
 
 
+def test_append_eos_needs_an_eos_token(world):
+    tokenizer = load_tokenizer(world / "base")
+    tokenizer.eos_token = None
+    assert encode(make_rows("Foo"), tokenizer, "plain", 512)
+    with pytest.raises(NekoLeanError, match="no EOS token"):
+        encode(make_rows("Foo"), tokenizer, "plain", 512, append_eos=True)
+
+
+@given(prompt=st.text(min_size=1), answer=st.text())
+@settings(deadline=None, derandomize=True, max_examples=200)
+def test_a_byte_level_answer_is_split_as_it_is_by_itself(bytewise, prompt, answer):
+    """A merge across the border leaves what it always was: the prompt's own ids, then the answer's."""
+    (one,) = encode([Row("1sc1", prompt, answer, "Task1")], bytewise, "plain", 10**6)
+    left, right = (bytewise(text)["input_ids"] for text in (prompt, " " + answer))
+    whole = bytewise(f"{prompt} {answer}")["input_ids"]
+    assert one.ids == (whole if whole[: len(left)] == left else left + right)
+
+
+@pytest.fixture(scope="module")
+def bytewise(world):
+    return load_tokenizer(world / "base")
+
+
 def test_a_vocabulary_that_knows_no_letters():
     """The token for unknown words is also the one that ends a text."""
     words = Tokenizer(models.WordLevel({"</s>": 0, "foo": 1, "bar": 2}, unk_token="</s>"))

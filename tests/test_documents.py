@@ -55,3 +55,21 @@ def test_a_bad_anchor_file_is_one_sentence(tmp_path):
     (tmp_path / "b.jsonl").write_text("")
     with pytest.raises(NekoLeanError, match="holds no documents"):
         read_anchor(tmp_path / "b.jsonl")
+
+
+def test_documents_are_read_as_strictly_as_rows(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"document": "fine"}\n', encoding="utf-8-sig")
+    assert [row.output for row in read_anchor(path)] == ["fine"]
+    with pytest.raises(NekoLeanError, match="is not a file"):
+        read_anchor(tmp_path)
+    lines = {
+        '{"document": "a", "document": "b"}': "'document' occurs twice",
+        json.dumps({"document": "half \ud83d"}): "row 2 .*column 'document'.*surrogate",
+        json.dumps({"document": "a", "task": ["Task1"]}): "row 2, column task",
+        '{"document": ' + "[" * 100_000: "nested too deep",
+    }
+    for line, words in lines.items():
+        path.write_text('{"document": "fine"}\n' + line + "\n")
+        with pytest.raises(NekoLeanError, match=words):
+            read_anchor(path)

@@ -233,6 +233,7 @@ def test_folders_and_missing_and_empty_files(tmp_path):
         refused(tmp_path / f"folder{suffix}")
         refused(tmp_path / f"empty{suffix}", *(["holds no rows"] if suffix != ".parquet" else []))
     refused(tmp_path / ("x" * 5000))
+    refused(Path("/dev/null"), "neither a file nor a folder")
     (tmp_path / "forget.csv").mkdir()
     with pytest.raises(NekoLeanError, match="holds no forget"):
         find_rows(tmp_path, "forget")

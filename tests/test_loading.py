@@ -8,10 +8,13 @@ import torch
 import transformers
 from safetensors.torch import load_file, save_file
 
+import neko_lean
+from neko_lean.cache import cache_teacher
 from neko_lean.errors import NekoLeanError
 from neko_lean.loading import is_finite, stored_tensors
-from neko_lean.modeling import load_model, load_tokenizer, split
-from tests.helpers import random_model
+from neko_lean.modeling import load_model, load_tokenizer, model_folder, split
+from neko_lean.scoring.run import score
+from tests.helpers import SMALL, random_model
 
 CPU = torch.device("cpu")
 # Diverse in their names, in what is tied, in experts that are fused, and in buffers.
@@ -99,8 +102,9 @@ def test_what_transformers_saves_loads_as_it_is(kind, tmp_path, monkeypatch):
         (prefixed("base_model.model."), "inside another one: remove 'base_model.model.'"),
         (renamed("q_proj.weight", "q_proj.base_layer.weight"), "merge_and_unload"),
         (lambda t: {**t, "model.layers.0.self_attn.q_proj.lora_A.weight": torch.ones(2, 64)}, "merge_and_unload"),
-        (without("layers.1."), "seem to hold 1 layers, and config.json says num_hidden_layers: 2"),
+        (without("layers.1."), r"hold only 1 of the 2 layers that config.json says \(num_hidden_layers\)"),
         (without("layers.0."), "lack weights of layer 0"),
+        (without("layers.1.mlp.up_proj"), "lack weights of layer 1"),
         (twice("layers.1.", "layers.2."), "hold 3 layers, and .* num_hidden_layers: 2"),
         (without("lm_head"), "missing: lm_head.weight. This looks like a base model without its head"),
         (lambda t: {**t, "model.layers.0.self_attn.q_proj.bias": torch.ones(64)}, "unexpected: .*q_proj.bias"),
@@ -117,6 +121,21 @@ def test_tensors_that_are_not_the_models_are_named(model, tmp_path, change, said
     with pytest.raises(NekoLeanError, match=said) as caught:
         load(rewrite(model, tmp_path / "changed", change))
     assert str(caught.value).count(".weight") <= 6 and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("change", [prefixed("_orig_mod."), without("layers.1."), without("lm_head")])
+def test_every_command_refuses_them_and_writes_nothing(model, world, tmp_path, change):
+    (tmp_path / "out").mkdir()
+    folder, out = rewrite(model, tmp_path / "changed", change), tmp_path / "out" / "x"
+    for run in (
+        lambda: score(folder, world, out, max_new_tokens=4, quiet=True),
+        lambda: cache_teacher(folder, world, out, quiet=True),
+        lambda: neko_lean.memorize(folder, world, out, overrides=SMALL, quiet=True),
+        lambda: neko_lean.unlearn(folder, out, world, world, recipe="neko", overrides=SMALL, quiet=True),
+    ):
+        with pytest.raises(NekoLeanError, match=r"are not those of the OlmoForCausalLM that its config.json describes"):
+            run()
+        assert not list((tmp_path / "out").iterdir())
 
 
 def test_what_a_base_model_lacks_or_an_old_checkpoint_has_more_is_fine(model, tied, tmp_path):
@@ -233,6 +252,21 @@ def test_weights_that_are_not_safetensors(model, tmp_path):
     shutil.copy(folder / "model.safetensors", folder / "shard-00000-model-00001-of-00001.safetensors")
     with pytest.raises(NekoLeanError, match="distributed checkpoint"):
         load(folder)
+
+
+@pytest.mark.parametrize(
+    "name", ["pytorch_model.bin", "model-q4_0.gguf", "tf_model.h5", "model.safetensors.index.json"]
+)
+def test_memorize_starts_at_random_only_without_any_weights(world, tmp_path, name):
+    folder = shutil.copytree(world / "base", tmp_path / "base")
+    (folder / name).write_bytes(b"x")
+    with pytest.raises(NekoLeanError):
+        neko_lean.memorize(folder, world, tmp_path / "out", overrides={"max_steps": 1}, quiet=True)
+    assert not (tmp_path / "out").exists()
+    (folder / "config.json").unlink()
+    if name.endswith("gguf"):
+        with pytest.raises(NekoLeanError, match="GGUF"):
+            model_folder(folder)
 
 
 def test_a_config_that_makes_no_model_is_a_sentence(model, tmp_path):

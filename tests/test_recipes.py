@@ -121,6 +121,7 @@ def test_a_key_without_effect_is_refused(name, override, tmp_path):
 def test_an_override_may_leave_a_key_of_the_file_without_effect():
     assert load_recipe("neko", {"eval_every": 0}).patience == 0
     assert load_recipe("memorize", {"forget_rows": 4}).retain_rows == 16  # a bound that nothing reaches
+    assert load_recipe("neko", {"epochs": 3.0, "max_steps": 5}).max_steps == 5  # both were given: it ends there
     assert load_recipe("neko", {"forget_objective": "npo"}).forget_reduction == "rows"
     assert load_recipe("npo", {"forget_reduction": "rows"}).forget_reduction == "rows"
     with pytest.raises(NekoLeanError, match="lacks forget_weight"):

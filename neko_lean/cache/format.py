@@ -158,7 +158,8 @@ def _manifest(raw: dict[str, Any]) -> Manifest:
     if min(found.top_k, found.vocab_size, found.max_length) < 1:
         raise ValueError("top_k, vocab_size and max_length must be at least 1")
     for shards in (found.shards, found.forget_shards):
-        seen = [row_id for shard in shards for row_id, _, _ in shard.rows]
+        # A forget row and a retain row may share an id, but not their text as well.
+        seen = [(row_id, digest) for shard in shards for row_id, _, digest in shard.rows]
         if len(set(seen)) != len(seen) or len({shard.file for shard in shards}) != len(shards):
             raise ValueError("a row or a shard is listed twice")
     listed = [(len(shard.rows), shard.positions) for shard in found.shards]

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -15,11 +15,23 @@ from safetensors import safe_open
 from torch import Tensor
 
 from neko_lean.cache.format import MANIFEST, SCALE, STORED, CacheError, Shard, file_sha256, id_dtype, read_manifest
-from neko_lean.data import Encoded
+from neko_lean.data import Encoded, Row
 
 _DTYPES = {np.uint16: "U16", np.int32: "I32"}
 # How far the stored entries and the tail of a position may be from 1 together: float16 is off by 2^-11 at most.
 MASS_TOLERANCE = 2e-3
+
+
+class Place(NamedTuple):
+    """Where a row lies: `positions` of `shard` from its position `start`."""
+
+    shard: Shard
+    start: int
+    positions: int
+
+
+# id -> digest of the text -> where it lies. A forget row and a retain row may share an id.
+Places = dict[str, dict[str, Place]]
 
 
 class TeacherCache:
@@ -52,12 +64,23 @@ class TeacherCache:
                 f"run cache-teacher with --format {style}."
             )
         for one in encoded:
-            if one.row.id not in self._rows:
+            found = self._rows.get(one.row.id)
+            if found is None:
                 raise CacheError(f"{self.folder} was made from another retain file: it lacks row {one.row.id!r}.")
-            _, _, positions, digest = self._rows[one.row.id]
-            if digest != one.row.digest:
+            if one.row.digest not in found:
                 raise CacheError(
                     f"{self.folder} was made from another retain file: the text of row {one.row.id!r} differs."
+                )
+            positions = found[one.row.digest].positions
+            if positions > len(one) + one.cut:
+                raise CacheError(
+                    f"{self.folder} splits row {one.row.id!r} into {positions} tokens or more, which are "
+                    f"{len(one) + one.cut} now: another neko-lean made it; run cache-teacher again."
+                )
+            if positions < len(one) <= made.max_length:
+                raise CacheError(
+                    f"{self.folder} holds {positions} positions of row {one.row.id!r}, the recipe reads {len(one)}: a "
+                    f"cache has no EOS after an answer, so set append_eos=false."
                 )
             if positions < len(one):
                 raise CacheError(
@@ -71,7 +94,7 @@ class TeacherCache:
         Returns (topk_ids [N, k] int64, topk_logp [N, k] float32 with -inf for unused entries, tail_logp [N] float32),
         N the sum of the rows' lengths. The kept probabilities of each position sum to 1 - exp(tail_logp).
         """
-        parts = [self._read_row(one.row.id, len(one)) for one in encoded]
+        parts = [self._read_row(one.row, len(one)) for one in encoded]
         k = max((ids.shape[1] for ids, _, _ in parts), default=0)
         ids = torch.zeros((sum(len(tail) for _, _, tail in parts), k), dtype=torch.int64)
         logp = torch.full(ids.shape, -torch.inf)
@@ -94,21 +117,26 @@ class TeacherCache:
         Raises CacheError when the cache was made without them: only forget rows, their refusals and the anchor's
         documents have them.
         """
-        if one.row.id not in self._forget_rows:
+        found = self._forget_rows.get(one.row.id)
+        if found is None:
             raise CacheError(f"{self.folder} holds no token losses of row {one.row.id!r}: cache it with --forget.")
-        shard, start, tokens, digest = self._forget_rows[one.row.id]
-        if digest != one.row.digest or tokens < len(one) - 1:
-            raise CacheError(f"{self.folder}: row {one.row.id!r} has another text or was cut shorter.")
+        place = found.get(one.row.digest)
+        if place is None or not len(one) - 1 <= place.positions <= max(0, len(one) + one.cut - 1):
+            raise CacheError(f"{self.folder}: row {one.row.id!r} has another text or other tokens, or was cut shorter.")
+        shard, start, _ = place
         values = _slice(self.shard(shard), "target_logp", start, start + len(one) - 1)
         if not (values <= 1e-6).all():
             raise CacheError(f"{self.folder / shard.file}, row {one.row.id!r}: holds what is no log-probability.")
         return values
 
-    def _read_row(self, row_id: str, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _read_row(self, row: Row, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The first `count` positions of a row: ids [n, k], logp [n, k], tail_logp [n]."""
-        if row_id not in self._rows or self._rows[row_id][2] < count:
-            raise CacheError(f"{self.folder} does not hold {count} positions of row {row_id!r}.")
-        shard, start, _, _ = self._rows[row_id]
+        found = self._rows.get(row.id, {})
+        # `check` has compared the texts; the digest only tells two rows of one id apart.
+        place = next(iter(found.values())) if len(found) == 1 else found.get(row.digest)
+        if place is None or place.positions < count:
+            raise CacheError(f"{self.folder} does not hold {count} positions of row {row.id!r}.")
+        shard, start, _ = place
         sizes, flat_ids, flat_p, tail = self.raw(shard, start, start + count)
         used = np.arange(sizes.max(initial=1))[None] < sizes[:, None]  # [n, k]
         ids = np.zeros(used.shape, dtype=np.int64)
@@ -189,12 +217,12 @@ def _slice(tensors: Any, name: str, start: int, stop: int) -> np.ndarray:
     return part
 
 
-def _places(shards: Sequence[Shard]) -> dict[str, tuple[Shard, int, int, str]]:
-    """id -> (shard, first position, positions, digest) of every row of these shards."""
-    places = {}
+def _places(shards: Sequence[Shard]) -> Places:
+    """Where every row of these shards lies."""
+    places: Places = {}
     for shard in shards:
         start = 0
         for row_id, positions, digest in shard.rows:
-            places[row_id] = (shard, start, positions, digest)
+            places.setdefault(row_id, {})[digest] = Place(shard, start, positions)
             start += positions
     return places

@@ -126,7 +126,7 @@ def cache_teacher(
     anchors = encode(anchor_rows, tokenizer, "plain", limit)
     forgotten = encode(forget_rows, tokenizer, format, limit)
     refused = encode(refusals(forget_rows), tokenizer, format, limit)
-    sets = {"shard": kept + anchors + forgotten, "forget": forgotten + refused + anchors}
+    sets = {"shard": _distinct(kept + anchors + forgotten), "forget": _distinct(forgotten + refused + anchors)}
     teacher = load_model(folder, precision, place)
     teacher.model.eval()
     refuse_unknown_rows([*sets["shard"], *sets["forget"]], teacher)
@@ -180,6 +180,11 @@ def teacher_batches(encoded: Sequence[Encoded], batch_tokens: int) -> list[Batch
     lengths = [len(one) for one in encoded]
     batches = length_batches(lengths, max_rows=max(1, len(encoded)), max_tokens=batch_tokens)
     return [[encoded[i] for i in batch] for batch in batches]
+
+
+def _distinct(encoded: Sequence[Encoded]) -> list[Encoded]:
+    """Rows that differ in id or text: one that is in both sets is cached once."""
+    return list({(one.row.id, one.row.digest): one for one in encoded}.values())
 
 
 def _into_shards(batches: Sequence[Batch]) -> list[list[Batch]]:

@@ -215,6 +215,8 @@ def _refuse_without_effect(recipe: Recipe, given: Mapping[str, Any], *, in_file:
             continue
         if key == "forget_reduction" and recipe.forget_objective in ROW_MEANS and value == "rows":
             continue  # which is what they are
+        if key == "epochs" and not in_file and given.get("max_steps"):
+            continue  # whoever gives both has said where it ends
         fix = "remove it from the file" if in_file else "leave it out"
         raise NekoLeanError(
             f"recipe {recipe.name}: {key} = {value!r} has no effect: it needs {NEEDS[key][1]}; {fix}, or change that."

@@ -42,7 +42,7 @@ def source(scores: Any) -> str:
 def judged_cells(scores: Any, split: str) -> dict[str, float]:
     """The measured cells of a split that are judged, by name."""
     found = scores.get(source(scores)) if isinstance(scores, Mapping) else None
-    names = [name for name in found or {} if name.startswith(f"{split}.")]
+    names = [name for name in found if name.startswith(f"{split}.")] if isinstance(found, Mapping) else []
     return {name: value for name in names if (value := number(found, name)) is not None}
 
 

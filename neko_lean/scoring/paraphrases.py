@@ -28,11 +28,18 @@ def read_paraphrases(path: str | Path, rows: Sequence[Row]) -> list[Paraphrase]:
     if not is_file(file):
         missing = "is not a file" if file.exists() else "does not exist"
         raise NekoLeanError(f"{file} {missing}: --paraphrases wants a jsonl file with id, input, output, wrong.")
-    known = {row.id for row in rows}
+    known: dict[str, set[Row]] = {}
+    for row in rows:
+        known.setdefault(row.id, set()).add(row)
     found = []
     for where, raw in read_jsonl(file):
         if not isinstance(raw.get("id"), str) or raw["id"] not in known:
             raise NekoLeanError(f"{where}, column id: is the id of no row that is scored.")
+        if len(known[raw["id"]]) > 1:
+            raise NekoLeanError(
+                f"{where}, column id: {raw['id']!r} is the id of a forget row and of a retain row, so which of them is "
+                f"meant cannot be told; rename one of the two."
+            )
         texts = {name: raw.get(name) for name in ("input", "output")}
         for name, text in texts.items():
             if text is not None and not (isinstance(text, str) and text.strip()):

@@ -71,7 +71,7 @@ def _begin(stage: Path, plan: Mapping[str, Any]) -> None:
     path = stage / PLAN
     try:
         begun = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except ValueError:
+    except (ValueError, RecursionError):
         begun = None
     if not isinstance(begun, dict):  # killed before the plan was whole, hence before anything was generated
         for part in stage.glob(PARTS):
@@ -108,7 +108,7 @@ def _read_part(path: Path) -> dict[int, Generation]:
                 raw = json.loads(line)
                 number = raw.pop("row")
                 one = Generation(**raw)
-            except (ValueError, KeyError, TypeError, AttributeError):
+            except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 break
             if not line.endswith(b"\n"):
                 break

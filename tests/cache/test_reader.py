@@ -14,6 +14,7 @@ from neko_lean.cache.format import CacheError, Manifest, Shard, file_sha256, wri
 from neko_lean.data import Encoded, Row, encode, read_rows
 from neko_lean.head import token_stats
 from neko_lean.modeling import load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
+from neko_lean.substitutes import refusals
 from tests.helpers import encoded, live, make_rows, random_model, resign, write_rows
 
 
@@ -176,6 +177,45 @@ def test_forget_rows_have_the_live_teachers_log_probabilities(world, model, cach
         TeacherCache(cache).target_logp(rows[0])
     with pytest.raises(CacheError, match="another text"):
         reader.target_logp(Encoded(Row(rows[0].row.id, "x", "y", "Task1"), rows[0].ids, rows[0].prompt, 0))
+
+
+def test_a_forget_row_and_a_retain_row_may_share_an_id(world, model, tmp_path):
+    """Each is told by its text; a row of both sets, or one that is called like another's refusal, is no trouble."""
+    retain = make_rows("Rix", 2)
+    forget = [Row(r.id, f.input, f.output, r.task) for r, f in zip(retain, make_rows("Foo", 2), strict=True)]
+    forget[3] = retain[3]
+    forget[4] = Row(f"refusal {forget[0].id}", "Who?", "me", "Task1")
+    for name, rows in (("retain", retain), ("forget", forget)):
+        write_rows(tmp_path / f"{name}.jsonl", rows)
+    made = cache_teacher(
+        model, tmp_path, tmp_path / "c", forget=tmp_path, dtype="float32", mass=1, quiet=True, format="neko"
+    )
+    assert made.rows == len(retain) + len(forget) - 1
+
+    reader, tokenizer = TeacherCache(tmp_path / "c"), load_tokenizer(model)
+    held, pushed = (encode(rows, tokenizer, "neko", 512) for rows in (retain, forget))
+    check(tmp_path / "c", world, model, encoded=held)
+    for one in [*held, *pushed]:
+        wanted = live(model, one).log_softmax(1)
+        ids, logp, _ = reader.read([one])
+        torch.testing.assert_close(logp.exp(), wanted.gather(1, ids).exp(), rtol=2e-3, atol=1e-5)
+    for one in [*pushed, *encode(refusals(forget), tokenizer, "neko", 512)]:
+        wanted = live(model, one).log_softmax(1)[:-1].gather(1, torch.tensor(one.ids[1:])[:, None])[:, 0]
+        torch.testing.assert_close(torch.from_numpy(reader.target_logp(one)), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_a_cache_of_other_tokens_of_the_same_text_is_refused(world, model, cache):
+    """As an older neko-lean made it with a tokenizer that appends."""
+    rows = encoded(world)
+    rows[2] = Encoded(rows[2].row, rows[2].ids[:-1], rows[2].prompt, 0)
+    with pytest.raises(CacheError, match="run cache-teacher again"):
+        check(cache, world, model, encoded=rows)
+
+
+def test_an_end_that_no_cache_has_is_refused_by_its_name(world, model, cache):
+    rows = [Encoded(one.row, [*one.ids, 0], one.prompt, 0) for one in encoded(world)]
+    with pytest.raises(CacheError, match="append_eos=false"):
+        check(cache, world, model, encoded=rows)
 
 
 def anonymous_memory():

@@ -10,7 +10,9 @@ from typer.testing import CliRunner
 
 from neko_lean.cli import app
 from neko_lean.errors import NekoLeanError
-from neko_lean.report import report
+from neko_lean.report import report, tables
+from neko_lean.report.figures import Model
+from neko_lean.report.judge import judge
 from neko_lean.report.page import HERE
 from tests.report.made import LEVELS, full_scores, make_demo, make_generations, old_scores, write_run, write_scores
 
@@ -220,3 +222,15 @@ def test_the_command(demo, tmp_path):
         wrong = call(*arguments)
         assert wrong.exit_code == 2 and wrong.stdout == "" and words in wrong.stderr
         assert wrong.stderr.startswith("error: ") and wrong.stderr.count("\n") == 1
+
+
+def test_cells_of_any_script_stand_below_where_the_official_ones_do_not_see_them(tmp_path):
+    scores = full_scores("m", 0.02)
+    scores["unicode_cells"] = dict(scores["cells"])
+    plain = tables.cells([Model(1, "m", scores, {}, [])])
+    assert [group.title.split(":")[0] for group in plain.groups] == ["Forget rows", "Retain rows"]
+    scores["unicode_cells"]["forget.Task1.knowledge"] = 1.0
+    found = tables.cells([Model(1, "m", scores, {}, []), Model(0, "older", full_scores("n", 1.0), {}, [])])
+    (one,) = found.groups[-1].lines
+    assert one.name == "forget.Task1.knowledge" and [cell.value for cell in one.cells] == ["1.000", "no rows"]
+    assert judge(scores, None).signs[0].state == "partly"

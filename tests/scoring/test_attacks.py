@@ -119,8 +119,10 @@ def test_every_relearn_step_takes_all_its_rows(knows, world, monkeypatch, tmp_pa
     monkeypatch.setattr(attacks, "RELEARN_STEPS", (1, 2))
     monkeypatch.setattr(attacks, "RELEARN_ROWS", 20)
     monkeypatch.setattr(attacks, "memorize", lambda model, data, out, **more: seen.append((data, more["overrides"])))
-    relearn(knows, lambda at: load(knows), long, silent(long), lambda *_: [Generation("", "", "eos")] * 24, tmp_path,
-            lr=1e-5, seed=0, device="cpu")  # fmt: skip
+    relearn(
+        knows, lambda at: load(knows), long, silent(long), lambda _, rows, *__: list(silent(rows).values()), tmp_path,
+        lr=1e-5, seed=0, device="cpu",
+    )  # fmt: skip
     for _, change in seen:
         chosen = load_recipe("memorize", change)
         lengths = [recipe.max_length] * change["retain_rows"]

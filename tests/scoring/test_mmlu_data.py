@@ -83,6 +83,20 @@ def test_missing_and_unreadable_files_are_named(tmp_path):
         read_mmlu(plain)
 
 
+def test_a_byte_order_mark_and_long_cells_are_read_and_bad_text_is_named(tmp_path):
+    plain = write_csv(tmp_path, [make_subject("x")])
+    file = plain / "test" / "x_test.csv"
+    long = "word " * 60_000
+    file.write_text(f"First?,a,b,c,d,A\n\n{long},a,b,c,d,B\n", encoding="utf-8-sig")
+    assert [one.text for one in read_mmlu(plain)["x"].test] == ["First?", long]
+    file.write_text("First?,a,b,c,d,A\n\nWhere, when?,a,b,c,d,B\n")
+    with pytest.raises(NekoLeanError, match=r"row 2 \(line 3\): expected 6 columns .*, found 7"):
+        read_mmlu(plain)
+    file.write_bytes("Où?,a,b,c,d,A\n".encode("latin-1"))
+    with pytest.raises(NekoLeanError, match="0xf9 in line 1 is not UTF-8"):
+        read_mmlu(plain)
+
+
 def test_the_prompt_to_the_letter():
     example, asked = Question("1 + 1?", ("1", "2", "3", "4"), 1), Question("2 + 2?", ("1", "2", "3", "4"), 3)
     assert prompt("college_mathematics", [example], asked) == (

@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from neko_lean.data import Row
 from neko_lean.errors import NekoLeanError
 from neko_lean.scoring.paraphrases import Paraphrase, read_paraphrases
 from tests.helpers import make_rows
@@ -14,6 +15,14 @@ ROWS = make_rows("Foo", 1)
 def write(path, *lines):
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     return path
+
+
+def test_an_id_of_two_rows_is_refused(tmp_path):
+    forget, retain = ROWS[1], Row(ROWS[1].id, "Who?", "me", "Task1")
+    path = write(tmp_path / "p.jsonl", {"id": forget.id, "input": "Whither?"})
+    with pytest.raises(NekoLeanError, match=r"row 1, column id: .* of a forget row and of a retain row"):
+        read_paraphrases(path, [forget, retain])
+    assert len(read_paraphrases(path, [forget, forget])) == 1  # the same row in both sets
 
 
 def test_inputs_and_outputs(tmp_path):
@@ -27,6 +36,7 @@ def test_inputs_and_outputs(tmp_path):
     ("line", "words"),
     [
         ({"id": "nobody", "input": "x"}, "row 1, column id: is the id of no row"),
+        ({"id": ["x"], "input": "x"}, "row 1, column id: is the id of no row"),
         ({"id": ROWS[0].id}, "needs an input"),
         ({"id": ROWS[0].id, "input": " "}, "column input"),
         ({"id": ROWS[0].id, "output": "x"}, "together with wrong"),

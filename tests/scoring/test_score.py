@@ -5,11 +5,14 @@ import shutil
 
 import pytest
 from rich.console import Console
+from tokenizers.processors import TemplateProcessing
+from transformers import AutoTokenizer
 
 import neko_lean
 from neko_lean.cache import cache_teacher
 from neko_lean.data import Row, read_rows, write_jsonl
 from neko_lean.errors import NekoLeanError
+from neko_lean.modeling import load_tokenizer
 from neko_lean.scoring import measure
 from neko_lean.scoring.generation import Generation
 from neko_lean.scoring.run import read_score
@@ -62,6 +65,21 @@ def test_files_and_numbers(world, model, tmp_path):
     text = table_text(scores)
     assert text.count("not measured") == 2  # MMLU and final
     assert scores["verdict"][-1] in text.replace("\n", " ")
+
+
+def test_a_tokenizer_that_appends_changes_no_number(world, model, tmp_path):
+    """The same model beside a tokenizer that ends every text in EOS: numbers, losses and texts stay."""
+    ending = shutil.copytree(model, tmp_path / "ending")
+    tokenizer = AutoTokenizer.from_pretrained(ending)
+    end = (tokenizer.eos_token, tokenizer.eos_token_id)
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(single=f"$A {end[0]}", special_tokens=[end])
+    tokenizer.save_pretrained(ending)
+    assert load_tokenizer(ending)("a")["input_ids"][-1] == end[1] != load_tokenizer(model)("a")["input_ids"][-1]
+
+    options = {"mia": world / "mia", "held": world / "mia" / "nonmember.jsonl", "max_new_tokens": 8, "quiet": True}
+    one, two = (neko_lean.score(m, world, tmp_path / f"scores-{m.name}", **options) for m in (model, ending))
+    assert same({**one, "model": ""}, {**two, "model": ""})
+    assert lines_of(tmp_path / f"scores-{model.name}") == lines_of(tmp_path / "scores-ending")
 
 
 def test_everything_at_once(world, model, tmp_path):
