@@ -2,8 +2,8 @@
 
     .venv/bin/python bench/families.py [--only NAME ...] [--jobs 2] [--timeout 120] [--json families.json]
 
-Each family runs in a process of its own, so that a crash or a hang ends no more than that family. The reference of every
-check is plain transformers on one row at a time: no padding, no mask, no cache, evaluation mode, float32.
+Each family runs in its own process, so that a crash or a hang affects no other family. The reference of every check is
+plain transformers on one row at a time: no padding, no mask, no cache, evaluation mode, float32.
 
     logp       log-probabilities of rows padded together, in float32 and bfloat16
     gradients  loss, KL and every parameter's gradient of one step of `unlearn`, teacher with k = V
@@ -12,7 +12,8 @@ check is plain transformers on one row at a time: no padding, no mask, no cache,
                first update; the output reloads without a missing key and with the weights that were trained; it can be
                cached and scored
 
-Outcomes: layerwise; fallback, to checkpointed or plain training; refused, in one sentence; SILENT DIFFERENCE; TRACEBACK; not built.
+Outcomes: layerwise; fallback, to checkpointed or plain training; refused, in one sentence; SILENT DIFFERENCE;
+TRACEBACK; not built.
 Exit code 1 when there is a silent difference or a traceback.
 """
 
@@ -227,6 +228,7 @@ class Bench:
         if "TRACEBACK" in ends:
             return "TRACEBACK"
         if ends == {"refused"}:
+            found.says = [found.says[0].partition(": ")[2]]
             return "refused"
         if "refused" in ends:
             return "partly refused"
@@ -262,7 +264,8 @@ class Bench:
             raise Differs(f"float32 log-probabilities are off by up to {off:.3g} nats")
         if not typical < 1.5 * allowed + 0.02:
             raise Differs(
-                f"bfloat16 log-probabilities are off by {typical:.3g} nats in the median, transformers' own by {allowed:.3g}"
+                f"bfloat16 log-probabilities are off by {typical:.3g} nats in the median, "
+                f"transformers' own by {allowed:.3g}"
             )
 
     def gradients(self) -> None:
@@ -346,7 +349,8 @@ class Bench:
             if dtype == torch.float32 and same < len(rows):
                 worst = next(i for i, one in enumerate(got) if one not in (wanted[i], other[i]))
                 raise Differs(
-                    f"{len(rows) - same} of {len(rows)} generations differ, one has {got[worst]} instead of {wanted[worst]}"
+                    f"{len(rows) - same} of {len(rows)} generations differ, "
+                    f"one has {got[worst]} instead of {wanted[worst]}"
                     + (f" (transformers' generate: {other[worst]})" if other[worst] != wanted[worst] else "")
                 )
 
@@ -379,7 +383,7 @@ class Bench:
         data = self.work / "data"
         for dtype, steps in (("bfloat16", 1), ("float32", 2)):
             out = self.work / f"unlearned-{dtype}"
-            with kept_weights(predict=dtype == "bfloat16") as trained:
+            with kept_weights() as trained:
                 neko_lean.unlearn(
                     self.student, out, data, data, recipe="neko", device="cpu", quiet=True,
                     overrides={**RECIPE, "dtype": dtype, "max_steps": steps},
@@ -452,9 +456,9 @@ class Speaker:
 
 
 @contextlib.contextmanager
-def kept_weights(predict: bool) -> Iterator[dict[str, Tensor]]:
-    """The parameters that a run writes, as they were in memory then. Predicting the run's memory, most of the time that
-    it takes here, can be left out."""
+def kept_weights() -> Iterator[dict[str, Tensor]]:
+    """The parameters that a run writes, as they were in memory then. The run's memory, which takes longer to predict
+    than these runs take, is not."""
     kept: dict[str, Tensor] = {}
     write, prediction = loop.save_checkpoint, loop.predicted_peak
 
@@ -462,9 +466,7 @@ def kept_weights(predict: bool) -> Iterator[dict[str, Tensor]]:
         kept.update({name: p.detach().clone() for name, p in lm.model.named_parameters()})
         write(lm, *args)
 
-    loop.save_checkpoint = watched
-    if not predict:
-        loop.predicted_peak = lambda *_: None
+    loop.save_checkpoint, loop.predicted_peak = watched, lambda *_: None
     try:
         yield kept
     finally:

@@ -30,10 +30,12 @@ SKIPPED = {
 }
 # Values by a field's name, wherever a family has a field of that name.
 BY_NAME: dict[str, Any] = {
-    **dict.fromkeys(["hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_dim", "word_embed_proj_dim"], HIDDEN),
-    **dict.fromkeys(["input_embedding_size", "output_embedding_size", "embedding_size", "attention_hidden_size"], HIDDEN),
-    **dict.fromkeys(["lru_width", "pronunciation_embed_dim", "shape_embed_dim", "backbone_hidden_size",
-                     "hidden_size_global"], HIDDEN),
+    **dict.fromkeys(
+        ["hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_dim", "word_embed_proj_dim",
+         "input_embedding_size", "output_embedding_size", "embedding_size", "attention_hidden_size", "lru_width",
+         "pronunciation_embed_dim", "shape_embed_dim", "backbone_hidden_size", "hidden_size_global"],
+        HIDDEN,
+    ),
     **dict.fromkeys(
         ["num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers", "encoder_layers", "num_blocks",
          "num_encoder_layers", "num_decoder_layers", "depth"],
@@ -68,8 +70,9 @@ BY_NAME: dict[str, Any] = {
     ),
     **dict.fromkeys(["num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k"], 2),
     **dict.fromkeys(
-        ["n_group", "topk_group", "num_expert_group", "n_shared_experts", "num_shared_experts", "moe_num_shared_experts",
-         "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index", "num_nextn_predict_layers"],
+        ["n_group", "topk_group", "num_expert_group", "n_shared_experts", "num_shared_experts",
+         "moe_num_shared_experts", "first_k_dense_replace", "num_dense_layers", "moe_layer_start_index",
+         "num_nextn_predict_layers"],
         1,
     ),
     **dict.fromkeys(["kv_lora_rank", "q_lora_rank", "o_lora_rank", "hc_lowrank", "gated_norm_rank", "laurel_rank"], 8),
@@ -127,20 +130,14 @@ def shrunk(config: PreTrainedConfig, vocab_size: int) -> dict[str, Any]:
 
 
 def small_config(
-    family: str, vocab_size: int, ids: Mapping[str, int], change: Mapping[str, Any] = {}
+    family: str, vocab_size: int, ids: Mapping[str, int], change: Mapping[str, Any] | None = None
 ) -> PreTrainedConfig:
-    """A small configuration of a family, with the tokenizer's special ids."""
+    """A small configuration of a family, with the tokenizer's special ids and, last of all, `change`."""
     kind = CONFIG_MAPPING[family]
-    base = OVERRIDES.get(family, {})
-    default = kind(**base.get("default", {}))
-    given = merged(shrunk(default, vocab_size), {k: v for k, v in base.items() if k != "default"})
-    for name, value in ids.items():
-        given[name] = value
-    for part in ("text_config",):
-        if isinstance(given.get(part), dict):
-            given[part] = {**given[part], **ids}
-    given = merged(given, change)
-    return kind(**given)
+    given = {**merged(shrunk(kind(), vocab_size), OVERRIDES.get(family, {})), **ids}
+    if isinstance(given.get("text_config"), dict):
+        given["text_config"] = {**given["text_config"], **ids}
+    return kind(**merged(given, change or {}))
 
 
 def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
@@ -158,7 +155,7 @@ _QSA = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 8, "in
 _MLA = {"num_key_value_heads": HEADS, "qk_head_dim": 16}
 _DOTS3 = {**_MLA, "head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 8,
           "swa_kv_lora_rank": 8, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}  # fmt: skip
-# What a family's shrunk configuration needs besides; `default` goes to the configuration it is shrunk from.
+# What a family's shrunk configuration needs besides.
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ["axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_linear",
@@ -192,7 +189,7 @@ OVERRIDES: dict[str, dict[str, Any]] = {
     "reformer": {"is_decoder": True, "axial_pos_shape": (16, 32), "axial_pos_embds_dim": (16, 16),
                  "attn_layers": ["local", "lsh"], "local_attn_chunk_length": 8, "lsh_attn_chunk_length": 8,
                  "num_buckets": 4, "hash_seed": 0},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "default": {}},
+    "gpt_neo": {"attention_types": [[["global", "local"], 1]]},
     "gemma3n_text": {"layer_types": ["sliding_attention", "full_attention"] * 2, "num_hidden_layers": 4,
                      "num_kv_shared_layers": 2, "intermediate_size": 48, "final_logit_softcapping": 3.0},
     "cohere_compass_text": {"rope_parameters": {"full_attention": {"rope_type": "default", "rope_theta": 1e4,
