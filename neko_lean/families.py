@@ -262,13 +262,32 @@ def stated_positions(config: PreTrainedConfig) -> int | None:
     return found[0] if found else None
 
 
+def rescaling_length(config: PreTrainedConfig) -> int | None:
+    """The length beyond which rotary embeddings depend on the longest row of a batch (dynamic and LongRoPE scaling), so
+    that a row's numbers would depend on its neighbours; None for other models."""
+    text = config.get_text_config()
+    parameters = getattr(text, "rope_parameters", None) or {}
+    limits: list[int | None] = []
+    for rope in (parameters, *parameters.values()):  # of the model, or of each type of layer
+        if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
+            limits.append(rope.get("original_max_position_embeddings"))
+            limits.append(getattr(text, "original_max_position_embeddings", None))
+            limits.append(getattr(text, "max_position_embeddings", None))
+    return min((limit for limit in limits if limit), default=None)
+
+
 def embeddable_positions(model: nn.Module, config: PreTrainedConfig) -> int | None:
-    """The longest row that the model can embed; None where no table of positions sets a limit.
+    """The longest row that the model can embed by itself; None where nothing sets a limit.
 
     A limit is a table (learned, sinusoidal or rotary) with a row for each of config.json's positions, give or take the
-    offset of 2 that OPT and BART have. Rotary embeddings that are computed as needed set none. A model on the meta
-    device is enough.
+    offset of 2 that OPT and BART have; or `rescaling_length`. Other rotary embeddings that are computed as needed set
+    none. A model on the meta device is enough.
     """
+    limits = (_positions_in_tables(model, config), rescaling_length(config))
+    return min((limit for limit in limits if limit is not None), default=None)
+
+
+def _positions_in_tables(model: nn.Module, config: PreTrainedConfig) -> int | None:
     stated = stated_positions(config)
     if stated is None:
         return None

@@ -11,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from neko_lean.modeling import CausalLM
 
 GENERATION_CONFIG = "generation_config.json"
 

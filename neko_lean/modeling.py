@@ -29,8 +29,10 @@ from neko_lean.families import (
     logit_transform,
     plain_outputs,
     refuse_sight_of_later_tokens,
+    rescaling_length,
     stated_positions,
 )
+from neko_lean.generation_config import listed_ends
 from neko_lean.head import LogitTransform, TokenViews, logits, token_stats, token_views
 from neko_lean.loading import check_loaded, refuse_packed, stored_tensors, weight_files
 from neko_lean.quantized import dequantized, loading_options, quantization_method, refuse_gguf, refuse_quantized
@@ -232,6 +234,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Causal
     """
     from transformers import AutoModelForCausalLM
 
+    listed_ends(folder)  # transformers passes over a generation config that it cannot read
     stored, method = stored_tensors(folder), quantization_method(folder)
     if method is None:
         refuse_packed(stored)
@@ -273,13 +276,16 @@ def load_config(folder: Path) -> PreTrainedConfig:
 
 
 def new_model(config_folder: Path, dtype: torch.dtype, device: torch.device, seed: int) -> CausalLM:
-    """A model with random weights from config.json alone, the same for the same seed."""
-    from transformers import AutoModelForCausalLM
+    """A model with random weights from config.json alone, the same for the same seed; with the end tokens of a
+    generation_config.json beside it."""
+    from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = load_config(config_folder)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if listed_ends(config_folder) is not None:
+        model.generation_config = GenerationConfig.from_pretrained(config_folder, local_files_only=True)
     return split(model.to(device=device, dtype=dtype))
 
 
@@ -320,8 +326,8 @@ def usable_length(folder: Path, max_length: int) -> int:
     from transformers import AutoModelForCausalLM
 
     config = load_config(folder)
-    stated = stated_positions(config)
-    if stated is None or max_length <= stated:
+    limits = [limit for limit in (stated_positions(config), rescaling_length(config)) if limit is not None]
+    if max_length <= min(limits, default=max_length):
         return max_length
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)

@@ -140,6 +140,22 @@ def test_positions_end_where_a_longer_row_fails(name, more, limit, tmp_path, mon
     assert usable_length(tmp_path, length) == (limit or length) and usable_length(tmp_path, 20) == 20
 
 
+@pytest.mark.parametrize("scaling", ["dynamic", "longrope"])
+def test_no_row_is_long_enough_to_change_the_positions_of_its_neighbours(scaling, tmp_path):
+    """Beyond the length that the model was first trained with, its rotary embeddings follow a batch's longest row."""
+    factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4} if scaling == "longrope" else {}
+    rope = {"rope_type": scaling, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32, **factors}
+    model = family("Llama", max_position_embeddings=128, rope_parameters=rope)
+    lm = split(model)
+    model.config.save_pretrained(tmp_path)
+    assert lm.max_positions == 32 and usable_length(tmp_path, 100) == 32
+
+    short = [5, 9, 2, 7, 11, 30]
+    alone = next_token_logp(lm, [short], 0)
+    beside = next_token_logp(lm, [short, [3] * 32], 0)[: len(alone)]
+    torch.testing.assert_close(beside, alone, rtol=1e-4, atol=1e-4)
+
+
 def test_the_parts_are_found_without_storage():
     with FakeTensorMode():
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))

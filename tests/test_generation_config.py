@@ -1,13 +1,14 @@
 """Which tokens end a generation, whatever generation_config.json holds; and every checkpoint written keeps the file."""
 
 import json
+import shutil
 
 import pytest
 import torch
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.generation_config import end_ids, listed_ends, unknown_ends
-from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.modeling import load_model, load_tokenizer, new_model
 from neko_lean.scoring.generation import generation_warnings
 from neko_lean.sharding import save_checkpoint
 from tests.helpers import make_rows, random_model
@@ -73,3 +74,18 @@ def test_a_checkpoint_that_is_written_keeps_it(folder, tmp_path, config, changed
     assert written.pop("do_sample", False) is False and written == {k: v for k, v in config.items() if k != "do_sample"}
     assert lm.model.generation_config is before
     assert end_ids(*loaded(tmp_path / "out")) == end_ids(lm, tokenizer)
+
+
+def test_a_generation_config_that_is_not_json_is_refused_at_load(world, tmp_path):
+    folder = random_model(world, tmp_path / "model")
+    (folder / "generation_config.json").write_text("[1, 2")
+    with pytest.raises(NekoLeanError, match="is not readable JSON"):
+        load_model(folder, torch.float32, torch.device("cpu"))
+
+
+def test_a_model_made_from_a_config_keeps_the_end_tokens_beside_it(world, tmp_path):
+    folder = tmp_path / "base"
+    shutil.copytree(world / "base", folder)
+    (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
+    lm = new_model(folder, torch.float32, torch.device("cpu"), 0)
+    assert end_ids(lm, load_tokenizer(folder)) >= {1, 7}

@@ -165,3 +165,32 @@ def test_every_combination_makes_steps_or_is_refused(max_steps, epochs):
 def test_reductions_apply_where_the_objective_takes_them():
     for name, reduction in itertools.product(("neko", "wga", "undial", "calibrated"), REDUCTIONS):
         assert load_recipe(name, {"forget_reduction": reduction}).forget_reduction == reduction
+
+
+@pytest.mark.parametrize(
+    ("text", "match"),
+    [
+        ("lr=" + "[" * 5000, "not readable TOML"),
+        ("lr=" + "9" * 5000, "not readable TOML"),
+        ("lr=" + "9" * 400, "must be a float"),
+        ("lr=inf", "must be finite"),
+        ("lr=nan", "must be finite"),
+    ],
+)
+def test_values_that_are_no_numbers_end_in_a_sentence(text, match):
+    with pytest.raises(NekoLeanError, match=match):
+        load_recipe("neko", dict([parse_override(text)]))
+
+
+def test_a_recipe_file_of_any_bytes_ends_in_a_sentence(tmp_path):
+    for number, data in enumerate([b"\xff\xfe", b"lr = " + b"[" * 5000, b"lr = " + b"9" * 5000, b"lr = "]):
+        path = tmp_path / f"{number}.toml"
+        path.write_bytes(data)
+        with pytest.raises(NekoLeanError, match="not readable TOML"):
+            load_recipe(path)
+
+
+def test_an_eos_that_the_cache_lacks_is_refused_before_the_teacher_runs():
+    with pytest.raises(NekoLeanError, match="append_eos=true does not go with a teacher"):
+        load_recipe("neko", {"append_eos": True})
+    assert load_recipe("graddiff", {"append_eos": True}).append_eos

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
+import sys
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -181,7 +183,7 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
         raise NekoLeanError(f"recipe {str(name)!r} is unknown: use {', '.join(recipe_names())}, or a .toml file.")
     try:
         values = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (OSError, ValueError, RecursionError) as error:  # TOMLDecodeError and UnicodeDecodeError are ValueErrors
         raise NekoLeanError(f"{path} is not readable TOML: {error}.") from error
     known = {f.name: str(f.type) for f in dataclasses.fields(Recipe)}
     for key in {**values, **(overrides or {})}:
@@ -232,13 +234,22 @@ def parse_override(text: str) -> tuple[str, Any]:
         return key.strip(), tomllib.loads(f"value = {value}")["value"]
     except tomllib.TOMLDecodeError:
         return key.strip(), value.strip()
+    except (ValueError, RecursionError) as error:  # a number of thousands of digits, brackets thousands deep
+        raise NekoLeanError(f"--set {key.strip()}: the value is not readable TOML ({error}).") from error
 
 
 def _typed(key: str, value: Any, wanted: str) -> Any:
-    if wanted == "float" and isinstance(value, int) and not isinstance(value, bool):
-        return float(value)
+    if (
+        wanted == "float"
+        and isinstance(value, int)
+        and not isinstance(value, bool)
+        and abs(value) <= sys.float_info.max
+    ):
+        value = float(value)
     if type(value).__name__ != wanted:
-        raise NekoLeanError(f"recipe value {key} is {value!r}, which is no {wanted}.")
+        raise NekoLeanError(f"recipe value {key} must be a {wanted}, got {str(value)[:60]!r}.")
+    if isinstance(value, float) and not math.isfinite(value):
+        raise NekoLeanError(f"recipe value {key} must be finite, got {value}.")
     return value
 
 
@@ -294,6 +305,11 @@ def _checked(recipe: Recipe) -> Recipe:
         raise NekoLeanError(f"train_only {recipe.train_only!r} is no regular expression ({error}).") from error
     if recipe.state_bits not in (4, 8):
         raise NekoLeanError(f"recipe value state_bits is {recipe.state_bits}: it is 8, or 4 with torchao.")
+    if recipe.append_eos and needs_teacher(recipe):
+        raise NekoLeanError(
+            f"recipe {recipe.name}: append_eos=true does not go with a teacher, whose cache has no EOS after an "
+            f"answer: set append_eos=false."
+        )
     if recipe.dropout and recipe.backward == "layerwise":
         raise NekoLeanError(
             "dropout=true needs backward=checkpointed or backward=plain: layerwise runs each layer twice in a step."

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from neko_lean.families import rescaling_length
 from neko_lean.modeling import CausalLM, position_limit
 from neko_lean.scoring.decoding import (
     Choose,
@@ -128,16 +129,8 @@ def batch_length_limit(lm: CausalLM) -> float:
     Rotary embeddings that stretch with the longest row of a batch, and attention in chunks counted from a batch's first
     place, treat a row as its neighbours are beyond this length.
     """
-    config = lm.model.config.get_text_config(decoder=True)
-    limits: list[int | None] = [getattr(config, "attention_chunk_size", None)]
-
-    parameters = getattr(config, "rope_parameters", None) or {}
-    for rope in (parameters, *parameters.values()):  # of the model, or of each type of layer
-        if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
-            limits.append(rope.get("original_max_position_embeddings"))
-            limits.append(getattr(config, "original_max_position_embeddings", None))
-            limits.append(getattr(config, "max_position_embeddings", None))
-    return min((limit for limit in limits if limit), default=float("inf"))
+    chunk = getattr(lm.model.config.get_text_config(decoder=True), "attention_chunk_size", None)
+    return min((limit for limit in (chunk, rescaling_length(lm.model.config)) if limit), default=float("inf"))
 
 
 def _pads_exactly(lm: CausalLM, pad_id: int) -> bool:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from neko_lean.data import Row, encode_texts, length_batches
+from neko_lean.errors import NekoLeanError
 from neko_lean.finite import likeliest
 from neko_lean.generation_config import end_ids, unknown_ends
 from neko_lean.modeling import CausalLM, position_limit
@@ -160,6 +161,9 @@ def generate(
     lm.model.eval()
     encoded = _prompts(tokenizer, rows) if prompts is None else prompts
     windows = [max(WINDOW, 2 * len(ids)) for ids in encode_texts(tokenizer, [" " + row.output for row in rows])]
+    empty = next((row for row, ids in zip(rows, encoded, strict=True) if not ids), None)
+    if empty is not None:
+        raise NekoLeanError(f"row {empty.id}: the tokenizer makes no tokens of its input; give it another input.")
     refuse_unknown_ids(((f"row {row.id}", ids) for row, ids in zip(rows, encoded, strict=True)), lm)
     for batch in _batches(rows, encoded, batch_size):
 

@@ -130,7 +130,7 @@ def score(
     unseen = [] if held is None else read_documents(Path(held), "--held wants a jsonl file with a column document")
     others = [] if paraphrases is None else read_paraphrases(paraphrases, [row for _, row in rows])
     subjects = None if mmlu is None else read_mmlu(Path(mmlu))
-    earlier = None if before is None else read_score(before, [row for _, row in rows])
+    earlier = None if before is None else read_score(before, rows)
     if reference is not None and mia is None:
         raise NekoLeanError("--reference compares the documents of --mia: give both.")
     forgotten = {row.id for name, row in rows if name == "forget"}
@@ -279,9 +279,10 @@ def _warn_blind(blind: Mapping[str, Mapping[str, int]], rows: Sequence[tuple[str
             )
 
 
-def read_score(folder: str | Path, rows: Sequence[Row] | None = None) -> dict[str, Any]:
+def read_score(folder: str | Path, rows: Sequence[tuple[str, Row]] | None = None) -> dict[str, Any]:
     """An earlier score: its scores.json, with `lines`, the rows of its generations.jsonl. Raises NekoLeanError where
-    there is none, where it is from before rows had numbers, or where it is of other rows than `rows`."""
+    there is none, where it is from before rows had numbers, or where it is of other rows than `rows`, pairs of split
+    and row."""
     path = Path(folder)
     for name in (SCORES, GENERATIONS):
         if not (path / name).is_file():
@@ -291,7 +292,8 @@ def read_score(folder: str | Path, rows: Sequence[Row] | None = None) -> dict[st
     lines = [line.values for line in read_jsonl(path / GENERATIONS)]
     if not all(isinstance(line.get("id"), str) and isinstance(line.get("numbers"), dict) for line in lines):
         raise NekoLeanError(f"{path} was scored by an older neko-lean: score that model again.")
-    if rows is not None and sorted(line["id"] for line in lines) != sorted(row.id for row in rows):
+    scored = sorted((str(line.get("split")), line["id"]) for line in lines)
+    if rows is not None and scored != sorted((split, row.id) for split, row in rows):
         raise NekoLeanError(f"{path} is a score of other rows: the difference would mean nothing.")
     try:
         scores = json.loads((path / SCORES).read_text(encoding="utf-8"))
