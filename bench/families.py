@@ -160,8 +160,6 @@ class Bench:
         for folder, seed in ((self.student, 0), (self.teacher, 1)):
             model = build(config, seed)
             model.save_pretrained(folder)
-            if type(model.config) is not type(config):  # a composite's language model alone is no checkpoint of its own
-                config.save_pretrained(folder)
             tokenizer.save_pretrained(folder)
             for key in ("return_dict", "output_attentions", "output_hidden_states"):
                 if key in change:  # saving leaves these out
@@ -245,8 +243,7 @@ class Bench:
         got = next_token_logp(lm, self.rows, 2)
         off = self.found.numbers["logp off"] = largest(got - wanted)
         # In bfloat16 both round: judged by how far transformers' own bfloat16 is from float32 on the same weights.
-        rounded = plain(self.student).to(torch.bfloat16)
-        lifted = plain(self.student).to(torch.bfloat16).float()
+        rounded, lifted = plain(self.student, torch.bfloat16), plain(self.student, torch.bfloat16).float()
         parts: dict[str, list[Tensor]] = {"half": [], "full": []}
         with torch.no_grad():
             for ids, t in zip(self.rows, following, strict=True):
@@ -473,9 +470,9 @@ def kept_weights() -> Iterator[dict[str, Tensor]]:
         loop.save_checkpoint, loop.predicted_peak = write, prediction
 
 
-def plain(folder: Path) -> PreTrainedModel:
-    """transformers' own model of a folder, float32, evaluation mode."""
-    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+def plain(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """transformers' own model of a folder, evaluation mode."""
+    model: PreTrainedModel = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval()
     model.config.return_dict = True  # with False no forward of transformers' own runs
     return model
 

@@ -22,6 +22,10 @@ LOGITS_STD = 2.5  # of a row's logits: neither flat nor one-hot
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, POSITIONS = 32, 4, 2, 8, 2, 512
 # What cannot be built here, and why.
 SKIPPED = {
+    **dict.fromkeys(
+        ["emu3", "mllama"],
+        "AutoModelForCausalLM makes its language model, and saves that under a configuration that it cannot load",
+    ),
     "gemma3n": "its vision tower needs timm and pillow (gemma3n_text is the language model)",
     "gemma4_assistant": "a drafter: its forward takes another model's hidden states, not token ids",
     "gemma4_unified_assistant": "a drafter: its forward takes another model's hidden states, not token ids",
