@@ -89,6 +89,30 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "gemma2, no cap": ("gemma2", {"final_logit_softcapping": None, "attn_logit_softcapping": None}),
     "cohere, scale 1": ("cohere", {"logit_scale": 1.0}),
     "phi, dropout": ("phi", {"resid_pdrop": 0.1}),
+    "opt, layerdrop": ("opt", {"layerdrop": 0.5, "dropout": 0.0}),
+    "qwen2, sliding window": ("qwen2", {"use_sliding_window": True, "sliding_window": 8}),
+    "mixtral, router logits and jitter": ("mixtral", {"output_router_logits": True, "router_jitter_noise": 0.1}),
+    "gpt_bigcode, multi-head": ("gpt_bigcode", {"multi_query": False}),
+    "gpt2, scaled by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
+    "llama, more rows than tokens": ("llama", {"vocab_size": 320}),
+    # Frequencies that follow from the longest row of a batch: rows of 16 tokens and fewer lie beside longer ones.
+    "llama, dynamic rope": (
+        "llama",
+        {"max_position_embeddings": 16, "rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}},
+    ),
+    "phi3, longrope": (
+        "phi3",
+        {
+            "max_position_embeddings": 64,
+            "original_max_position_embeddings": 16,
+            "rope_parameters": {
+                "rope_type": "longrope",
+                "rope_theta": 1e4,
+                "short_factor": [1.0, 1.1, 1.2, 1.3],
+                "long_factor": [2.0, 4.0, 6.0, 8.0],
+            },
+        },
+    ),
 }
 
 
@@ -168,6 +192,7 @@ class Bench:
                     path.write_text(json.dumps({**json.loads(path.read_text()), key: change[key]}))
         # As transformers reads it back, which may be with a family's own way to split a text into words.
         self.tokenizer = AutoTokenizer.from_pretrained(self.student)
+        self.vocab_size = len(model.get_output_embeddings().weight)
         self.found.numbers["parameters"] = sum(p.numel() for p in model.parameters())
         self.forget, self.retain = (tokenised(self.tokenizer, rows) for rows in (FORGET, RETAIN))
         self.rows = [one.ids for one in (*self.forget, *self.retain)] + [self.forget[0].ids[:2]]
@@ -263,7 +288,7 @@ class Bench:
         """Loss and gradients of one step of `unlearn`, by the way that its Trainer takes for this model."""
         recipe = load_recipe("neko", {**RECIPE, "dtype": "float32"})
         neko_lean.cache_teacher(
-            self.teacher, self.work / "data", self.work / "cache", top_k=len(self.tokenizer), mass=1.0,
+            self.teacher, self.work / "data", self.work / "cache", top_k=self.vocab_size, mass=1.0,
             dtype="float32", stored_dtype="float32", device="cpu", quiet=True,
         )  # fmt: skip
         lm = load_model(self.student, torch.float32, CPU)
@@ -530,8 +555,10 @@ def one_family(name: str, chosen: Sequence[str], out: Path) -> None:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def sweep(names: Sequence[str], chosen: Sequence[str], jobs: int, timeout: float) -> dict[str, Found]:
-    """All families, `jobs` at a time."""
+def sweep(
+    names: Sequence[str], chosen: Sequence[str], jobs: int, timeout: float, path: Path | None
+) -> dict[str, Found]:
+    """All families, `jobs` at a time; what is found so far is in the JSON file at `path`."""
     fork = multiprocessing.get_context("fork")  # the libraries are imported once
     found: dict[str, Found] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -540,20 +567,20 @@ def sweep(names: Sequence[str], chosen: Sequence[str], jobs: int, timeout: float
         while waiting or running:
             while waiting and len(running) < jobs:
                 number, name = waiting.pop(0)
-                path = Path(folder) / f"{number}.json"
-                process = fork.Process(target=one_family, args=(name, chosen, path))
+                report = Path(folder) / f"{number}.json"
+                process = fork.Process(target=one_family, args=(name, chosen, report))
                 process.start()
-                running[name] = process, time.monotonic(), path
+                running[name] = process, time.monotonic(), report
             time.sleep(0.05)
-            for name, (process, start, path) in list(running.items()):
+            for name, (process, start, report) in list(running.items()):
                 late = time.monotonic() - start > timeout
                 if process.is_alive() and not late:
                     continue
                 if process.is_alive():
                     process.kill()
                 process.join()
-                if path.is_file():
-                    found[name] = Found(**json.loads(path.read_text()))
+                if report.is_file():
+                    found[name] = Found(**json.loads(report.read_text()))
                 else:
                     why = f"no end after {timeout:.0f} s" if late else f"died with exit code {process.exitcode}"
                     found[name] = Found("TRACEBACK", says=[why], seconds=time.monotonic() - start)
@@ -589,15 +616,13 @@ def main() -> None:
         parser.error(f"unknown: {', '.join(unknown)}")
 
     start = time.monotonic()
-    found = sweep(options.only or every, options.checks, options.jobs, options.timeout)
+    found = sweep(options.only or every, options.checks, options.jobs, options.timeout, options.json)
     print(table(found))
     counts: dict[str, int] = {}
     for one in found.values():
         counts[one.outcome] = counts.get(one.outcome, 0) + 1
     print(f"\n{', '.join(f'{count} {outcome}' for outcome, count in sorted(counts.items()))}; "
           f"{time.monotonic() - start:.0f} s, transformers {transformers.__version__}")  # fmt: skip
-    if options.json:
-        options.json.write_text(json.dumps({name: vars(one) for name, one in found.items()}, indent=1) + "\n")
     sys.exit(any(one.outcome in ("SILENT DIFFERENCE", "TRACEBACK") for one in found.values()))
 
 
