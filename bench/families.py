@@ -256,7 +256,9 @@ class Bench:
             return "refused"
         if "refused" in ends:
             return "partly refused"
-        return "layerwise" if found.backward == "layerwise" else f"fallback: {found.backward}"
+        if found.backward in ("", "layerwise"):
+            return found.backward or "ok"
+        return f"fallback: {found.backward}"
 
     def log_probabilities(self) -> None:
         """Log-probability of every next token, rows padded together."""
