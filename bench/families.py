@@ -196,6 +196,8 @@ class Bench:
         self.found.numbers["parameters"] = sum(p.numel() for p in model.parameters())
         self.forget, self.retain = (tokenised(self.tokenizer, rows) for rows in (FORGET, RETAIN))
         self.rows = [one.ids for one in (*self.forget, *self.retain)] + [self.forget[0].ids[:2]]
+        # Past the 64 tokens in which many recurrent layers take a row.
+        self.rows.append([token for ids in self.rows[:8] for token in ids][:90])
         (work / "data").mkdir()
         for stem, rows in (("forget", FORGET), ("retain", RETAIN)):
             write_jsonl(work / "data" / f"{stem}.jsonl", (vars(row) for row in rows))
