@@ -22,6 +22,10 @@ LOGITS_STD = 2.5  # of a row's logits: neither flat nor one-hot
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, POSITIONS = 32, 4, 2, 8, 2, 512
 # What cannot be built here, and why.
 SKIPPED = {
+    **dict.fromkeys(
+        ["emu3", "mllama"],
+        "AutoModelForCausalLM makes its language model, and saves that under a configuration that it cannot load",
+    ),
     "gemma3n": "its vision tower needs timm and pillow (gemma3n_text is the language model)",
     "gemma4_assistant": "a drafter: its forward takes another model's hidden states, not token ids",
     "gemma4_unified_assistant": "a drafter: its forward takes another model's hidden states, not token ids",
@@ -87,7 +91,8 @@ BY_NAME: dict[str, Any] = {
     **dict.fromkeys(["mamba_n_heads", "mamba_num_heads", "n_mamba_heads"], 4),
     **dict.fromkeys(["mamba_d_head", "mamba_head_dim", "mamba_headdim"], 16),
     **dict.fromkeys(["mamba_n_groups", "mamba_ngroups", "n_groups"], 2),
-    **dict.fromkeys(["chunk_size", "mamba_chunk_size"], 8),
+    **dict.fromkeys(["chunk_size", "mamba_chunk_size", "block_size"], 8),
+    "index_block_size": 4, "index_topk_blocks": 2,
     "rotary_dim": 4, "type_vocab_size": 2, "index_head_dim": 8, "index_n_heads": 16, "index_topk": 6,
     "hidden_size_per_layer_input": 8, "num_mel_bins": 8, "image_size": 16, "patch_size": 8,
     "query_pre_attn_scalar": 8,
