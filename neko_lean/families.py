@@ -24,6 +24,7 @@ SATURATED = 1e6
 NEAR_ZERO = 1e-4  # for a soft cap above 0.05 tanh(x) is x to 1e-6 there
 SPREAD = 30.0  # standard deviation of the logits on which the transformation is verified
 PROBE_LENGTH = 12
+LONGEST_CHUNK = 256  # of tokens that a layer reads at once: longer ones are not probed, as that would take long
 # Switches in config.json that change what a forward pass returns, not what it computes.
 OUTPUT_SWITCHES = {"return_dict": True, "output_attentions": False, "output_hidden_states": False}
 SOFTCAPS = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap")
@@ -215,7 +216,11 @@ def refuse_sight_of_later_tokens(model: PreTrainedModel, hidden_of: Callable[[Te
     vocabulary, device = len(linear_head(model).weight), linear_head(model).weight.device
     ids = (config.pad_token_id, config.eos_token_id)
     padding = next((i for i in ids if isinstance(i, int) and 0 <= i < vocabulary), 0)
-    length = min(PROBE_LENGTH, (stated_positions(config) or PROBE_LENGTH) - 2)
+    positions = stated_positions(config) or 4 * LONGEST_CHUNK
+    chunk = _chunk_length(config)
+    if PROBE_LENGTH + 3 * chunk > positions:
+        chunk = 0
+    length = min(PROBE_LENGTH + chunk, positions - 2)
     if length < 2:
         return
     ordinary = [i for i in range(vocabulary) if i not in (0, padding)] or [0]
@@ -237,15 +242,22 @@ def refuse_sight_of_later_tokens(model: PreTrainedModel, hidden_of: Callable[[Te
     def padded(count: int, token: int) -> Tensor:
         return torch.cat([row, row.new_full((1, count), token)], dim=1)
 
+    not_a_decoder = getattr(config, "is_decoder", None) is False
     starts = sorted({max(1, length // 3), max(1, length // 2), length - 1})
     if all(changes(with_other_end(start), start) for start in starts):
         raise NekoLeanError(
             f"{family} is not supported as configured: its attention is not causal, a token's hidden state changes "
-            f"with later tokens; an encoder needs is_decoder: true in config.json."
+            f"with later tokens{'; set is_decoder to true in config.json' if not_a_decoder else ''}."
         )
     for token in {padding, 0}:
-        if all(changes(padded(count, token), length) for count in (1, 2)):
+        if any(all(changes(padded(count * unit, token), length) for count in (1, 2)) for unit in {1, max(chunk, 1)}):
             raise NekoLeanError(f"{family} is not supported: its hidden states change with the padding behind a row.")
+
+
+def _chunk_length(config: PreTrainedConfig) -> int:
+    """The longest chunk of tokens that layers of the model read at once, by config.json; 0 where it names none."""
+    found = [value for name, value in vars(config).items() if "chunk" in name and isinstance(value, int)]
+    return max((value for value in found if 1 < value <= LONGEST_CHUNK), default=0)
 
 
 def stated_softcap(config: PreTrainedConfig) -> float | None:

@@ -195,6 +195,7 @@ def check_loaded(
             f"{_listed(found)}. {diagnosis(found, model)}"
         )
     _refuse_twice(model, folder, stored)
+    _warn_dropped(model, stored)
     if not packed:
         refuse_integers(model, stored)
     untie_where_stored(model, folder)
@@ -336,6 +337,25 @@ def _refuse_twice(model: PreTrainedModel, folder: Path, stored: Mapping[str, Sto
                 f"{folder} holds both {short} and {name}, which are the same tensor of the model: get the checkpoint "
                 f"again, or remove the one that is not meant."
             )
+
+
+def _warn_dropped(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:
+    """Say which tensors transformers leaves out on purpose, such as a vision tower: what is saved will lack them."""
+    patterns = [re.compile(pattern) for pattern in model._keys_to_ignore_on_load_unexpected or ()]
+    own = model.state_dict().keys()
+    dropped = [
+        name
+        for name, tensor in sorted(stored.items())
+        if name not in own
+        and tensor.dtype in PLAIN_DTYPES
+        and any(pattern.search(name) for pattern in patterns)
+        and not _is_old_buffer(name, model.base_model_prefix, stored)
+    ]
+    if dropped:
+        say(
+            f"warning: {len(dropped)} tensors of the checkpoint are not part of {type(model).__name__}, and "
+            f"checkpoints written from it will lack them: {_some(dropped, 3)}."
+        )
 
 
 def refuse_integers(model: PreTrainedModel, stored: Mapping[str, StoredTensor]) -> None:

@@ -97,7 +97,15 @@ class CausalLM:
         the attention kernel skips the upper triangle instead of reading it.
         """
         more = {} if places is None else {"position_ids": places}
-        hidden: Tensor = self.backbone(input_ids=input_ids, use_cache=False, **more).last_hidden_state
+        try:
+            hidden: Tensor = self.backbone(input_ids=input_ids, use_cache=False, **more).last_hidden_state
+        except (NekoLeanError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:  # of the family's own code, such as a dtype or a length that it does not know
+            raise NekoLeanError(
+                f"the forward pass of {type(self.model).__name__} fails on rows of {input_ids.shape[1]} tokens in "
+                f"{str(self.head.dtype).removeprefix('torch.')} ({reason(error)}): try another dtype or max_length."
+            ) from error
         return hidden.to(self.head.dtype)  # Mamba keeps its residual stream in float32
 
     def logits(self, hidden: Tensor) -> Tensor:
@@ -311,7 +319,8 @@ def split(model: PreTrainedModel) -> CausalLM:
     finally:
         model.train(was_training)
     tolerance = 0.02 if lm.head.dtype == torch.bfloat16 else 1e-4
-    if not (wanted - got).abs().max() <= tolerance * (1 + wanted.abs().max()):  # NaN is not close to anything
+    # Where the model's own logits are NaN or infinite, whoever uses them names the row.
+    if wanted.isfinite().all() and not (wanted - got).abs().max() <= tolerance * (1 + wanted.abs().max()):
         raise NekoLeanError(f"{family} is not supported: its logits do not follow from its last hidden states.")
     return lm
 
@@ -357,7 +366,7 @@ def keeps_apart(lm: CausalLM) -> bool:
         packed = lm.hidden(torch.cat([one, two], 1), places).float()
         changed = lm.hidden(torch.cat([other, two], 1), places).float()
         alone = torch.cat([lm.hidden(one), lm.hidden(two)], 1).float()
-    except (TypeError, ValueError, RuntimeError):  # it takes no positions, or its kernel does not run here
+    except NekoLeanError:  # it takes no positions, or its kernel does not run here
         return False
     finally:
         lm.model.train(was_training)

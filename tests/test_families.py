@@ -134,7 +134,7 @@ def test_positions_end_where_a_longer_row_fails(name, more, limit, tmp_path, mon
     with torch.no_grad():
         assert lm.hidden(row).isfinite().all()
         if limit is not None:
-            with pytest.raises((IndexError, RuntimeError, ValueError)):
+            with pytest.raises(NekoLeanError, match="fails on rows of 80 tokens in float32"):
                 lm.hidden(torch.ones(1, length, dtype=torch.int64))
     model.config.save_pretrained(tmp_path)
     assert usable_length(tmp_path, length) == (limit or length) and usable_length(tmp_path, 20) == 20
@@ -165,3 +165,13 @@ def test_the_parts_are_found_without_storage():
 def test_a_scale_near_one_is_not_taken_for_one():
     model = family("Cohere", logit_scale=1.01)
     assert logit_transform(model, model.model) == (1.01, None)
+
+
+def test_a_model_that_sees_padding_beyond_one_chunk_is_refused():
+    sizes = {"hidden_size": 32, "attn_layers": ["lsh", "local"], "feed_forward_size": 32, "num_attention_heads": 2}
+    sizes |= {"attention_head_size": 16, "lsh_attn_chunk_length": 16, "local_attn_chunk_length": 16, "is_decoder": True}
+    sizes |= {"axial_pos_shape": (8, 16), "axial_pos_embds_dim": (16, 16), "max_position_embeddings": 128}
+    torch.manual_seed(0)
+    model = transformers.ReformerModelWithLMHead(transformers.ReformerConfig(vocab_size=96, **sizes))
+    with pytest.raises(NekoLeanError, match="ReformerModelWithLMHead is not supported"):
+        split(model)

@@ -320,3 +320,15 @@ def test_a_save_of_this_tool_loads(model, tmp_path):
     lm = split(load(model).model)
     lm.model.save_pretrained(tmp_path / "saved")
     assert torch.equal(load(tmp_path / "saved").head, lm.head)
+
+
+def test_tensors_that_transformers_leaves_out_are_named(world, tmp_path, capsys, monkeypatch):
+    folder = random_model(world, tmp_path / "model")
+    tensors = load_file(folder / "model.safetensors")
+    save_file(tensors | {"model.visual.weight": torch.ones(4)}, folder / "model.safetensors", {"format": "pt"})
+    monkeypatch.setattr(transformers.OlmoForCausalLM, "_keys_to_ignore_on_load_unexpected", [r"model\.visual"])
+    load_model(folder, torch.float32, torch.device("cpu"))
+    assert (
+        "1 tensors of the checkpoint are not part of OlmoForCausalLM, and checkpoints written"
+        in capsys.readouterr().err
+    )

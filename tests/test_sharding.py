@@ -78,9 +78,9 @@ def test_two_processes_end_in_the_weights_of_one(world, model, cache, tmp_path, 
 
 @pytest.mark.parametrize("value", ["checkpointed", "plain"])
 def test_other_ways_back_are_refused(world, model, cache, tmp_path, monkeypatch, value):
-    from neko_lean import trainer
+    from neko_lean import backward
 
-    monkeypatch.setattr(trainer, "size", lambda: 2)
+    monkeypatch.setattr(backward, "size", lambda: 2)
     with pytest.raises(NekoLeanError, match=f"backward={value} is for one process"):
         unlearn(
             model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides={"backward": value}, quiet=True
