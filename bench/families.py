@@ -543,7 +543,7 @@ def one_family(name: str, chosen: Sequence[str], out: Path) -> None:
     transformers.utils.logging.set_verbosity_error()
     transformers.utils.logging.disable_progress_bar()
     torch.set_num_threads(1)
-    # What the libraries print beside their warnings.
+    # Output of the libraries other than warnings.
     os.dup2(os.open(os.devnull, os.O_WRONLY), 2)
     if name in SKIPPED:
         out.write_text(json.dumps(vars(Found("not built", says=[SKIPPED[name]]))))

@@ -75,7 +75,7 @@ def two_steps(model: Path, rows: Path, forget: int, retain: int, changes: list[s
 
 
 def of_model(model: Path, lume: Path, changes: list[str], heading: str) -> tuple[Table, list[dict[str, Any]]]:
-    """Measured beside predicted, for each dtype and shape of a step."""
+    """Measured and predicted peaks for each dtype and shape of a step."""
     found = Table(title=heading, title_justify="left")
     for head in ("weights", "rows a step", "measured MiB", "predicted MiB", "predicted / measured"):
         found.add_column(head, justify="right")
@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("lume", type=Path, help="folder of LUME's parquet files")
     parser.add_argument("--work", type=Path, default=Path("/tmp/neko-lean-bench"), help="3 GB of scratch, kept")
     parser.add_argument("--out", type=Path, default=Path("bench-memory.json"))
-    parser.add_argument("--model", type=Path, help="a checkpoint to measure beside its prediction instead")
+    parser.add_argument("--model", type=Path, help="measure this checkpoint and compare with its prediction instead")
     parser.add_argument("--set", action="append", default=[], metavar="KEY=VALUE", help="with --model: of the recipe")
     options = parser.parse_args()
     device = pick_device()

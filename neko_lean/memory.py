@@ -91,7 +91,7 @@ class LiveTensors(TorchDispatchMode):
         return self._heap_peak + self._mapped_peak
 
     def scratch(self, count: int) -> None:
-        """A kernel takes `count` bytes now and frees them before the next one: on a CPU, beside all that is alive."""
+        """Count `count` bytes of scratch that a CPU kernel allocates and frees while everything else is alive."""
         mapped = count if count >= OWN_MAPPING else 0
         self._mapped_peak = max(self._mapped_peak, self._mapped + mapped)
         self._heap_peak = max(self._heap_peak, self.now - self._mapped + count - mapped)
@@ -123,7 +123,7 @@ _PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 def _product_scratch(left: Tensor, out: Tensor) -> int:
-    """Bytes that a CPU's kernel takes for out = left @ right beside the tensors.
+    """Scratch bytes that a CPU kernel allocates for out = left @ right.
 
     torch adds up a bfloat16 product in float32. Where the left matrix is transposed, as for every weight's gradient, it
     holds all of the result at once so.

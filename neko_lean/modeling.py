@@ -206,7 +206,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
             f"{folder} holds no tokenizer that transformers can load: {reason(error)}; get its tokenizer files again."
         ) from error
     if not isinstance(tokenizer, PreTrainedTokenizerBase):
-        raise NekoLeanError(f"{folder} holds a {type(tokenizer).__name__}, which is no tokenizer of text.")
+        raise NekoLeanError(f"{folder} holds a {type(tokenizer).__name__}, which is not a text tokenizer.")
     if len(tokenizer) <= len(tokenizer.all_special_ids):
         # Without its files transformers makes up an empty tokenizer of the model's family.
         raise NekoLeanError(f"{folder} holds no tokenizer: its files (tokenizer.json and the like) are missing.")
@@ -217,7 +217,7 @@ def load_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
 
 def _vocab_size(folder: Path) -> int:
-    """How many tokens the model has rows for, by its config; as many as can be where there is no config."""
+    """The model's vocabulary size according to config.json; unlimited without one."""
     if not (folder / "config.json").is_file():
         return sys.maxsize
     size = getattr(load_config(folder).get_text_config(decoder=True), "vocab_size", None)
@@ -278,14 +278,14 @@ def load_config(folder: Path) -> PreTrainedConfig:
         config: PreTrainedConfig = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except Exception as error:  # of a dozen types, transformers' validation errors among them
         raise NekoLeanError(f"{folder / 'config.json'} is no model that transformers has: {reason(error)}") from error
-    if hasattr(config, "quantization_config"):  # of the weights beside it; a new model's are plain
+    if hasattr(config, "quantization_config"):  # it describes the weights in the folder; those of a new model are plain
         del config.quantization_config
     return config
 
 
 def new_model(config_folder: Path, dtype: torch.dtype, device: torch.device, seed: int) -> CausalLM:
-    """A model with random weights from config.json alone, the same for the same seed; with the end tokens of a
-    generation_config.json beside it."""
+    """A model with random weights from config.json alone, the same for the same seed; with the end tokens of the
+    folder's generation_config.json."""
     from transformers import AutoModelForCausalLM, GenerationConfig
 
     config = load_config(config_folder)
@@ -319,7 +319,7 @@ def split(model: PreTrainedModel) -> CausalLM:
     finally:
         model.train(was_training)
     tolerance = 0.02 if lm.head.dtype == torch.bfloat16 else 1e-4
-    # Where the model's own logits are NaN or infinite, whoever uses them names the row.
+    # Where the model's own logits are NaN or infinite, later checks name the row.
     if wanted.isfinite().all() and not (wanted - got).abs().max() <= tolerance * (1 + wanted.abs().max()):
         raise NekoLeanError(f"{family} is not supported: its logits do not follow from its last hidden states.")
     return lm

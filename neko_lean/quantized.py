@@ -6,14 +6,13 @@ Only plain weights can be trained and saved here, so that this is decided from c
 from __future__ import annotations
 
 import importlib.util
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.trust import nested_values
+from neko_lean.trust import nested_values, read_config
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -26,12 +25,7 @@ DEQUANTIZED = {"bitsandbytes": "accelerate", "fp8": "accelerate", "mxfp4": None}
 
 def quantization_method(folder: Path) -> str | None:
     """How a checkpoint is quantised by its config.json, such as 'gptq'; None where it is not."""
-    file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise NekoLeanError(f"{file} is not readable JSON: get the checkpoint again.") from error
-    for key, value in nested_values(config):
+    for key, value in nested_values(read_config(folder)):
         if key in KEYS and isinstance(value, dict) and value:
             loads_bits = value.get("load_in_4bit") or value.get("load_in_8bit")
             return str(value.get("quant_method") or ("bitsandbytes" if loads_bits else key))

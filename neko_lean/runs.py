@@ -100,7 +100,8 @@ def unlearn(
         resume: go on from the last save of the same run and end in the same weights; from the beginning without one.
         overwrite: replace what `out` holds; and without `resume`, what an unfinished run has left.
 
-    What the recipe has no use for is refused: `cache`, `anchor` and `base_cache`, and a recipe that forgets nothing.
+    Arguments that the recipe does not use (`cache`, `anchor`, `base_cache`) are refused, and so is a recipe that forgets
+    nothing.
     The `retain` rows alone, which the signature asks for, are only checked where the recipe does not read them.
 
     Returns what run.json holds. Raises NekoLeanError for bad input, and when a loss or gradient stops being finite:
@@ -285,7 +286,7 @@ def _refuse_unused(
         )
     if anchor is not None and not uses_anchor(recipe, base_cache=base_cache is not None):
         raise NekoLeanError(
-            f"--anchor {anchor} has no effect: recipe {recipe.name} holds no retain rows still and takes no levels "
+            f"--anchor {anchor} has no effect: recipe {recipe.name} uses neither retain rows nor levels "
             f"from it; leave it out."
         )
     if cache is not None and not reads_cache(recipe, anchor=anchor is not None):

@@ -33,14 +33,19 @@ def is_plain(name: object) -> bool:
     return isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
 
 
+def read_config(folder: Path) -> Any:
+    """What a checkpoint's config.json holds; NekoLeanError where it is not JSON."""
+    file = folder / "config.json"
+    try:
+        return json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as error:
+        raise NekoLeanError(f"{file} is not readable JSON: get the checkpoint again.") from error
+
+
 def refuse_untrusted(folder: Path) -> None:
     """Raise NekoLeanError for a checkpoint that names code to fetch, other weights, or another model to add to."""
     file = folder / "config.json"
-    try:
-        config = json.loads(file.read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise NekoLeanError(f"{file} is not readable JSON: get the checkpoint again.") from error
-    for key, value in nested_values(config):
+    for key, value in nested_values(read_config(folder)):
         if key.removeprefix("_").startswith(_IMPLEMENTATIONS) and "/" in str(value):
             raise NekoLeanError(f"{file} has {key} run code from the hub, which neko-lean never does: remove {key}.")
         if key == "transformers_weights" and value not in (None, "model.safetensors"):

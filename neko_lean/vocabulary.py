@@ -1,4 +1,4 @@
-"""Token ids that the model has no row for: harmless while no text has them, an error as soon as one does.
+"""Token ids beyond the model's vocabulary: harmless until a text contains one, then an error.
 
 A tokenizer may have more entries than the model, such as an image token of a text-only checkpoint.
 """

@@ -1,4 +1,4 @@
-"""A model whose numbers are NaN has no result: no score, no cache, no JSON that is none."""
+"""A model with NaN outputs gets an error, never a score, a cache or invalid JSON."""
 
 import json
 import math

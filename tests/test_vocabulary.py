@@ -1,4 +1,4 @@
-"""A tokenizer with more entries than the model has rows: fine until a text has one of them."""
+"""A tokenizer may have more entries than the model, as long as no text contains one of them."""
 
 import shutil
 from dataclasses import replace

@@ -32,7 +32,7 @@ SPANS = ("answers", "all", "documents")
 class Recipe:
     """Every hyperparameter of a run. Loss = forget_weight * forget + retain_weight * retain, in nats.
 
-    A key that has no effect beside the other keys (see `NEEDS`) is at its default.
+    A key without effect, given the other keys (see `NEEDS`), has its default value.
     """
 
     name: str
@@ -86,7 +86,7 @@ class Recipe:
     compile: bool = False  # the decoder layers by torch.compile; rounds otherwise, docs/profile.md
 
 
-# Keys that have an effect only beside certain others: whether they have one, and what it takes.
+# Keys that have an effect only together with certain others: a test of that, and the requirement in words.
 NEEDS: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "forget_weight": (lambda r: r.forget_objective != "none", "a forget_objective"),
     "forget_reduction": (
@@ -114,8 +114,8 @@ NEEDS: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "eval_rows": (lambda r: bool(r.eval_every), "eval_every above 0"),
     "patience": (lambda r: bool(r.eval_every), "eval_every above 0"),
 }
-LIMITS = ("forget_rows", "retain_rows", "eval_rows")  # upper bounds: one that nothing reaches is no mistake
-# What a file has to give where it has an effect: there is no value that suits most methods.
+LIMITS = ("forget_rows", "retain_rows", "eval_rows")  # upper bounds, which may be out of reach
+# Required where they have an effect, since no default would suit most methods.
 WANTED = (
     "forget_weight",
     "forget_reduction",
@@ -211,14 +211,14 @@ def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) ->
 
 
 def _refuse_without_effect(recipe: Recipe, given: Mapping[str, Any], *, in_file: bool) -> None:
-    """Raise NekoLeanError for a key that was given and changes nothing: whoever gave it expects something of it."""
+    """Raise NekoLeanError for a key that was given but has no effect, since the user expects one."""
     for key, value in given.items():
         if key in LIMITS or has_effect(key, recipe) or (in_file and value in TOLERATED.get(key, ())):
             continue
         if key == "forget_reduction" and recipe.forget_objective in ROW_MEANS and value == "rows":
             continue  # which is what they are
         if key == "epochs" and not in_file and given.get("max_steps"):
-            continue  # whoever gives both has said where it ends
+            continue  # max_steps, given with it, decides
         fix = "remove it from the file" if in_file else "leave it out"
         raise NekoLeanError(
             f"recipe {recipe.name}: {key} = {value!r} has no effect: it needs {NEEDS[key][1]}; {fix}, or change that."

@@ -183,7 +183,7 @@ def _decode_forced(
     steps: Sequence[int],
     pad_id: int,
 ) -> list[Tensor]:
-    """Logits [steps of the row, V] of each row as it goes on with the tokens `forced` instead of the likeliest."""
+    """Logits [steps of the row, V] of each row when it is continued with the tokens `forced`."""
     found: list[list[Tensor]] = [[] for _ in prompts]
 
     def choose(rows: Sequence[int], scores: Tensor) -> list[int | None]:

@@ -66,7 +66,7 @@ def common_prefix(rows: Sequence[list[int]]) -> int:
 
 
 def shares_prefixes(lm: CausalLM, pad_id: int) -> bool:
-    """Whether rows that go on from a prefix's cache are what each of them is as a whole, for this model."""
+    """Whether, for this model, rows continued from a shared prefix's cache equal the same rows run whole."""
     return probed(lm, "prefix", lambda: keeps_only_keys_and_values(lm) and _continues_exactly(lm, pad_id))
 
 

@@ -274,7 +274,7 @@ def _warn_blind(blind: Mapping[str, Mapping[str, int]], rows: Sequence[tuple[str
         if parts:
             say(
                 f"warning: the task's official arithmetic knows English letters alone and moves spaces: "
-                f"{'; '.join(parts)}. Its cells are no measure of these; unicode_cells stand beside them, and the "
+                f"{'; '.join(parts)}. Its cells do not measure these rows; unicode_cells do, and the "
                 f"verdict reads those."
             )
 

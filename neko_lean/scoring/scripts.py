@@ -51,7 +51,7 @@ def _folded(sign: str) -> str:
 
 @lru_cache(maxsize=2**16)
 def in_word(sign: str) -> bool:
-    """Whether a sign is a letter, a digit, or a mark on one (without which Hindi has no vowels)."""
+    """Whether a character is a letter, a digit, or a combining mark (Hindi vowels are marks)."""
     return unicodedata.category(sign)[0] in "LMN"
 
 

@@ -116,7 +116,7 @@ def leaking(scores: Scores) -> str | None:
 
 
 def still_there(scores: Scores) -> str | None:
-    """Whether the answers are silent but known: their probability, beside what is said."""
+    """Whether the model finds the answers likely although it does not generate them."""
     if not silenced(scores):
         return None
     likely = scores["memorisation"]["forget"]["answer_probability"]
