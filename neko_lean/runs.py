@@ -100,7 +100,7 @@ def unlearn(
         resume: go on from the last save of the same run and end in the same weights; from the beginning without one.
         overwrite: replace what `out` holds; and without `resume`, what an unfinished run has left.
 
-    Arguments that the recipe does not use (`cache`, `anchor`, `base_cache`) are refused, and so is a recipe that forgets
+    Arguments that the recipe does not use (`cache`, `anchor`, `base_cache`) are refused, as is a recipe that forgets
     nothing.
     The `retain` rows alone, which the signature asks for, are only checked where the recipe does not read them.
 
