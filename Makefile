@@ -8,7 +8,7 @@ demo: .venv/installed
 	$(BIN)/neko-lean demo --out demo-run --overwrite
 
 test: .venv/installed
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check .

@@ -35,6 +35,7 @@ from neko_lean.families import (
 from neko_lean.generation_config import listed_ends
 from neko_lean.head import LogitTransform, TokenViews, logits, token_stats, token_views
 from neko_lean.loading import check_loaded, refuse_packed, stored_tensors, weight_files
+from neko_lean.progress import say
 from neko_lean.quantized import dequantized, loading_options, quantization_method, refuse_gguf, refuse_quantized
 from neko_lean.ranks import local_rank, size
 from neko_lean.trust import reason, refuse_untrusted
@@ -149,6 +150,17 @@ def pick_device(name: str | None = None) -> torch.device:
     if device.type == "cuda" and not torch.cuda.is_available():
         raise NekoLeanError(f"device {name!r} was asked for, but PyTorch sees no GPU here: use --device cpu.")
     return device
+
+
+def has_bfloat16(device: torch.device) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware; a CPU without that takes tens of times as long."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
+
+
+def warn_emulated_bfloat16(dtype: str, device: torch.device, quiet: bool) -> None:
+    """Say that training in bfloat16 will be slow where the device only emulates it."""
+    if dtype == "bfloat16" and not has_bfloat16(device):
+        say("warning: this CPU emulates bfloat16, so steps will be slow: --set dtype=float32 is faster.", quiet)
 
 
 def pick_dtype(name: str) -> torch.dtype:

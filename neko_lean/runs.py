@@ -33,6 +33,7 @@ from neko_lean.modeling import (
     pick_dtype,
     tokenizer_fingerprint,
     usable_length,
+    warn_emulated_bfloat16,
     weights_fingerprint,
 )
 from neko_lean.progress import say
@@ -111,6 +112,7 @@ def unlearn(
     chosen = load_recipe(recipe, overrides)
     _refuse_unused(chosen, overrides, cache, anchor, base_cache)
     folder, place = model_folder(model), pick_device(device)
+    warn_emulated_bfloat16(chosen.dtype, place, quiet)
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
     limit = usable_length(folder, chosen.max_length)
@@ -229,6 +231,7 @@ def memorize(
         )
     refuse_one_file(data, "--data", sets, split)
     folder, place = model_folder(model), pick_device(device)
+    warn_emulated_bfloat16(chosen.dtype, place, quiet)
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
     limit = usable_length(folder, chosen.max_length)

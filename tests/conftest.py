@@ -15,7 +15,11 @@ from neko_lean.data import write_jsonl
 from neko_lean.demo.run import write_base
 from tests.helpers import SMALL, make_rows, random_model, write_rows
 
-torch.set_num_threads(2)
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker per core: more threads would wait for each other
+    os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
+    torch.set_num_threads(1)
+else:
+    torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

@@ -14,6 +14,7 @@ from neko_lean.data import Row, read_rows, write_jsonl
 from neko_lean.demo.world import anchor_documents, build_world, task3_documents, write_world
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError, staged_folder
+from neko_lean.modeling import has_bfloat16, pick_device
 from neko_lean.progress import say
 from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, forgets, load_recipe, reads_cache, uses_anchor
 from neko_lean.report import report
@@ -75,8 +76,10 @@ def demo(
         forget, retain = read_rows(rows, "forget"), read_rows(rows, "retain")
         say(f"world: {len(forget)} forget rows, {len(retain)} retain rows", quiet)
         common: dict[str, Any] = {"device": device, "quiet": quiet}
+        # Emulated bfloat16 would make minutes into an hour.
+        dtype: dict[str, Any] = {} if has_bfloat16(pick_device(device)) else {"dtype": "float32"}
         write_base(stage / "base", [*forget, *retain])
-        memorize(stage / "base", rows, stage / "target", overrides=MEMORIZE, seed=seed, **common)
+        memorize(stage / "base", rows, stage / "target", overrides={**MEMORIZE, **dtype}, seed=seed, **common)
         mia = rows / "mia" if (rows / "mia").is_dir() else None
         scored: dict[str, Any] = {"mia": mia, "batch_size": 64, **common}
         scores = {"before": score(stage / "target", rows, stage / "scores-before", **scored)}
@@ -91,11 +94,11 @@ def demo(
                 cache_teacher(
                     stage / "target", rows, stage / cache, anchor=held,
                     forget=rows if one.forget_objective in NEED_FORGET_CACHE else None,
-                    format=one.format, max_length=one.max_length, **common,
+                    format=one.format, max_length=one.max_length, **dtype, **common,
                 )  # fmt: skip
             run = unlearn(
                 stage / "target", stage / unlearned, rows, rows, cache=stage / cache if asks else None, anchor=held,
-                recipe=path, overrides=change, seed=seed, **common,
+                recipe=path, overrides={**dtype, **change}, seed=seed, **common,
             )  # fmt: skip
             scores[one.name] = score(
                 stage / unlearned, rows, stage / result, before=stage / "scores-before", **scored
