@@ -193,8 +193,10 @@ def _check_header(header: list[str], columns: Sequence[str], where: str) -> None
     _refuse_duplicates(header, where)
     for column in columns:
         if column not in header:
-            needed, found = ", ".join(columns), ", ".join(f"'{_shown(name)}'" for name in header[:10])
-            raise NekoLeanError(f"{where}: column {column} is missing (needed: {needed}; found: {found}).")
+            # Only names that were meant are quoted: what stands in the place of a missing header is a row.
+            close = [f"'{_shown(name)}'" for name in header if name.strip().lower() == column]
+            found = f"; found {close[0]}" if close else ""
+            raise NekoLeanError(f"{where}: column {column} is missing (needed: {', '.join(columns)}{found}).")
 
 
 def read_parquet(file: Path, columns: Sequence[str]) -> Iterator[Record]:

@@ -6,6 +6,8 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+# Two workers with two threads each share two cores: threads that wait must not spin.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
@@ -15,11 +17,7 @@ from neko_lean.data import write_jsonl
 from neko_lean.demo.run import write_base
 from tests.helpers import SMALL, make_rows, random_model, write_rows
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker per core: more threads would wait for each other
-    os.environ["OMP_NUM_THREADS"] = "1"  # of the commands that tests start
-    torch.set_num_threads(1)
-else:
-    torch.set_num_threads(2)
+torch.set_num_threads(2)
 
 
 @pytest.fixture(scope="session")

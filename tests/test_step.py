@@ -313,7 +313,7 @@ def test_a_mean_over_positions_is_of_a_sets_own_rectangle(pieces):
     def losses(forget, retain, recipe, others=()):
         batch = make_batch(forget, retain, cache, recipe, 0, CPU, others)
         with torch.no_grad():
-            return batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm.head, batch, recipe)
+            return batch_losses(chosen_hidden(lm, batch.micro, batch.index), lm, batch, recipe)
 
     total = 0.0
     with torch.no_grad():

@@ -110,9 +110,9 @@ def test_ascent_forgets_and_kl_holds(world, model, cache, tmp_path):
 
 
 def test_lost_answers_are_counted_and_said(world, model, tmp_path, capsys):
-    change = {**FAST, "max_length": 8, "max_steps": 1}
+    change = {**FAST, "max_length": 16, "max_steps": 1}
     run = neko_lean.unlearn(model, tmp_path / "out", world, world, recipe="neko", overrides=change, quiet=True)
-    assert run["forget_answers_lost"] > 0
+    assert 0 < run["forget_answers_lost"] < 24
     assert f"whole answer of {run['forget_answers_lost']} of 24 forget rows" in capsys.readouterr().err
 
 
