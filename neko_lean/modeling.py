@@ -97,6 +97,11 @@ class CausalLM:
         No mask is needed: attention is causal, so a real position never sees the padding behind it, and without a mask
         the attention kernel skips the upper triangle instead of reading it.
         """
+        if places is None and self.max_positions is not None and input_ids.shape[1] > self.max_positions:
+            raise NekoLeanError(
+                f"a row of {input_ids.shape[1]} tokens is longer than the {self.max_positions} positions of "
+                f"{type(self.model).__name__}: lower max_length."
+            )
         more = {} if places is None else {"position_ids": places}
         try:
             hidden: Tensor = self.backbone(input_ids=input_ids, use_cache=False, **more).last_hidden_state
