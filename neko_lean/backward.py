@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from neko_lean.errors import NekoLeanError
+from neko_lean.errors import NekoLeanError, first_line
 from neko_lean.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.modeling import CausalLM, checkpoint_activations
 from neko_lean.progress import say
@@ -23,9 +23,8 @@ from neko_lean.recipes import Recipe
 from neko_lean.sharding import Shards
 
 VERIFIED_TOKENS = 8
-NEGLIGIBLE = (
-    1e-2  # of the largest gradient's norm: what is below is compared with it, as an attention key's bias has none
-)
+# Of the largest gradient's norm. Smaller gradients are compared with this: those of an attention key's bias are noise.
+NEGLIGIBLE = 1e-2
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ def verify_layer_pass(lm: CausalLM, layers: nn.ModuleList, wanted: Gradients) ->
 
 
 def _layer_by_layer(lm: CausalLM, layers: nn.ModuleList) -> Gradients:
-    """What LayerPass gives for `plain_gradients`' tokens."""
+    """Hidden states and gradients of one LayerPass over the tokens of `plain_gradients`."""
     ids, upstream = _probe(lm)
     names = {parameter: name for name, parameter in _compared_parameters(lm).items()}
     found: dict[str, Tensor] = {}
@@ -131,7 +130,7 @@ def _explained(lm: CausalLM, run: Callable[..., Gradients], *args: object) -> Gr
     except (NekoLeanError, torch.OutOfMemoryError):
         raise
     except Exception as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise NekoLeanError(f"a backward pass through {type(lm.model).__name__} fails ({line}).") from error
 
 

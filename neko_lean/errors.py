@@ -14,6 +14,11 @@ class NekoLeanError(Exception):
     """Something the user can mend. Its text is one sentence and is all that the command line prints."""
 
 
+def first_line(error: Exception) -> str:
+    """The first line of an error's message, or its type where it has no message."""
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 @contextmanager
 def staged_folder(out: Path, overwrite: bool = False) -> Iterator[Path]:
     """Yield an empty folder beside `out` that becomes `out` when the block ends well and vanishes when it fails.

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
-from neko_lean.errors import NekoLeanError
+from neko_lean.errors import NekoLeanError, first_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -323,11 +323,7 @@ def _run(model: PreTrainedModel, ids: Tensor) -> Any:
     except torch.OutOfMemoryError:
         raise
     except Exception as error:
-        family, reason = type(model).__name__, _first_line(error)
+        family, reason = type(model).__name__, first_line(error)
         raise NekoLeanError(
             f"{family} is not supported: its forward pass fails on token ids alone ({reason})."
         ) from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

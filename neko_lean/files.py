@@ -14,7 +14,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from neko_lean.errors import NekoLeanError
+from neko_lean.errors import NekoLeanError, first_line
 
 _UTF16 = (b"\xff\xfe", b"\xfe\xff")  # the byte-order marks of UTF-16, and with two zero bytes of UTF-32
 _SURROGATE = re.compile("[\ud800-\udfff]")  # json.loads joins the two halves of a pair
@@ -256,8 +256,3 @@ def _shown(name: str) -> str:
     """A column's name for a message: a file that is no table may have a whole page in its place."""
     short = name if len(name) <= 40 else f"{name[:40]}..."
     return "".join(letter if letter.isprintable() else ascii(letter)[1:-1] for letter in short)
-
-
-def first_line(error: Exception) -> str:
-    """An error's text without the rest of a long explanation."""
-    return (str(error).splitlines() or [type(error).__name__])[0]

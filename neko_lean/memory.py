@@ -26,7 +26,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from neko_lean.errors import NekoLeanError
+from neko_lean.errors import NekoLeanError, first_line
 from neko_lean.families import backbone_of, plain_outputs, stated_softcap
 from neko_lean.head import CHUNK_ELEMENTS
 from neko_lean.layerwise import LayerPass, decoder_layers, freeze
@@ -315,7 +315,7 @@ def _held_by_full_step(folder: Path, recipe: Recipe, gpus: int) -> tuple[dict[st
     except NekoLeanError:
         raise
     except Exception as error:
-        line = (str(error).splitlines() or [type(error).__name__])[0]
+        line = first_line(error)
         raise NekoLeanError(
             f"the memory of {folder} cannot be predicted: its code needs real tensors ({line})."
         ) from error

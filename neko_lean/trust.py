@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from neko_lean.errors import NekoLeanError
+from neko_lean.errors import NekoLeanError, first_line
 
 # Values of config.json by which transformers picks an implementation. With a slash it is a repository on the hub, whose
 # compiled code is fetched and run, whatever trust_remote_code says.
@@ -66,4 +66,4 @@ def reason(error: Exception) -> str:
     """Why transformers could not load something, in a line; without its advice to run what came with the checkpoint."""
     if "trust_remote_code" in str(error):
         return "it needs code of its own, and neko-lean runs none that came with a checkpoint"
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return first_line(error)

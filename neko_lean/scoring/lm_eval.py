@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 
-from neko_lean.errors import NekoLeanError
+from neko_lean.errors import NekoLeanError, first_line
 from neko_lean.ranks import size
 
 TORCHRUN = ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK")
@@ -40,7 +40,7 @@ def lm_eval_tasks(
                 log_samples=False,
             )
     except (KeyError, ValueError, OSError, ImportError) as error:  # unknown names, data or parts that are not there
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        reason = first_line(error)
         raise NekoLeanError(f"lm-eval cannot run {', '.join(tasks)}: {reason}") from error
     return {task: _numbers(metrics) for task, metrics in found["results"].items()}
 
