@@ -20,6 +20,12 @@ from tests.helpers import SMALL, make_rows, random_model, write_rows
 torch.set_num_threads(2)
 
 
+@pytest.fixture(autouse=True)
+def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same warnings and dtypes on every CPU: it counts as one with bfloat16 instructions."""
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
+
+
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with forget.jsonl, retain.jsonl, mia/, and base/: config and tokenizer of a small OLMo."""

@@ -21,6 +21,7 @@ from neko_lean.modeling import (
     pick_device,
     pick_dtype,
     tokenizer_fingerprint,
+    warn_emulated_bfloat16,
     weights_fingerprint,
 )
 from tests.helpers import random_model, tiny
@@ -165,3 +166,12 @@ def test_no_pickle_is_read(model, tmp_path):
     torch.save({}, folder / "pytorch_model.bin")
     with pytest.raises(NekoLeanError, match="safetensors only"):
         load_model(folder, torch.float32, CPU)
+
+
+def test_a_cpu_that_emulates_bfloat16_is_named(monkeypatch, capsys):
+    warn_emulated_bfloat16("bfloat16", CPU, quiet=False)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False, raising=False)
+    warn_emulated_bfloat16("float32", CPU, quiet=False)
+    assert capsys.readouterr().err == ""
+    warn_emulated_bfloat16("bfloat16", CPU, quiet=False)
+    assert "--set dtype=float32 is faster" in capsys.readouterr().err

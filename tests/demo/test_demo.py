@@ -18,14 +18,16 @@ def fast(monkeypatch):
     monkeypatch.setattr(demo_run, "MEMORIZE", {**demo_run.MEMORIZE, "epochs": 0.5})
 
 
-def test_it_leaves_everything_it_names(world, tmp_path, fast):
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_it_leaves_everything_it_names(world, tmp_path, fast, monkeypatch, dtype):
+    monkeypatch.setattr(demo_run, "has_bfloat16", lambda device: dtype == "bfloat16")
     result = demo(tmp_path / "out", data=world, max_steps=2, quiet=True)
     assert json.loads((tmp_path / "out" / "demo.json").read_text()) == result
     assert all((tmp_path / "out").joinpath(path).exists() for path in result["files"].values())
     for name in (DEFAULT, "neko"):
         run = json.loads((tmp_path / "out" / f"unlearned-{name}" / "run.json").read_text())
         assert run["steps"] == 2 and f"Recipe {name}, 2 steps" in result["verdict"]
-        assert run["recipe"] == {**vars(load_recipe(name)), "max_steps": 2, "backward": "plain"}
+        assert run["recipe"] == {**vars(load_recipe(name)), "max_steps": 2, "backward": "plain", "dtype": dtype}
     assert list(result["scores"]) == ["before", DEFAULT, "neko"]
     for found in result["scores"].values():
         assert found["membership"]["members"] == 4 and found["final"] is None
