@@ -34,9 +34,9 @@ from neko_lean.data import TASKS, Encoded, encode, pad, read_rows, write_jsonl
 from neko_lean.demo.run import write_base
 from neko_lean.demo.world import anchor_documents, task3_documents
 from neko_lean.documents import read_anchor
-from neko_lean.errors import staged_folder
 from neko_lean.files import read_jsonl
 from neko_lean.modeling import CausalLM, load_model, load_tokenizer
+from neko_lean.outputs import staged_folder
 from neko_lean.recipes import load_recipe, parse_override, reads_cache, recipe_names
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring import score
@@ -75,7 +75,7 @@ def prepare(lume: Path, half: str, root: Path) -> Path:
     like, others = outside[: len(outside) // 2], outside[len(outside) // 2 :]
     anchor = [one for one in anchor_documents(unseen["retain"], DOCUMENTS) if one["task"] != "Task3"]
     anchor += [{"document": one["document"], "task": "Task3"} for one in like]
-    with staged_folder(data, False) as stage:
+    with staged_folder(data) as stage:
         write_jsonl(stage / "forget.jsonl", map(asdict, forget))
         write_jsonl(stage / "retain.jsonl", map(asdict, retain))
         write_jsonl(stage / "anchor.jsonl", anchor)

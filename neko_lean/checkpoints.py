@@ -26,7 +26,8 @@ from torch import Tensor
 
 from neko_lean.cache.format import MANIFEST, UNSIGNED, file_sha256, is_signed, sign
 from neko_lean.collective import agreed, by_first
-from neko_lean.errors import explained_write_errors, sync, sync_tree
+from neko_lean.errors import NekoLeanError, first_line
+from neko_lean.outputs import explained_write_errors, remove_tree, sync, sync_tree
 from neko_lean.ranks import leads, rank, size
 from neko_lean.sharding import local
 from neko_lean.trust import is_inside
@@ -96,15 +97,15 @@ class Stored(Mapping[str, Tensor]):
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
     """Have `fill` write into a folder that then becomes `target`, or vanishes when that fails.
 
-    Raises NekoLeanError when the disk is full.
+    Raises NekoLeanError when it cannot be written.
     """
     temporary = _temporary(target)
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
         with explained_write_errors(target):
+            remove_tree(temporary)
             temporary.mkdir()
             fill(temporary)
-            shutil.rmtree(target, ignore_errors=True)  # of a run that was cut off behind the save it went on from
+            remove_tree(target)  # from a run that was cut off after the save that this one continues from
             temporary.rename(target)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -187,7 +188,10 @@ def seal(folder: Path) -> None:
 
 
 def damage(folder: Path) -> str | None:
-    """What is wrong with a sealed folder, by its manifest; None when it is as it was written."""
+    """What is wrong with a sealed folder, by its manifest; None when it is as it was written.
+
+    Raises NekoLeanError when the disk does not give a file, which says nothing about what the file holds.
+    """
     try:
         data = (folder / MANIFEST).read_bytes()
         manifest = json.loads(data.decode("utf-8"))
@@ -205,20 +209,48 @@ def damage(folder: Path) -> str | None:
                 return f"{name} was changed"
     except FileNotFoundError:
         return f"{MANIFEST} is missing"
-    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        return f"it cannot be read ({error})"
+    except OSError as error:
+        raise NekoLeanError(
+            f"{error.filename or folder} cannot be read ({error.strerror or error}), so nobody can say whether "
+            f"{folder} is whole: mend that and run again, or move it away."
+        ) from error
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+        return f"it cannot be read ({first_line(error)})"
     return None
 
 
 def read_save(folder: Path) -> Save | str:
-    """The save in a folder, or what is wrong with it."""
+    """The save in a folder, or what is wrong with it.
+
+    Raises NekoLeanError for a save that another version of neko-lean wrote, and as `damage` does.
+    """
+    refuse_other_format(folder)
     wrong = damage(folder)
     if wrong is not None:
         return wrong
     written = json.loads((folder / STATE).read_text(encoding="utf-8"))
-    if written["format_version"] != FORMAT_VERSION:
-        return f"it has format version {written['format_version']!r}; this one reads {FORMAT_VERSION}"
-    return Save(folder, RunState(**written["state"]), written["identity"], written["versions"])
+    try:
+        return Save(folder, RunState(**written["state"]), written["identity"], written["versions"])
+    except (KeyError, TypeError) as error:
+        # Its checksums are right, so this is how it was written.
+        raise NekoLeanError(
+            f"{folder} was written by another version of neko-lean ({first_line(error)}): resume with that one, or "
+            f"start anew with --overwrite."
+        ) from error
+
+
+def refuse_other_format(folder: Path) -> None:
+    """Raise NekoLeanError for a save in another format, before its files are judged by the rules of this one."""
+    try:
+        written = json.loads((folder / STATE).read_bytes())
+        version, writer = written["format_version"], written.get("versions", {}).get("neko-lean", "unknown")
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return
+    if version != FORMAT_VERSION and not _was_changed(folder / STATE):
+        raise NekoLeanError(
+            f"{folder} has format version {version!r}, written by neko-lean {writer}; this one reads {FORMAT_VERSION}: "
+            f"resume with that version, or start anew with --overwrite."
+        )
 
 
 def best_step(folder: Path) -> int:
@@ -227,6 +259,17 @@ def best_step(folder: Path) -> int:
         return int(json.loads((folder / STATE).read_text(encoding="utf-8"))["state"]["best_step"])
     except (OSError, ValueError, KeyError, TypeError, RecursionError):
         return 0
+
+
+def _was_changed(file: Path) -> bool:
+    """Whether the manifest next to a file, itself as it was written, has another checksum for it."""
+    try:
+        data = (file.parent / MANIFEST).read_bytes()
+        manifest = json.loads(data.decode("utf-8"))
+        signed = is_signed(data, manifest["checksum"])
+        return signed and bool(manifest["files"][file.name]["sha256"] != file_sha256(file))
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return False
 
 
 @torch.no_grad()

@@ -158,8 +158,12 @@ def _records(file: Path) -> Iterator[Record]:
 
 def write_jsonl(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
     """Write objects as JSON Lines."""
-    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
-    file.write_text(text, encoding="utf-8")
+    file.write_text(jsonl_text(lines), encoding="utf-8")
+
+
+def jsonl_text(lines: Iterable[Mapping[str, Any]]) -> str:
+    """Objects as the text of a JSON Lines file."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
 
 
 def prompt_and_answer(row: Row, style: str) -> tuple[str, str]:

@@ -27,6 +27,7 @@ from neko_lean.finite import or_null
 from neko_lean.memory import peak_memory, predicted_peak, reset_peak
 from neko_lean.modeling import CausalLM
 from neko_lean.optim import InBackwardAdam8bit, NotFinite
+from neko_lean.outputs import no_follow, write_in_place
 from neko_lean.progress import bar, say
 from neko_lean.ranks import leads
 from neko_lean.recipes import Recipe
@@ -145,13 +146,13 @@ class Loop:
             state = save.state
             load_weights(self.trainer.learning, save.tensors("weights"))
             set_random_states(save.tensors("state", "random."), self.device)
-            shutil.copyfile(save.folder / METRICS, self.work.metrics)
+            write_in_place(self.work.metrics, (save.folder / METRICS).read_bytes())
         else:
             state = RunState(self.trainer.recipe.micro_tokens)
             if torn is not None:
                 load_weights(self.trainer.learning, dict(self.origin().model.named_parameters()))
             torch.manual_seed(self.seed)
-            self.work.metrics.write_bytes(b"")
+            write_in_place(self.work.metrics, b"")
         if torn is not None:
             state.micro_tokens, state.head_chunk = torn.micro_tokens, torn.head_chunk
         if torn is not None or self.work.resume:
@@ -200,7 +201,7 @@ class Loop:
         start = 0  # the step that the phase begins after
         label = "unlearn" if self.trainer.forget else "memorize"
         with (
-            self.work.metrics.open("a") as metrics,
+            open(self.work.metrics, "a", opener=no_follow) as metrics,
             bar(label, self.steps, "steps", self.quiet, self.state.step) as progress,
         ):
             for phase in phases(self.trainer.recipe, *self.lengths, rng):

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
@@ -17,7 +16,7 @@ from neko_lean.cache.format import MANIFEST, file_sha256
 from neko_lean.collective import gather, joined
 from neko_lean.data import Encoded, encode, position_warning, read_rows, truncation_line
 from neko_lean.documents import read_anchor
-from neko_lean.errors import NekoLeanError, explained_write_errors
+from neko_lean.errors import NekoLeanError
 from neko_lean.finite import or_null
 from neko_lean.levels import with_levels
 from neko_lean.loading import holds_weights
@@ -36,6 +35,7 @@ from neko_lean.modeling import (
     warn_emulated_bfloat16,
     weights_fingerprint,
 )
+from neko_lean.outputs import claim_folder, explained_write_errors, write_atomically
 from neko_lean.progress import say
 from neko_lean.ranks import leads, size
 from neko_lean.recipes import (
@@ -53,7 +53,7 @@ from neko_lean.signals import handled
 from neko_lean.step import forget_start
 from neko_lean.substitutes import random_answers, refusals
 from neko_lean.trainer import Trainer
-from neko_lean.unfinished import RUN, complete_run, digests, rows_digest, unfinished, versions
+from neko_lean.unfinished import RUN, digests, finished_run, rows_digest, unfinished, versions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -112,6 +112,8 @@ def unlearn(
     chosen = load_recipe(recipe, overrides)
     _refuse_unused(chosen, overrides, cache, anchor, base_cache)
     folder, place = model_folder(model), pick_device(device)
+    inputs = [folder, forget, retain, cache, anchor, base_cache, _recipe_file(recipe)]
+    output = claim_folder(out, "saved", inputs, overwrite=overwrite, resume=resume)
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
     limit = usable_length(folder, chosen.max_length)
@@ -139,14 +141,15 @@ def unlearn(
         "cache": _cache_digest(teacher),
         "base cache": _cache_digest(before_learning),
     }
-    out = Path(out).absolute()
-    done = complete_run(out, identity) if resume else None
+    done = finished_run(output, identity) if resume else None
     if done is not None:
-        return _nothing_to_do(done, identity, out, quiet)
+        say(f"{output.path} is complete: nothing to go on with.", quiet)
+        _raise_failure(done, output.path)
+        return done
     with (
         handled() as signals,
-        unfinished(out, identity, save_every=save_every, resume=resume, overwrite=overwrite) as work,
-        explained_write_errors(out),
+        unfinished(output, identity, save_every=save_every, resume=resume) as work,
+        explained_write_errors(output.path),
         explained_out_of_memory(),
     ):
         if cached and teacher is None:
@@ -193,7 +196,7 @@ def unlearn(
         trainer = Trainer(lm, pad_id, forget_rows, retain_rows, teacher, chosen, substitutes, place)
         loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)
         run = _train(loop, before, {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost})
-    _raise_failure(run, out)
+    _raise_failure(run, output.path)
     return run
 
 
@@ -231,6 +234,7 @@ def memorize(
         )
     refuse_one_file(data, "--data", sets, split)
     folder, place = model_folder(model), pick_device(device)
+    output = claim_folder(out, "saved", [folder, data, _recipe_file(recipe)], overwrite=overwrite, resume=resume)
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
     limit = usable_length(folder, chosen.max_length)
@@ -246,17 +250,18 @@ def memorize(
         "tokenizer": tokenizer_fingerprint(tokenizer),
         "rows": rows_digest(encoded),
     }
-    out = Path(out).absolute()
-    done = complete_run(out, identity) if resume else None
+    done = finished_run(output, identity) if resume else None
     if done is not None:
-        return _nothing_to_do(done, identity, out, quiet)
+        say(f"{output.path} is complete: nothing to go on with.", quiet)
+        _raise_failure(done, output.path)
+        return done
 
     dtype = pick_dtype(chosen.dtype)
     student = partial(load_model, folder, dtype) if trained else partial(new_model, folder, dtype, seed=seed)
     with (
         handled() as signals,
-        unfinished(out, identity, save_every=save_every, resume=resume, overwrite=overwrite) as work,
-        explained_write_errors(out),
+        unfinished(output, identity, save_every=save_every, resume=resume) as work,
+        explained_write_errors(output.path),
         explained_out_of_memory(),
     ):
         settle()
@@ -265,8 +270,13 @@ def memorize(
         trainer = Trainer(student(_whole_on(place)), pad_id, [], encoded, None, chosen, device=place)
         loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)
         run = _train(loop, before, {"command": "memorize", "model": model_name(model), "sets": list(sets)})
-    _raise_failure(run, out)
+    _raise_failure(run, output.path)
     return run
+
+
+def _recipe_file(recipe: str | Path) -> str | Path | None:
+    """The file of a recipe that the user gave as one; None for a shipped recipe's name."""
+    return recipe if str(recipe).endswith(".toml") else None
 
 
 def _refuse_unused(
@@ -405,20 +415,12 @@ def _train(loop: Loop, before: int, about: dict[str, Any]) -> dict[str, Any]:
         run["measured_peak"] = max(of_ranks)
         if len(of_ranks) > 1:
             run["measured_peaks"] = of_ranks
-        with loop.work.output() as stage:
+        with loop.work.output_folder() as stage:
             loop.write(stage)
             if leads():
-                (stage / RUN).write_text(json.dumps(or_null(run), indent=1, allow_nan=False) + "\n")
-    return run
-
-
-def _nothing_to_do(run: dict[str, Any], identity: dict[str, Any], out: Path, quiet: bool) -> dict[str, Any]:
-    """The output of this very run is in its place already."""
-    say(f"{out} is complete: nothing to go on with.", quiet)
-    # What a run that was killed at its very end has left beside it goes; another run's stays.
-    with suppress(NekoLeanError), unfinished(out, identity, resume=True, overwrite=True):
-        pass
-    _raise_failure(run, out)
+                # By these names --overwrite tells a folder that this run wrote from one that holds more.
+                run["files"] = sorted([*(path.name for path in stage.iterdir()), RUN])
+                write_atomically(stage / RUN, json.dumps(or_null(run), indent=1, allow_nan=False) + "\n")
     return run
 
 

@@ -1,14 +1,15 @@
 """The folder beside an output in which a run lives until it is complete: `.NAME.saved`.
 
 It holds the last saves of the run, the checkpoints of the evaluations that they count as the best, metrics.jsonl, the
-teacher's cache where the run makes its own, and at last the output, which moves to its place as a whole. With the
-output in place the folder goes. A run that is killed leaves it behind, and `--resume` goes on from there.
+teacher's cache if the run makes its own, and at last the output: `output` while it is written, `complete` once all of
+it is on the disk. That moves to its place as a whole, and the folder is removed. A run that is killed leaves the folder
+behind, and `--resume` continues from it.
 """
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
+import itertools
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 from torch import Tensor
 
@@ -25,8 +26,23 @@ from neko_lean import __version__
 from neko_lean.checkpoints import METRICS, RunState, Save, best_step, damage, read_save, seal, write_folder, write_save
 from neko_lean.collective import by_first, refuse_unseen
 from neko_lean.data import Encoded
-from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, sync, sync_tree
+from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import CausalLM
+from neko_lean.outputs import (
+    Output,
+    UnpublishedError,
+    empty_folder,
+    explained_write_errors,
+    locked,
+    publish,
+    refuse_occupied,
+    refuse_strange_work,
+    remove_tree,
+    restore_interrupted,
+    sync,
+    sync_tree,
+    tidy_finished,
+)
 from neko_lean.progress import say
 from neko_lean.ranks import leads, rank
 from neko_lean.sharding import save_checkpoint
@@ -34,7 +50,8 @@ from neko_lean.signals import Interrupted
 
 RUN = "run.json"
 KEPT = 2  # saves: the last, and the one before it for when the last is found damaged
-LOCK = "lock"
+STAGE, COMPLETE = "output", "complete"  # the output while it is written, and when all of it is on the disk
+DAMAGED = "damaged-"  # before the name of a save that was found so
 MAY_DIFFER = ("offload_state", "offload_activations")  # of a recipe: where things lie changes no bit of the result
 
 
@@ -56,7 +73,7 @@ def rows_digest(encoded: Iterable[Encoded]) -> str:
 class Unfinished:
     """A run's folder. `identity` is what makes the run: another's saves are refused."""
 
-    out: Path
+    output: Output
     identity: dict[str, Any]
     save_every: int = 0
     resume: bool = False
@@ -65,7 +82,7 @@ class Unfinished:
 
     @property
     def folder(self) -> Path:
-        return self.out.parent / f".{self.out.name}.saved"
+        return self.output.work
 
     @property
     def metrics(self) -> Path:
@@ -102,11 +119,12 @@ class Unfinished:
         return found
 
     def _newest(self) -> Save | None:
-        """The last save that is whole, itself and its best evaluation; damaged ones are named and removed.
+        """The last save that is whole, itself and its best evaluation. Damaged ones are named and moved aside.
 
-        Raises NekoLeanError, naming what differs, when it is of another run.
+        Raises NekoLeanError, naming what differs, when it is of another run; and for a save that cannot be judged,
+        because another version wrote it or the disk does not give its files.
         """
-        for number, folder in enumerate(self.saves()):
+        for folder in self.saves():
             found = read_save(folder)
             if isinstance(found, Save) and found.state.best_step:
                 best = damage(self.best(found.state.best_step))
@@ -119,9 +137,11 @@ class Unfinished:
                         "anew with --overwrite."
                     )
                 return found
-            then = "going on from the save before it" if number + 1 < len(self.saves()) else "no other is left"
-            say(f"warning: {folder} is damaged ({found}): {then}.")
-            shutil.rmtree(folder, ignore_errors=True)
+            aside = free_name(folder.with_name(DAMAGED + folder.name))
+            with explained_write_errors(self.folder):
+                folder.rename(aside)
+            then = "continuing from the save before it" if self.saves() else "no other is left"
+            say(f"warning: {folder} is damaged ({found}) and now called {aside.name}: {then}.")
         return None
 
     def save(self, state: RunState, weights: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> None:
@@ -156,24 +176,27 @@ class Unfinished:
                 shutil.rmtree(path, ignore_errors=True)
 
     @contextmanager
-    def output(self) -> Iterator[Path]:
+    def output_folder(self) -> Iterator[Path]:
         """An empty folder that becomes the output when the block ends well."""
-        stage = self.folder / "output"
+        stage, complete = self.folder / STAGE, self.folder / COMPLETE
         if not leads():
             yield stage
             return
-        shutil.rmtree(stage, ignore_errors=True)
-        with explained_write_errors(self.out):
+        with explained_write_errors(self.output.path):
+            remove_tree(stage)
             stage.mkdir()
             yield stage
             sync_tree(stage)
-            publish(stage, self.out)
+            stage.rename(complete)
+            publish(complete, self.output)
 
     def kept(self) -> str | None:
         """What there is to go on from, in a sentence."""
         saves = self.saves()
         if self.hopeless:
             return None
+        if (self.folder / COMPLETE).is_dir():
+            return f"{self.folder} keeps the finished run"
         if saves:
             return f"{self.folder} keeps the run as of step {int(saves[0].name.removeprefix('step-'))}"
         cached = any(self.folder.glob("*cache*/*.safetensors"))
@@ -182,32 +205,33 @@ class Unfinished:
 
 @contextmanager
 def unfinished(
-    out: Path, identity: dict[str, Any], *, save_every: int = 0, resume: bool = False, overwrite: bool = False
+    output: Output, identity: dict[str, Any], *, save_every: int = 0, resume: bool = False
 ) -> Iterator[Unfinished]:
-    """The folder of the run that is to become `out`: that of the run to go on with, or an empty one.
+    """The folder of the run that is to become `output`: that of the run to continue, or an empty one.
 
-    It is removed at the end, but where an error or a signal leaves something in it to go on from. Raises NekoLeanError
-    when `out` holds something, when an unfinished run is in the way, when another process is at work on the same
-    `out`, or when the folder cannot be written to.
+    It is removed at the end, unless an error or a signal leaves something in it to continue from, or the finished
+    output could not be moved. Raises NekoLeanError when the output may not be replaced, when an unfinished run is in
+    the way, when another process is at work on the same output, or when the folder cannot be written to.
     """
-    run = Unfinished(out, identity, save_every, resume)
+    run = Unfinished(output, identity, save_every, resume)
     with ExitStack() as held:
 
         def begin() -> None:
-            refuse_occupied(out, overwrite)
-            with explained_write_errors(out):
-                run.folder.mkdir(parents=True, exist_ok=True)
+            held.enter_context(locked(output))
+            with explained_write_errors(output.path):
+                restore_interrupted(output)
+                refuse_occupied(output)
+                refuse_strange_work(output)
+                if not resume and not output.overwrite and run.kept():
+                    raise NekoLeanError(f"{run.kept()}: go on with --resume, or start anew with --overwrite.")
+                run.folder.mkdir(exist_ok=True)
                 sync(run.folder.parent)
-                held.enter_context(_locked(run))
-            if not resume and not overwrite and run.kept():
-                raise NekoLeanError(f"{run.kept()}: go on with --resume, or start anew with --overwrite.")
-            _tidy(run)
 
         by_first(begin)
         refuse_unseen(run.folder)
-        run.found = run.newest()
-        if leads():
-            run.prune(run.found.state.best_step if run.found else 0)
+        # Nothing is removed before the saves were compared with this run.
+        run.found = run.newest() if resume else None
+        by_first(lambda: _tidy(run))
         if run.found is not None and run.found.versions != versions():
             say("warning: the run was begun with other versions of its packages: its end may differ in the last bits.")
         try:
@@ -217,48 +241,49 @@ def unfinished(
                 _leave(run, error)
             raise
         if leads():
-            shutil.rmtree(run.folder, ignore_errors=True)
-
-
-def _locked(run: Unfinished) -> IO[str]:
-    """The folder's lock, which the system lets go of however the process ends."""
-    lock = (run.folder / LOCK).open("w")
-    try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        lock.close()
-        raise NekoLeanError(f"another process is writing {run.out}: wait for it, or choose another --out.") from error
-    except OSError:  # a file system without locks
-        pass
-    return lock
+            _clear(run.folder)
 
 
 def _tidy(run: Unfinished) -> None:
-    """Remove what nothing can go on from; without `resume` that is everything."""
-    keep = {LOCK}
-    if run.resume:
-        keep |= {path.name for path in run.folder.iterdir() if path.name.startswith(("step-", "best-"))}
-        keep |= {run.cache.name, f".{run.cache.name}.partial"}
-    for path in run.folder.iterdir():
-        if path.name in keep:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    """Remove what nothing can continue from; without `resume` that is everything."""
+
+    def keep(name: str) -> bool:
+        return run.resume and name.startswith(("step-", "best-", DAMAGED, "cache", ".cache."))
+
+    with explained_write_errors(run.output.path):
+        empty_folder(run.folder, keep)
+    run.prune(run.found.state.best_step if run.found else 0)
 
 
 def _leave(run: Unfinished, error: BaseException) -> None:
-    """Keep the folder where there is something to go on from, and say so with the error; remove it otherwise."""
+    """Keep the folder if there is something to continue from, and say so with the error; remove it otherwise."""
     kept = run.kept()
-    if kept is None:
-        shutil.rmtree(run.folder, ignore_errors=True)
+    if isinstance(error, UnpublishedError):
+        error.args = (f"{error} Or mend that and run the same again with --resume.",)
+    elif kept is None:
+        if not any(run.folder.glob(f"{DAMAGED}*")):
+            _clear(run.folder)
     elif isinstance(error, Interrupted):
         error.kept = kept
     elif isinstance(error, NekoLeanError):
         error.args = (f"{error} {kept}: go on with --resume.",)
     else:
         say(f"{kept}: go on with --resume.")
+
+
+def _clear(folder: Path) -> None:
+    """Remove a work folder that has served. What cannot be removed is named, not an error: the result is in its
+    place."""
+    try:
+        remove_tree(folder)
+    except OSError as error:
+        say(f"warning: {folder} cannot be removed ({error.strerror}): nothing needs it any more.")
+
+
+def free_name(path: Path) -> Path:
+    """`path`, or the first of PATH-2, PATH-3, ... that is not taken."""
+    numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
+    return path if not os.path.lexists(path) else next(one for one in numbered if not os.path.lexists(one))
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
@@ -281,10 +306,37 @@ def digests(identity: Mapping[str, Any]) -> dict[str, str]:
     return {k: hashlib.sha256(json.dumps(v, sort_keys=True).encode()).hexdigest()[:16] for k, v in parts.items()}
 
 
-def complete_run(out: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
-    """What run.json in `out` says, where it is the complete output of this very run."""
+def finished_run(output: Output, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What run.json says if this very run is complete already: in its place, or in its work folder, from where it is
+    moved there now. What the run has left in its work folder is removed; another run's stays.
+
+    Raises NekoLeanError when another process is writing the output, or when the move fails.
+    """
+
+    def look() -> dict[str, Any] | None:
+        complete = output.work / COMPLETE
+        if _complete_run(output.path, identity) is None and _complete_run(complete, identity) is None:
+            return None
+        with locked(output), explained_write_errors(output.path):
+            restore_interrupted(output)
+            if _complete_run(output.path, identity) is None:
+                refuse_strange_work(output)
+                publish(complete, output)
+            # Nothing else next to it is of any use now.
+            left = [read_save(folder) for folder in Unfinished(output, {}).saves()]
+            if not any(isinstance(one, Save) and differences(one.identity, identity) for one in left):
+                refuse_strange_work(output)
+                _clear(output.work)
+        tidy_finished(output)
+        return _complete_run(output.path, identity)
+
+    return by_first(look)
+
+
+def _complete_run(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+    """What run.json in `folder` says, if that is the complete output of this very run."""
     try:
-        run: dict[str, Any] = json.loads((out / RUN).read_text(encoding="utf-8"))
+        run: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
     return run if isinstance(run, dict) and run.get("made_from") == digests(identity) else None

@@ -58,7 +58,7 @@ def before_the_output_moves():
 
 
 def behind_the_output():
-    unfinished.shutil.rmtree = lambda path, **_: die() if str(path).endswith(".saved") else None
+    unfinished._clear = lambda folder: die()
 
 
 KILLS = {

@@ -342,7 +342,7 @@ def test_a_damaged_save_is_found_and_the_one_before_it_used(unlearn, broken, tmp
     harm(best / "model.safetensors" if file == "best" else save / file)
     unlearn(tmp_path / "out", LOOKING, resume=True, quiet=False)
     said = capsys.readouterr().err
-    assert f"{save} is damaged (" in said and "going on from the save before it" in said
+    assert f"{save} is damaged (" in said and "continuing from the save before it" in said
     # A best checkpoint that both saves count theirs takes both with it.
     assert ("going on from step 3" if alone or file != "best" else "going on from step 0") in said
     assert result(tmp_path / "out") == result(broken / "whole")

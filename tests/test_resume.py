@@ -15,6 +15,7 @@ from neko_lean import loop, signals, unfinished
 from neko_lean.cache.format import file_sha256
 from neko_lean.data import write_jsonl
 from neko_lean.errors import NekoLeanError
+from neko_lean.outputs import claim_folder
 from tests.helpers import SMALL, make_rows, random_model, write_rows
 
 LOOKING = {**SMALL, "eval_every": 2, "choose": "quality"}
@@ -212,16 +213,16 @@ def test_a_signal_while_the_teacher_is_cached_keeps_its_shards(unlearn, tmp_path
     from neko_lean.cache import writer
 
     monkeypatch.setattr(writer, "SHARD_POSITIONS", 100)
-    original, count = writer._save_retain, [0]
+    original, count = writer._retain_tensors, [0]
 
     def struck(*arguments):
         count[0] += 1
-        original(*arguments)
         if count[0] == 3:
             os.kill(os.getpid(), signal.SIGTERM)
+        return original(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(neko_lean.Interrupted, match="SIGTERM at once") as raised:
-        patch.setattr(writer, "_save_retain", struck)
+        patch.setattr(writer, "_retain_tensors", struck)
         unlearn(tmp_path / "out", {**SMALL, "batch_tokens": 256}, cache=None)
     assert raised.value.kept == f"{saved(tmp_path / 'out')} keeps what the teacher's cache has so far"
     unlearn(tmp_path / "out", {**SMALL, "batch_tokens": 256}, cache=None, resume=True)
@@ -231,7 +232,7 @@ def test_a_signal_while_the_teacher_is_cached_keeps_its_shards(unlearn, tmp_path
 
 def test_two_processes_cannot_write_one_output(unlearn, tmp_path):
     with (
-        unfinished.unfinished(tmp_path / "out", {}),
+        unfinished.unfinished(claim_folder(tmp_path / "out", "saved", []), {}),
         pytest.raises(NekoLeanError, match="another process is writing"),
     ):
         unlearn(tmp_path / "out", overwrite=True)

@@ -13,7 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from neko_lean.errors import NekoLeanError, sync
+from neko_lean.errors import NekoLeanError
+from neko_lean.outputs import write_atomically
 
 FORMAT_VERSION = 1
 MANIFEST = "manifest.json"
@@ -87,11 +88,7 @@ def file_sha256(path: Path) -> str:
 def write_manifest(path: Path, manifest: Manifest) -> None:
     """Write a manifest, signed with the SHA-256 of its own bytes, so that it is either absent or whole."""
     text = json.dumps({**asdict(manifest), "checksum": UNSIGNED}, indent=1, ensure_ascii=False) + "\n"
-    temporary = path.with_name(f".{path.name}.tmp")
-    temporary.write_bytes(sign(text.encode()))
-    sync(temporary)
-    temporary.replace(path)
-    sync(path.parent)
+    write_atomically(path, sign(text.encode()))
 
 
 def sign(unsigned: bytes) -> bytes:

@@ -6,14 +6,15 @@ killed goes on at its first missing shard and ends in the same bytes.
 
 from __future__ import annotations
 
-import shutil
+import hashlib
+import json
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import replace
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save
 
 from neko_lean import __version__
 from neko_lean.cache.format import (
@@ -32,7 +33,7 @@ from neko_lean.cache.teacher import keep
 from neko_lean.collective import agreed, by_first, joined, refuse_unseen
 from neko_lean.data import FORMATS, Encoded, encode, length_batches, position_warning, read_rows, truncation_line
 from neko_lean.documents import read_anchor
-from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, refuse_unfinished, sync
+from neko_lean.errors import NekoLeanError
 from neko_lean.finite import refuse_broken_outputs
 from neko_lean.modeling import (
     CausalLM,
@@ -47,8 +48,25 @@ from neko_lean.modeling import (
     usable_length,
     weights_fingerprint,
 )
+from neko_lean.outputs import (
+    Output,
+    UnpublishedError,
+    claim_folder,
+    clear_work,
+    empty_folder,
+    explained_write_errors,
+    locked,
+    publish,
+    refuse_occupied,
+    refuse_strange_work,
+    remove_tree,
+    restore_interrupted,
+    sync,
+    tidy_finished,
+    write_atomically,
+)
 from neko_lean.progress import bar, say
-from neko_lean.ranks import leads, rank, share
+from neko_lean.ranks import leads, share
 from neko_lean.substitutes import refusals
 from neko_lean.vocabulary import refuse_unknown_rows
 
@@ -116,9 +134,9 @@ def cache_teacher(
     anchor_rows = read_anchor(anchor) if anchor is not None else []
     forget_rows = read_rows(forget, "forget") if forget is not None else []
     place, precision, folder = pick_device(device), pick_dtype(dtype), model_folder(model)
-    out = Path(out).absolute()
-    stage = out.parent / f".{out.name}.partial"
-    by_first(lambda: _refuse_or_clear(out, stage, resume, overwrite))
+    inputs = [folder, retain, forget, anchor]
+    output = claim_folder(out, "partial", inputs, overwrite=overwrite, resume=resume)
+    by_first(lambda: _refuse_what_is_there(output, resume))
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
     limit = usable_length(folder, max_length)
@@ -156,17 +174,13 @@ def cache_teacher(
     say(truncation_line(everything, limit), quiet)
     if warning := position_warning(everything, limit, max_length):
         say(warning)
-    if resume and (out / MANIFEST).is_file():
-        manifest = read_manifest(out / MANIFEST)
-        _same_plan(plan, _without_results(manifest), out)
-    else:
-        with _kept_on_error(stage):
-            explained = explained_write_errors(out)
-            by_first(explained(lambda: _begin(stage, plan)))
+    if not by_first(lambda: resume and _is_complete(output, plan)):
+        with _stage(output, plan, resume) as stage:
             refuse_unseen(stage)
+            explained = explained_write_errors(output.path)
             agreed(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, quiet)))
-            by_first(explained(lambda: _end(stage, plan, out)))
-            manifest = read_manifest(out / MANIFEST)
+            by_first(explained(lambda: _end(stage, plan, output)))
+    manifest = read_manifest(output.path / MANIFEST)
     if manifest.mean_mass < LOW_MASS:
         say(
             f"warning: the entries hold {manifest.mean_mass:.3f} of the teacher's probability on average, so the KL "
@@ -218,25 +232,75 @@ def _planned(kind: str, jobs: Sequence[Sequence[Batch]]) -> list[Shard]:
     ]
 
 
-def _refuse_or_clear(out: Path, stage: Path, resume: bool, overwrite: bool) -> None:
-    """Raise where something is in the way; clear an unfinished run away where that was asked for."""
-    if not (resume and (out / MANIFEST).is_file()):
-        refuse_occupied(out, overwrite)
-    refuse_unfinished(stage, resume, overwrite)
+def _refuse_what_is_there(output: Output, resume: bool) -> None:
+    """Raise NekoLeanError, before the teacher is loaded, where something is in the way."""
+    if not (resume and (output.path / MANIFEST).is_file()):
+        refuse_occupied(output)
+    if output.work.exists() and not resume and not output.overwrite:
+        raise NekoLeanError(
+            f"{output.work} holds an unfinished run: go on with --resume, or start anew with --overwrite."
+        )
 
 
-def _begin(stage: Path, plan: Manifest) -> None:
-    """Make the stage folder, or make sure that the one there belongs to the same plan and is tidy."""
-    stage.mkdir(parents=True, exist_ok=True)
-    known = {PLAN, MANIFEST, *(shard.file for shard in (*plan.shards, *plan.forget_shards))}
-    for path in stage.iterdir():
-        if path.name not in known:  # safetensors, too, leaves a file of its own behind when it is killed
-            path.unlink()
+def _is_complete(output: Output, plan: Manifest) -> bool:
+    """Whether the output is the cache of this very plan. Raises CacheError where it is that of another one."""
+    manifest = output.path / MANIFEST
+    if not manifest.is_file():
+        return False
+    _same_plan(plan, _without_results(read_manifest(manifest)), output.path)
+    tidy_finished(output)
+    return True
+
+
+@contextmanager
+def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path]:
+    """The folder to write shards to, under the output's lock.
+
+    On an error it is kept and named if a shard in it is complete, and removed otherwise. What was there before is only
+    touched once it has turned out to belong to the same plan.
+    """
+    stage = output.work
+    with ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(locked(output))
+            with explained_write_errors(output.path):
+                restore_interrupted(output)
+                _refuse_what_is_there(output, resume)
+                refuse_strange_work(output)
+                _begin(output, plan, resume)
+
+        by_first(begin)
+        try:
+            yield stage
+        except BaseException as error:
+            if isinstance(error, UnpublishedError) or not leads():
+                raise
+            if any(stage.glob("*.safetensors")):
+                say(f"{stage} keeps the shards that are complete: go on with --resume.")
+            else:
+                with suppress(OSError):
+                    remove_tree(stage)
+            raise
+
+
+def _begin(output: Output, plan: Manifest, resume: bool) -> None:
+    """Make the stage folder, or make sure that the one there belongs to the same plan, and then tidy it."""
+    stage = output.work
+    if not resume:
+        clear_work(output)
+    stage.mkdir(exist_ok=True)
     if (stage / PLAN).is_file():
         _same_plan(plan, read_manifest(stage / PLAN), stage)
     elif (stage / MANIFEST).is_file():  # killed after the last shard: only the move to its place is missing
         _same_plan(plan, _without_results(read_manifest(stage / MANIFEST)), stage)
-    else:
+    elif any(stage.glob("*.safetensors")):
+        raise CacheError(f"{stage} holds shards but no {PLAN} that says what of: start anew with --overwrite.")
+    known = {PLAN, MANIFEST}
+    for shard in (*plan.shards, *plan.forget_shards):
+        known |= {shard.file, _record_path(stage, shard).name}
+    empty_folder(stage, keep=known.__contains__)
+    if not (stage / PLAN).is_file() and not (stage / MANIFEST).is_file():
         write_manifest(stage / PLAN, plan)
 
 
@@ -254,79 +318,113 @@ def _without_results(manifest: Manifest) -> Manifest:
     return replace(manifest, entries=0, mean_mass=0.0, **bare)  # type: ignore[arg-type]
 
 
-@contextmanager
-def _kept_on_error(stage: Path) -> Iterator[None]:
-    """On an error, keep the stage folder when a shard in it is complete and say so; remove it otherwise."""
+@dataclass(frozen=True)
+class Record:
+    """What was written as a shard: taken from the bytes in memory, not from the file that has its name later."""
+
+    bytes: int
+    sha256: str
+    entries: int = 0
+    captured: float = 0.0  # sum over positions of the probability inside the entries
+
+
+def _record_path(stage: Path, shard: Shard) -> Path:
+    return stage / f"{shard.file}.json"
+
+
+def _read_record(stage: Path, shard: Shard) -> Record | None:
+    """The record of a finished shard; None when the shard or its record is missing or the two do not agree."""
+    path = stage / shard.file
     try:
-        yield
-    except BaseException:
-        if any(stage.glob("*.safetensors")):
-            say(f"{stage} keeps the shards that are complete: go on with --resume.")
-        elif leads():
-            shutil.rmtree(stage, ignore_errors=True)
-        raise
+        record = Record(**json.loads(_record_path(stage, shard).read_text(encoding="utf-8")))
+        same = path.stat().st_size == record.bytes and file_sha256(path) == record.sha256
+    except (FileNotFoundError, ValueError, TypeError, RecursionError):
+        return None
+    return record if same else None
 
 
 def _write_shards(
     stage: Path, plan: Manifest, jobs: Mapping[str, list[list[Batch]]], teacher: CausalLM, pad_id: int, quiet: bool
 ) -> None:
-    """Write every shard of this rank's that is not there yet; one that has its name is whole."""
-    work = [(shard, _save_retain, batches) for shard, batches in zip(plan.shards, jobs["shard"], strict=True)]
-    work += [(shard, _save_forget, batches) for shard, batches in zip(plan.forget_shards, jobs["forget"], strict=True)]
+    """Write every shard of this rank's that is not there yet, each with its record after it."""
+    work = [(shard, _retain_tensors, batches) for shard, batches in zip(plan.shards, jobs["shard"], strict=True)]
+    work += [
+        (shard, _forget_tensors, batches) for shard, batches in zip(plan.forget_shards, jobs["forget"], strict=True)
+    ]
+    if (stage / MANIFEST).is_file():
+        return
     work = list(share(work))  # shards get longer rows from the first to the last
-    temporary = stage / f".shard-{rank()}.tmp"
     total = sum(len(one) for _, _, batches in work for one in _rows(batches))
     with bar("cache-teacher", total, "tokens", quiet) as progress:
-        for shard, save, batches in work:
-            path = stage / shard.file
-            if not path.is_file():
-                save(temporary, teacher, batches, plan, pad_id)
-                sync(temporary)
-                temporary.replace(path)
-                sync(stage)
+        for shard, tensors_of, batches in work:
+            if _read_record(stage, shard) is None:
+                tensors = tensors_of(teacher, batches, plan, pad_id)
+                data = save(tensors)
+                write_atomically(stage / shard.file, data)
+                record = Record(len(data), hashlib.sha256(data).hexdigest(), *_totals(tensors))
+                write_atomically(_record_path(stage, shard), json.dumps(asdict(record)) + "\n")
             progress.advance(sum(map(len, _rows(batches))))
 
 
-def _end(stage: Path, plan: Manifest, out: Path) -> None:
-    """With all shards written."""
-    finish(stage, plan)
-    publish(stage, out)
+def _totals(tensors: Mapping[str, np.ndarray]) -> tuple[int, float]:
+    """A retain shard's entries, and the probability inside them summed over positions; zeros for a forget shard."""
+    if "ids" not in tensors:
+        return 0, 0.0
+    return len(tensors["ids"]), float(-np.expm1(tensors["tail_logp"].astype(np.float64)).sum())
+
+
+def _end(stage: Path, plan: Manifest, output: Output) -> None:
+    """With all shards written: read the cache back, and move it to its place."""
+    if not (stage / MANIFEST).is_file():
+        finish(stage, plan)
+    for shard in (*plan.shards, *plan.forget_shards):
+        _record_path(stage, shard).unlink(missing_ok=True)
+    (stage / PLAN).unlink(missing_ok=True)
+    sync(stage)
+    from neko_lean.cache.check import inspect_cache
+
+    inspect_cache(stage, verify=True)
+    publish(stage, output)
 
 
 def finish(stage: Path, plan: Manifest) -> Manifest:
-    """Write manifest.json from the plan and the shards as they lie on disk, then drop plan.json."""
-    entries, captured = 0, 0.0
-    for shard in plan.shards:
-        tensors = load_file(stage / shard.file)
-        entries += len(tensors["ids"])
-        captured += float(-np.expm1(tensors["tail_logp"].astype(np.float64)).sum())
+    """Write manifest.json from the plan and the records of the shards. Raises CacheError where one is missing."""
+
+    def recorded(shard: Shard) -> Record:
+        record = _read_record(stage, shard)
+        if record is None:
+            raise CacheError(f"{stage / shard.file} is not what was written there: go on with --resume.")
+        return record
+
+    records = {name: [recorded(shard) for shard in getattr(plan, name)] for name in _SHARD_FIELDS}
     done = {
         name: [
-            replace(s, bytes=(stage / s.file).stat().st_size, sha256=file_sha256(stage / s.file))
-            for s in getattr(plan, name)
+            replace(shard, bytes=record.bytes, sha256=record.sha256)
+            for shard, record in zip(getattr(plan, name), records[name], strict=True)
         ]
         for name in _SHARD_FIELDS
     }
+    entries, captured = 0, 0.0
+    for record in records["shards"]:
+        entries, captured = entries + record.entries, captured + record.captured
     manifest = replace(plan, entries=entries, mean_mass=captured / plan.positions, **done)  # type: ignore[arg-type]
     write_manifest(stage / MANIFEST, manifest)
-    (stage / PLAN).unlink(missing_ok=True)
-    sync(stage)
     return manifest
 
 
-def _save_retain(path: Path, teacher: CausalLM, batches: Sequence[Batch], plan: Manifest, pad_id: int) -> None:
+def _retain_tensors(teacher: CausalLM, batches: Sequence[Batch], plan: Manifest, pad_id: int) -> dict[str, np.ndarray]:
     parts = [keep(teacher, batch, pad_id, plan.top_k, plan.mass) for batch in batches]
     offsets = np.concatenate([np.zeros(1, np.int64), *(part.counts for part in parts)]).cumsum()
     tensors = {name: np.concatenate([getattr(part, name) for part in parts]) for name in KEPT}
     tensors["scaled_p"] = tensors["scaled_p"].astype(plan.stored_dtype)
-    save_file({"offsets": offsets, **tensors}, path)
+    return {"offsets": offsets, **tensors}
 
 
-def _save_forget(path: Path, teacher: CausalLM, batches: Sequence[Batch], plan: Manifest, pad_id: int) -> None:
+def _forget_tensors(teacher: CausalLM, batches: Sequence[Batch], plan: Manifest, pad_id: int) -> dict[str, np.ndarray]:
     parts = []
     for batch in batches:
         logp = next_token_logp(teacher, [one.ids for one in batch], pad_id).cpu()  # [sum of (length - 1)]
         for one, own in zip(batch, logp.split([len(one) - 1 for one in batch]), strict=True):
             refuse_broken_outputs(own, f"row {one.row.id}")
         parts.append(logp.numpy())
-    save_file({"target_logp": np.concatenate(parts)}, path)
+    return {"target_logp": np.concatenate(parts)}

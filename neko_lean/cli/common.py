@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import functools
 import json
 import logging
@@ -14,8 +15,9 @@ from typing import Annotated, Any
 
 import typer
 
-from neko_lean.errors import NekoLeanError
+from neko_lean.errors import NekoLeanError, first_line
 from neko_lean.finite import or_null
+from neko_lean.outputs import os_error_sentence
 from neko_lean.ranks import leads, rank, size
 from neko_lean.signals import Interrupted
 
@@ -52,8 +54,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         try:
             return function(*args, **kwargs)
         except NekoLeanError as error:
-            # In one piece: other ranks write at the same time.
-            sys.stderr.write(f"{'' if leads() else f'rank {rank()}: '}error: {error}\n")
+            _print_error(str(error))
             raise typer.Exit(2) from error
         except Interrupted as stop:
             if leads():
@@ -62,8 +63,18 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         except KeyboardInterrupt as error:
             print("interrupted; the output folder was not written.", file=sys.stderr)
             raise typer.Exit(130) from error
+        except OSError as error:
+            if error.errno == errno.EPIPE:  # whoever read stdout has ended
+                raise
+            _print_error(os_error_sentence(error) or first_line(error))
+            raise typer.Exit(2) from error
 
     return wrapped
+
+
+def _print_error(sentence: str) -> None:
+    """One line on stderr, in one piece: other ranks write at the same time."""
+    sys.stderr.write(f"{'' if leads() else f'rank {rank()}: '}error: {sentence}\n")
 
 
 def _stopped(stop: Interrupted, resumes: bool) -> str:

@@ -13,8 +13,9 @@ from neko_lean.cache import cache_teacher
 from neko_lean.data import Row, read_rows, write_jsonl
 from neko_lean.demo.world import anchor_documents, build_world, task3_documents, write_world
 from neko_lean.documents import read_anchor
-from neko_lean.errors import NekoLeanError, staged_folder
+from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import has_bfloat16, pick_device
+from neko_lean.outputs import staged_folder, write_atomically
 from neko_lean.progress import say
 from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, forgets, load_recipe, reads_cache, uses_anchor
 from neko_lean.report import report
@@ -67,7 +68,8 @@ def demo(
     if data is not None:
         refuse_one_file(data, "--data", ("forget", "retain"), split)
     start = time.monotonic()
-    with staged_folder(Path(out), overwrite) as stage:
+    inputs = [data, recipe if str(recipe).endswith(".toml") else None]
+    with staged_folder(out, "demo", inputs, overwrite=overwrite) as stage:
         rows = stage / "data"
         if data is None:
             write_world(build_world(seed), rows)
@@ -112,7 +114,7 @@ def demo(
             "verdict": "\n".join(told),
             "files": {name: str(Path(out) / name) for name in [*files, REPORT]},
         }
-        (stage / "demo.json").write_text(json.dumps(found, indent=1) + "\n")
+        write_atomically(stage / "demo.json", json.dumps(found, indent=1) + "\n")
     return found
 
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import base64
 import hashlib
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +19,7 @@ from jinja2.utils import htmlsafe_json_dumps
 from markupsafe import Markup
 
 import neko_lean
-from neko_lean.errors import NekoLeanError, explained_write_errors, sync
+from neko_lean.outputs import claim_file, publish_file
 from neko_lean.report import charts, figures, making, tables
 from neko_lean.report.figures import Model
 from neko_lean.report.judge import RULES, Judgement, judge
@@ -62,18 +61,14 @@ def report(
     Returns where it is and its size in bytes, the names of the models, before first, how many rows it shows, and the
     word for each.
     """
-    out = Path(out).absolute()
-    if out.is_dir():
-        raise NekoLeanError(f"{out} is a folder: give --out the name of a file, as report.html.")
-    if out.exists() and not overwrite:
-        raise NekoLeanError(f"{out} already exists: choose another --out, or pass --overwrite.")
+    output = claim_file(out, "--out", [*runs, before], overwrite=overwrite)
     collected = collect(runs, before)
     examples = _examples(collected) if texts else []
     verdicts = _verdicts(collected)
     page = render(collected, verdicts, examples, title).encode("utf-8", "replace")
-    _write(page, out)
+    publish_file(page, output, "--out")
     return {
-        "out": str(out),
+        "out": str(output.path),
         "bytes": len(page),
         "before": collected.before.label if collected.before else None,
         "models": [one.label for one in collected.all],
@@ -188,17 +183,3 @@ def _examples(collected: Collected) -> list[dict[str, Any]]:
             score = number(row, "score") if seen is None else seen
             found[key]["said"][place] = [text(row, "generation"), score, text(row, "ended")]
     return list(found.values())
-
-
-def _write(page: bytes, out: Path) -> None:
-    """Write beside `out` and rename, so that `out` is never half a page."""
-    stage = out.parent / f".{out.name}.partial-{os.getpid()}"
-    try:
-        with explained_write_errors(out):
-            out.parent.mkdir(parents=True, exist_ok=True)
-            stage.write_bytes(page)
-            sync(stage)
-            stage.replace(out)
-            sync(out.parent)
-    finally:
-        stage.unlink(missing_ok=True)

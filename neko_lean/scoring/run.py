@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import time
@@ -9,8 +10,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from neko_lean.cache.format import MANIFEST, file_sha256
 from neko_lean.collective import by_first, joined
-from neko_lean.data import Row, read_rows, write_jsonl
+from neko_lean.data import Row, jsonl_text, read_rows
 from neko_lean.documents import read_documents
 from neko_lean.errors import NekoLeanError
 from neko_lean.files import read_jsonl
@@ -28,6 +30,7 @@ from neko_lean.modeling import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
+from neko_lean.outputs import Output, claim_file, claim_folder, publish_file
 from neko_lean.progress import bar, say
 from neko_lean.quantized import quantization_method
 from neko_lean.runs import refuse_one_file
@@ -54,13 +57,21 @@ from neko_lean.scoring.task import (
     task_aggregate,
     unicode_score,
 )
-from neko_lean.scoring.unfinished import GENERATIONS, unfinished, writing
+from neko_lean.scoring.unfinished import (
+    FINISHED,
+    GENERATIONS,
+    SCORES,
+    finished_score,
+    made_from,
+    unfinished,
+    write_result,
+    writing,
+)
 from neko_lean.scoring.verdict import verdict
 from neko_lean.scoring.views import BATCH_TOKENS, MAX_LENGTH
 from neko_lean.trust import is_inside
 from neko_lean.unfinished import versions
 
-SCORES = "scores.json"
 MIA = "--mia wants a folder with member.jsonl and nonmember.jsonl"
 SIDES = ("member", "nonmember")
 
@@ -142,6 +153,11 @@ def score(
             f"paraphrase; give that too."
         )
     place, folder = pick_device(device), model_folder(model)
+    inputs = [folder, data, mia, held, reference, paraphrases, mmlu, before]
+    output = claim_folder(out, "partial", inputs, overwrite=overwrite, resume=resume)
+    results = None if official is None else claim_file(official, "--official", inputs, overwrite=overwrite or resume)
+    if results is not None and results.path.parent == output.path and results.path.name in FINISHED:
+        raise NekoLeanError(f"--official {official} is a file that score itself writes there: choose another name.")
     method = quantization_method(folder) if lm_eval else None
     if method is not None:
         raise NekoLeanError(
@@ -162,7 +178,27 @@ def score(
         "dtype": precision,
         "eos_token_id": listed_ends(folder),
     }
-    with unfinished(Path(out), plan, resume=resume, overwrite=overwrite, quiet=quiet) as stage:
+    options = {
+        "mia": digest(documents),
+        "held": digest(unseen),
+        "paraphrases": digest(others),
+        "mmlu": digest(subjects),
+        "reference": None if reference is None else file_sha256(Path(reference) / MANIFEST),
+        "before": None if earlier is None else digest(earlier),
+        "shots": shots,
+        "lm_eval": list(lm_eval),
+        "attacks": sorted(attacks),
+        "relearn_lr": relearn_lr,
+        "seed": seed,
+        "device": place.type,
+    }
+    made = made_from(plan, options)
+    done = finished_score(output, made) if resume else None
+    if done is not None:
+        say(f"{output.path} is complete: nothing to do.", quiet)
+        _write_official(results, done, output.path, rows)
+        return done
+    with unfinished(output, plan, resume=resume, quiet=quiet) as stage:
         lm = load_model(folder, pick_dtype(precision), place)
         said = generations(lm, tokenizer, [row for _, row in rows], stage, batch_size, max_new_tokens, quiet)
         numbers = row_numbers(lm, tokenizer, [row for _, row in rows], said, others, quiet)
@@ -237,20 +273,34 @@ def score(
             "device": str(place),
             "max_new_tokens": max_new_tokens,
             "versions": versions(),
+            "made_from": made,
             "wall_seconds": time.monotonic() - start,
             "peak_memory": peak_memory(place),
         }
 
         def write() -> None:
             strict_json(lines, GENERATIONS)
-            write_jsonl(stage / GENERATIONS, lines)
-            (stage / SCORES).write_text(strict_json(scores, SCORES, indent=1) + "\n", encoding="utf-8")
-            if official is not None:
-                results = official_results(scores, scored)
-                Path(official).write_text(strict_json(results, str(official), indent=4) + "\n", encoding="utf-8")
+            write_result(stage, strict_json(scores, SCORES, indent=1) + "\n", jsonl_text(lines))
 
         by_first(writing(stage, write))
+    _write_official(results, scores, output.path, rows)
     return scores
+
+
+def digest(value: object) -> str:
+    """SHA-256 over what was read from a file: rows, documents, questions or scores."""
+    return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def _write_official(file: Output | None, scores: Mapping[str, Any], out: Path, rows: Sequence[tuple[str, Row]]) -> None:
+    """Write the shared task's own results of a finished score, if they were asked for."""
+    if file is None:
+        return
+    points = {(line["split"], line["id"]): line["score"] for line in read_score(out, rows)["lines"]}
+    scored = {name: [(row, points[name, row.id]) for split, row in rows if split == name] for name in SPLITS}
+    results = official_results(scores, scored)
+    text = strict_json(results, str(file.path), indent=4) + "\n"
+    by_first(lambda: publish_file(text, file, "--official"))
 
 
 def _refuse_unused(attacks: Sequence[str], mmlu: str | Path | None, **options: float | None) -> None:

@@ -1,54 +1,88 @@
-"""Where a score lies while it is being made: a folder beside the output that a killed run goes on from.
+"""Where a score lies while it is being made: a folder next to the output, from which a killed run continues.
 
 It holds plan.json, what the run was begun with, and generations.jsonl, to which each batch is added as it is made.
-Under torchrun that is the first rank's, and each other one has its own, generations-RANK.jsonl.
+Under torchrun that is the first rank's, and each other one has its own, generations-RANK.jsonl. scores.json is written
+last; a folder that holds it only has to be moved to its place.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
-import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
 from neko_lean.collective import by_first, refuse_unseen
-from neko_lean.errors import NekoLeanError, explained_write_errors, publish, refuse_occupied, refuse_unfinished
+from neko_lean.errors import NekoLeanError
+from neko_lean.outputs import (
+    Output,
+    UnpublishedError,
+    clear_work,
+    empty_folder,
+    explained_write_errors,
+    locked,
+    no_follow,
+    publish,
+    refuse_occupied,
+    refuse_strange_work,
+    remove_tree,
+    restore_interrupted,
+    sync_tree,
+    tidy_finished,
+    unshare,
+    write_atomically,
+)
 from neko_lean.progress import say
 from neko_lean.ranks import leads, rank
 from neko_lean.scoring.generation import Generation
 
 T = TypeVar("T")
 PLAN = "plan.json"
+SCORES = "scores.json"
 GENERATIONS = "generations.jsonl"
 PARTS = "generations*.jsonl"  # the ranks' own
+# The output's generations.jsonl, until scores.json is written too: before that the run could not continue without the
+# other one.
+ROWS = ".rows.tmp"
+FINISHED = (SCORES, GENERATIONS, "documents.jsonl")
 
 
 @contextmanager
-def unfinished(out: Path, plan: Mapping[str, Any], *, resume: bool, overwrite: bool, quiet: bool) -> Iterator[Path]:
-    """Yield the folder to work in; it becomes `out` when the block ends well. On an error it is kept where there are
+def unfinished(output: Output, plan: Mapping[str, Any], *, resume: bool, quiet: bool) -> Iterator[Path]:
+    """Yield the folder to work in; it becomes the output when the block ends well. On an error it is kept if there are
     generations in it, and removed otherwise. The first rank makes it and moves it.
 
-    Raises NekoLeanError when `out` holds something, when an unfinished run is in the way and `resume` is off, or when
-    that run was begun with another `plan`, naming what differs.
+    Raises NekoLeanError when the output may not be replaced, when another process is writing it, when an unfinished
+    run is in the way and `resume` is off, or when that run was begun with another `plan`, naming what differs.
     """
-    out = Path(out).absolute()
-    stage = out.parent / f".{out.name}.partial"
-    by_first(lambda: _refuse_or_clear(out, stage, resume, overwrite))
-    with explained_write_errors(out):
+    stage = output.work
+    with ExitStack() as held:
+
+        def begin() -> None:
+            held.enter_context(locked(output))
+            with explained_write_errors(output.path):
+                restore_interrupted(output)
+                refuse_what_is_there(output, resume)
+                _begin(output, plan, resume)
+
+        by_first(begin)
+        refuse_unseen(stage)
         try:
-            by_first(writing(stage, lambda: _begin(stage, plan)))
-            refuse_unseen(stage)
-            yield stage
-            by_first(writing(stage, lambda: _end(stage, out)))
-        except BaseException:
-            if any(stage.glob(PARTS)):
+            with explained_write_errors(output.path):
+                yield stage
+            by_first(writing(stage, lambda: _end(output)))
+        except BaseException as error:
+            if not leads() or isinstance(error, UnpublishedError):
+                raise
+            if any(path.stat().st_size for path in stage.glob(PARTS)):
                 say(f"{stage} keeps what was generated: go on with --resume.", quiet)
-            elif leads():
-                shutil.rmtree(stage, ignore_errors=True)
+            else:
+                with suppress(OSError):
+                    remove_tree(stage)
             raise
 
 
@@ -58,39 +92,95 @@ def writing(stage: Path, work: Callable[[], T]) -> Callable[[], T]:
     return explained_write_errors(out)(work)
 
 
-def _refuse_or_clear(out: Path, stage: Path, resume: bool, overwrite: bool) -> None:
-    refuse_occupied(out, overwrite)
-    refuse_unfinished(stage, resume, overwrite)
-
-
-def _begin(stage: Path, plan: Mapping[str, Any]) -> None:
-    """Write the plan into a new folder, or compare it with the one that is there."""
-    stage.mkdir(parents=True, exist_ok=True)
-    for folder in filter(Path.is_dir, stage.iterdir()):  # of an attack that was killed
-        shutil.rmtree(folder)
-    path = stage / PLAN
-    try:
-        begun = json.loads(path.read_text(encoding="utf-8")) if path.is_file() else None
-    except (ValueError, RecursionError):
-        begun = None
-    if not isinstance(begun, dict):  # killed before the plan was whole, hence before anything was generated
-        for part in stage.glob(PARTS):
-            part.unlink()
-        path.write_text(json.dumps(plan, indent=1) + "\n", encoding="utf-8")
-        return
-    changed = sorted(key for key in {*begun, *plan} if begun.get(key) != plan.get(key))
-    if changed:
+def refuse_what_is_there(output: Output, resume: bool) -> None:
+    """Raise NekoLeanError where an output or an unfinished run is in the way."""
+    refuse_occupied(output)
+    if output.work.exists() and not resume and not output.overwrite:
         raise NekoLeanError(
-            f"{stage} was begun with another {', '.join(changed)}: give the same again, or start anew with --overwrite."
+            f"{output.work} holds an unfinished run: go on with --resume, or start anew with --overwrite."
         )
 
 
-def _end(stage: Path, out: Path) -> None:
+def _begin(output: Output, plan: Mapping[str, Any], resume: bool) -> None:
+    """Write the plan into a new folder, or compare it with the one that is there; only then is that tidied."""
+    stage = output.work
+    refuse_strange_work(output)
+    if not resume:
+        clear_work(output)
+    stage.mkdir(exist_ok=True)
+    path = stage / PLAN
+    if path.is_file():
+        try:
+            begun = json.loads(path.read_text(encoding="utf-8"))
+        except (ValueError, RecursionError):
+            begun = None
+        if not isinstance(begun, dict):
+            raise NekoLeanError(f"{path} is damaged, so nobody can say what was begun: start anew with --overwrite.")
+        changed = plan_differences(begun, plan)
+        if changed:
+            raise NekoLeanError(
+                f"{stage} was begun with another {', '.join(changed)}: give the same again, or start anew with "
+                f"--overwrite."
+            )
+    elif any(stage.glob(PARTS)):
+        raise NekoLeanError(f"{stage} holds generations but no {PLAN} that says of what: start anew with --overwrite.")
+    # Left by an attack, or by a write that was cut off.
+    parts = {part.name for part in stage.glob(PARTS)}
+    empty_folder(stage, keep=lambda name: name == PLAN or name in parts)
+    write_atomically(path, json.dumps(plan, indent=1) + "\n")
+
+
+def plan_differences(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
+    """What two plans differ in, by name."""
+    return sorted(key for key in {*begun, *plan} if begun.get(key) != plan.get(key))
+
+
+def _end(output: Output) -> None:
     """Leave nothing but what was asked for, and move it to its place."""
-    for path in (stage / PLAN, *stage.glob(PARTS)):
-        if path.name != GENERATIONS:
-            path.unlink()
-    publish(stage, out)
+    stage = output.work
+    if (stage / ROWS).is_file():
+        (stage / ROWS).replace(stage / GENERATIONS)
+    empty_folder(stage, keep=FINISHED.__contains__)
+    sync_tree(stage)
+    publish(stage, output)
+
+
+def write_result(stage: Path, scores: str, lines: str) -> None:
+    """Write scores.json and the rows of generations.jsonl to the stage, of which `unfinished` makes the output."""
+    write_atomically(stage / ROWS, lines)
+    write_atomically(stage / SCORES, scores)
+
+
+def made_from(plan: Mapping[str, Any], options: Mapping[str, Any]) -> str:
+    """SHA-256 of all that decides a score, by which a finished one is told from another's."""
+    return hashlib.sha256(json.dumps([plan, options], sort_keys=True).encode()).hexdigest()
+
+
+def finished_score(output: Output, made: str) -> dict[str, Any] | None:
+    """The scores of this very run if it is complete already: in its place, or in its work folder, from where it is
+    moved there now. Raises NekoLeanError when another process is writing the output, or when the move fails."""
+
+    def look() -> dict[str, Any] | None:
+        if _scores(output.path, made) is None:
+            if _scores(output.work, made) is None:
+                return None
+            with locked(output), explained_write_errors(output.path):
+                restore_interrupted(output)
+                refuse_occupied(output)
+                refuse_strange_work(output)
+                _end(output)
+        tidy_finished(output)
+        return _scores(output.path, made)
+
+    return by_first(look)
+
+
+def _scores(folder: Path, made: str) -> dict[str, Any] | None:
+    try:
+        found: dict[str, Any] = json.loads((folder / SCORES).read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) and found.get("made_from") == made else None
 
 
 def read_generations(stage: Path) -> dict[int, Generation]:
@@ -114,14 +204,17 @@ def _read_part(path: Path) -> dict[int, Generation]:
                 break
             found[number] = one
             whole += len(line)
-    os.truncate(path, whole)
+    unshare(path)
+    if path.stat().st_size != whole:
+        with open(path, "r+b", opener=no_follow) as file:
+            file.truncate(whole)
     return found
 
 
 def add_generations(stage: Path, batch: Sequence[tuple[int, Generation]]) -> None:
     """Append a batch to this rank's file; it is on disk when this returns."""
     path = stage / (GENERATIONS if leads() else f"generations-{rank()}.jsonl")
-    with path.open("a", encoding="utf-8") as file:
+    with open(path, "a", encoding="utf-8", opener=no_follow) as file:
         for number, one in batch:
             file.write(json.dumps({"row": number, **asdict(one)}, ensure_ascii=False) + "\n")
         file.flush()

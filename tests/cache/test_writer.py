@@ -24,18 +24,17 @@ from tests.helpers import encoded, live, random_model
 KILLED_AT_SYNC = """
 import os, signal, sys
 import torch
-from neko_lean import errors
-from neko_lean.cache import format, writer
+from neko_lean.cache import writer
 torch.set_num_threads(2)
 model, retain, out, at = sys.argv[1:]
 calls = 0
-def sync(path, original=errors.sync):
+def fsync(file, original=os.fsync):
     global calls
     calls += 1
     if calls == int(at):
         os.kill(os.getpid(), signal.SIGKILL)
-    original(path)
-errors.sync = format.sync = writer.sync = sync
+    original(file)
+os.fsync = fsync
 writer.SHARD_POSITIONS = 100
 writer.cache_teacher(model, retain, out, forget=retain, batch_tokens=256, quiet=True, format="neko")
 """
@@ -110,7 +109,7 @@ def test_a_failed_run_leaves_nothing_and_an_old_cache_stays(world, model, tmp_pa
     def full(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(writer, "save_file", full)
+    monkeypatch.setattr(writer, "write_atomically", full)
     with pytest.raises(NekoLeanError, match="No space left"):
         cache_teacher(model, world, out, overwrite=True, quiet=True, format="neko")
     assert files(out) == before
@@ -138,14 +137,14 @@ def test_a_full_disk_keeps_what_was_complete_and_resume_ends_in_the_same_bytes(
 ):
     out, calls = tmp_path / "cache", itertools.count()
 
-    def full_later(tensors, path, original=writer.save_file):
-        if next(calls) == 3:
+    def full_later(path, data, original=writer.write_atomically):
+        if path.suffix == ".safetensors" and next(calls) == 3:
             raise OSError(28, "No space left on device")
-        original(tensors, path)
+        original(path, data)
 
     with monkeypatch.context() as patch:
         patch.setattr(writer, "SHARD_POSITIONS", 100)
-        patch.setattr(writer, "save_file", full_later)
+        patch.setattr(writer, "write_atomically", full_later)
         with pytest.raises(NekoLeanError, match="No space left"):
             cache_teacher(model, world, out, forget=world, batch_tokens=256, quiet=True, format="neko")
     assert not out.exists() and "--resume" in capsys.readouterr().err
@@ -170,7 +169,7 @@ def test_a_full_disk_keeps_what_was_complete_and_resume_ends_in_the_same_bytes(
 @pytest.mark.parametrize("at", [1, 4, "manifest", "last"])
 def test_killed_at_any_write_and_resumed_ends_in_the_same_bytes(world, model, whole, tmp_path, monkeypatch, at):
     """kill -9 just before the nth fsync, in a process of its own; bench/kill.py does it at random moments."""
-    syncs = 2 + 2 * (len(whole) - 1) + 3 + 1  # plan, two a shard, manifest and its folder and plan's end, move
+    syncs = 2 + 4 * (len(whole) - 1) + 3 + 1  # plan, two a shard and two a record, manifest and its folder, end, move
     number = {"manifest": syncs - 3, "last": syncs}.get(at, at)
     out = tmp_path / "cache"
     command = [sys.executable, "-c", KILLED_AT_SYNC, str(model), str(world), str(out), str(number)]

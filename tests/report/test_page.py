@@ -173,7 +173,7 @@ def test_the_file_is_written_whole_or_not_at_all(demo, tmp_path, monkeypatch):
     first = out.read_bytes()
     with pytest.raises(NekoLeanError, match="--overwrite"):
         report([demo], out)
-    monkeypatch.setattr("neko_lean.report.page.sync", lambda path: (_ for _ in ()).throw(OSError(28, "full")))
+    monkeypatch.setattr("neko_lean.outputs.durable.os.fsync", lambda file: (_ for _ in ()).throw(OSError(28, "full")))
     with pytest.raises(NekoLeanError, match="No space"):
         report([demo], out, overwrite=True)
     assert out.read_bytes() == first and [path.name for path in out.parent.iterdir()] == ["page.html"]

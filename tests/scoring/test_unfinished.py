@@ -5,6 +5,7 @@ import json
 import pytest
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.outputs import claim_folder
 from neko_lean.scoring.generation import Generation
 from neko_lean.scoring.unfinished import GENERATIONS, PLAN, add_generations, read_generations, unfinished
 
@@ -12,12 +13,13 @@ PLANNED = {"model": "abc", "rows": ["forget 1", "retain 2"], "max_new_tokens": 8
 ONE, TWO = Generation("it ünd\n so", "it", "eos"), Generation("", "", "limit")
 
 
-def options(**change):
-    return {"resume": False, "overwrite": False, "quiet": True, **change}
+def begun(out, plan=PLANNED, *, resume=False, overwrite=False):
+    output = claim_folder(out, "partial", [], overwrite=overwrite, resume=resume)
+    return unfinished(output, plan, resume=resume, quiet=True)
 
 
 def cut_off(out, *batches):
-    with pytest.raises(KeyboardInterrupt), unfinished(out, PLANNED, **options()) as stage:
+    with pytest.raises(KeyboardInterrupt), begun(out) as stage:
         for batch in batches:
             add_generations(stage, batch)
         raise KeyboardInterrupt
@@ -28,7 +30,7 @@ def test_what_was_generated_is_kept_and_read_again(tmp_path):
     stage = cut_off(tmp_path / "out", [(1, ONE)], [(0, TWO)])
     assert stage.is_dir() and not (tmp_path / "out").exists()
     (stage / "relearn").mkdir()  # an attack's, of a process that was killed
-    with unfinished(tmp_path / "out", PLANNED, **options(resume=True)) as again:
+    with begun(tmp_path / "out", resume=True) as again:
         assert again == stage and read_generations(stage) == {1: ONE, 0: TWO}
     assert not stage.exists() and sorted(p.name for p in (tmp_path / "out").iterdir()) == [GENERATIONS]
 
@@ -50,16 +52,16 @@ def test_another_question_is_refused_by_name(tmp_path):
     stage = cut_off(tmp_path / "out", [(1, ONE)])
     with (
         pytest.raises(NekoLeanError, match=r"another max_new_tokens, model: "),
-        unfinished(tmp_path / "out", {**PLANNED, "model": "x", "max_new_tokens": 9}, **options(resume=True)),
+        begun(tmp_path / "out", {**PLANNED, "model": "x", "max_new_tokens": 9}, resume=True),
     ):
         pass
     assert read_generations(stage) == {1: ONE}
     with (
         pytest.raises(NekoLeanError, match=r"--resume"),
-        unfinished(tmp_path / "out", PLANNED, **options()),
+        begun(tmp_path / "out"),
     ):
         pass
-    with unfinished(tmp_path / "out", PLANNED, **options(overwrite=True)) as fresh:
+    with begun(tmp_path / "out", overwrite=True) as fresh:
         assert read_generations(fresh) == {}
 
 
@@ -71,6 +73,16 @@ def test_nothing_generated_leaves_nothing_behind(tmp_path):
 def test_killed_while_the_plan_was_written(tmp_path):
     stage = tmp_path / ".out.partial"
     stage.mkdir()
-    (stage / PLAN).write_text('{"model": ')
-    with unfinished(tmp_path / "out", PLANNED, **options(resume=True)) as again:
+    (stage / f".{PLAN}.123.tmp").write_text('{"model": ')
+    with begun(tmp_path / "out", resume=True) as again:
         assert json.loads((again / PLAN).read_text()) == PLANNED
+        assert [path.name for path in again.iterdir()] == [PLAN]
+
+
+@pytest.mark.parametrize("plan", [None, b'{"model": ', b"[]", b"\xff"])
+def test_generations_without_a_readable_plan_are_refused_and_stay(tmp_path, plan):
+    stage = cut_off(tmp_path / "out", [(1, ONE)])
+    (stage / PLAN).unlink() if plan is None else (stage / PLAN).write_bytes(plan)
+    with pytest.raises(NekoLeanError, match="start anew with --overwrite"), begun(tmp_path / "out", resume=True):
+        pass
+    assert read_generations(stage) == {1: ONE}
