@@ -10,6 +10,7 @@ import json
 import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -27,8 +28,9 @@ if TYPE_CHECKING:
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 _WEIGHT_FILES = (
-    "*.safetensors", "*.safetensors.index.json", "*.gguf", "pytorch_model*", "tf_model*", "flax_model*",
-    "consolidated*", "*.ckpt", "*.pth",
+    "*.safetensors", "*.safetensors.*", "*.gguf", "*.gguf.*", "pytorch_model*", "tf_model*", "flax_model*",
+    "consolidated*", "*.bin", "*.bin.index.json", "*.ckpt*", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.onnx", "*.npz",
+    "*.distcp",
 )  # fmt: skip
 MAX_KEYS = 5  # tensor names in an error message
 # Dtypes that hold weights as they are, as safetensors calls them; all others need scales or a table to be read.
@@ -68,7 +70,9 @@ class Differences:
 
 def holds_weights(folder: Path) -> bool:
     """Whether a folder holds weights in any format, read here or not; with some, no model starts at random."""
-    return any(path for pattern in _WEIGHT_FILES for path in folder.glob(pattern))
+    # By name: a link whose file is gone (a download that was cut off) counts too, and so do checkpoint-500/, original/.
+    names = [path.name.lower() for path in (*folder.iterdir(), *folder.glob("*/*"))]
+    return any(fnmatch(name, pattern) for name in names for pattern in _WEIGHT_FILES)
 
 
 def weight_files(folder: Path) -> list[Path]:

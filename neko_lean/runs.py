@@ -244,6 +244,8 @@ def memorize(
         say(warning)
     # Without weights the model follows from config.json and the seed.
     trained = holds_weights(folder)
+    if not trained:
+        say(f"{folder} holds no weights: the model starts from random ones, made from --seed {seed}.", quiet)
     identity = {
         **_identity("memorize", chosen, seed, place),
         "model": weights_fingerprint(folder) if trained else file_sha256(folder / "config.json"),
@@ -269,7 +271,8 @@ def memorize(
         warn_emulated_bfloat16(chosen.dtype, place, quiet)
         trainer = Trainer(student(_whole_on(place)), pad_id, [], encoded, None, chosen, device=place)
         loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)
-        run = _train(loop, before, {"command": "memorize", "model": model_name(model), "sets": list(sets)})
+        about = {"command": "memorize", "model": model_name(model), "random_start": not trained}
+        run = _train(loop, before, {**about, "sets": list(sets)})
     _raise_failure(run, output.path)
     return run
 

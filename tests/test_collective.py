@@ -55,14 +55,14 @@ def test_two_processes_go_on_where_one_was_cut_off(world, model, tmp_path, monke
     monkeypatch.setattr(writer, "SHARD_POSITIONS", 400)
     given = {"batch_tokens": 300, "quiet": True}
     cache_teacher(model, world, tmp_path / "one", **given)
-    saved = writer._save_retain
+    write = writer.write_atomically
 
-    def full(path, *others):
-        if any(path.parent.glob("shard-00000-*")):
+    def full(path, data):
+        if path.name.startswith("shard-00001-"):
             raise OSError(28, "No space left on device")
-        saved(path, *others)
+        write(path, data)
 
-    monkeypatch.setattr(writer, "_save_retain", full)
+    monkeypatch.setattr(writer, "write_atomically", full)
     with pytest.raises(NekoLeanError, match="No space left"):
         cache_teacher(model, world, tmp_path / "two", **given)
     found = torchrun("cache-teacher", model, world, "--batch-tokens", 300, "--out", tmp_path / "two", "--resume")

@@ -255,11 +255,25 @@ def test_weights_that_are_not_safetensors(model, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "name", ["pytorch_model.bin", "model-q4_0.gguf", "tf_model.h5", "model.safetensors.index.json"]
+    "name",
+    [
+        "pytorch_model.bin",
+        "model-q4_0.gguf",
+        "tf_model.h5",
+        "model.safetensors.index.json",
+        "pytorch_model.bin.index.json",
+        "model.pt",
+        "original/consolidated.00.pth",
+        "model.safetensors (a link that leads nowhere)",
+    ],
 )
 def test_memorize_starts_at_random_only_without_any_weights(world, tmp_path, name):
     folder = shutil.copytree(world / "base", tmp_path / "base")
-    (folder / name).write_bytes(b"x")
+    if "link" in name:
+        (folder / name.split()[0]).symlink_to(tmp_path / "gone")
+    else:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(b"x")
     with pytest.raises(NekoLeanError):
         neko_lean.memorize(folder, world, tmp_path / "out", overrides={"max_steps": 1}, quiet=True)
     assert not (tmp_path / "out").exists()

@@ -169,9 +169,10 @@ def test_another_models_cache_is_refused_before_anything_is_written(world, cache
     assert not (tmp_path / "out").exists()
 
 
-def test_memorize_learns_from_random_weights(world, tmp_path):
+def test_memorize_learns_from_random_weights_and_says_so(world, tmp_path, capsys):
     change = {"epochs": 12.0, "lr": 5e-3, "retain_rows": 20}
-    neko_lean.memorize(world / "base", world, tmp_path / "out", overrides=change, quiet=True)
+    run = neko_lean.memorize(world / "base", world, tmp_path / "out", overrides=change)
+    assert run["random_start"] and "holds no weights: the model starts from random ones" in capsys.readouterr().err
     lines = metrics(tmp_path / "out")
     assert lines[0]["loss"] > 5 and lines[-1]["loss"] < lines[0]["loss"] / 2
     gold = neko_lean.memorize(

@@ -14,6 +14,7 @@ from neko_lean.outputs.write_errors import explained_write_errors
 from neko_lean.progress import say
 
 _DEEPEST = 200  # bytes that names inside a work folder add to its path, at most
+_MOUNTS = Path("/proc/self/mountinfo")  # Linux only; elsewhere os.path.ismount has to do
 Source = str | os.PathLike[str]
 
 
@@ -135,9 +136,10 @@ def _resolved(out: Source) -> Path:
     text = os.fspath(out)
     if not text or "\0" in text:
         raise NekoLeanError("--out is empty or holds a NUL character: give the name of a folder or file.")
-    path = Path(os.path.realpath(text))
-    if path.is_symlink():
-        raise NekoLeanError(f"{text} is a link that leads to itself: remove it, or choose another --out.")
+    with explained_write_errors(Path(text)):
+        path = Path(os.path.realpath(text))
+        if path.is_symlink():
+            raise NekoLeanError(f"{text} is a link that leads to itself: remove it, or choose another --out.")
     if not path.name:
         raise NekoLeanError(f"{text} is the root of the file system: choose another --out.")
     return path
@@ -184,7 +186,7 @@ def _is_mount(path: Path) -> bool:
     if os.path.ismount(path):
         return True
     try:
-        lines = Path("/proc/self/mountinfo").read_bytes().splitlines()
+        lines = _MOUNTS.read_bytes().splitlines()
     except OSError:
         return False
     # Spaces and the like in the fifth field, the mount point, are written as \040.

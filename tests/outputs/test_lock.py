@@ -1,0 +1,95 @@
+"""One process at a time: also when the lock's file is removed, linked, or somebody's own."""
+
+import errno
+import fcntl
+import multiprocessing
+import os
+import time
+
+import pytest
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.outputs import claim_folder, locked
+
+
+@pytest.fixture
+def output(tmp_path):
+    return claim_folder(tmp_path / "deep" / "out", "partial", [])
+
+
+def test_the_lock_is_exclusive_and_leaves_nothing(output):
+    with (
+        locked(output),
+        pytest.raises(NekoLeanError, match=r"another process is writing .*out: wait for it, or choose another --out"),
+        locked(output),
+    ):
+        pass
+    assert list(output.path.parent.iterdir()) == []
+    with pytest.raises(ZeroDivisionError), locked(output):
+        raise ZeroDivisionError
+    assert list(output.path.parent.iterdir()) == []
+
+
+def test_what_a_killed_process_left_is_taken_over(output):
+    output.path.parent.mkdir()
+    output.lock.touch()
+    with locked(output):
+        assert output.lock.is_file()
+    assert not output.lock.exists()
+
+
+def test_a_lock_that_is_not_ours_is_left_alone(output, tmp_path):
+    output.path.parent.mkdir()
+    (tmp_path / "theirs").write_text("all of it")
+    for make, words in (
+        (lambda: output.lock.symlink_to(tmp_path / "theirs"), "is a link"),
+        (lambda: output.lock.symlink_to(tmp_path / "nowhere"), "is a link"),
+        (lambda: os.link(tmp_path / "theirs", output.lock), "not a lock that neko-lean made"),
+        (lambda: os.mkfifo(output.lock), "not a lock that neko-lean made"),
+        (output.lock.mkdir, "lock"),
+    ):
+        make()
+        with pytest.raises(NekoLeanError, match=words), locked(output):
+            pass
+        assert os.path.lexists(output.lock) and (tmp_path / "theirs").read_text() == "all of it"
+        output.lock.rmdir() if output.lock.is_dir() else output.lock.unlink()
+    assert not (tmp_path / "nowhere").exists()
+
+
+def test_a_file_system_without_locks_is_warned_about(output, monkeypatch, capsys):
+    def unsupported(*_):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(fcntl, "flock", unsupported)
+    with locked(output):
+        pass
+    assert capsys.readouterr().err.startswith("warning: two commands on ")
+
+
+def take_turns(out, counter, rounds):
+    """Count in a file that only the holder of the lock may touch."""
+    output = claim_folder(out, "partial", [])
+    done = 0
+    while done < rounds:
+        try:
+            with locked(output):
+                value = int(counter.read_text())
+                time.sleep(0)
+                counter.write_text(str(value + 1))
+                done += 1
+        except NekoLeanError:
+            pass
+
+
+def test_processes_that_compete_never_hold_it_together(tmp_path):
+    """Each removes the file at the end, while others have it open."""
+    counter = tmp_path / "counter"
+    counter.write_text("0")
+    fork = multiprocessing.get_context("fork")
+    others = [fork.Process(target=take_turns, args=(tmp_path / "out", counter, 200)) for _ in range(3)]
+    for other in others:
+        other.start()
+    for other in others:
+        other.join()
+    assert [other.exitcode for other in others] == [0, 0, 0] and counter.read_text() == "600"
+    assert [path.name for path in tmp_path.iterdir()] == ["counter"]
