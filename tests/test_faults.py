@@ -356,3 +356,72 @@ def test_with_both_saves_damaged_it_starts_from_the_beginning(unlearn, broken, t
     said = capsys.readouterr().err
     assert said.count("was changed") == 2 and "no other is left" in said and "nothing was saved" in said
     assert result(tmp_path / "out") == result(broken / "whole")
+
+
+def other_format(save):
+    """As a later version might write it, with all checksums right."""
+    state = json.loads((save / "state.json").read_text()) | {"format_version": 2, "versions": {"neko-lean": "9.9"}}
+    (save / "state.json").write_text(json.dumps(state))
+    (save / "manifest.json").unlink()
+    checkpoints.seal(save)
+
+
+def other_manifest(save):
+    """Of a later version that signs its manifests in another way."""
+    state = json.loads((save / "state.json").read_text()) | {"format_version": 2}
+    (save / "state.json").write_text(json.dumps(state))
+    (save / "manifest.json").write_text('{"signature": "abc"}')
+
+
+def other_state(save):
+    """Of a version with the same number but one key more."""
+    state = json.loads((save / "state.json").read_text())
+    state["state"]["mood"] = 1
+    (save / "state.json").write_text(json.dumps(state))
+    (save / "manifest.json").unlink()
+    checkpoints.seal(save)
+
+
+@pytest.mark.parametrize("change", [other_format, other_manifest, other_state])
+def test_a_save_of_another_version_is_no_damage_and_stays(unlearn, broken, tmp_path, change):
+    shutil.copytree(saved(broken / "out"), saved(tmp_path / "out"))
+    change(saved(tmp_path / "out") / "step-00000006")
+    before = {path: path.stat().st_size for path in saved(tmp_path / "out").rglob("*")}
+    words = "written by another version" if change is other_state else "format version 2, written by neko-lean"
+    with pytest.raises(NekoLeanError, match=words):
+        unlearn(tmp_path / "out", LOOKING, resume=True)
+    assert {path: path.stat().st_size for path in saved(tmp_path / "out").rglob("*")} == before
+
+
+@pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE])
+def test_a_save_that_the_disk_does_not_give_is_no_damage_and_stays(unlearn, broken, tmp_path, monkeypatch, number):
+    shutil.copytree(saved(broken / "out"), saved(tmp_path / "out"))
+    read = checkpoints.file_sha256
+
+    def failing(path):
+        if path.name == "weights-000.safetensors" and "step-00000006" in str(path):
+            raise OSError(number, "the disk's own words", str(path))
+        return read(path)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoints, "file_sha256", failing)
+        with pytest.raises(NekoLeanError, match=r"the disk's own words.*mend that and run again"):
+            unlearn(tmp_path / "out", LOOKING, resume=True)
+    assert steps_saved(tmp_path / "out") == [3, 6]
+    unlearn(tmp_path / "out", LOOKING, resume=True)
+    assert result(tmp_path / "out") == result(broken / "whole")
+
+
+def test_a_damaged_save_is_moved_aside_not_removed(unlearn, broken, tmp_path, monkeypatch):
+    shutil.copytree(saved(broken / "out"), saved(tmp_path / "out"))
+    flip(saved(tmp_path / "out") / "step-00000006" / "state-000.safetensors")
+    for number in range(2):  # the second time its name is taken
+        with monkeypatch.context() as patch, pytest.raises(Killed):
+            kill_at(patch, 7)
+            unlearn(tmp_path / "out", LOOKING, resume=True, save_every=3)
+        if number == 0:
+            flip(saved(tmp_path / "out") / "step-00000006" / "state-000.safetensors")
+    names = sorted(path.name for path in saved(tmp_path / "out").glob("damaged-*"))
+    assert names == ["damaged-step-00000006", "damaged-step-00000006-2"]
+    unlearn(tmp_path / "out", LOOKING, resume=True)
+    assert result(tmp_path / "out") == result(broken / "whole")

@@ -332,15 +332,23 @@ def _record_path(stage: Path, shard: Shard) -> Path:
     return stage / f"{shard.file}.json"
 
 
-def _read_record(stage: Path, shard: Shard) -> Record | None:
-    """The record of a finished shard; None when the shard or its record is missing or the two do not agree."""
+def _record(stage: Path, shard: Shard) -> Record:
+    """The record of a shard that was written. Raises CacheError where there is none."""
+    path = _record_path(stage, shard)
+    try:
+        return Record(**json.loads(path.read_text(encoding="utf-8")))
+    except (FileNotFoundError, ValueError, TypeError, RecursionError) as error:
+        raise CacheError(f"{path} does not say what was written as {shard.file}: run again with --resume.") from error
+
+
+def _is_written(stage: Path, shard: Shard) -> bool:
+    """Whether a shard is there and is what its record says was written."""
     path = stage / shard.file
     try:
-        record = Record(**json.loads(_record_path(stage, shard).read_text(encoding="utf-8")))
-        same = path.stat().st_size == record.bytes and file_sha256(path) == record.sha256
-    except (FileNotFoundError, ValueError, TypeError, RecursionError):
-        return None
-    return record if same else None
+        record = _record(stage, shard)
+        return path.stat().st_size == record.bytes and file_sha256(path) == record.sha256
+    except (FileNotFoundError, CacheError):
+        return False
 
 
 def _write_shards(
@@ -351,13 +359,13 @@ def _write_shards(
     work += [
         (shard, _forget_tensors, batches) for shard, batches in zip(plan.forget_shards, jobs["forget"], strict=True)
     ]
-    if (stage / MANIFEST).is_file():
+    if not (stage / PLAN).is_file():  # complete: only the move to its place is missing
         return
     work = list(share(work))  # shards get longer rows from the first to the last
     total = sum(len(one) for _, _, batches in work for one in _rows(batches))
     with bar("cache-teacher", total, "tokens", quiet) as progress:
         for shard, tensors_of, batches in work:
-            if _read_record(stage, shard) is None:
+            if not _is_written(stage, shard):
                 tensors = tensors_of(teacher, batches, plan, pad_id)
                 data = save(tensors)
                 write_atomically(stage / shard.file, data)
@@ -374,29 +382,30 @@ def _totals(tensors: Mapping[str, np.ndarray]) -> tuple[int, float]:
 
 
 def _end(stage: Path, plan: Manifest, output: Output) -> None:
-    """With all shards written: read the cache back, and move it to its place."""
-    if not (stage / MANIFEST).is_file():
+    """With all shards written: read the cache back, and move it to its place.
+
+    Raises CacheError when it is not what was written. Then no shard counts as written any more.
+    """
+    from neko_lean.cache.check import inspect_cache
+
+    if (stage / PLAN).is_file():
         finish(stage, plan)
     for shard in (*plan.shards, *plan.forget_shards):
         _record_path(stage, shard).unlink(missing_ok=True)
     (stage / PLAN).unlink(missing_ok=True)
     sync(stage)
-    from neko_lean.cache.check import inspect_cache
-
-    inspect_cache(stage, verify=True)
+    try:
+        inspect_cache(stage, verify=True)
+    except CacheError:
+        write_manifest(stage / PLAN, plan)
+        (stage / MANIFEST).unlink()
+        raise
     publish(stage, output)
 
 
 def finish(stage: Path, plan: Manifest) -> Manifest:
     """Write manifest.json from the plan and the records of the shards. Raises CacheError where one is missing."""
-
-    def recorded(shard: Shard) -> Record:
-        record = _read_record(stage, shard)
-        if record is None:
-            raise CacheError(f"{stage / shard.file} is not what was written there: go on with --resume.")
-        return record
-
-    records = {name: [recorded(shard) for shard in getattr(plan, name)] for name in _SHARD_FIELDS}
+    records = {name: [_record(stage, shard) for shard in getattr(plan, name)] for name in _SHARD_FIELDS}
     done = {
         name: [
             replace(shard, bytes=record.bytes, sha256=record.sha256)

@@ -166,6 +166,24 @@ def test_a_full_disk_keeps_what_was_complete_and_resume_ends_in_the_same_bytes(
     assert files(out) == whole
 
 
+def test_a_cache_that_cannot_be_read_back_is_not_published(world, model, whole, tmp_path, monkeypatch):
+    """The disk loses a bit between writing and reading: checksums are those of what was made."""
+    out, write = tmp_path / "cache", writer.write_atomically
+
+    def rotten(path, data):
+        write(path, data)
+        if path.name.startswith("shard-00001-") and path.suffix == ".safetensors":
+            path.write_bytes(data[:-1] + bytes([data[-1] ^ 1]))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(writer, "write_atomically", rotten)
+        with pytest.raises(CacheError, match=r"shard-00001-.* is damaged"):
+            resume(world, model, out, monkeypatch)
+    assert not out.exists() and (tmp_path / ".cache.partial").is_dir()
+    resume(world, model, out, monkeypatch)
+    assert files(out) == whole
+
+
 @pytest.mark.parametrize("at", [1, 4, "manifest", "last"])
 def test_killed_at_any_write_and_resumed_ends_in_the_same_bytes(world, model, whole, tmp_path, monkeypatch, at):
     """kill -9 just before the nth fsync, in a process of its own; bench/kill.py does it at random moments."""
