@@ -34,7 +34,12 @@ SaveEvery = Annotated[
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last save of the same run; it ends in the same weights.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace an output folder that holds something.")]
+Overwrite = Annotated[
+    bool,
+    typer.Option(
+        "--overwrite", help="Replace an output that neko-lean wrote, or an unfinished run; never anything else."
+    ),
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
 Set = Annotated[

@@ -29,7 +29,7 @@ def report(
     no_texts: Annotated[
         bool, typer.Option("--no-texts", help="Leave out the rows and what was said: a page without personal data.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace the file where there is one.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that neko-lean wrote.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:

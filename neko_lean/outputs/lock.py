@@ -20,14 +20,16 @@ _TRIES = 100  # another process can remove the file between our open and our loc
 
 @contextmanager
 def locked(output: Output) -> Iterator[None]:
-    """Hold the lock of an output while the block runs; its folder is made when it is missing.
+    """Hold the lock of an output while the block runs.
 
-    The file stays empty, so that nothing can be lost by it, and is removed with the lock.
+    The file stays empty, so that nothing can be lost by it, and is removed with the lock. Folders above the output that
+    are missing are made, and removed again if the block leaves nothing in them.
 
     Raises NekoLeanError when another process holds it, or when the file is a link or somebody's own.
     """
+    folder = output.path.parent
+    missing = [path for path in (folder, *folder.parents) if not path.exists()]
     with explained_write_errors(output.path):
-        output.path.parent.mkdir(parents=True, exist_ok=True)
         descriptor = _acquire(output)
     try:
         yield
@@ -36,12 +38,19 @@ def locked(output: Output) -> Iterator[None]:
         with suppress(OSError):
             output.lock.unlink()
         os.close(descriptor)
+        with suppress(OSError):  # the first that holds something ends it
+            for path in missing:
+                path.rmdir()
 
 
 def _acquire(output: Output) -> int:
     """The descriptor of the locked file."""
     for _ in range(_TRIES):
-        descriptor = _open(output.lock)
+        output.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            descriptor = _open(output.lock)
+        except FileNotFoundError:  # another process has removed the folder again
+            continue
         try:
             _lock(descriptor, output)
             if _is_named(descriptor, output.lock):

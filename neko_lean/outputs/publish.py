@@ -45,12 +45,10 @@ def publish(stage: Path, output: Output) -> None:
 
 def publish_file(data: bytes | str, output: Output, option: str) -> None:
     """Write a claimed file, unless one that may not be replaced has appeared there. Raises NekoLeanError."""
-    with explained_write_errors(output.path):
-        output.path.parent.mkdir(parents=True, exist_ok=True)
-        with locked(output):
-            refuse_occupied_file(output, option)
-            remove_temporaries(output.path)
-            write_atomically(output.path, data)
+    with explained_write_errors(output.path), locked(output):
+        refuse_occupied_file(output, option)
+        remove_temporaries(output.path)
+        write_atomically(output.path, data)
 
 
 def tidy_finished(output: Output) -> None:

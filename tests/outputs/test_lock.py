@@ -24,10 +24,14 @@ def test_the_lock_is_exclusive_and_leaves_nothing(output):
         locked(output),
     ):
         pass
-    assert list(output.path.parent.iterdir()) == []
     with pytest.raises(ZeroDivisionError), locked(output):
+        assert [path.name for path in output.path.parent.iterdir()] == [".out.lock"]
         raise ZeroDivisionError
-    assert list(output.path.parent.iterdir()) == []
+    # The folder above was made for it, and nothing was left there.
+    assert not output.path.parent.exists() and output.path.parents[1].is_dir()
+    with locked(output):
+        output.path.mkdir()
+    assert [path.name for path in output.path.parent.iterdir()] == ["out"]
 
 
 def test_what_a_killed_process_left_is_taken_over(output):
@@ -86,10 +90,11 @@ def test_processes_that_compete_never_hold_it_together(tmp_path):
     counter = tmp_path / "counter"
     counter.write_text("0")
     fork = multiprocessing.get_context("fork")
-    others = [fork.Process(target=take_turns, args=(tmp_path / "out", counter, 200)) for _ in range(3)]
+    others = [fork.Process(target=take_turns, args=(tmp_path / "deep" / "out", counter, 200)) for _ in range(3)]
     for other in others:
         other.start()
     for other in others:
         other.join()
     assert [other.exitcode for other in others] == [0, 0, 0] and counter.read_text() == "600"
-    assert [path.name for path in tmp_path.iterdir()] == ["counter"]
+    # The folder above may stay: who made it was not the last to need it.
+    assert not any((tmp_path / "deep").glob("*"))
