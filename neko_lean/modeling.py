@@ -5,8 +5,6 @@ Everything is read from safetensors in a local folder; a hub name is fetched int
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 import sys
 from collections.abc import Sequence
@@ -16,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -34,7 +31,7 @@ from neko_lean.families import (
 )
 from neko_lean.generation_config import listed_ends
 from neko_lean.head import LogitTransform, TokenViews, logits, token_stats, token_views
-from neko_lean.loading import check_loaded, refuse_packed, stored_tensors, weight_files
+from neko_lean.loading import check_loaded, refuse_packed, stored_tensors
 from neko_lean.progress import say
 from neko_lean.quantized import dequantized, loading_options, quantization_method, refuse_gguf, refuse_quantized
 from neko_lean.ranks import local_rank, size
@@ -407,34 +404,3 @@ def checkpoint_activations(model: nn.Module) -> list[nn.Module]:
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
             layers.append(module)
     return layers
-
-
-def weights_fingerprint(folder: Path) -> str:
-    """SHA-256 over every tensor's name, dtype, shape and bytes: the same weights match wherever they lie."""
-    digest = hashlib.sha256()
-    found: dict[str, Path] = {}
-    for file in weight_files(folder):
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                found.update(dict.fromkeys(tensors.keys(), file))
-        except Exception as error:
-            raise NekoLeanError(f"{file} is not a readable safetensors file ({error}).") from error
-    for name in sorted(found):
-        with safe_open(found[name], framework="pt") as tensors:
-            tensor: Tensor = tensors.get_tensor(name)
-        digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.contiguous().view(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def tokenizer_fingerprint(tokenizer: PreTrainedTokenizerBase) -> str:
-    """SHA-256 over what turns text into ids: the fast tokenizer's own description, or the vocabulary of a slow one."""
-    backend = getattr(tokenizer, "backend_tokenizer", None)
-    if backend is not None:
-        description = json.loads(backend.to_str())
-        # Padding and truncation are how somebody called it last, not what it is.
-        description["padding"] = description["truncation"] = None
-        text = json.dumps(description, sort_keys=True)
-    else:
-        text = json.dumps(tokenizer.get_vocab(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()

@@ -18,6 +18,7 @@ from neko_lean.data import Encoded, encode, position_warning, read_rows, truncat
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError
 from neko_lean.finite import or_null
+from neko_lean.identity import identify, model_config, tokenizer_fingerprint, weights_fingerprint
 from neko_lean.levels import with_levels
 from neko_lean.loading import holds_weights
 from neko_lean.loop import Loop
@@ -30,10 +31,8 @@ from neko_lean.modeling import (
     new_model,
     pick_device,
     pick_dtype,
-    tokenizer_fingerprint,
     usable_length,
     warn_emulated_bfloat16,
-    weights_fingerprint,
 )
 from neko_lean.outputs import claim_folder, explained_write_errors, write_atomically
 from neko_lean.progress import say
@@ -53,6 +52,7 @@ from neko_lean.signals import handled
 from neko_lean.step import forget_start
 from neko_lean.substitutes import random_answers, refusals
 from neko_lean.trainer import Trainer
+from neko_lean.trust import read_config
 from neko_lean.unfinished import RUN, digests, finished_run, rows_digest, unfinished, versions
 
 if TYPE_CHECKING:
@@ -130,11 +130,12 @@ def unlearn(
     cached = reads_cache(chosen, anchor=bool(anchors))
     teacher = TeacherCache(cache) if cache is not None else None
     before_learning = TeacherCache(base_cache) if base_cache is not None else None
-    weights, words = weights_fingerprint(folder), tokenizer_fingerprint(tokenizer)
+    model_identity = identify(folder, tokenizer)
     identity = {
         **_identity("unlearn", chosen, seed, place),
-        "model": weights,
-        "tokenizer": words,
+        "model": model_identity.weights,
+        "tokenizer": model_identity.tokenizer,
+        "config": model_identity.config,
         "forget rows": rows_digest(forget_rows),
         "retain rows": rows_digest(retain_rows),
         "anchor": rows_digest(anchors),
@@ -170,8 +171,7 @@ def unlearn(
             teacher = TeacherCache(work.cache)
         if teacher is not None:
             teacher.check(
-                weights=weights,
-                tokenizer=words,
+                model_identity,
                 style=chosen.format,
                 max_length=chosen.max_length,
                 encoded=retain_rows,
@@ -248,8 +248,10 @@ def memorize(
         say(f"{folder} holds no weights: the model starts from random ones, made from --seed {seed}.", quiet)
     identity = {
         **_identity("memorize", chosen, seed, place),
-        "model": weights_fingerprint(folder) if trained else file_sha256(folder / "config.json"),
+        "model": weights_fingerprint(folder) if trained else "random weights",
         "tokenizer": tokenizer_fingerprint(tokenizer),
+        # A random start follows from all of config.json, the spread of its values among it.
+        "config": model_config(folder) if trained else read_config(folder),
         "rows": rows_digest(encoded),
     }
     done = finished_run(output, identity) if resume else None
@@ -346,8 +348,9 @@ def _leveled(
     """The forget rows with what each token should cost, from the best source there is: the model before it learned
     them, unseen documents, or the recipe's level for all."""
     if base is not None:
-        words, weights = tokenizer_fingerprint(tokenizer), base.manifest.weights
-        base.check(weights=weights, tokenizer=words, style=recipe.format, max_length=recipe.max_length, encoded=[])
+        # It is of the model as it was before, so only how text becomes tokens has to be the same.
+        before = replace(base.teacher, tokenizer=tokenizer_fingerprint(tokenizer))
+        base.check(before, style=recipe.format, max_length=recipe.max_length, encoded=[])
         return [replace(one, levels=tuple((-base.target_logp(one)).tolist())) for one in forget]
     if anchors and teacher is not None:
         return with_levels(forget, anchors, [-teacher.target_logp(one) for one in anchors])

@@ -27,6 +27,7 @@ from neko_lean.checkpoints import METRICS, RunState, Save, best_step, damage, re
 from neko_lean.collective import by_first, refuse_unseen
 from neko_lean.data import Encoded
 from neko_lean.errors import NekoLeanError
+from neko_lean.identity import config_differences
 from neko_lean.modeling import CausalLM
 from neko_lean.outputs import (
     Output,
@@ -294,6 +295,10 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
         if key == "recipe" and isinstance(one, dict) and isinstance(two, dict):
             values = [k for k in sorted({*one, *two}) if one.get(k) != two.get(k) and k not in MAY_DIFFER]
             found += [f"recipe value {k} ({one.get(k)}, now {two.get(k)})" for k in values]
+        elif key == "config" and isinstance(one, dict) and isinstance(two, dict):
+            found += [f"config value {changed}" for changed in config_differences(one, two)]
+        elif key == "config" and one is None:  # saved by a version that did not write it down
+            continue
         elif one != two:
             found.append(f"{key} ({one}, now {two})" if key in ("command", "device", "ranks", "seed") else key)
     return found

@@ -11,6 +11,7 @@ from torch.nn.attention import flex_attention
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.head import logits
+from neko_lean.identity import tokenizer_fingerprint, weights_fingerprint
 from neko_lean.modeling import (
     keeps_apart,
     load_model,
@@ -20,9 +21,7 @@ from neko_lean.modeling import (
     packs,
     pick_device,
     pick_dtype,
-    tokenizer_fingerprint,
     warn_emulated_bfloat16,
-    weights_fingerprint,
 )
 from tests.helpers import random_model, tiny
 

@@ -11,7 +11,8 @@ from safetensors.torch import load_file, save_file
 import neko_lean
 from neko_lean import quantized
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import load_config, load_model, model_folder, weights_fingerprint
+from neko_lean.identity import weights_fingerprint
+from neko_lean.modeling import load_config, load_model, model_folder
 from neko_lean.quantized import quantization_method
 from tests.test_loading import build, configure
 

@@ -15,15 +15,14 @@ from neko_lean.cache.writer import teacher_batches
 from neko_lean.data import encode, read_rows
 from neko_lean.errors import NekoLeanError
 from neko_lean.head import token_stats
+from neko_lean.identity import identify
 from neko_lean.modeling import (
     load_model,
     load_tokenizer,
     model_folder,
     pick_device,
     pick_dtype,
-    tokenizer_fingerprint,
     usable_length,
-    weights_fingerprint,
 )
 
 PIECE = 2**16  # positions read at a time
@@ -108,8 +107,7 @@ def check_cache(
     tokenizer = load_tokenizer(path)
     encoded = encode(read_rows(retain, "retain"), tokenizer, made.format, usable_length(path, made.max_length))
     cache.check(
-        weights=weights_fingerprint(path),
-        tokenizer=tokenizer_fingerprint(tokenizer),
+        identify(path, tokenizer),
         style=made.format,
         max_length=made.max_length,
         encoded=encoded,

@@ -6,7 +6,6 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -14,9 +13,11 @@ from typing import Any
 import numpy as np
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.identity import config_differences
 from neko_lean.outputs import write_atomically
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+READABLE = (1, 2)  # version 1 lacks the teacher's config
 MANIFEST = "manifest.json"
 SCALE = 2.0**15  # stored probabilities are p * SCALE: float16 then holds p >= 1.9e-9 with 11 bits
 STORED = {"float16": "F16", "float32": "F32"}  # dtypes of scaled_p, and what safetensors calls them
@@ -66,6 +67,7 @@ class Manifest:
     mean_mass: float
     shards: list[Shard] = field(default_factory=list)
     forget_shards: list[Shard] = field(default_factory=list)
+    config: dict[str, Any] | None = None  # identity.model_config of the teacher; None in format version 1
     format_version: int = FORMAT_VERSION
 
 
@@ -119,10 +121,11 @@ def read_manifest(path: Path) -> Manifest:
     if not isinstance(raw, dict):
         raise CacheError(f"{path} is not a JSON object.")
     version = raw.get("format_version")
-    if version != FORMAT_VERSION or isinstance(version, bool):
+    if version not in READABLE or isinstance(version, bool):
         writer = raw.get("written_by", "unknown")
         raise CacheError(
-            f"{path} has format version {version!r}, written by neko-lean {writer}; this one reads {FORMAT_VERSION}."
+            f"{path} has format version {version!r}, written by neko-lean {writer}; this one reads "
+            f"{' and '.join(map(str, READABLE))}."
         )
     checksum = raw.pop("checksum", None)
     if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
@@ -138,6 +141,9 @@ def read_manifest(path: Path) -> Manifest:
 def _manifest(raw: dict[str, Any]) -> Manifest:
     values: dict[str, Any] = {}
     for one in fields(Manifest):
+        if one.name == "config":
+            values["config"] = None if raw["format_version"] == 1 else _typed(raw["config"], dict, "config")
+            continue
         value = raw[one.name]
         if one.name in ("shards", "forget_shards"):
             values[one.name] = [_shard(entry) for entry in _typed(value, list, one.name)]
@@ -191,6 +197,13 @@ def _count(value: Any, name: str) -> int:
     return int(value)
 
 
-def differences(one: Manifest, other: Manifest, ignore: Sequence[str] = ()) -> list[str]:
-    """Names of the fields in which two manifests differ, but for `ignore`."""
-    return [f.name for f in fields(Manifest) if f.name not in ignore and getattr(one, f.name) != getattr(other, f.name)]
+def differences(old: Manifest, new: Manifest) -> list[str]:
+    """Names of the fields in which two manifests differ; of the teacher's config, its keys with both values.
+
+    What format version 1 does not say is not compared.
+    """
+    names = [f.name for f in fields(Manifest) if f.name not in ("config", "format_version")]
+    found = [name for name in names if getattr(old, name) != getattr(new, name)]
+    if old.config is not None and new.config is not None:
+        found += config_differences(old.config, new.config)
+    return found

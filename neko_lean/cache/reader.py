@@ -16,6 +16,8 @@ from torch import Tensor
 
 from neko_lean.cache.format import MANIFEST, SCALE, STORED, CacheError, Shard, file_sha256, id_dtype, read_manifest
 from neko_lean.data import Encoded, Row
+from neko_lean.identity import ModelIdentity, config_differences
+from neko_lean.progress import say
 
 _DTYPES = {np.uint16: "U16", np.int32: "I32"}
 # How far the stored entries and the tail of a position may be from 1 together: float16 is off by 2^-11 at most.
@@ -47,17 +49,19 @@ class TeacherCache:
         self._rows = _places(self.manifest.shards)
         self._forget_rows = _places(self.manifest.forget_shards)
 
-    def check(self, *, weights: str, tokenizer: str, style: str, max_length: int, encoded: Sequence[Encoded]) -> None:
+    @property
+    def teacher(self) -> ModelIdentity:
+        """The model that the cache is of."""
+        return ModelIdentity(self.manifest.weights, self.manifest.tokenizer, self.manifest.config)
+
+    def check(self, model: ModelIdentity, *, style: str, max_length: int, encoded: Sequence[Encoded]) -> None:
         """Raise CacheError, naming what differs, unless this cache was made from the same as it is used with.
 
         `encoded` are the retain rows. A cache of longer rows serves a shorter limit: a causal teacher's first positions
         do not see the rest.
         """
+        self._check_model(model)
         made = self.manifest
-        if made.weights != weights:
-            raise CacheError(f"{self.folder} was made by another model ({made.model}): cache this one's teacher.")
-        if made.tokenizer != tokenizer:
-            raise CacheError(f"{self.folder} was made with another tokenizer: run cache-teacher again.")
         if made.format != style:
             raise CacheError(
                 f"{self.folder} was made in format {made.format!r}, the recipe wants {style!r}: "
@@ -87,6 +91,26 @@ class TeacherCache:
                     f"{self.folder} was cut to {made.max_length} tokens, the recipe reads {max_length}: "
                     f"run cache-teacher with --max-length {max_length}."
                 )
+
+    def _check_model(self, model: ModelIdentity) -> None:
+        made = self.manifest
+        if made.weights != model.weights:
+            raise CacheError(f"{self.folder} was made by another model ({made.model}): cache this one's teacher.")
+        if made.tokenizer != model.tokenizer:
+            raise CacheError(f"{self.folder} was made with another tokenizer: run cache-teacher again.")
+        if made.config is None and model.config is not None:
+            say(
+                f"warning: {self.folder} may be of a model with another config.json, whose weights alone are the same: "
+                f"it was made before caches said which (format 1); run cache-teacher again to be sure."
+            )
+        if made.config is None or model.config is None:
+            return
+        changed = config_differences(made.config, model.config)
+        if changed:
+            raise CacheError(
+                f"{self.folder} was made by a model of the same weights with another {', '.join(changed)} in its "
+                f"config.json: run cache-teacher again, or give the config.json that belongs to the weights."
+            )
 
     def read(self, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
         """The positions of these rows one after another, as `token_stats` takes them.

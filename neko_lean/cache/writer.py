@@ -35,6 +35,7 @@ from neko_lean.data import FORMATS, Encoded, encode, length_batches, position_wa
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError
 from neko_lean.finite import refuse_broken_outputs
+from neko_lean.identity import identify
 from neko_lean.modeling import (
     CausalLM,
     load_model,
@@ -44,9 +45,7 @@ from neko_lean.modeling import (
     next_token_logp,
     pick_device,
     pick_dtype,
-    tokenizer_fingerprint,
     usable_length,
-    weights_fingerprint,
 )
 from neko_lean.outputs import (
     Output,
@@ -149,11 +148,13 @@ def cache_teacher(
     teacher.model.eval()
     refuse_unknown_rows([*sets["shard"], *sets["forget"]], teacher)
     jobs = {kind: _into_shards(teacher_batches(encoded, batch_tokens)) for kind, encoded in sets.items()}
+    identity = identify(folder, tokenizer)
     plan = Manifest(
         written_by=__version__,
         model=model_name(model),
-        weights=weights_fingerprint(folder),
-        tokenizer=tokenizer_fingerprint(tokenizer),
+        weights=identity.weights,
+        tokenizer=identity.tokenizer,
+        config=identity.config,
         format=format,
         max_length=max_length,
         top_k=top_k,
@@ -305,7 +306,7 @@ def _begin(output: Output, plan: Manifest, resume: bool) -> None:
 
 
 def _same_plan(plan: Manifest, found: Manifest, where: Path) -> None:
-    changed = differences(plan, found)
+    changed = differences(found, plan)
     if changed:
         raise CacheError(
             f"{where} was begun with another {', '.join(changed)}: give the same again, or start anew with --overwrite."

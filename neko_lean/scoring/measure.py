@@ -13,6 +13,7 @@ from neko_lean.data import Row, encode, truncation_line, write_jsonl
 from neko_lean.documents import Document, read_anchor
 from neko_lean.errors import NekoLeanError
 from neko_lean.finite import strict_json
+from neko_lean.identity import tokenizer_fingerprint
 from neko_lean.modeling import CausalLM, position_limit
 from neko_lean.progress import bar, say
 from neko_lean.ranks import alone, rank, share
@@ -147,6 +148,9 @@ def reference_losses(
     if cache is None or mia is None:
         return {}
     teacher = TeacherCache(cache)
+    # The reference is another model on purpose, but its losses are of this one's tokens.
+    reference = replace(teacher.teacher, tokenizer=tokenizer_fingerprint(tokenizer))
+    teacher.check(reference, style=teacher.manifest.format, max_length=limit, encoded=[])
     forgotten = [row for name, row in rows if name == "forget" and row.kind == "sc"]
     outside = read_anchor(Path(mia) / "nonmember.jsonl")
     found = {}

@@ -18,6 +18,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.files import read_jsonl
 from neko_lean.finite import strict_json
 from neko_lean.generation_config import listed_ends
+from neko_lean.identity import identify
 from neko_lean.memory import peak_memory
 from neko_lean.modeling import (
     load_model,
@@ -27,8 +28,6 @@ from neko_lean.modeling import (
     pick_device,
     pick_dtype,
     position_limit,
-    tokenizer_fingerprint,
-    weights_fingerprint,
 )
 from neko_lean.outputs import Output, claim_file, claim_folder, publish_file
 from neko_lean.progress import bar, say
@@ -170,9 +169,11 @@ def score(
              for s in SPLITS}  # fmt: skip
     _warn_blind(blind, rows)
     start = time.monotonic()
+    identity = identify(folder, tokenizer)
     plan = {
-        "model": weights_fingerprint(folder),
-        "tokenizer": tokenizer_fingerprint(tokenizer),
+        "model": identity.weights,
+        "tokenizer": identity.tokenizer,
+        "config": identity.config,
         "rows": [f"{name} {row.digest}" for name, row in rows],
         "max_new_tokens": max_new_tokens,
         "dtype": precision,

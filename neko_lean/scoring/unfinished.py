@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from neko_lean.collective import by_first, refuse_unseen
 from neko_lean.errors import NekoLeanError
+from neko_lean.identity import config_differences
 from neko_lean.outputs import (
     Output,
     UnpublishedError,
@@ -131,8 +132,13 @@ def _begin(output: Output, plan: Mapping[str, Any], resume: bool) -> None:
 
 
 def plan_differences(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
-    """What two plans differ in, by name."""
-    return sorted(key for key in {*begun, *plan} if begun.get(key) != plan.get(key))
+    """What two plans differ in, by name; of the model's config, its keys with both values."""
+    changed = sorted(key for key in {*begun, *plan} if begun.get(key) != plan.get(key))
+    old, new = begun.get("config"), plan.get("config")
+    if old != new and isinstance(old, dict) and isinstance(new, dict):
+        changed.remove("config")
+        changed += config_differences(old, new)
+    return changed
 
 
 def _end(output: Output) -> None:

@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -13,15 +14,16 @@ from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.cache.format import CacheError, Manifest, Shard, file_sha256, write_manifest
 from neko_lean.data import Encoded, Row, encode, read_rows
 from neko_lean.head import token_stats
-from neko_lean.modeling import load_model, load_tokenizer, tokenizer_fingerprint, weights_fingerprint
+from neko_lean.identity import identify, weights_fingerprint
+from neko_lean.modeling import load_model, load_tokenizer
 from neko_lean.substitutes import refusals
 from tests.helpers import encoded, live, make_rows, random_model, resign, write_rows
 
 
 def check(cache, world, model, **changes):
+    named = {key: changes.pop(key) for key in ("weights", "tokenizer", "config") if key in changes}
     wanted = {
-        "weights": weights_fingerprint(model),
-        "tokenizer": tokenizer_fingerprint(load_tokenizer(model)),
+        "model": replace(identify(model, load_tokenizer(model)), **named),
         "style": "neko",
         "max_length": 512,
         "encoded": encoded(world),
@@ -254,7 +256,7 @@ def test_a_sweep_of_a_gigabyte_takes_no_memory(tmp_path):
     write_manifest(
         tmp_path / "manifest.json",
         Manifest("0", "m", "w", "t", "plain", length, k, 1.0, 50304, "float32", 8192, "float16", rows * shards, total,
-                 total * k, 0, 0.9, listed),
+                 total * k, 0, 0.9, listed, config={}),
     )  # fmt: skip
     assert sum(shard.bytes for shard in listed) > 10**9
     reader = TeacherCache(tmp_path)
