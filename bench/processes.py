@@ -1,4 +1,4 @@
-"""Child processes for kill.py and two_processes.py, each stopped or killed at a moment that is known or drawn at random.
+"""Child processes for kill.py and two_processes.py, each stopped or killed at a moment that was drawn.
 
 A child is forked from a process that has the imports already, so that starting one takes milliseconds. What it prints
 goes to a file, and how it ended to another one. Needs Linux or macOS.
@@ -24,7 +24,17 @@ import torch
 from neko_lean.errors import NekoLeanError
 
 # Of the interpreter: what it does to files and folders, each reported before it happens.
-EVENTS = {"open", "os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.link", "os.listdir", "os.scandir", "fcntl.flock"}
+EVENTS = {
+    "open",
+    "os.rename",
+    "os.remove",
+    "os.mkdir",
+    "os.rmdir",
+    "os.link",
+    "os.listdir",
+    "os.scandir",
+    "fcntl.flock",
+}
 GRACE = 5.0  # seconds that the other ranks have to end by themselves once one is dead
 
 

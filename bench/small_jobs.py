@@ -31,13 +31,20 @@ from neko_lean.demo import world as demo_world
 from neko_lean.demo.run import demo, write_base
 from neko_lean.demo.world import World, build_world, write_world
 from neko_lean.modeling import load_tokenizer, new_model
+from neko_lean.recipes import load_recipe, reads_cache
 from neko_lean.report import report
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring import score
 
 # What differs from run to run without a difference in what was computed.
 TIMES = {"wait_seconds", "seconds", "wall_seconds", "peak_memory", "measured_peak", "measured_peaks"}
-SHAPE = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_key_value_heads": 4}
+SHAPE: dict[str, Any] = {
+    "hidden_size": 32,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_key_value_heads": 4,
+    "attention_dropout": 0.1,
+}
 SHORT = {"forget_rows": 4, "retain_rows": 4, "max_length": 64, "eval_rows": 4, "lr": 1e-3, "max_steps": 6}
 ROWS = {"forget": 6, "retain": 10}
 COMMANDS = ("cache-teacher", "unlearn", "memorize", "score", "report", "demo")
@@ -68,10 +75,13 @@ def make_world(root: Path) -> None:
     write_world(world, root / "data")
     for name, count in ROWS.items():
         rows: list[Row] = sorted(read_rows(root / "data", name), key=lambda row: len(row.input + row.output))
-        write_jsonl(root / "data" / f"{name}.jsonl", map(asdict, rows[: len(rows) // 2 : len(rows) // 2 // count][:count]))
-    for side in ("member", "nonmember"):
-        file = root / "data" / "mia" / f"{side}.jsonl"
-        file.write_text("".join(file.read_text().splitlines(keepends=True)[:3]))
+        write_jsonl(
+            root / "data" / f"{name}.jsonl", map(asdict, rows[: len(rows) // 2 : len(rows) // 2 // count][:count])
+        )
+    for name, count in (("anchor", 12), ("mia/member", 3), ("mia/nonmember", 3)):
+        file = root / "data" / f"{name}.jsonl"
+        lines = file.read_text().splitlines(keepends=True)
+        file.write_text("".join(lines[:: len(lines) // count][:count]))
     rows = [row for name in ROWS for row in read_rows(root / "data", name)]
     write_base(root / "model", rows, vocabulary=300)
     shape(root / "model")
@@ -79,6 +89,8 @@ def make_world(root: Path) -> None:
     new_model(root / "model", torch.bfloat16, torch.device("cpu"), 0).model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
     cache_teacher(root / "model", root / "data", root / "cache", max_length=64, format="neko", quiet=True)
+    anchor = root / "data" / "anchor.jsonl"
+    cache_teacher(root / "model", root / "data", root / "anchored", anchor=anchor, max_length=64, quiet=True)
     score(root / "model", root / "data", root / "scores", max_new_tokens=3, quiet=True)
 
 
@@ -159,6 +171,34 @@ def jobs(root: Path) -> dict[str, list[Job]]:
         "demo": [partial(demoing, seed=seed) for seed in (0, 1)],
     }
     return {name: [Job(name, number, call) for number, call in enumerate(some)] for name, some in calls.items()}
+
+
+def training_jobs(root: Path) -> dict[str, Job]:
+    """Runs of `unlearn` that differ in all that the next step depends on, by what they have."""
+    model, data = root / "model", root / "data"
+    looks = {"max_steps": 12, "eval_every": 2, "lr": 5e-3}
+    runs: dict[str, tuple[str, dict[str, Any]]] = {
+        "calibrated, layerwise, chosen by quality": ("calibrated", {**looks, "choose": "quality", "patience": 3}),
+        "sequential, plain, dropout, a phase a chunk": (
+            "sequential",
+            {"max_steps": 12, "chunk_rows": 3, "epochs": 2.0, "backward": "plain", "dropout": True},
+        ),
+        "alternating, checkpointed, early stopping": (
+            "alternating",
+            {**looks, "patience": 2, "backward": "checkpointed"},
+        ),
+    }
+
+    def unlearning(out: Path, *, recipe: str, change: dict[str, Any], **flags: bool) -> Any:
+        overrides = {**SHORT, **change}
+        cache = root / "anchored" if reads_cache(load_recipe(recipe, overrides), anchor=True) else None
+        given: dict[str, Any] = {"recipe": recipe, "overrides": overrides, "seed": 3, "save_every": 3, "quiet": True}
+        return unlearn(model, out, data, data, cache=cache, anchor=data / "anchor.jsonl", **given, **flags)
+
+    return {
+        name: Job("unlearn", 100 + number, partial(unlearning, recipe=recipe, change=change))
+        for number, (name, (recipe, change)) in enumerate(runs.items())
+    }
 
 
 def fingerprint(out: Path) -> str | None:

@@ -67,6 +67,13 @@ class Trial:
     def out(self) -> Path:
         return self.folder / "out"
 
+    @property
+    def users(self) -> Path:
+        """The user's own file, where there is one."""
+        work = self.folder / f".out.{WORK.get(self.pair[0][0].command, 'saved')}"
+        places = {"a user's file": self.out, "a user's folder": self.out / "thesis.txt"}
+        return places.get(self.before, work / "thesis.txt")
+
     def child(self, job: Job, flags: dict[str, bool], **more: Any) -> Child:
         log = self.logs / f"{len(self.told)}-{len(list(self.logs.iterdir()))}-{random.random()}"
         out = self.out
@@ -96,15 +103,9 @@ def prepare(trial: Trial, known: dict[Job, Known], rng: random.Random) -> None:
     if trial.before == "an output":
         copy = shutil.copyfile if third.folder.is_file() else shutil.copytree
         copy(third.folder, trial.out)  # type: ignore[operator]
-    elif trial.before == "a user's file":
-        trial.out.write_text(USER)
-    elif trial.before == "a user's folder":
-        trial.out.mkdir()
-        (trial.out / "thesis.txt").write_text(USER)
-    elif trial.before == "a stranger in the work folder":
-        work = trial.folder / f".out.{WORK.get(trial.pair[0][0].command, 'saved')}"
-        work.mkdir()
-        (work / "thesis.txt").write_text(USER)
+    elif trial.before.startswith(("a user", "a stranger")):
+        trial.users.parent.mkdir(exist_ok=True)
+        trial.users.write_text(USER)
     elif trial.before == "a killed run":
         moment = Moment.drawn(rng, third.seconds, third.operations)
         run_all([trial.child(trial.third, {}, kill=moment)])
@@ -171,6 +172,13 @@ def follow(trial: Trial, known: dict[Job, Known], at_first: str | None) -> None:
     mine = trial.before.startswith("a user") or trial.before.startswith("a stranger")
     blocked = mine or (at_first is not None and not any(flags["overwrite"] for flags in again.values()))
     completed = any(one.ended == "ok" for one in ends.values())
+    if not completed and not blocked and any("start anew with --overwrite" in one.sentence for one in ends.values()):
+        # Killed while it cleared away what another run had left: nothing can go on from that.
+        job, given = trial.pair[0][0], {"overwrite": True}
+        ends[job] = trial.heard(job, given, run_all([trial.child(job, given)])[0], known)
+        completed = ends[job].ended == "ok"
+        found = fingerprint(trial.out)
+        trial.counts["begun anew"] += completed
     if not completed and not blocked:
         trial.faults.append("no run with --resume completes it")
         trial.counts["not completed"] += 1
@@ -178,8 +186,7 @@ def follow(trial: Trial, known: dict[Job, Known], at_first: str | None) -> None:
         trial.faults.append(f"after --resume the output is {name_of(found, known)}")
         trial.counts["wrong bytes"] += 1
     if mine:
-        kept = [path for path in (trial.out, *trial.folder.rglob("thesis.txt")) if path.is_file()]
-        if [path.read_text() for path in kept] != [USER]:
+        if not trial.users.is_file() or trial.users.read_text() != USER:
             trial.faults.append("the user's file is not what it was")
             trial.counts["wrong bytes"] += 1
     left = sorted(path.name for path in trial.folder.iterdir() if path != trial.out)
@@ -288,7 +295,7 @@ def main() -> None:
 def finish(totals: dict[str, Counter[str]], out: Path | None, seed: int) -> None:
     """Print the table, write the JSON, and end with 1 where there was a fault."""
     columns = ("trials", "wins", "refusals", "killed", "wrong bytes", "wrong numbers", "tracebacks", "left behind")
-    columns += ("not completed", "other faults")
+    columns += ("begun anew", "not completed", "other faults")
     table = Table("command", *columns, title="two processes on one output")
     for command, counts in totals.items():
         table.add_row(command, *(str(counts[column]) for column in columns))
