@@ -36,6 +36,7 @@ BEFORE = ("nothing", "an output", "a user's file", "a user's folder", "a killed 
 ODDS = (55, 20, 5, 5, 12, 3)
 WORK = {"cache-teacher": "partial", "score": "partial", "report": "partial", "demo": "demo"}  # others: saved
 USER = "chapter one\n"
+LOST = "but no plan.json"  # of a work folder whose plan was cleared away already
 
 
 @dataclass
@@ -172,7 +173,7 @@ def follow(trial: Trial, known: dict[Job, Known], at_first: str | None) -> None:
     mine = trial.before.startswith("a user") or trial.before.startswith("a stranger")
     blocked = mine or (at_first is not None and not any(flags["overwrite"] for flags in again.values()))
     completed = any(one.ended == "ok" for one in ends.values())
-    if not completed and not blocked and any("start anew with --overwrite" in one.sentence for one in ends.values()):
+    if not completed and not blocked and any(LOST in one.sentence for one in ends.values()):
         # Killed while it cleared away what another run had left: nothing can go on from that.
         job, given = trial.pair[0][0], {"overwrite": True}
         ends[job] = trial.heard(job, given, run_all([trial.child(job, given)])[0], known)
@@ -185,12 +186,13 @@ def follow(trial: Trial, known: dict[Job, Known], at_first: str | None) -> None:
     if completed and found not in {known[job].digest for job in ends}:
         trial.faults.append(f"after --resume the output is {name_of(found, known)}")
         trial.counts["wrong bytes"] += 1
-    if mine:
-        if not trial.users.is_file() or trial.users.read_text() != USER:
-            trial.faults.append("the user's file is not what it was")
-            trial.counts["wrong bytes"] += 1
-    left = sorted(path.name for path in trial.folder.iterdir() if path != trial.out)
-    left = [name for name in left if name not in "\n".join(trial.told) and name not in unfinished_of_others(ends)]
+    if mine and (not trial.users.is_file() or trial.users.read_text() != USER):
+        trial.faults.append("the user's file is not what it was")
+        trial.counts["wrong bytes"] += 1
+    said = "\n".join(trial.told)
+    mine_too = {trial.users.parent.name} if mine else set()
+    expected = {trial.out.name, *unfinished_of_others(ends), *mine_too}
+    left = sorted(path.name for path in trial.folder.iterdir() if path.name not in expected and path.name not in said)
     if left:
         trial.faults.append(f"left behind: {left}")
         trial.counts["left behind"] += 1
