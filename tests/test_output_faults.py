@@ -297,16 +297,18 @@ def test_a_run_that_replaces_an_output_can_be_resumed(run, tmp_path, command, mo
 
 @pytest.mark.parametrize("change", [(), ("--top-k", 5)])
 def test_a_cache_that_was_completed_meanwhile_is_not_made_again(run, tmp_path, monkeypatch, change):
-    out, load, others = tmp_path / "out", writer.load_model, []
+    out, locked_, others = tmp_path / "out", writer.locked, []
 
-    def slow(*arguments):
+    @contextmanager
+    def late(output):
         if not others:
             others.append(out)
             assert run("cache-teacher", out, *change).exit_code == 0
             monkeypatch.setattr(writer, "_write_shards", die)
-        return load(*arguments)
+        with locked_(output):
+            yield
 
-    monkeypatch.setattr(writer, "load_model", slow)
+    monkeypatch.setattr(writer, "locked", late)
     found = run("cache-teacher", out, "--resume")
     if change:
         refused(found, "another top_k")
