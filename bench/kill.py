@@ -1,122 +1,193 @@
-"""Kill cache-teacher with SIGKILL at random moments, resume it, and compare every byte with an uninterrupted run.
+"""Kill every command that writes with SIGKILL at random moments, resume it, and compare its bytes with an unbroken run.
 
-    .venv/bin/python bench/kill.py --trials 200 --out kill.json
+    .venv/bin/python bench/kill.py --kills 200 --out kill.json
 
-Needs Linux or macOS (fork). Each run is a child of a process that has the imports already, so a trial takes a second.
+A trial is killed one to three times, each time at a random time or before a random operation on a file, and then left
+to end: the same bytes but for times, and nothing left next to them. The runs are small but differ in all that a resume
+has to bring back: three ways through the backward pass, phases with an optimizer of their own, early stopping and a
+chosen checkpoint, levels that follow the anchor, dropout, a teacher cache on the way, membership. Of two ranks one is
+killed, or both; the other one has some seconds to notice, then it is killed, as torchrun does. A demo or a report is
+made anew in place of being resumed. Needs Linux or macOS (fork).
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
-import torch
+from processes import Child, Moment, Outcome, run_all, run_ranks
+from rich.console import Console
+from rich.table import Table
+from small_jobs import Job, fingerprint, jobs, make_small, make_world, training_jobs
 
-from neko_lean.cache import writer
-from neko_lean.cache.format import file_sha256
-from neko_lean.data import read_rows
-from neko_lean.demo.run import write_base
-from neko_lean.demo.world import build_world, write_world
-from neko_lean.modeling import load_tokenizer, new_model
-
-
-def forked(work: Callable[[], object], kill_after: float | None = None) -> int:
-    """Run `work` in a child, killed after so many seconds; returns the child's wait status."""
-    child = os.fork()
-    if child == 0:
-        torch.set_num_threads(1)
-        try:
-            work()
-            os._exit(0)
-        except BaseException as error:
-            print(repr(error), file=sys.stderr)
-            os._exit(1)
-    if kill_after is not None:
-        time.sleep(kill_after)
-        os.kill(child, signal.SIGKILL)
-    return os.waitpid(child, 0)[1]
+ANEW = ("report", "demo")  # commands without --resume
 
 
-def files(folder: Path) -> dict[str, str]:
-    return {path.name: file_sha256(path) for path in sorted(folder.iterdir())}
+@dataclass
+class Case:
+    """A job, by one process or by two, and what it makes when nobody kills it."""
+
+    name: str
+    job: Job
+    ranks: tuple[int, ...] = (1,)  # how many there may be, drawn for each start
+    digest: str | None = None
+    value: Any = None
+    seconds: float = 0.0
+    operations: int = 0
+    counts: Counter[str] = field(default_factory=Counter)
+    moments: Counter[str] = field(default_factory=Counter)
+
+
+def all_cases(root: Path) -> list[Case]:
+    """What is killed."""
+    of = jobs(root)
+    cases = [
+        Case("cache-teacher", of["cache-teacher"][0]),
+        Case("cache-teacher, one or two ranks", of["cache-teacher"][0], ranks=(2, 2, 1)),
+        Case("score with membership", of["score"][2]),
+        Case("score, one or two ranks", of["score"][0], ranks=(2, 2, 1)),
+        Case("unlearn, neko, a cache of its own", of["unlearn"][3]),
+        Case("unlearn, neko, two ranks", of["unlearn"][0], ranks=(2,)),
+        Case("memorize, layerwise, chosen by quality", of["memorize"][2]),
+    ]
+    cases += [Case(f"unlearn, {name}", job) for name, job in training_jobs(root).items()]
+    return [*cases, Case("report", of["report"][0]), Case("demo", of["demo"][0])]
+
+
+def attempt(case: Case, folder: Path, logs: Path, ranks: int, *, flags: dict[str, bool], **kills: Moment) -> Outcome:
+    """One run of a case, in which rank N is killed at the moment `killN`. Returns how the first rank ended, or the
+    one that crashed."""
+    out, number = folder / "out", len(list(logs.iterdir()))
+    children = [
+        Child(lambda: case.job(out, **flags), logs / f"{number}-{rank}", str(folder), kill=kills.get(f"kill{rank}"))
+        for rank in range(ranks)
+    ]
+    outcomes = run_all(children) if ranks == 1 else run_ranks(children)
+    return next((one for one in outcomes if one.ended == "crashed"), outcomes[0])
+
+
+def measure(case: Case, root: Path) -> None:
+    """Run a case twice without a kill: what it makes, and that it makes the same again."""
+    found = []
+    for number in range(2):
+        folder, logs = root / f"whole-{number}", root / f"whole-{number}-logs"
+        folder.mkdir()
+        logs.mkdir()
+        start = time.monotonic()
+        one = attempt(case, folder, logs, case.ranks[0], flags={})
+        case.seconds = time.monotonic() - start
+        assert one.ended == "ok", f"{case.name}: {one.sentence} {one.printed}"
+        case.digest, case.value, case.operations = fingerprint(folder / "out"), one.value, one.operations
+        found.append((case.digest, case.value))
+        assert [path.name for path in folder.iterdir()] == ["out"], case.name
+        shutil.rmtree(folder)
+        shutil.rmtree(logs)
+    assert found[0] == found[1], f"{case.name} is not the same from run to run"
+
+
+def trial(case: Case, root: Path, rng: random.Random) -> list[str]:
+    """Kill a case and let it end; returns what is wrong with the end."""
+    folder, logs = root / "trial", root / "trial-logs"
+    folder.mkdir()
+    logs.mkdir()
+    faults = []
+    anew = case.job.command in ANEW
+    for number in range(rng.randint(1, 3)):
+        ranks = rng.choice(case.ranks)
+        moment = Moment.drawn(rng, case.seconds, case.operations)
+        victims = [0] if ranks == 1 else rng.choice(([0], [1], [0, 1]))
+        flags = {"overwrite": number > 0} if anew else {"resume": number > 0}
+        one = attempt(case, folder, logs, ranks, flags=flags, **{f"kill{rank}": moment for rank in victims})
+        if one.ended == "crashed":
+            faults.append(f"crashed: {one.sentence} {one.printed[-2000:]}")
+        killed = one.ended == "killed" or (ranks > 1 and one.ended != "ok")
+        case.counts["kills" if killed else "ended before its kill"] += 1
+        if killed:
+            case.moments[stage_of(folder)] += 1
+    one = attempt(case, folder, logs, rng.choice(case.ranks), flags={"overwrite": True} if anew else {"resume": True})
+    if one.ended != "ok":
+        faults.append(f"the last run {one.ended}: {one.sentence} {one.printed[-2000:]}")
+    elif one.value != case.value:
+        faults.append("the last run told other numbers")
+    if fingerprint(folder / "out") != case.digest:
+        faults.append("the output is not that of an unbroken run")
+    left = [path.name for path in folder.iterdir() if path.name != "out"]
+    if left:
+        faults.append(f"left behind: {left}")
+    case.counts["trials"] += 1
+    case.counts["same bytes"] += not faults
+    case.counts["faulty"] += bool(faults)
+    shutil.rmtree(folder)
+    shutil.rmtree(logs)
+    return faults
+
+
+def stage_of(folder: Path) -> str:
+    """When a run was killed, by what it left."""
+    works = [path for path in folder.iterdir() if path.is_dir() and path.name.startswith(".out.")]
+    if (folder / "out").exists():
+        return "after its output was in place"
+    if not works:
+        return "before it wrote anything"
+    inside = [path for work in works for path in work.rglob("*")]
+    if any(path.name.endswith(".tmp") or ".tmp/" in str(path) for path in inside):
+        return "in the middle of a write"
+    if any(path.name in ("complete", "output", "manifest.json", "scores.json", "demo.json") for work in works
+           for path in work.iterdir()):  # fmt: skip
+        return "while it finished its output"
+    return "between two writes"
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--trials", type=int, default=200)
+    parser.add_argument("--kills", type=int, default=200, help="in all; of the demo every fourth round")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", nargs="+", help="only those whose name begins so")
     parser.add_argument("--out", type=Path)
-    parser.add_argument("--keep", type=Path, help="folder for what differs")
     options = parser.parse_args()
-    writer.SHARD_POSITIONS = 300
-    rng = random.Random(options.seed)
+    make_small()
     with tempfile.TemporaryDirectory() as scratch:
         root = Path(scratch)
+        world = Child(lambda: make_world(root), root / "world.log")
+        assert run_all([world])[0].ended == "ok", world.outcome
+        cases = [c for c in all_cases(root) if not options.cases or c.name.startswith(tuple(options.cases))]
+        for case in cases:
+            measure(case, root)
+        number = 0
+        while sum(case.counts["kills"] for case in cases) < options.kills:
+            case, around = cases[number % len(cases)], number // len(cases)
+            if case.job.command != "demo" or around % 4 == 0 or len(cases) == 1:
+                faults = trial(case, root, random.Random(f"{options.seed} {case.name} {around}"))
+                if faults:
+                    print(f"{case.name}, round {around}: {'; '.join(faults)}", file=sys.stderr)
+            number += 1
+    finish(cases, options.out, options.seed)
 
-        def model() -> None:
-            world = build_world(0)
-            write_world(world, root / "data")
-            write_base(root / "model", [*world.forget, *world.retain])
-            tokenizer = load_tokenizer(root / "model")
-            new_model(root / "model", torch.bfloat16, torch.device("cpu"), 0).model.save_pretrained(root / "model")
-            tokenizer.save_pretrained(root / "model")
 
-        assert forked(model) == 0
-        assert read_rows(root / "data", "retain")
-
-        def cache(out: Path, resume: bool) -> object:
-            data = root / "data"
-            return writer.cache_teacher(
-                root / "model", data, out, forget=data, batch_tokens=512, resume=resume, quiet=True
-            )
-
-        assert forked(lambda: cache(root / "whole", False)) == 0
-        start = time.monotonic()
-        assert forked(lambda: cache(root / "again", False)) == 0
-        length = time.monotonic() - start
-        wanted = files(root / "whole")
-        assert files(root / "again") == wanted
-        ends: Counter[str] = Counter()
-        for trial in range(options.trials):
-            out = root / f"trial{trial}"
-            status = forked(lambda out=out: cache(out, False), rng.uniform(0, 1.05 * length))  # type: ignore[misc]
-            stage = root / f".{out.name}.partial"
-            shards = len(list(stage.glob("*.safetensors"))) if stage.exists() else None
-            when = "complete" if out.exists() else "before anything" if shards is None else f"with {shards} shards"
-            ends[f"killed {when}" if status else "ended by itself"] += 1
-            resumed = forked(lambda out=out: cache(out, True))  # type: ignore[misc]
-            ends["same bytes" if resumed == 0 and files(out) == wanted else "DIFFERENT OR LOST"] += 1
-            if resumed or files(out) != wanted:
-                found = files(out) if out.exists() else {}
-                differ = [name for name in wanted if found.get(name) != wanted[name]]
-                print(f"trial {trial}: resume ended with {resumed}; differ: {differ}", file=sys.stderr)
-                if options.keep and out.exists():
-                    shutil.copytree(out, options.keep / out.name)
-                    shutil.copytree(root / "whole", options.keep / "whole", dirs_exist_ok=True)
-            ends["left something behind"] += stage.exists()
-    result = {
-        "device": "CPU",
-        "trials": options.trials,
-        "shards": len(wanted) - 1,
-        "seconds_of_a_run": length,
-        "ends": dict(sorted(ends.items())),
-    }
-    for key, value in result["ends"].items():  # type: ignore[attr-defined]
-        print(f"{value:5}  {key}")
-    print(f"{options.trials} trials; {len(wanted) - 1} shards a run, {length:.2f} s a run")
-    if options.out:
-        options.out.write_text(json.dumps(result, indent=1) + "\n")
-    sys.exit(result["ends"].get("same bytes", 0) != options.trials)  # type: ignore[attr-defined]
+def finish(cases: list[Case], out: Path | None, seed: int) -> None:
+    """Print the tables, write the JSON, and end with 1 where a run did not end as an unbroken one."""
+    kills = sum(case.counts["kills"] for case in cases)
+    columns = ("trials", "kills", "same bytes", "faulty")
+    table = Table("run", *columns, "seconds of a run", title=f"{kills} kills")
+    for case in cases:
+        table.add_row(case.name, *(str(case.counts[column]) for column in columns), f"{case.seconds:.2f}")
+    Console(width=120).print(table)
+    moments = sum((case.moments for case in cases), Counter[str]())
+    for when, count in moments.most_common():
+        print(f"{count:5}  killed {when}")
+    if out:
+        runs = {case.name: {**case.counts, "seconds": case.seconds, "moments": dict(case.moments)} for case in cases}
+        out.write_text(json.dumps({"device": "CPU", "seed": seed, "kills": kills, "runs": runs}, indent=1) + "\n")
+    sys.exit(any(case.counts["faulty"] for case in cases))
 
 
 if __name__ == "__main__":

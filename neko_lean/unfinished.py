@@ -38,11 +38,11 @@ from neko_lean.outputs import (
     publish,
     refuse_occupied,
     refuse_strange_work,
+    remove_replaced,
     remove_tree,
     restore_interrupted,
     sync,
     sync_tree,
-    tidy_finished,
 )
 from neko_lean.progress import say
 from neko_lean.ranks import leads, rank
@@ -225,6 +225,8 @@ def unfinished(
                 refuse_strange_work(output)
                 if not resume and not output.overwrite and run.kept():
                     raise NekoLeanError(f"{run.kept()}: go on with --resume, or start anew with --overwrite.")
+                if resume:
+                    _refuse_complete_of_another(run)
                 run.folder.mkdir(exist_ok=True)
                 sync(run.folder.parent)
 
@@ -243,6 +245,20 @@ def unfinished(
             raise
         if leads():
             _clear(run.folder)
+
+
+def _refuse_complete_of_another(run: Unfinished) -> None:
+    """Raise NekoLeanError where another run is complete and has only to be moved: its work would be lost."""
+    found = _run_json(run.folder / COMPLETE)
+    begun, wanted = (found or {}).get("made_from"), digests(run.identity)
+    if not isinstance(begun, dict):
+        return
+    changed = sorted(key for key in {*begun, *wanted} if begun.get(key) != wanted.get(key))
+    if changed:
+        raise NekoLeanError(
+            f"{run.folder} keeps a finished run with another {', '.join(changed)}: give the same again, or start anew "
+            f"with --overwrite."
+        )
 
 
 def _tidy(run: Unfinished) -> None:
@@ -325,6 +341,8 @@ def finished_run(output: Output, identity: Mapping[str, Any]) -> dict[str, Any] 
         with locked(output), explained_write_errors(output.path):
             restore_interrupted(output)
             if _complete_run(output.path, identity) is None:
+                if _complete_run(complete, identity) is None:
+                    return None  # another run came in between
                 refuse_strange_work(output)
                 publish(complete, output)
             # Nothing else next to it is of any use now.
@@ -332,19 +350,25 @@ def finished_run(output: Output, identity: Mapping[str, Any]) -> dict[str, Any] 
             if not any(isinstance(one, Save) and differences(one.identity, identity) for one in left):
                 refuse_strange_work(output)
                 _clear(output.work)
-        tidy_finished(output)
-        return _complete_run(output.path, identity)
+            remove_replaced(output)
+            return _complete_run(output.path, identity)
 
     return by_first(look)
 
 
 def _complete_run(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] | None:
     """What run.json in `folder` says, if that is the complete output of this very run."""
+    run = _run_json(folder)
+    return run if run is not None and run.get("made_from") == digests(identity) else None
+
+
+def _run_json(folder: Path) -> dict[str, Any] | None:
+    """The run.json in a folder, where there is one that can be read."""
     try:
-        run: dict[str, Any] = json.loads((folder / RUN).read_text(encoding="utf-8"))
+        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError):
         return None
-    return run if isinstance(run, dict) and run.get("made_from") == digests(identity) else None
+    return run if isinstance(run, dict) else None
 
 
 def link_tree(source: Path, target: Path, ignore: Iterable[str] = ()) -> None:

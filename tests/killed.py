@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-from bench.kill import forked
+from bench.processes import forked
 from neko_lean import checkpoints, unfinished
 from neko_lean.runs import unlearn
 

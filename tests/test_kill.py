@@ -1,4 +1,4 @@
-"""A handful of runs killed with SIGKILL in real processes; bench/kill_training.py does a hundred of them."""
+"""A handful of runs killed with SIGKILL in real processes; bench/kill.py does hundreds of them."""
 
 import json
 import os

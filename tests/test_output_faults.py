@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -19,6 +20,7 @@ from neko_lean.cli import app
 from neko_lean.outputs import claim_folder, locked
 from neko_lean.outputs import place as place_module
 from neko_lean.scoring import measure
+from neko_lean.scoring import run as run_module
 from neko_lean.scoring import unfinished as scoring
 from tests.test_resume import Killed, kill_at, result
 
@@ -73,7 +75,7 @@ def tree(folder):
     }
 
 
-def interrupt(command, run, out, monkeypatch):
+def interrupt(command, run, out, monkeypatch, *more):
     """Cut a run off with something in its stage to continue from."""
     with monkeypatch.context() as patch:
         if command == "cache-teacher":
@@ -97,9 +99,9 @@ def interrupt(command, run, out, monkeypatch):
         else:
             kill_at(patch, 2)
         with pytest.raises(Killed):
-            run(command, out, *(("--save-every", 1) if STAGE[command] == "saved" else ()))
+            run(command, out, *more, *(("--save-every", 1) if STAGE[command] == "saved" else ()))
     stage = out.with_name(f".{out.name}.{STAGE[command]}")
-    assert stage.is_dir() and not out.exists()
+    assert stage.is_dir()
     return stage
 
 
@@ -256,6 +258,129 @@ def test_resume_with_another_option_deletes_nothing(run, tmp_path, command, monk
     assert run(command, out, "--resume").exit_code == 0
     assert run(command, tmp_path / "whole").exit_code == 0
     assert same_result(command, out, tmp_path / "whole")
+
+
+def die(*_):
+    raise Killed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_finished_result_is_not_cleared_by_another_run(run, tmp_path, command, monkeypatch):
+    """It was killed just before its last move: neither other options nor another command may take it for rubbish."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(MODULE[command], "publish", die)
+        with pytest.raises(Killed):
+            run(command, out)
+    stage = tmp_path / f".out.{STAGE[command]}"
+    before = tree(stage)
+    other = {"cache-teacher": "score", "score": "cache-teacher", "unlearn": "memorize", "memorize": "unlearn"}[command]
+    refused(run(other, out, "--resume"), str(stage), "start anew with --overwrite")
+    assert tree(stage) == before
+    refused(run(command, out, "--resume", *OTHER[command][0]), str(stage), "start anew with --overwrite")
+    assert tree(stage) == before
+    assert run(command, out, "--resume").exit_code == 0
+    assert run(command, tmp_path / "whole").exit_code == 0
+    assert same_result(command, out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run_that_replaces_an_output_can_be_resumed(run, tmp_path, command, monkeypatch):
+    out = tmp_path / "out"
+    assert run(command, out, *OTHER[command][0]).exit_code == 0
+    interrupt(command, run, out, monkeypatch, "--overwrite")
+    assert run(command, out, "--resume", "--overwrite").exit_code == 0
+    assert run(command, tmp_path / "whole").exit_code == 0
+    assert same_result(command, out, tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("change", [(), ("--top-k", 5)])
+def test_a_cache_that_was_completed_meanwhile_is_not_made_again(run, tmp_path, monkeypatch, change):
+    out, locked_, others = tmp_path / "out", writer.locked, []
+
+    @contextmanager
+    def late(output):
+        if not others:
+            others.append(out)
+            assert run("cache-teacher", out, *change).exit_code == 0
+            monkeypatch.setattr(writer, "_write_shards", die)
+        with locked_(output):
+            yield
+
+    monkeypatch.setattr(writer, "locked", late)
+    found = run("cache-teacher", out, "--resume")
+    if change:
+        refused(found, "another top_k")
+    else:
+        assert found.exit_code == 0, found.output
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_cache_tells_its_own_numbers_and_not_the_next_ones(arguments, tmp_path, monkeypatch, run):
+    """Another run replaces the output as soon as the lock is free."""
+    out, locked_, others = tmp_path / "out", writer.locked, []
+
+    @contextmanager
+    def then_another(output):
+        with locked_(output):
+            yield
+        if not others:
+            others.append(output)
+            assert run("cache-teacher", out, "--top-k", 5, "--overwrite").exit_code == 0
+
+    monkeypatch.setattr(writer, "locked", then_another)
+    model, world, *_ = arguments["cache-teacher"]
+    assert writer.cache_teacher(model, world, out, dtype="float32", quiet=True).top_k == 64
+    assert others and json.loads((out / "manifest.json").read_text())["top_k"] == 5
+
+
+@pytest.mark.parametrize("again", [(), ("--resume",)])
+def test_official_results_are_of_this_score_and_not_of_the_next(run, tmp_path, monkeypatch, again):
+    """Another run replaces the score before its official results are written."""
+    out, official, wanted = tmp_path / "out", tmp_path / "official.json", tmp_path / "wanted.json"
+    assert run("score", tmp_path / "whole", "--official", wanted).exit_code == 0
+    if again:
+        assert run("score", out).exit_code == 0
+    for name in ("finished_score", "unfinished"):
+        original = getattr(run_module, name)
+        monkeypatch.setattr(run_module, name, followed_by(original, lambda: replace_lines(out)))
+    found = run("score", out, "--official", official, *again)
+    if found.exit_code == 0:
+        assert json.loads(official.read_text()) == json.loads(wanted.read_text())
+    else:
+        refused(found, "was replaced by another run")
+        assert not official.exists()
+
+
+def replace_lines(out):
+    """What another run with other options, and one point more a row, leaves."""
+    if (out / "scores.json").is_file():
+        scores = json.loads((out / "scores.json").read_text())
+        (out / "scores.json").write_text(json.dumps({**scores, "made_from": "another"}))
+        lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+        lines = [{**line, "score": line["score"] + 1} for line in lines]
+        (out / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def followed_by(original, then):
+    """A function, or a context manager, after which something else happens."""
+
+    def wrapped(*arguments, **options):
+        found = original(*arguments, **options)
+        if not hasattr(found, "__enter__"):
+            then()
+            return found
+        return leaving(found, then)
+
+    return wrapped
+
+
+@contextmanager
+def leaving(manager, then):
+    with manager as found:
+        yield found
+    then()
 
 
 @pytest.mark.parametrize("option", ["--resume", "--overwrite"])

@@ -58,10 +58,11 @@ from neko_lean.outputs import (
     publish,
     refuse_occupied,
     refuse_strange_work,
+    refuse_unplanned,
+    remove_replaced,
     remove_tree,
     restore_interrupted,
     sync,
-    tidy_finished,
     write_atomically,
 )
 from neko_lean.progress import bar, say
@@ -135,7 +136,7 @@ def cache_teacher(
     place, precision, folder = pick_device(device), pick_dtype(dtype), model_folder(model)
     inputs = [folder, retain, forget, anchor]
     output = claim_folder(out, "partial", inputs, overwrite=overwrite, resume=resume)
-    by_first(lambda: _refuse_what_is_there(output, resume))
+    by_first(explained_write_errors(output.path)(lambda: _refuse_what_is_there(output, resume)))
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
     limit = usable_length(folder, max_length)
@@ -175,13 +176,13 @@ def cache_teacher(
     say(truncation_line(everything, limit), quiet)
     if warning := position_warning(everything, limit, max_length):
         say(warning)
-    if not by_first(lambda: resume and _is_complete(output, plan)):
-        with _stage(output, plan, resume) as stage:
+    with _stage(output, plan, resume) as stage:
+        if stage is not None:
             refuse_unseen(stage)
             explained = explained_write_errors(output.path)
             agreed(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, quiet)))
             by_first(explained(lambda: _end(stage, plan, output)))
-    manifest = read_manifest(output.path / MANIFEST)
+        manifest = _read_on_all_ranks(output.path / MANIFEST)
     if manifest.mean_mass < LOW_MASS:
         say(
             f"warning: the entries hold {manifest.mean_mass:.3f} of the teacher's probability on average, so the KL "
@@ -237,6 +238,10 @@ def _refuse_what_is_there(output: Output, resume: bool) -> None:
     """Raise NekoLeanError, before the teacher is loaded, where something is in the way."""
     if not (resume and (output.path / MANIFEST).is_file()):
         refuse_occupied(output)
+    _refuse_unfinished(output, resume)
+
+
+def _refuse_unfinished(output: Output, resume: bool) -> None:
     if output.work.exists() and not resume and not output.overwrite:
         raise NekoLeanError(
             f"{output.work} holds an unfinished run: go on with --resume, or start anew with --overwrite."
@@ -244,18 +249,34 @@ def _refuse_what_is_there(output: Output, resume: bool) -> None:
 
 
 def _is_complete(output: Output, plan: Manifest) -> bool:
-    """Whether the output is the cache of this very plan. Raises CacheError where it is that of another one."""
-    manifest = output.path / MANIFEST
-    if not manifest.is_file():
+    """Whether the output is the cache of this very plan. Raises CacheError where it is that of another one, unless that
+    may be replaced."""
+    path = output.path / MANIFEST
+    if not path.is_file():
         return False
-    _same_plan(plan, _without_results(read_manifest(manifest)), output.path)
-    tidy_finished(output)
+    try:
+        _same_plan(plan, _without_results(read_manifest(path)), output.path)
+    except CacheError:
+        if output.overwrite:
+            return False
+        raise
     return True
 
 
+def _read_on_all_ranks(path: Path) -> Manifest:
+    """The manifest, before the first rank may let go of the lock: after that another run may replace it."""
+    found: dict[str, Manifest] = {}
+
+    def read() -> None:
+        found["manifest"] = read_manifest(path)
+
+    agreed(read)
+    return found["manifest"]
+
+
 @contextmanager
-def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path]:
-    """The folder to write shards to, under the output's lock.
+def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None]:
+    """The folder to write shards to, under the output's lock; None when `resume` finds the output complete.
 
     On an error it is kept and named if a shard in it is complete, and removed otherwise. What was there before is only
     touched once it has turned out to belong to the same plan.
@@ -263,15 +284,23 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path]:
     stage = output.work
     with ExitStack() as held:
 
-        def begin() -> None:
+        def begin() -> bool:
             held.enter_context(locked(output))
             with explained_write_errors(output.path):
                 restore_interrupted(output)
-                _refuse_what_is_there(output, resume)
+                # Only now: until the lock was held, another run may have completed or replaced it.
+                if resume and _is_complete(output, plan):
+                    remove_replaced(output)
+                    return True
+                refuse_occupied(output)
+                _refuse_unfinished(output, resume)
                 refuse_strange_work(output)
                 _begin(output, plan, resume)
+                return False
 
-        by_first(begin)
+        if by_first(begin):
+            yield None
+            return
         try:
             yield stage
         except BaseException as error:
@@ -295,8 +324,8 @@ def _begin(output: Output, plan: Manifest, resume: bool) -> None:
         _same_plan(plan, read_manifest(stage / PLAN), stage)
     elif (stage / MANIFEST).is_file():  # killed after the last shard: only the move to its place is missing
         _same_plan(plan, _without_results(read_manifest(stage / MANIFEST)), stage)
-    elif any(stage.glob("*.safetensors")):
-        raise CacheError(f"{stage} holds shards but no {PLAN} that says what of: start anew with --overwrite.")
+    else:
+        refuse_unplanned(stage, PLAN)
     known = {PLAN, MANIFEST}
     for shard in (*plan.shards, *plan.forget_shards):
         known |= {shard.file, _record_path(stage, shard).name}

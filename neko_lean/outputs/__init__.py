@@ -23,8 +23,9 @@ from neko_lean.outputs.publish import (
     publish,
     publish_file,
     refuse_strange_work,
+    refuse_unplanned,
+    remove_replaced,
     staged_folder,
-    tidy_finished,
 )
 from neko_lean.outputs.write_errors import explained_write_errors, os_error_sentence
 
@@ -44,12 +45,13 @@ __all__ = [
     "refuse_links",
     "refuse_occupied",
     "refuse_strange_work",
+    "refuse_unplanned",
+    "remove_replaced",
     "remove_tree",
     "restore_interrupted",
     "staged_folder",
     "sync",
     "sync_tree",
-    "tidy_finished",
     "unshare",
     "write_atomically",
     "write_in_place",

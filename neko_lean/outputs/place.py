@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import stat
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,9 +87,11 @@ def claim_file(out: Source, option: str, inputs: Iterable[Source | None], *, ove
 
 def refuse_occupied(output: Output) -> None:
     """Raise NekoLeanError when the output is a file, or a folder that holds something and may not be replaced."""
-    if not output.path.exists():
+    try:
+        found = output.path.stat()  # once: another process may move it away at any time
+    except (FileNotFoundError, NotADirectoryError):
         return
-    if not output.path.is_dir():
+    if not stat.S_ISDIR(found.st_mode):
         raise NekoLeanError(f"{output.path} is a file, not a folder: choose another --out.")
     if not any(output.path.iterdir()):
         return

@@ -51,14 +51,11 @@ def publish_file(data: bytes | str, output: Output, option: str) -> None:
         write_atomically(output.path, data)
 
 
-def tidy_finished(output: Output) -> None:
-    """Remove what a run that was killed right after its end left next to its output: the lock, the replaced output."""
-    if not (output.lock.exists() or output.old.exists()):
-        return
-    with locked(output), explained_write_errors(output.path):
-        restore_interrupted(output)
-        if output.old.exists():
-            _discard(output.old)
+def remove_replaced(output: Output) -> None:
+    """Remove the output that a run had replaced before it was killed. Needs the lock, and a complete output."""
+    restore_interrupted(output)
+    if output.old.exists():
+        _discard(output.old)
 
 
 @contextmanager
@@ -99,6 +96,14 @@ def refuse_strange_work(output: Output) -> None:
         reason = why_not_our_work(output.work, output.kind)
         if reason is not None:
             raise NekoLeanError(f"{output.work} {reason}: move it away, or choose another --out.")
+
+
+def refuse_unplanned(work: Path, plan: str) -> None:
+    """Raise NekoLeanError where a work folder without the file `plan` holds what a run, perhaps of another command, has
+    made. Temporary files count for nothing."""
+    made = sorted(path.name for path in work.iterdir() if not path.name.startswith("."))
+    if made:
+        raise NekoLeanError(f"{work} holds {made[0]} but no {plan} that says what of: start anew with --overwrite.")
 
 
 def _discard(folder: Path) -> None:

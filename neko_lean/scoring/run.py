@@ -29,7 +29,7 @@ from neko_lean.modeling import (
     pick_dtype,
     position_limit,
 )
-from neko_lean.outputs import Output, claim_file, claim_folder, publish_file
+from neko_lean.outputs import Output, claim_file, claim_folder, locked, publish_file
 from neko_lean.progress import bar, say
 from neko_lean.quantized import quantization_method
 from neko_lean.runs import refuse_one_file
@@ -197,7 +197,8 @@ def score(
     done = finished_score(output, made) if resume else None
     if done is not None:
         say(f"{output.path} is complete: nothing to do.", quiet)
-        _write_official(results, done, output.path, rows)
+        if results is not None:
+            _write_official(results, done, by_first(lambda: _finished_lines(output, made, rows)), rows)
         return done
     with unfinished(output, plan, resume=resume, quiet=quiet) as stage:
         lm = load_model(folder, pick_dtype(precision), place)
@@ -284,7 +285,8 @@ def score(
             write_result(stage, strict_json(scores, SCORES, indent=1) + "\n", jsonl_text(lines))
 
         by_first(writing(stage, write))
-    _write_official(results, scores, output.path, rows)
+    if results is not None:
+        _write_official(results, scores, lines, rows)
     return scores
 
 
@@ -293,11 +295,21 @@ def digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _write_official(file: Output | None, scores: Mapping[str, Any], out: Path, rows: Sequence[tuple[str, Row]]) -> None:
-    """Write the shared task's own results of a finished score, if they were asked for."""
-    if file is None:
-        return
-    points = {(line["split"], line["id"]): line["score"] for line in read_score(out, rows)["lines"]}
+def _finished_lines(output: Output, made: str, rows: Sequence[tuple[str, Row]]) -> list[dict[str, Any]]:
+    """The rows of a finished score, read while no other run may replace them."""
+    with locked(output):
+        found = read_score(output.path, rows)
+    if found.get("made_from") != made:
+        raise NekoLeanError(f"{output.path} was replaced by another run meanwhile: run again.")
+    lines: list[dict[str, Any]] = found["lines"]
+    return lines
+
+
+def _write_official(
+    file: Output, scores: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], rows: Sequence[tuple[str, Row]]
+) -> None:
+    """Write the shared task's own results of a finished score from its rows."""
+    points = {(line["split"], line["id"]): line["score"] for line in lines}
     scored = {name: [(row, points[name, row.id]) for split, row in rows if split == name] for name in SPLITS}
     results = official_results(scores, scored)
     text = strict_json(results, str(file.path), indent=4) + "\n"

@@ -30,10 +30,11 @@ from neko_lean.outputs import (
     publish,
     refuse_occupied,
     refuse_strange_work,
+    refuse_unplanned,
+    remove_replaced,
     remove_tree,
     restore_interrupted,
     sync_tree,
-    tidy_finished,
     unshare,
     write_atomically,
 )
@@ -123,8 +124,8 @@ def _begin(output: Output, plan: Mapping[str, Any], resume: bool) -> None:
                 f"{stage} was begun with another {', '.join(changed)}: give the same again, or start anew with "
                 f"--overwrite."
             )
-    elif any(stage.glob(PARTS)):
-        raise NekoLeanError(f"{stage} holds generations but no {PLAN} that says of what: start anew with --overwrite.")
+    else:
+        refuse_unplanned(stage, PLAN)
     # Left by an attack, or by a write that was cut off.
     parts = {part.name for part in stage.glob(PARTS)}
     empty_folder(stage, keep=lambda name: name == PLAN or name in parts)
@@ -167,16 +168,18 @@ def finished_score(output: Output, made: str) -> dict[str, Any] | None:
     moved there now. Raises NekoLeanError when another process is writing the output, or when the move fails."""
 
     def look() -> dict[str, Any] | None:
-        if _scores(output.path, made) is None:
-            if _scores(output.work, made) is None:
-                return None
-            with locked(output), explained_write_errors(output.path):
-                restore_interrupted(output)
+        if _scores(output.path, made) is None and _scores(output.work, made) is None:
+            return None
+        with locked(output), explained_write_errors(output.path):
+            restore_interrupted(output)
+            if _scores(output.path, made) is None:
+                if _scores(output.work, made) is None:
+                    return None  # another run came in between
                 refuse_occupied(output)
                 refuse_strange_work(output)
                 _end(output)
-        tidy_finished(output)
-        return _scores(output.path, made)
+            remove_replaced(output)
+            return _scores(output.path, made)
 
     return by_first(look)
 
