@@ -193,6 +193,8 @@ def unlearn(
         warn_emulated_bfloat16(chosen.dtype, place, quiet)
         student = partial(load_model, folder, pick_dtype(chosen.dtype))
         lm = student(_whole_on(place))
+        if teacher is not None:
+            teacher.check_vocabulary(len(lm.head))
         trainer = Trainer(lm, pad_id, forget_rows, retain_rows, teacher, chosen, substitutes, place)
         loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)
         run = _train(loop, before, {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost})

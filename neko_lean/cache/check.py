@@ -25,7 +25,6 @@ from neko_lean.modeling import (
     usable_length,
 )
 
-PIECE = 2**16  # positions read at a time
 # Largest mean KL that rounding explains. In float32 the rest is float16's; a bfloat16 forward differs between machines.
 ROUNDING = {"float32": 1e-5, "bfloat16": 1e-3}
 
@@ -38,19 +37,17 @@ def inspect_cache(folder: str | Path, *, verify: bool = False) -> dict[str, Any]
     with its tail as one bucket, a lower bound for the teacher's). Raises CacheError naming the first bad shard.
     """
     cache = TeacherCache(folder)
+    if verify:
+        cache.verify()
     made = cache.manifest
     sizes, tail_mass, entropy = [], 0.0, 0.0
-    for shard in made.shards:
-        for start in range(0, shard.positions, PIECE):
-            counts, _, p, tail = cache.raw(shard, start, min(start + PIECE, shard.positions))
-            sizes.append(counts)
-            t = np.exp(tail.astype(np.float64))
-            tail_mass += t.sum()
-            with np.errstate(divide="ignore", invalid="ignore"):
-                entropy -= np.where(p > 0, p * np.log(p), 0).sum(dtype=np.float64) + np.where(t > 0, t * tail, 0).sum()
+    for counts, _, p, tail in cache.sweep():
+        sizes.append(counts)
+        t = np.exp(tail.astype(np.float64))
+        tail_mass += t.sum()
+        with np.errstate(divide="ignore", invalid="ignore"):
+            entropy -= np.where(p > 0, p * np.log(p), 0).sum(dtype=np.float64) + np.where(t > 0, t * tail, 0).sum()
     counts = np.concatenate(sizes)
-    if verify:
-        _verify_rest(cache, int(counts.sum()), 1 - tail_mass / made.positions)
     size = sum(shard.bytes for shard in made.shards)
     listed = ("shards", "forget_shards")
     return {
@@ -74,20 +71,6 @@ def _histogram(counts: np.ndarray) -> dict[str, float]:
     return {
         (f"{2**i // 2 + 1}-{2**i}" if i > 1 else str(2**i)): float(share) for i, share in enumerate(shares) if share
     }
-
-
-def _verify_rest(cache: TeacherCache, entries: int, mean_mass: float) -> None:
-    """What a sweep over the retain shards leaves to check: forget shards, the manifest's totals, and stray files."""
-    made = cache.manifest
-    for shard in made.forget_shards:
-        if not (cache.shard(shard).get_slice("target_logp")[:] <= 1e-6).all():
-            raise CacheError(f"{cache.folder / shard.file} holds what is no log-probability.")
-    if entries != made.entries or abs(mean_mass - made.mean_mass) > 1e-6:
-        raise CacheError(f"{cache.folder}: entries or mean mass in the manifest are not those of the shards.")
-    known = {"manifest.json", *(shard.file for shard in (*made.shards, *made.forget_shards))}
-    strangers = sorted(path.name for path in cache.folder.iterdir() if path.name not in known)
-    if strangers:
-        raise CacheError(f"{cache.folder} holds {strangers[0]}, which is no part of the cache.")
 
 
 def check_cache(
@@ -114,6 +97,7 @@ def check_cache(
     )
     teacher = load_model(path, pick_dtype(made.teacher_dtype), pick_device(device))
     teacher.model.eval()
+    cache.check_vocabulary(len(teacher.head))
     batches = teacher_batches(encoded, made.batch_tokens)
     wanted = min(rows, len(encoded))
     kls, masses, seen = [], [], 0

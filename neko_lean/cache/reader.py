@@ -5,7 +5,7 @@ Nothing that is read is believed before it was checked: a damaged or malformed c
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,12 +16,18 @@ from torch import Tensor
 
 from neko_lean.cache.format import MANIFEST, SCALE, STORED, CacheError, Shard, file_sha256, id_dtype, read_manifest
 from neko_lean.data import Encoded, Row
+from neko_lean.errors import first_line
 from neko_lean.identity import ModelIdentity, config_differences
 from neko_lean.progress import say
 
 _DTYPES = {np.uint16: "U16", np.int32: "I32"}
-# How far the stored entries and the tail of a position may be from 1 together: float16 is off by 2^-11 at most.
+# How far the sum of a position's entries may be from 1 - exp(tail_logp): relative to it, as each float16 is off by
+# 2^-11 at most, and absolutely, for the rounding of a sum over the vocabulary in float32.
 MASS_TOLERANCE = 2e-3
+SUM_TOLERANCE = 1e-5
+ROUNDING = 1e-6  # how far above 0 the log-probability of a certain token may be rounded
+PIECE = 2**16  # positions that a sweep over the cache reads at a time
+AGAIN = "run cache-teacher again"
 
 
 class Place(NamedTuple):
@@ -112,6 +118,46 @@ class TeacherCache:
                 f"config.json: run cache-teacher again, or give the config.json that belongs to the weights."
             )
 
+    def check_vocabulary(self, size: int) -> None:
+        """Raise CacheError unless the model's head has as many rows (`size`) as the teacher's had."""
+        if self.manifest.vocab_size != size:
+            raise CacheError(
+                f"{self.folder} was made by a model with {self.manifest.vocab_size} tokens in its vocabulary, and this "
+                f"one has {size}: run cache-teacher again."
+            )
+
+    def verify(self) -> None:
+        """Read and check all of the cache: every checksum and number, the manifest's totals, and stray files.
+
+        Raises CacheError naming the first file in which something is wrong.
+        """
+        made = self.manifest
+        entries, tail_mass = 0, 0.0
+        for sizes, _, _, tail in self.sweep():
+            entries += int(sizes.sum())
+            tail_mass += float(np.exp(tail.astype(np.float64)).sum())
+        for shard in made.forget_shards:
+            self._target_logp(shard, 0, shard.positions)
+
+        mean_mass = 1 - tail_mass / made.positions
+        if entries != made.entries:
+            raise CacheError(f"{self.folder / MANIFEST} says {made.entries} entries, but the shards hold {entries}.")
+        if not abs(mean_mass - made.mean_mass) <= 1e-6:
+            raise CacheError(
+                f"{self.folder / MANIFEST} says a mean_mass of {made.mean_mass:.7f}, but that of the shards is "
+                f"{mean_mass:.7f}."
+            )
+        known = {MANIFEST, *(shard.file for shard in (*made.shards, *made.forget_shards))}
+        strangers = sorted(path.name for path in self.folder.iterdir() if path.name not in known)
+        if strangers:
+            raise CacheError(f"{self.folder} holds {strangers[0]!r}, which is no part of the cache: remove it.")
+
+    def sweep(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """All positions of the retain shards in order, a piece at a time, as `raw` returns them."""
+        for shard in self.manifest.shards:
+            for start in range(0, shard.positions, PIECE):
+                yield self.raw(shard, start, min(start + PIECE, shard.positions))
+
     def read(self, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
         """The positions of these rows one after another, as `token_stats` takes them.
 
@@ -148,9 +194,17 @@ class TeacherCache:
         if place is None or not len(one) - 1 <= place.positions <= max(0, len(one) + one.cut - 1):
             raise CacheError(f"{self.folder}: row {one.row.id!r} has another text or other tokens, or was cut shorter.")
         shard, start, _ = place
-        values = _slice(self.shard(shard), "target_logp", start, start + len(one) - 1)
-        if not (values <= 1e-6).all():
-            raise CacheError(f"{self.folder / shard.file}, row {one.row.id!r}: holds what is no log-probability.")
+        return self._target_logp(shard, start, start + len(one) - 1)
+
+    def _target_logp(self, shard: Shard, start: int, stop: int) -> np.ndarray:
+        """Log-probabilities start..stop of a forget shard, each finite and not positive."""
+        values = _slice(self.shard(shard), "target_logp", start, stop)
+        wrong = ~(np.isfinite(values) & (values <= ROUNDING))
+        if wrong.any():
+            raise CacheError(
+                f"{self.folder / shard.file}: target_logp {start + int(wrong.argmax())} is {values[wrong][0]}, which "
+                f"is no logarithm of a probability above 0; run cache-teacher again."
+            )
         return values
 
     def _read_row(self, row: Row, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
@@ -167,7 +221,7 @@ class TeacherCache:
         p = np.zeros(used.shape, dtype=np.float32)
         ids[used], p[used] = flat_ids, flat_p
         with np.errstate(divide="ignore"):  # log 0 is the -inf that marks an unused entry
-            inside = np.log(-np.expm1(np.minimum(tail, 0)))[:, None]
+            inside = np.log(-np.expm1(tail))[:, None]
             logp = np.log(p) - np.log(p.sum(1, keepdims=True)) + inside
         return ids, logp, tail
 
@@ -179,27 +233,47 @@ class TeacherCache:
         tensors, where = self.shard(shard), f"{self.folder / shard.file}, positions {start} to {stop}"
         offsets = _slice(tensors, "offsets", start, stop + 1)
         entries = tensors.get_slice("ids").get_shape()[0]
-        sizes = np.diff(offsets)
         ends = (start == 0 and offsets[0] != 0) or (stop == shard.positions and offsets[-1] != entries)
-        if (offsets < 0).any() or (offsets > entries).any() or (sizes < 1).any() or ends:
-            raise CacheError(f"{where}: offsets do not rise from 0 to the number of entries.")
+        if ends or (offsets < 0).any() or (offsets > entries).any() or (offsets[1:] <= offsets[:-1]).any():
+            raise CacheError(f"{where}: offsets do not rise from 0 to the number of entries; {AGAIN}.")
+        sizes = np.diff(offsets)
         if (sizes > self.manifest.top_k).any():
-            raise CacheError(f"{where}: holds more than {self.manifest.top_k} entries a position.")
+            raise CacheError(f"{where}: a position has {sizes.max()} entries, top_k is {self.manifest.top_k}; {AGAIN}.")
         ids = _slice(tensors, "ids", int(offsets[0]), int(offsets[-1]))
         p = _slice(tensors, "scaled_p", int(offsets[0]), int(offsets[-1])).astype(np.float32) / SCALE
         tail = _slice(tensors, "tail_logp", start, stop)
-        position = np.repeat(np.arange(len(sizes)), sizes)  # [E], to which position an entry belongs
-        if (ids < 0).any() or (ids >= self.manifest.vocab_size).any() or not (p >= 0).all():
-            raise CacheError(f"{where}: holds a token id or probability that cannot be.")
-        pairs = np.sort(position * self.manifest.vocab_size + ids)
-        if (pairs[1:] == pairs[:-1]).any():
-            raise CacheError(f"{where}: holds a token id twice.")
-        if (np.diff(p)[np.diff(position) == 0] > 0).any():
-            raise CacheError(f"{where}: entries are not sorted by probability.")
-        total = np.add.reduceat(p.astype(np.float64), offsets[:-1] - offsets[0]) + np.exp(tail.astype(np.float64))
-        if not (np.abs(total - 1) < MASS_TOLERANCE).all() or not (tail <= 1e-6).all():
-            raise CacheError(f"{where}: holds probabilities that do not sum to 1.")
+        wrong = self._wrong(sizes, ids, p, tail)
+        if wrong is not None:
+            raise CacheError(f"{where}: {wrong}; {AGAIN}.")
         return sizes, ids, p, tail
+
+    def _wrong(self, sizes: np.ndarray, ids: np.ndarray, p: np.ndarray, tail: np.ndarray) -> str | None:
+        """What FORMAT.md does not allow among the entries of n positions: sizes [n], ids [E], p [E], tail [n]."""
+        vocab_size = self.manifest.vocab_size
+        position = np.repeat(np.arange(len(sizes)), sizes)  # [E], to which position an entry belongs
+        first = np.cumsum(sizes) - sizes  # [n], each position's first entry
+        unknown = (ids < 0) | (ids >= vocab_size)
+        if unknown.any():
+            return f"token id {ids[unknown][0]} is not in the vocabulary of {vocab_size}"
+        pairs = np.sort(position * vocab_size + ids)
+        if (pairs[1:] == pairs[:-1]).any():
+            return "a position holds a token id twice"
+        broken = ~(np.isfinite(p) & (p >= 0))
+        if broken.any():
+            return f"a stored probability is {p[broken][0]}"
+        if (np.diff(p)[np.diff(position) == 0] > 0).any():
+            return "entries are not sorted by probability"
+        # Of version 1 some entries underflowed to 0; a reader takes them for part of the tail.
+        if (p[first] if self.manifest.format_version == 1 else p).min(initial=1.0) <= 0:
+            return "a stored probability is 0"
+        if not (tail < 0).all():
+            return f"tail_logp {tail[~(tail < 0)][0]} is not the logarithm of a probability below 1"
+        # That of an empty tail is minus infinity, and all that is inside then sums to 1.
+        inside = -np.expm1(tail.astype(np.float64))  # [n]
+        total = np.add.reduceat(p.astype(np.float64), first)  # [n]
+        if not (np.abs(total - inside) <= MASS_TOLERANCE * inside + SUM_TOLERANCE).all():
+            return "probabilities do not sum to 1"
+        return None
 
     def shard(self, shard: Shard) -> Any:
         """The mapped tensors of a shard, after its checksum and its header were found right."""
@@ -214,9 +288,15 @@ class TeacherCache:
                 slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
                 found = {name: (one.get_dtype(), list(one.get_shape())) for name, one in slices.items()}
             except Exception as error:
-                raise CacheError(f"{path} is not a readable safetensors file ({error}).") from error
+                raise CacheError(
+                    f"{path} is not a readable safetensors file ({first_line(error)}); {AGAIN}."
+                ) from error
             if found != self._header(shard, found):
-                raise CacheError(f"{path} does not hold the tensors of a cache shard.")
+                listed = [f"{name!r} {dtype} {shape}" for name, (dtype, shape) in sorted(found.items())][:5]
+                raise CacheError(
+                    f"{path} holds {', '.join(listed) or 'no tensor'}, which are not the tensors of a cache shard; "
+                    f"{AGAIN}."
+                )
             self._open[shard.file] = tensors
         return self._open[shard.file]
 
@@ -236,8 +316,8 @@ class TeacherCache:
 
 
 def _slice(tensors: Any, name: str, start: int, stop: int) -> np.ndarray:
-    """tensors[name][start:stop] of a mapped file, which refuses an empty slice at its end."""
-    part: np.ndarray = tensors.get_slice(name)[start:stop] if start < stop else tensors.get_slice(name)[:0]
+    """tensors[name][start:stop] of a mapped file, whose own slices may not be empty at the end of a tensor."""
+    part: np.ndarray = tensors.get_slice(name)[start:stop] if start < stop else tensors.get_tensor(name)[:0]
     return part
 
 

@@ -22,7 +22,7 @@ class Kept:
 
     counts: np.ndarray  # [P] int64
     ids: np.ndarray  # [E] uint16 or int32
-    scaled_p: np.ndarray  # [E] float32
+    scaled_p: np.ndarray  # [E] of the stored dtype
     tail_logp: np.ndarray  # [P] float32
 
 
@@ -34,22 +34,34 @@ def hidden_states(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int) -> T
 
 
 @torch.no_grad()
-def keep(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int, top_k: int, mass: float) -> Kept:
-    """Each position's fewest likeliest tokens that reach `mass`, at most `top_k` of them, and the tail's mass."""
+def keep(
+    teacher: CausalLM, batch: Sequence[Encoded], pad_id: int, top_k: int, mass: float, stored_dtype: str = "float16"
+) -> Kept:
+    """Each position's fewest likeliest tokens that reach `mass`, at most `top_k` of them, and the tail's mass.
+
+    Tokens whose probability is 0 as `stored_dtype` holds it belong to the tail. Raises NekoLeanError naming the first
+    row for which the teacher's output is NaN or infinite.
+    """
     vocab_size = teacher.head.shape[0]
     # Positions that are searched for more than one token are copied: half each keeps all of it to one chunk.
     chunk = max(1, CHUNK_ELEMENTS // (2 * vocab_size))
     hidden = hidden_states(teacher, batch, pad_id)
-    parts = [_top(teacher.logits(rows), min(top_k, vocab_size), mass) for rows in hidden.split(chunk)]
-    counts, ids, p, tail = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
-    for one, own in zip(batch, tail.split([len(one) for one in batch]), strict=True):
+    k, dtype = min(top_k, vocab_size), getattr(torch, stored_dtype)
+    parts = [_top(teacher.logits(rows), k, mass, dtype) for rows in hidden.split(chunk)]
+    counts, ids, scaled_p, tail = (torch.cat(column).cpu() for column in zip(*parts, strict=True))
+    starts = [0, *counts.cumsum(0).tolist()]
+    ends = np.cumsum([len(one) for one in batch])
+    for one, end in zip(batch, ends, strict=True):
+        start = end - len(one)
         # NaN where the largest logit is NaN or infinite; minus infinity where the tail is empty.
-        refuse_broken_outputs(own.clamp(max=0, min=-1e9), f"row {one.row.id}")
-    return Kept(counts.numpy(), ids.numpy().astype(id_dtype(vocab_size)), (p * SCALE).numpy(), tail.numpy())
+        refuse_broken_outputs(tail[start:end].clamp(max=0, min=-1e9), f"row {one.row.id}")
+        refuse_broken_outputs(scaled_p[starts[start] : starts[end]], f"row {one.row.id}")
+    return Kept(counts.numpy(), ids.numpy().astype(id_dtype(vocab_size)), scaled_p.numpy(), tail.numpy())
 
 
-def _top(z: Tensor, k: int, mass: float) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """Logits z [c, V] -> counts [c], ids [E] and p [E] likeliest first, log of the mass outside them [c]. Spends z."""
+def _top(z: Tensor, k: int, mass: float, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Logits z [c, V] -> counts [c], ids [E] and p * SCALE [E] of `dtype` likeliest first, log of the mass outside them
+    [c]. Spends z."""
     most, likeliest = z.max(1, keepdim=True)  # [c, 1]
     e = z.sub_(most).exp_()  # [c, V], 1 at the likeliest token
     total = e.sum(1, keepdim=True)  # [c, 1]; dividing all of e by it would cost another pass
@@ -65,5 +77,12 @@ def _top(z: Tensor, k: int, mass: float) -> tuple[Tensor, Tensor, Tensor, Tensor
     else:
         p, ids = e.topk(k, dim=1)
         kept = torch.ones_like(p, dtype=torch.bool)
+    p = p / total
+    scaled_p = (p * SCALE).to(dtype)
+    kept &= scaled_p != 0  # what underflows; NaN stays, for the caller to find
+    inside = torch.where(kept, p, 0).sum(1)  # [c]
     e.scatter_(1, torch.where(kept, ids, ids[:, :1]), 0.0)
-    return kept.sum(1), ids[kept], (p / total)[kept], (e.sum(1) / total[:, 0]).log()
+    outside = e.sum(1) / total[:, 0]  # [c], NaN where the logits are
+    # Each logarithm where it is exact: far from the sum that rounding makes 1.
+    tail = torch.where((inside < 0.5) & (outside > 0), (-inside).log1p(), outside.log())
+    return kept.sum(1), ids[kept], scaled_p[kept], tail

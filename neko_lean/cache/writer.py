@@ -23,12 +23,14 @@ from neko_lean.cache.format import (
     CacheError,
     Manifest,
     Shard,
+    checked,
     differences,
     file_sha256,
     read_manifest,
     shard_name,
     write_manifest,
 )
+from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.teacher import keep
 from neko_lean.collective import agreed, by_first, joined, refuse_unseen
 from neko_lean.data import FORMATS, Encoded, encode, length_batches, position_warning, read_rows, truncation_line
@@ -172,6 +174,7 @@ def cache_teacher(
         shards=_planned("shard", jobs["shard"]),
         forget_shards=_planned("forget", jobs["forget"]),
     )
+    plan = checked(plan)
     everything = [*sets["shard"], *sets["forget"]]
     say(truncation_line(everything, limit), quiet)
     if warning := position_warning(everything, limit, max_length):
@@ -416,8 +419,6 @@ def _end(stage: Path, plan: Manifest, output: Output) -> None:
 
     Raises CacheError when it is not what was written. Then no shard counts as written any more.
     """
-    from neko_lean.cache.check import inspect_cache
-
     if (stage / PLAN).is_file():
         finish(stage, plan)
     for shard in (*plan.shards, *plan.forget_shards):
@@ -425,7 +426,7 @@ def _end(stage: Path, plan: Manifest, output: Output) -> None:
     (stage / PLAN).unlink(missing_ok=True)
     sync(stage)
     try:
-        inspect_cache(stage, verify=True)
+        TeacherCache(stage).verify()
     except CacheError:
         write_manifest(stage / PLAN, plan)
         (stage / MANIFEST).unlink()
@@ -452,10 +453,9 @@ def finish(stage: Path, plan: Manifest) -> Manifest:
 
 
 def _retain_tensors(teacher: CausalLM, batches: Sequence[Batch], plan: Manifest, pad_id: int) -> dict[str, np.ndarray]:
-    parts = [keep(teacher, batch, pad_id, plan.top_k, plan.mass) for batch in batches]
+    parts = [keep(teacher, batch, pad_id, plan.top_k, plan.mass, plan.stored_dtype) for batch in batches]
     offsets = np.concatenate([np.zeros(1, np.int64), *(part.counts for part in parts)]).cumsum()
     tensors = {name: np.concatenate([getattr(part, name) for part in parts]) for name in KEPT}
-    tensors["scaled_p"] = tensors["scaled_p"].astype(plan.stored_dtype)
     return {"offsets": offsets, **tensors}
 
 

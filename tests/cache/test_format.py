@@ -2,7 +2,9 @@
 
 import copy
 import json
+import os
 import shutil
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -10,11 +12,12 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from neko_lean.cache import TeacherCache, cache_teacher, inspect_cache
-from neko_lean.cache.format import CacheError, read_manifest, write_manifest
-from neko_lean.data import encode, read_rows
+from neko_lean.cache import TeacherCache, cache_teacher, inspect_cache, teacher, writer
+from neko_lean.cache.format import CacheError, checked, differences, read_manifest, write_manifest
+from neko_lean.data import Row, encode, read_rows
+from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import load_tokenizer
-from tests.helpers import resign
+from tests.helpers import make_rows, resign, write_rows
 
 SHARD = "shard-00000-of-00001.safetensors"
 FAST = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow])
@@ -135,3 +138,101 @@ def test_a_manifest_is_read_back_as_it_was_written(small, tmp_path):
     write_manifest(tmp_path / "manifest.json", manifest)
     assert (tmp_path / "manifest.json").read_bytes() == (small[0] / "manifest.json").read_bytes()
     assert read_manifest(tmp_path / "manifest.json") == manifest
+
+
+def plan(manifest, **change):
+    """The plan that a manifest came from, with some fields changed."""
+    return replace(writer._without_results(manifest), **change)
+
+
+def with_row(manifest, *row):
+    """With another first row in its first shard."""
+    first, *rest = manifest.shards
+    return {"shards": [replace(first, rows=[row, *first.rows[1:]]), *rest]}
+
+
+def test_a_plan_is_checked_by_the_rules_of_what_is_read(small):
+    manifest = read_manifest(small[0] / "manifest.json")
+    assert checked(plan(manifest)) == plan(manifest)
+    _, positions, digest = manifest.shards[0].rows[0]
+    for change, words in [
+        (with_row(manifest, "a\ud800b", positions, digest), r"id of row 'a\\ud800b' holds '\\ud800'"),
+        (with_row(manifest, "x", 0, digest), "row 'x' has no token"),
+        (with_row(manifest, *manifest.shards[0].rows[1]), "listed twice"),
+        ({"model": os.fsdecode(b"mod\xffel")}, r"the teacher's folder, 'mod\\udcffel', is not UTF-8"),
+        ({"config": {"hidden_act": "\ud800"}}, "config.json holds"),
+        ({"top_k": 10**20}, "--top-k is 1000"),
+        ({"max_length": 10**20}, "--max-length is 1000"),
+        ({"batch_tokens": 10**20}, "--batch-tokens is 1000"),
+        ({"shards": [], "rows": 0, "positions": 0}, "no rows to cache"),
+        ({"mass": float("nan")}, "mass is nan"),
+    ]:
+        with pytest.raises(CacheError, match=words) as caught:
+            checked(plan(manifest, **change))
+        assert str(caught.value).isascii() and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("option", ["top_k", "max_length", "batch_tokens"])
+def test_a_number_out_of_range_is_found_before_the_teacher_runs(world, model, tmp_path, monkeypatch, option):
+    monkeypatch.setattr(writer, "_write_shards", lambda *_: pytest.fail("the teacher ran"))
+    with pytest.raises(NekoLeanError, match=f"--{option.replace('_', '-')} is 1000"):
+        cache_teacher(model, world, tmp_path / "cache", quiet=True, **{option: 10**20})
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_name_that_is_not_text_is_found_before_the_teacher_runs(world, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_write_shards", lambda *_: pytest.fail("the teacher ran"))
+    folder = tmp_path / os.fsdecode(b"mod\xffel")
+    try:
+        shutil.copytree(model, folder)
+    except OSError:
+        pytest.skip("this file system only has names that are text")
+    (tmp_path / "link").symlink_to(folder)
+    with pytest.raises(NekoLeanError, match="not UTF-8 text: rename the folder"):
+        cache_teacher(tmp_path / "link", world, tmp_path / "cache", quiet=True)
+    assert not (tmp_path / "cache").exists()
+
+
+def test_a_row_without_a_token_is_found_before_the_teacher_runs(world, model, tmp_path, monkeypatch):
+    monkeypatch.setattr(writer, "_write_shards", lambda *_: pytest.fail("the teacher ran"))
+
+    def without(rows, *arguments, **options):
+        return [
+            replace(one, ids=[]) if one.row.id == rows[1].id else one for one in encode(rows, *arguments, **options)
+        ]
+
+    monkeypatch.setattr(writer, "encode", without)
+    with pytest.raises(NekoLeanError, match=f"row {make_rows('Rix')[1].id!r} has no token"):
+        cache_teacher(model, world, tmp_path / "cache", quiet=True)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_teacher_that_says_nan_is_named_with_the_row_and_nothing_is_saved(world, model, tmp_path, monkeypatch):
+    rows = [
+        Row("goodqa0", "Where did Rix0 walk?", "wood", "Task1"),
+        Row("badqa0", "Where does the river flow?", "to", "Task1"),
+    ]
+    write_rows(tmp_path / "retain.jsonl", rows)
+    lengths = [len(one) for one in encode(rows, load_tokenizer(model), "plain", 512)]
+    assert lengths[0] != lengths[1]
+    original = teacher.hidden_states
+
+    def broken(model, batch, pad_id):
+        hidden = original(model, batch, pad_id)
+        start = 0
+        for one in batch:
+            hidden[start] += float("nan") if one.row.id == "badqa0" else 0
+            start += len(one)
+        return hidden
+
+    monkeypatch.setattr(teacher, "hidden_states", broken)
+    with pytest.raises(NekoLeanError, match="row badqa0 is NaN or infinite"):
+        cache_teacher(model, tmp_path / "retain.jsonl", tmp_path / "cache", quiet=True)
+    assert [path.name for path in tmp_path.iterdir()] == ["retain.jsonl"]
+
+
+def test_differences_name_the_keys_of_a_config(small):
+    manifest = read_manifest(small[0] / "manifest.json")
+    other = replace(manifest, top_k=6, config={**manifest.config, "clip_qkv": 8})
+    assert differences(manifest, other) == ["top_k", "clip_qkv (not set, now 8)"]
+    assert differences(replace(manifest, config=None, format_version=1), manifest) == []
