@@ -301,8 +301,8 @@ def test_a_cache_that_was_completed_meanwhile_is_not_made_again(run, tmp_path, m
 
     @contextmanager
     def late(output):
-        if not others:
-            others.append(out)
+        others.append(output)
+        if len(others) == 2:  # the first time it only looks
             assert run("cache-teacher", out, *change).exit_code == 0
             monkeypatch.setattr(writer, "_write_shards", die)
         with locked_(output):
@@ -325,7 +325,7 @@ def test_a_cache_tells_its_own_numbers_and_not_the_next_ones(arguments, tmp_path
     def then_another(output):
         with locked_(output):
             yield
-        if not others:
+        if out.exists() and not others:
             others.append(output)
             assert run("cache-teacher", out, "--top-k", 5, "--overwrite").exit_code == 0
 

@@ -136,7 +136,7 @@ def cache_teacher(
     place, precision, folder = pick_device(device), pick_dtype(dtype), model_folder(model)
     inputs = [folder, retain, forget, anchor]
     output = claim_folder(out, "partial", inputs, overwrite=overwrite, resume=resume)
-    by_first(explained_write_errors(output.path)(lambda: _refuse_what_is_there(output, resume)))
+    by_first(lambda: _refuse_what_is_there(output, resume))
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
     limit = usable_length(folder, max_length)
@@ -235,10 +235,11 @@ def _planned(kind: str, jobs: Sequence[Sequence[Batch]]) -> list[Shard]:
 
 
 def _refuse_what_is_there(output: Output, resume: bool) -> None:
-    """Raise NekoLeanError, before the teacher is loaded, where something is in the way."""
-    if not (resume and (output.path / MANIFEST).is_file()):
-        refuse_occupied(output)
-    _refuse_unfinished(output, resume)
+    """Raise NekoLeanError, before the teacher is loaded, where something is in the way: another process, too."""
+    with locked(output), explained_write_errors(output.path):
+        if not (resume and (output.path / MANIFEST).is_file()):
+            refuse_occupied(output)
+        _refuse_unfinished(output, resume)
 
 
 def _refuse_unfinished(output: Output, resume: bool) -> None:
