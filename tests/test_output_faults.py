@@ -295,6 +295,19 @@ def test_a_run_that_replaces_an_output_can_be_resumed(run, tmp_path, command, mo
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
 
 
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_run_left_that_began_a_complete_output_again_goes(run, tmp_path, command, monkeypatch):
+    out = tmp_path / "out"
+    assert run(command, out).exit_code == 0
+    stage, before = interrupt(command, run, out, monkeypatch, "--overwrite"), tree(out)
+    assert run(command, out, "--resume").exit_code == 0
+    assert not stage.exists() and tree(out) == before
+    # Another run's stays.
+    interrupt(command, run, out, monkeypatch, "--overwrite", *OTHER[command][0])
+    assert run(command, out, "--resume").exit_code == 0
+    assert stage.exists() and tree(out) == before
+
+
 @pytest.mark.parametrize("change", [(), ("--top-k", 5)])
 def test_a_cache_that_was_completed_meanwhile_is_not_made_again(run, tmp_path, monkeypatch, change):
     out, locked_, others = tmp_path / "out", writer.locked, []

@@ -292,6 +292,7 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None
                 # Only now: until the lock was held, another run may have completed or replaced it.
                 if resume and _is_complete(output, plan):
                     remove_replaced(output)
+                    _clear_own_work(output, plan)
                     return True
                 refuse_occupied(output)
                 _refuse_unfinished(output, resume)
@@ -313,6 +314,15 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None
                 with suppress(OSError):
                     remove_tree(stage)
             raise
+
+
+def _clear_own_work(output: Output, plan: Manifest) -> None:
+    """With the output complete, remove the work folder of a run that began it again; another run's stays."""
+    for name in (PLAN, MANIFEST):
+        if (output.work / name).is_file():
+            if not differences(plan, _without_results(read_manifest(output.work / name))):
+                clear_work(output)
+            return
 
 
 def _begin(output: Output, plan: Manifest, resume: bool) -> None:
