@@ -15,11 +15,13 @@ from __future__ import annotations
 import argparse
 import json
 import random
+import re
 import shutil
 import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -190,9 +192,10 @@ def follow(trial: Trial, known: dict[Job, Known], at_first: str | None) -> None:
         trial.faults.append("the user's file is not what it was")
         trial.counts["wrong bytes"] += 1
     said = "\n".join(trial.told)
-    mine_too = {trial.users.parent.name} if mine else set()
-    expected = {trial.out.name, *unfinished_of_others(ends), *mine_too}
-    left = sorted(path.name for path in trial.folder.iterdir() if path.name not in expected and path.name not in said)
+    expected = {trial.out.name, *([trial.users.parent.name] if mine else [])}
+    waiting = unfinished_of_others(ends)
+    left = sorted({path.name for path in trial.folder.iterdir()} - expected)
+    left = [name for name in left if name not in said and not waiting(name)]
     if left:
         trial.faults.append(f"left behind: {left}")
         trial.counts["left behind"] += 1
@@ -200,12 +203,19 @@ def follow(trial: Trial, known: dict[Job, Known], at_first: str | None) -> None:
         inspect_cache(trial.out, verify=True)
 
 
-def unfinished_of_others(ends: dict[Job, Outcome]) -> set[str]:
-    """Work folders of commands that may yet go on, at another time: another command's output is in their way."""
+def unfinished_of_others(ends: dict[Job, Outcome]) -> Callable[[str], bool]:
+    """Whether a name is that of what a command left that may yet go on, once another command's output is moved out of
+    its way: a work folder, or of a report the temporary file."""
     done = {job.command for job, one in ends.items() if one.ended == "ok"}
-    kinds = {WORK.get(command, "saved") for command in done}
-    open_kinds = {WORK.get(job.command, "saved") for job, one in ends.items() if one.ended == "refused"}
-    return {f".out.{kind}" for kind in open_kinds - kinds} if done else set()
+    waiting = {job.command for job, one in ends.items() if one.ended == "refused"} - done
+    cleared = {WORK.get(command, "saved") for command in done - {"report"}}
+    folders = {f".out.{kind}" for kind in {WORK.get(command, "saved") for command in waiting} - cleared}
+
+    def expected(name: str) -> bool:
+        temporary = "report" in waiting and re.fullmatch(r"\.out\.\d+\.tmp", name) is not None
+        return bool(done) and (name in folders or temporary)
+
+    return expected
 
 
 def name_of(digest: str | None, known: dict[Job, Known]) -> str:
@@ -301,7 +311,7 @@ def finish(totals: dict[str, Counter[str]], out: Path | None, seed: int) -> None
     table = Table("command", *columns, title="two processes on one output")
     for command, counts in totals.items():
         table.add_row(command, *(str(counts[column]) for column in columns))
-    Console(width=140).print(table)
+    Console(width=170).print(table)
     if out:
         found = {command: dict(counts) for command, counts in totals.items()}
         out.write_text(json.dumps({"device": "CPU", "seed": seed, "commands": found}, indent=1) + "\n")

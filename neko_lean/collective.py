@@ -27,6 +27,7 @@ from neko_lean.ranks import leads, local_rank, rank, size
 T = TypeVar("T")
 # A rank may wait for another that works on for hours; one that has died is noticed by its closed connection.
 PATIENCE = timedelta(days=7)
+_PEER_HAS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's errors
 
 
 @contextmanager
@@ -39,16 +40,16 @@ def joined() -> Iterator[None]:
     if torch.cuda.is_available():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local_rank())
-    dist.init_process_group(backend, timeout=PATIENCE)
     try:
+        dist.init_process_group(backend, timeout=PATIENCE)
         yield
+        # Together, or gloo's threads abort a process whose peer has gone first. After an error the connections stay:
+        # taking them down waits for ranks that may be waiting themselves.
+        gather(None)
     except RuntimeError as error:
-        if "Connection closed by peer" in str(error) or "Connection reset by peer" in str(error):
+        if any(words in str(error) for words in _PEER_HAS_GONE):
             raise NekoLeanError("another rank has ended, so this one ends too: what it said is above.") from error
         raise
-    # Together, or gloo's threads abort a process whose peer has gone first. After an error the connections stay: taking
-    # them down waits for ranks that may be waiting themselves.
-    gather(None)
     dist.destroy_process_group()
 
 

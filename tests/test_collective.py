@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from neko_lean import collective
 from neko_lean.cache import cache_teacher, writer
 from neko_lean.cache.format import file_sha256
 from neko_lean.cli import app
@@ -36,6 +37,21 @@ def test_torchrun_says_who_this_is(monkeypatch):
     with alone():
         assert (rank(), size(), leads()) == (0, 1, True)
     assert size() == 4
+
+
+@pytest.mark.parametrize("when", ["while it connects", "while it works", "at the very end"])
+def test_a_rank_that_has_gone_is_one_sentence(monkeypatch, when):
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+
+    def gone(now):
+        if now == when:
+            raise RuntimeError("[pair.cc:553] Connection closed by peer [127.0.0.1]:40135. GLHF!")
+
+    monkeypatch.setattr(collective.dist, "init_process_group", lambda *_, **__: gone("while it connects"))
+    monkeypatch.setattr(collective, "gather", lambda _: gone("at the very end"))
+    with pytest.raises(NekoLeanError, match="another rank has ended"), collective.joined():
+        gone("while it works")
 
 
 def test_two_processes_write_the_bytes_of_one(world, model, tmp_path, monkeypatch):

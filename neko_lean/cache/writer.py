@@ -138,7 +138,7 @@ def cache_teacher(
     place, precision, folder = pick_device(device), pick_dtype(dtype), model_folder(model)
     inputs = [folder, retain, forget, anchor]
     output = claim_folder(out, "partial", inputs, overwrite=overwrite, resume=resume)
-    by_first(explained_write_errors(output.path)(lambda: _refuse_what_is_there(output, resume)))
+    by_first(lambda: _refuse_what_is_there(output, resume))
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
     limit = usable_length(folder, max_length)
@@ -238,10 +238,11 @@ def _planned(kind: str, jobs: Sequence[Sequence[Batch]]) -> list[Shard]:
 
 
 def _refuse_what_is_there(output: Output, resume: bool) -> None:
-    """Raise NekoLeanError, before the teacher is loaded, where something is in the way."""
-    if not (resume and (output.path / MANIFEST).is_file()):
-        refuse_occupied(output)
-    _refuse_unfinished(output, resume)
+    """Raise NekoLeanError, before the teacher is loaded, where something is in the way: another process, too."""
+    with locked(output), explained_write_errors(output.path):
+        if not (resume and (output.path / MANIFEST).is_file()):
+            refuse_occupied(output)
+        _refuse_unfinished(output, resume)
 
 
 def _refuse_unfinished(output: Output, resume: bool) -> None:
@@ -294,6 +295,7 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None
                 # Only now: until the lock was held, another run may have completed or replaced it.
                 if resume and _is_complete(output, plan):
                     remove_replaced(output)
+                    _clear_own_work(output, plan)
                     return True
                 refuse_occupied(output)
                 _refuse_unfinished(output, resume)
@@ -315,6 +317,15 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None
                 with suppress(OSError):
                     remove_tree(stage)
             raise
+
+
+def _clear_own_work(output: Output, plan: Manifest) -> None:
+    """With the output complete, remove the work folder of a run that began it again; another run's stays."""
+    for name in (PLAN, MANIFEST):
+        if (output.work / name).is_file():
+            if not differences(plan, _without_results(read_manifest(output.work / name))):
+                clear_work(output)
+            return
 
 
 def _begin(output: Output, plan: Manifest, resume: bool) -> None:

@@ -194,7 +194,7 @@ def score(
         "device": place.type,
     }
     made = made_from(plan, options)
-    done = finished_score(output, made) if resume else None
+    done = finished_score(output, made, plan) if resume else None
     if done is not None:
         say(f"{output.path} is complete: nothing to do.", quiet)
         if results is not None:

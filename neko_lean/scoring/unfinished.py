@@ -112,11 +112,8 @@ def _begin(output: Output, plan: Mapping[str, Any], resume: bool) -> None:
     stage.mkdir(exist_ok=True)
     path = stage / PLAN
     if path.is_file():
-        try:
-            begun = json.loads(path.read_text(encoding="utf-8"))
-        except (ValueError, RecursionError):
-            begun = None
-        if not isinstance(begun, dict):
+        begun = _begun(stage)
+        if begun is None:
             raise NekoLeanError(f"{path} is damaged, so nobody can say what was begun: start anew with --overwrite.")
         changed = plan_differences(begun, plan)
         if changed:
@@ -130,6 +127,15 @@ def _begin(output: Output, plan: Mapping[str, Any], resume: bool) -> None:
     parts = {part.name for part in stage.glob(PARTS)}
     empty_folder(stage, keep=lambda name: name == PLAN or name in parts)
     write_atomically(path, json.dumps(plan, indent=1) + "\n")
+
+
+def _begun(stage: Path) -> dict[str, Any] | None:
+    """The plan in a work folder, where there is one that can be read."""
+    try:
+        found = json.loads((stage / PLAN).read_text(encoding="utf-8"))
+    except (FileNotFoundError, ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
 
 
 def plan_differences(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
@@ -163,9 +169,11 @@ def made_from(plan: Mapping[str, Any], options: Mapping[str, Any]) -> str:
     return hashlib.sha256(json.dumps([plan, options], sort_keys=True).encode()).hexdigest()
 
 
-def finished_score(output: Output, made: str) -> dict[str, Any] | None:
+def finished_score(output: Output, made: str, plan: Mapping[str, Any]) -> dict[str, Any] | None:
     """The scores of this very run if it is complete already: in its place, or in its work folder, from where it is
-    moved there now. Raises NekoLeanError when another process is writing the output, or when the move fails."""
+    moved there now. The work folder of a run with this plan is removed; another run's stays.
+
+    Raises NekoLeanError when another process is writing the output, or when the move fails."""
 
     def look() -> dict[str, Any] | None:
         if _scores(output.path, made) is None and _scores(output.work, made) is None:
@@ -179,6 +187,9 @@ def finished_score(output: Output, made: str) -> dict[str, Any] | None:
                 refuse_strange_work(output)
                 _end(output)
             remove_replaced(output)
+            begun = _begun(output.work)
+            if begun is not None and not plan_differences(begun, plan):
+                clear_work(output)  # it began again what is complete
             return _scores(output.path, made)
 
     return by_first(look)
