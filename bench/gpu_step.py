@@ -2,8 +2,8 @@
 
     .venv/bin/python bench/gpu_step.py ../shared/data/lume --out bench-gpu-step.json
 
-32 forget and 32 retain rows of LUME a step, recipe `neko`, as in bench/step.py. Both ways take turns. The teacher's pass
-is over LUME's retain rows at 512 tokens, in batches of 8192 tokens, and writes no files.
+32 forget and 32 retain rows of LUME a step, recipe `neko`, as in bench/step.py. Both ways take turns. The teacher's
+pass is over LUME's retain rows at 512 tokens, in batches of 8192 tokens, and writes no files.
 """
 
 from __future__ import annotations

@@ -47,7 +47,7 @@ from neko_lean.twomodels import WAYS, Way, two_model_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-# cuBLAS's and cuBLASLt's workspaces as PyTorch allocates them on a Hopper card, 32 MiB each; other cards have smaller ones.
+# cuBLAS's and cuBLASLt's workspaces as PyTorch allocates them on a Hopper card, 32 MiB each; smaller on other cards.
 WORKSPACES = 2**26
 CONTEXT = 600 * 2**20 + WORKSPACES  # what CUDA and its libraries take of a card in addition to tensors
 # glibc maps blocks from this size on one by one and returns each when it is freed; smaller ones lie in its heap, which
