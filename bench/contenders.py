@@ -25,6 +25,7 @@ from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.data import encode, pad, read_rows, write_jsonl
 from neko_lean.demo.run import write_base
+from neko_lean.determinism import deterministic
 from neko_lean.layerwise import LayerPass, decoder_layers
 from neko_lean.memory import predict, resident
 from neko_lean.modeling import checkpoint_activations, load_model, pick_device
@@ -239,7 +240,8 @@ def main() -> None:
     torch.manual_seed(0)
     try:
         if options.name.startswith("lean"):
-            result = lean(options.work, options.passes, device, options.name == "lean-offloaded")
+            with deterministic(device):  # as `unlearn` does
+                result = lean(options.work, options.passes, device, options.name == "lean-offloaded")
         else:
             way = LEAN if options.name == "two-bf16" else PUBLISHED
             result = two_models(options.work, options.passes, device, way)

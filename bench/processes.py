@@ -19,6 +19,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+# A child cannot use CUDA once its parent has, and bitsandbytes does so when it is imported.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
 import torch
 
 from neko_lean.errors import NekoLeanError

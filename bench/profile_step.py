@@ -23,9 +23,11 @@ from contenders import STEPS, _encoded, clock, prepare, rows_a_step, title
 from rich.console import Console
 from rich.table import Table
 from torch import nn
+from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 from neko_lean.cache import TeacherCache
+from neko_lean.determinism import deterministic
 from neko_lean.layerwise import LayerPass, decoder_layers
 from neko_lean.modeling import CausalLM, load_model, pick_device
 from neko_lean.optim import InBackwardAdam8bit
@@ -120,9 +122,11 @@ def group(name: str) -> str:
 
 
 def operators(found: profile, device: torch.device) -> dict[str, float]:
-    """Seconds that each operator spent itself, the longest first."""
+    """Seconds that each operator spent itself, the longest first; on a GPU those of the kernels it launched, which the
+    profiler lists a second time by their own names."""
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    spent = {one.key: getattr(one, own) / 1e6 for one in found.key_averages()}
+    by_host = (one for one in found.key_averages() if one.device_type == DeviceType.CPU)
+    spent = {one.key: getattr(one, own) / 1e6 for one in by_host}
     return dict(sorted(spent.items(), key=lambda pair: -pair[1]))
 
 
@@ -163,11 +167,12 @@ def main() -> None:
     layers = decoder_layers(lm)
     walk = LayerPass(lm, layers)
     optimizer = InBackwardAdam8bit(lm.model.named_parameters())
-    take_step(walk, optimizer, batches[0], recipe, device)
-    phases = take_step(walk, optimizer, batches[1], recipe, device)
     cuda = [ProfilerActivity.CUDA] if device.type == "cuda" else []
-    with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
-        take_step(walk, optimizer, batches[2], recipe, device)
+    with deterministic(device):  # as `unlearn` does
+        take_step(walk, optimizer, batches[0], recipe, device)
+        phases = take_step(walk, optimizer, batches[1], recipe, device)
+        with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
+            take_step(walk, optimizer, batches[2], recipe, device)
     spent = operators(profiler, device)
     lengths = [len(one) for one in [*forget[parts[1]], *retain[parts[1]]]]
     counted = step_flops(lm, layers, batches[1], lengths)

@@ -22,7 +22,7 @@ import torch.distributed.nn.functional
 from torch import Tensor
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.ranks import leads, local_rank, rank, size
+from neko_lean.ranks import leads, local_rank, local_size, rank, size
 
 T = TypeVar("T")
 # A rank may wait for another that works on for hours; one that has died is noticed by its closed connection.
@@ -37,7 +37,8 @@ def joined() -> Iterator[None]:
         yield
         return
     backend = "gloo"  # JSON travels over it, beside a GPU too
-    if torch.cuda.is_available():
+    # More ranks than GPUs: they run on the CPU, or pick_device refuses them.
+    if torch.cuda.is_available() and local_size() <= torch.cuda.device_count():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local_rank())
     try:

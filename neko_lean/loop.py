@@ -22,6 +22,7 @@ import torch
 from neko_lean.cache.format import MANIFEST
 from neko_lean.checkpoints import METRICS, RunState, Save, load_weights, random_states, set_random_states
 from neko_lean.collective import largest
+from neko_lean.determinism import deterministic
 from neko_lean.errors import NekoLeanError
 from neko_lean.finite import or_null
 from neko_lean.memory import peak_memory, predicted_peak, reset_peak
@@ -91,7 +92,7 @@ class Loop:
         device, trainer = self.device, self.trainer
         reset_peak(device)
         failure = None
-        with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        with torch.random.fork_rng([device] if device.type == "cuda" else []), deterministic(trainer.deterministic_on):
             self._restore(self.work.found)
             try:
                 ended = self._run()

@@ -47,7 +47,9 @@ from neko_lean.twomodels import WAYS, Way, two_model_loss
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-CONTEXT = 600 * 2**20  # what CUDA and its libraries take of a card beside tensors
+# cuBLAS's and cuBLASLt's workspaces as PyTorch allocates them on a Hopper card, 32 MiB each; smaller on other cards.
+WORKSPACES = 2**26
+CONTEXT = 600 * 2**20 + WORKSPACES  # what CUDA and its libraries take of a card in addition to tensors
 # glibc maps blocks from this size on one by one and returns each when it is freed; smaller ones lie in its heap, which
 # stays resident where blocks were freed between others (DEFAULT_MMAP_THRESHOLD_MAX of its malloc.c on 64 bits).
 OWN_MAPPING = 2**25
@@ -66,8 +68,9 @@ class Need:
     cpu: int = 0  # on a CPU beyond the tensors: what its kernels and its allocator hold of the resident set
 
     def on(self, device: torch.device) -> int:
-        """The peak in the memory that `device` has: on a CPU the growth of the process's resident set."""
-        return self.peak + (self.host + self.cpu if device.type == "cpu" else 0)
+        """The peak in the memory that `device` has: on a CPU the growth of the process's resident set, on a GPU what
+        PyTorch allocates."""
+        return self.peak + (self.host + self.cpu if device.type == "cpu" else WORKSPACES)
 
 
 class LiveTensors(TorchDispatchMode):

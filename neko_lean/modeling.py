@@ -34,7 +34,7 @@ from neko_lean.head import LogitTransform, TokenViews, logits, token_stats, toke
 from neko_lean.loading import check_loaded, refuse_packed, stored_tensors
 from neko_lean.progress import say
 from neko_lean.quantized import dequantized, loading_options, quantization_method, refuse_gguf, refuse_quantized
-from neko_lean.ranks import local_rank, size
+from neko_lean.ranks import local_rank, local_size, size
 from neko_lean.trust import reason, refuse_untrusted
 
 if TYPE_CHECKING:
@@ -144,14 +144,29 @@ def pick_device(name: str | None = None) -> torch.device:
     if size() > 1 and name.startswith("cuda"):
         if name != "cuda":
             raise NekoLeanError(f"under torchrun each rank has a GPU of its own: give --device cuda, not {name}.")
+        _refuse_more_ranks_than_gpus()
         name = f"cuda:{local_rank()}"
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise NekoLeanError(f"device {name!r} is unknown: use cpu, cuda or cuda:N.") from error
+    if device.type not in ("cpu", "cuda"):
+        raise NekoLeanError(f"device {name!r} is not supported: use cpu, cuda or cuda:N.")
     if device.type == "cuda" and not torch.cuda.is_available():
         raise NekoLeanError(f"device {name!r} was asked for, but PyTorch sees no GPU here: use --device cpu.")
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        last = torch.cuda.device_count() - 1
+        raise NekoLeanError(f"device {name!r} does not exist: the last GPU that PyTorch sees here is cuda:{last}.")
     return device
+
+
+def _refuse_more_ranks_than_gpus() -> None:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if 0 < gpus < local_size():
+        raise NekoLeanError(
+            f"torchrun started {local_size()} processes on this machine, which has {gpus} GPU{'s' * (gpus > 1)}, and "
+            f"each needs a GPU: use --nproc-per-node {gpus}, or --device cpu."
+        )
 
 
 def has_bfloat16(device: torch.device) -> bool:

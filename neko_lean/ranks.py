@@ -31,6 +31,11 @@ def local_rank() -> int:
     return int(os.environ["LOCAL_RANK"]) if size() > 1 else 0
 
 
+def local_size() -> int:
+    """How many of the command's processes run on this machine."""
+    return int(os.environ["LOCAL_WORLD_SIZE"]) if size() > 1 else 1
+
+
 def leads() -> bool:
     """Whether this is the rank that talks and writes what there is one of."""
     return rank() == 0

@@ -20,6 +20,7 @@ from neko_lean.cache import TeacherCache
 from neko_lean.checkpoints import RunState
 from neko_lean.collective import any_rank, by_first
 from neko_lean.data import Encoded
+from neko_lean.determinism import deterministic_device
 from neko_lean.evaluation import answers, quality
 from neko_lean.layerwise import compile_layers, decoder_layers
 from neko_lean.modeling import CausalLM, packs
@@ -71,6 +72,8 @@ class Trainer:
         refuse_unknown_rows([*forget, *retain, *(substitutes or [])], student)
         self.student, self.pad_id = student, pad_id
         self.packed = packs(student)
+        # Asked for while the student is whole and has its own forward.
+        self.deterministic_on = deterministic_device(student)
         self.recipe, self.walk = choose_backward(student, recipe, device or student.device)
         self.forget, self.retain, self.teacher, self.substitutes = forget, retain, teacher, substitutes
         self.learning = {name: p for name, p in student.model.named_parameters() if p.requires_grad}

@@ -4,16 +4,21 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+import torch.distributed as dist
 from typer.testing import CliRunner
 
 from neko_lean import collective
 from neko_lean.cache import cache_teacher, writer
 from neko_lean.cache.format import file_sha256
 from neko_lean.cli import app
-from neko_lean.collective import agreed, any_rank, gather, largest, whole
+from neko_lean.collective import agreed, any_rank, gather, joined, largest, whole
 from neko_lean.errors import NekoLeanError
+from neko_lean.modeling import pick_device
 from neko_lean.ranks import alone, leads, local_rank, rank, share, size
 from tests.torchrun import torchrun
+
+pytestmark = pytest.mark.usefixtures("no_gpu")
 
 
 def files(folder: Path) -> dict[str, str]:
@@ -95,11 +100,31 @@ def test_an_error_is_one_sentence_and_leaves_nothing(world, model, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["two"]
 
 
-def test_what_is_for_one_process_says_so(world, model, tmp_path, monkeypatch):
-    from neko_lean.modeling import pick_device
+def test_more_processes_than_gpus_are_refused_unless_they_use_the_cpu(monkeypatch):
+    for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "2"), ("RANK", "1"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    for given in (None, "cuda"):
+        with pytest.raises(NekoLeanError, match=r"2 processes on this machine, which has 1 GPU.*--nproc-per-node 1"):
+            pick_device(given)
+    assert pick_device("cpu").type == "cpu"
+    begun = []
+    monkeypatch.setattr(torch.cuda, "set_device", lambda number: pytest.fail(f"there is no GPU {number}"))
+    monkeypatch.setattr(dist, "init_process_group", lambda backend, timeout: begun.append(backend))
+    monkeypatch.setattr(dist, "destroy_process_group", lambda: None)
+    monkeypatch.setattr(collective, "gather", lambda value: [value])
+    with joined():
+        assert begun == ["gloo"]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device() == torch.device("cuda:1")
 
+
+def test_what_is_for_one_process_says_so(world, model, tmp_path, monkeypatch):
     for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", "2"), ("RANK", "0"), ("LOCAL_RANK", "0")):
         monkeypatch.setenv(name, value)
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     found = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out")])
     assert found.exit_code == 2 and "run it without torchrun" in found.stderr
     with pytest.raises(NekoLeanError, match="a GPU of its own"):

@@ -174,3 +174,15 @@ def test_a_cpu_that_emulates_bfloat16_is_named(monkeypatch, capsys):
     assert capsys.readouterr().err == ""
     warn_emulated_bfloat16("bfloat16", CPU, quiet=False)
     assert "--set dtype=float32 is faster" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_and_other_kinds_of_device_are_refused(monkeypatch):
+    with pytest.raises(NekoLeanError, match="device 'meta' is not supported: use cpu, cuda or cuda:N"):
+        pick_device("meta")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert pick_device("cuda:1") == torch.device("cuda:1")
+    with pytest.raises(
+        NekoLeanError, match="device 'cuda:2' does not exist: the last GPU that PyTorch sees here is cuda:1"
+    ):
+        pick_device("cuda:2")

@@ -14,6 +14,8 @@ from neko_lean.runs import unlearn
 from tests import sharded
 from tests.torchrun import torchrun
 
+pytestmark = pytest.mark.usefixtures("no_gpu")
+
 CHANGE = {"max_steps": 20, "forget_rows": 4, "retain_rows": 4, "eval_rows": 4, "lr": 1e-3, "eval_every": 5}
 
 

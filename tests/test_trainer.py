@@ -345,7 +345,7 @@ def test_levels_can_be_those_of_the_model_before(world, model, anchored, tmp_pat
     wanted = [loss for one, loss in zip(rows, losses.split([len(one) - 1 for one in rows]), strict=True)]
     for number, (one, loss) in enumerate(zip(rows, wanted, strict=True)):
         start = 0 if one.row.kind == "sc" else one.prompt - 1
-        torch.testing.assert_close(batch.level[batch.row == number], loss[start:], rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(batch.level[batch.row == number].cpu(), loss[start:], rtol=1e-4, atol=1e-4)
     with pytest.raises(NekoLeanError, match="--forget"):
         cache.cache_teacher(base, world, tmp_path / "bare", quiet=True)
         options["base_cache"] = tmp_path / "bare"

@@ -17,7 +17,8 @@ def torchrun(
 ) -> subprocess.CompletedProcess[str]:
     """`neko-lean ARGUMENTS` by so many processes on this machine, as `script` starts it."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script]
-    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), **environment}
+    # On the CPU everywhere: a machine with a GPU may have fewer of them than a test has ranks.
+    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment}
     return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=given, timeout=300)
 
 

@@ -23,7 +23,7 @@ from tests.torchrun import torchrun
 
 LOOSE = ("wall_seconds", "peak_memory")
 FEW = ("--max-new-tokens", 6, "--batch-size", 8)
-SMALL = {"max_new_tokens": 6, "batch_size": 8, "quiet": True}
+SMALL = {"max_new_tokens": 6, "batch_size": 8, "quiet": True, "device": "cpu"}
 
 
 def scores_of(folder):

@@ -93,7 +93,7 @@ def test_everything_at_once(world, model, tmp_path):
     asked = next(row for row in read_rows(world, "forget") if row.kind == "qa")
     write_jsonl(tmp_path / "other.jsonl", [{"id": asked.id, "input": "Well?", "output": "a wood", "wrong": ["a sea"]}])
     write_hub(tmp_path / "mmlu", [make_subject("anatomy", 6)])
-    options = {"mia": world / "mia", "max_new_tokens": 6, "quiet": True}
+    options = {"mia": world / "mia", "max_new_tokens": 6, "quiet": True, "dtype": "float32"}
     before = neko_lean.score(model, world, tmp_path / "before", **options)
     after = neko_lean.score(
         model, world, tmp_path / "after", **options, held=nonmembers, reference=cache, mmlu=tmp_path / "mmlu", shots=2,

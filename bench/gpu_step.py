@@ -1,0 +1,132 @@
+"""A step at OLMo-1B-0724 geometry on a GPU, with and without deterministic kernels; and the teacher's pass.
+
+    .venv/bin/python bench/gpu_step.py ../shared/data/lume --out bench-gpu-step.json
+
+32 forget and 32 retain rows of LUME a step, recipe `neko`, as in bench/step.py. Both ways take turns. The teacher's
+pass is over LUME's retain rows at 512 tokens, in batches of 8192 tokens, and writes no files.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import STEPS, _encoded, clock, prepare, rows_a_step, title
+from torch import nn
+
+from neko_lean.cache import TeacherCache
+from neko_lean.cache.teacher import keep
+from neko_lean.cache.writer import teacher_batches
+from neko_lean.data import encode, read_rows
+from neko_lean.determinism import deterministic
+from neko_lean.layerwise import LayerPass, decoder_layers
+from neko_lean.modeling import CausalLM, load_model, load_tokenizer, pick_device
+from neko_lean.optim import InBackwardAdam8bit
+from neko_lean.recipes import Recipe, load_recipe
+from neko_lean.step import Batch, batch_losses, make_batch
+
+
+class Stepper:
+    """Takes steps on some batches in turn."""
+
+    def __init__(self, lm: CausalLM, batches: Sequence[Batch], recipe: Recipe) -> None:
+        self.lm, self.batches, self.recipe = lm, batches, recipe
+        self.walk = LayerPass(lm, decoder_layers(lm))
+        self.optimizer = InBackwardAdam8bit(lm.model.named_parameters())
+
+    def step(self, batch: Batch, complete: Callable[[nn.Parameter], object]) -> float:
+        """Forward and backward pass, `complete` for each parameter; returns the loss."""
+        hidden = self.walk.forward(batch.micro, batch.index, batch.places)
+        loss = batch_losses(hidden, self.lm, batch, self.recipe)["loss"]
+        loss.backward()
+        self.walk.backward(complete)
+        return loss.item()
+
+    def timed(self, count: int = 6) -> dict[str, float]:
+        """Seconds a step, tokens a second and peaks of `count` steps after one that warms up."""
+        device, tokens = self.lm.device, 0
+        for number in range(count + 1):
+            if number == 1:
+                torch.cuda.reset_peak_memory_stats(device)
+                start = clock(device)
+            batch = self.batches[number % len(self.batches)]
+            self.optimizer.begin_step(1e-6)
+            self.step(batch, self.optimizer.update)
+            tokens += batch.tokens if number else 0
+        seconds = clock(device) - start
+        allocated, reserved = torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)
+        return {
+            "seconds": seconds / count,
+            "tokens_per_second": tokens / seconds,
+            "allocated": allocated,
+            "reserved": reserved,
+        }
+
+    def differ(self, repeats: int = 4) -> int:
+        """How many of some repeats of a step, without its update, have another loss or gradient than the first."""
+
+        def checksums() -> tuple[float, list[int]]:
+            sums = []
+
+            def complete(parameter: nn.Parameter) -> None:
+                if parameter.grad is not None:
+                    sums.append(int(parameter.grad.view(torch.int16).to(torch.int64).sum()))
+                parameter.grad = None
+
+            return self.step(self.batches[0], complete), sums
+
+        first = checksums()
+        return sum(checksums() != first for _ in range(repeats))
+
+
+def teacher_pass(lm: CausalLM, work: Path, lume: Path) -> dict[str, Any]:
+    """Tokens a second of what `cache-teacher` computes, and its peak; the second of two passes."""
+    rows = encode(read_rows(lume, "retain", "train"), load_tokenizer(work / "model"), "neko", 512)
+    batches, tokens = teacher_batches(rows, 8192), sum(map(len, rows))
+    torch.cuda.reset_peak_memory_stats(lm.device)
+    for _ in range(2):
+        start = clock(lm.device)
+        for batch in batches:
+            keep(lm, batch, 1, 64, 0.999)
+        seconds = clock(lm.device) - start
+    peak = torch.cuda.max_memory_allocated(lm.device)
+    return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "allocated": peak}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lume", type=Path, help="folder of LUME's parquet files")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/neko-lean-bench"), help="3 GB of scratch, kept")
+    parser.add_argument("--out", type=Path, default=Path("bench-gpu-step.json"))
+    options = parser.parse_args()
+    device = pick_device()
+    if device.type != "cuda":
+        raise SystemExit("this measures a GPU, and PyTorch sees none here.")
+    prepare(options.work, options.lume, device)
+    recipe, n = load_recipe("neko"), rows_a_step(device)
+    lm = load_model(options.work / "model", torch.bfloat16, device)
+    lm.model.eval()
+    forget, retain = _encoded(options.work)
+    cache = TeacherCache(options.work / "cache")
+    parts = [slice(s * n, (s + 1) * n) for s in range(STEPS)]
+    batches = [make_batch(forget[part], retain[part], cache, recipe, 1, device) for part in parts]
+    stepper = Stepper(lm, batches, recipe)
+    found: dict[str, Any] = {"title": title(device), "rounds": []}
+    for _ in range(2):
+        for name, where in (("deterministic", device), ("default", torch.device("cpu"))):
+            with deterministic(where):
+                found["rounds"].append({"kernels": name, **stepper.timed(), "of 4 repeats differ": stepper.differ()})
+    del stepper, batches
+    found["teacher"] = teacher_pass(lm, options.work, options.lume)
+    found["when"] = time.strftime("%Y-%m-%d")
+    print(json.dumps(found, indent=1))
+    options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
