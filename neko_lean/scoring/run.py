@@ -7,13 +7,15 @@ import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from neko_lean.cache import TeacherCache
 from neko_lean.cache.format import MANIFEST, file_sha256
 from neko_lean.collective import by_first, joined
-from neko_lean.data import Row, jsonl_text, read_rows
-from neko_lean.documents import read_documents
+from neko_lean.data import Row, encode_texts, jsonl_text, read_rows
+from neko_lean.documents import Document, read_documents
 from neko_lean.errors import NekoLeanError
 from neko_lean.files import read_jsonl
 from neko_lean.finite import strict_json
@@ -27,7 +29,7 @@ from neko_lean.modeling import (
     model_name,
     pick_device,
     pick_dtype,
-    position_limit,
+    usable_length,
 )
 from neko_lean.outputs import Output, claim_file, claim_folder, locked, publish_file
 from neko_lean.progress import bar, say
@@ -35,6 +37,8 @@ from neko_lean.quantized import quantization_method
 from neko_lean.runs import refuse_one_file
 from neko_lean.scoring import attacks as attack
 from neko_lean.scoring import uncertainty
+from neko_lean.scoring.generation import Decoding, refuse_empty_prompts
+from neko_lean.scoring.limits import BATCH_TOKENS, MAX_LENGTH, Cut
 from neko_lean.scoring.measure import (
     generations,
     held_out_nll,
@@ -46,7 +50,7 @@ from neko_lean.scoring.measure import (
 from neko_lean.scoring.mmlu import mmlu as run_mmlu
 from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.official import official_results
-from neko_lean.scoring.paraphrases import read_paraphrases
+from neko_lean.scoring.paraphrases import Paraphrase, read_paraphrases
 from neko_lean.scoring.task import (
     SPLITS,
     cell_means,
@@ -67,9 +71,11 @@ from neko_lean.scoring.unfinished import (
     writing,
 )
 from neko_lean.scoring.verdict import verdict
-from neko_lean.scoring.views import BATCH_TOKENS, MAX_LENGTH
 from neko_lean.trust import is_inside
 from neko_lean.unfinished import versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MIA = "--mia wants a folder with member.jsonl and nonmember.jsonl"
 SIDES = ("member", "nonmember")
@@ -143,6 +149,7 @@ def score(
     earlier = None if before is None else read_score(before, rows)
     if reference is not None and mia is None:
         raise NekoLeanError("--reference compares the documents of --mia: give both.")
+    teacher = None if reference is None else TeacherCache(reference)
     forgotten = {row.id for name, row in rows if name == "forget"}
     if "paraphrase" in attacks and not any(one.input for one in others if one.id in forgotten):
         raise NekoLeanError("--attack paraphrase needs --paraphrases FILE with other inputs of forget rows.")
@@ -165,6 +172,12 @@ def score(
         )
     precision = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     tokenizer = load_tokenizer(folder)
+    known = None
+    if teacher is not None and mia is not None:
+        known = reference_losses(teacher, mia, documents, rows, tokenizer, usable_length(folder, MAX_LENGTH))
+    _refuse_too_short(
+        tokenizer, [row for _, row in rows], others, {"--mia": [d for _, d in documents], "--held": unseen}
+    )
     blind = {s: official_blind([row for name, row in rows if name == s], tokenizer.clean_up_tokenization)
              for s in SPLITS}  # fmt: skip
     _warn_blind(blind, rows)
@@ -202,17 +215,16 @@ def score(
         return done
     with unfinished(output, plan, resume=resume, quiet=quiet) as stage:
         lm = load_model(folder, pick_dtype(precision), place)
-        said = generations(lm, tokenizer, [row for _, row in rows], stage, batch_size, max_new_tokens, quiet)
-        numbers = row_numbers(lm, tokenizer, [row for _, row in rows], said, others, quiet)
+        cut, decoding = Cut(), Decoding(batch_size, max_new_tokens)
+        said = generations(lm, tokenizer, [row for _, row in rows], stage, decoding, cut, quiet)
+        numbers = row_numbers(lm, tokenizer, [row for _, row in rows], said, others, cut, quiet)
         lines = [line_of(name, row, one, more) for (name, row), one, more in zip(rows, said, numbers, strict=True)]
         scored = {name: [(row, row_score(row, one.text)) for (s, row), one in zip(rows, said, strict=True) if s == name]
                   for name in SPLITS}  # fmt: skip
         cells = cell_means(scored)
-        limit = position_limit(lm, MAX_LENGTH)
         unicode = {name: [(row, unicode_score(row, one.text)) for (s, row), one in zip(rows, said, strict=True)
                           if s == name] for name in SPLITS}  # fmt: skip
-        known = None if reference is None else reference_losses(reference, mia, rows, tokenizer, limit)
-        members = membership_attacks(lm, tokenizer, documents, known, stage, quiet)
+        members = membership_attacks(lm, tokenizer, documents, known, stage, cut, quiet)
         found = uncertainty.estimates(lines)
         scores: dict[str, Any] = {
             "model": model_name(model),
@@ -225,7 +237,7 @@ def score(
             "mmlu": None,
             "final": None,
             **group_means(found),
-            "held_nll": held_out_nll(lm, tokenizer, unseen, quiet) if unseen else None,
+            "held_nll": held_out_nll(lm, tokenizer, unseen, cut, quiet) if unseen else None,
             "nonmember_nll": None if members is None else members["nonmember_loss"],
             "uniform_nll": math.log(len(lm.head)),
             "intervals": uncertainty.intervals(found),
@@ -246,7 +258,7 @@ def score(
             parts = scores["task_aggregate"], members["score"], scores["mmlu"]["micro"]
             scores["final"] = sum(parts) / len(parts)
         scores["difference"] = None if earlier is None else _difference(scores, lines, earlier)
-        say_rows = attack.talker(tokenizer, batch_size, max_new_tokens, quiet)
+        say_rows = attack.talker(tokenizer, decoding, cut, quiet)
         forget = [row for name, row in rows if name == "forget"]
         base = {row.id: one for (name, row), one in zip(rows, said, strict=True) if name == "forget"}
         if "prefix" in attacks:
@@ -274,6 +286,7 @@ def score(
             "dtype": precision,
             "device": str(place),
             "max_new_tokens": max_new_tokens,
+            "cut": asdict(cut),
             "versions": versions(),
             "made_from": made,
             "wall_seconds": time.monotonic() - start,
@@ -325,6 +338,25 @@ def _refuse_unused(attacks: Sequence[str], mmlu: str | Path | None, **options: f
     ):
         if options[name] is not None and not asked:
             raise NekoLeanError(f"--{name.replace('_', '-')} has no effect without {wanted}: give both or neither.")
+
+
+def _refuse_too_short(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    others: Sequence[Paraphrase],
+    documents: Mapping[str, Sequence[Document]],
+) -> None:
+    """Raise NekoLeanError for a prompt of no tokens and for a document of fewer than two, before any work is done."""
+    known = {row.id: row for row in rows}
+    asked = [replace(known[one.id], input=one.input) for one in others if one.input is not None]
+    for some in (rows, asked):
+        refuse_empty_prompts(some, encode_texts(tokenizer, [row.input for row in some]))
+    for option, found in documents.items():
+        for number, ids in enumerate(encode_texts(tokenizer, [one.text for one in found]), start=1):
+            if len(ids) < 2:
+                raise NekoLeanError(
+                    f"{option}: document {number} has fewer than two tokens, so it has no loss: remove it."
+                )
 
 
 def _warn_blind(blind: Mapping[str, Mapping[str, int]], rows: Sequence[tuple[str, Row]]) -> None:
