@@ -277,6 +277,23 @@ def test_a_signal_finishes_the_step_and_saves(unlearn, tmp_path, monkeypatch, nu
 
 
 @pytest.mark.usefixtures("heeded")
+def test_hangups_of_a_closing_terminal_do_not_stop_the_save(unlearn, tmp_path, monkeypatch):
+    """Its shell sends one to each of its jobs, and the kernel another; and nothing can be written to it any more."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    monkeypatch.setattr(os, "write", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    try:
+        with pytest.raises(neko_lean.Interrupted, match="SIGHUP after step 3 of 10") as raised:
+            signal_at(monkeypatch, 3, signal.SIGHUP, signal.SIGHUP)
+            unlearn(tmp_path / "out")
+        assert raised.value.kept is not None and steps_saved(tmp_path / "out") == [3]
+        with signals.handled() as arrived, pytest.raises(neko_lean.Interrupted, match="SIGTERM"), arrived.deferred():
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+@pytest.mark.usefixtures("heeded")
 def test_a_second_signal_stops_at_once_and_what_is_saved_is_whole(unlearn, tmp_path, monkeypatch):
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(neko_lean.Interrupted, match="SIGTERM at once") as raised:

@@ -23,6 +23,7 @@ from neko_lean.generation_config import listed_ends
 from neko_lean.identity import identify
 from neko_lean.memory import peak_memory
 from neko_lean.modeling import (
+    check_seed,
     load_model,
     load_tokenizer,
     model_folder,
@@ -140,6 +141,9 @@ def score(
         if name not in attack.ATTACKS:
             raise NekoLeanError(f"attack {name!r} is not one of {', '.join(attack.ATTACKS)}.")
     _refuse_unused(attacks, mmlu=mmlu, shots=shots, relearn_lr=relearn_lr, seed=seed)
+    if seed is not None:
+        check_seed(seed)
+    place = pick_device(device)
     refuse_one_file(data, "--data", SPLITS, split)
     rows = [(name, row) for name in SPLITS for row in read_rows(data, name, split)]
     documents = [] if mia is None else [(s, d) for s in SIDES for d in read_documents(Path(mia) / f"{s}.jsonl", MIA)]
@@ -158,7 +162,7 @@ def score(
             f"--paraphrases {paraphrases} has no effect: it holds other inputs alone, which are for --attack "
             f"paraphrase; give that too."
         )
-    place, folder = pick_device(device), model_folder(model)
+    folder = model_folder(model)
     inputs = [folder, data, mia, held, reference, paraphrases, mmlu, before]
     output = claim_folder(out, "partial", inputs, overwrite=overwrite, resume=resume)
     results = None if official is None else claim_file(official, "--official", inputs, overwrite=overwrite or resume)

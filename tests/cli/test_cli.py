@@ -199,12 +199,13 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world, model, cache, tmp_path
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_with_the_line_that_goes_on(world, model, cache, tmp_path, number):
     """A process as a person starts it; it sends itself the signal in its fourth step."""
     script = (
         "import os, signal, sys; from neko_lean import loop; from neko_lean.cli import main\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the tests may run where it is ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the tests may run where they are ignored
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "original = loop.Loop._step\n"
         "def step(self, *rest):\n"
         f"    self.state.step == 3 and '--resume' not in sys.argv and os.kill(os.getpid(), {int(number)})\n"
@@ -227,7 +228,7 @@ def test_a_signal_ends_with_the_line_that_goes_on(world, model, cache, tmp_path,
     assert said == f"stopped by {number.name} after step 4 of 6; {kept}. Go on with:"
     assert "finishing the step, then saving" in stopped.stderr
     assert line.startswith("  neko-lean unlearn ") and line.endswith(" --resume")
-    if number == signal.SIGTERM:
+    if number != signal.SIGINT:
         return
     again = start(shlex.split(line)[1:])
     assert again.returncode == 0 and [path.name for path in tmp_path.iterdir()] == ["an out"]
