@@ -40,7 +40,7 @@ def printable(text: str) -> str:
 
 
 class _Stream:
-    """stdout or stderr as it is at each write: what it cannot encode is written as escapes.
+    """stdout or stderr as it is now, which a bar may replace later: what it cannot encode is written as escapes.
 
     Nobody reads stderr any more once its terminal has hung up. Then the run must go on, if only to save: what would be
     written there is dropped.
@@ -48,10 +48,7 @@ class _Stream:
 
     def __init__(self, name: str) -> None:
         self._name = name
-
-    @property
-    def _stream(self) -> TextIO:
-        return cast("TextIO", getattr(sys, self._name))
+        self._stream = cast("TextIO", getattr(sys, name))
 
     @property
     def encoding(self) -> str:

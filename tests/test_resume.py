@@ -1,5 +1,6 @@
 """A run that was cut off and goes on ends in the same bytes as one that was not; what it goes on from, and what not."""
 
+import errno
 import json
 import os
 import signal

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
@@ -17,7 +16,6 @@ from neko_lean.collective import by_first, joined
 from neko_lean.data import Row, encode_texts, jsonl_text, read_rows
 from neko_lean.documents import Document, read_documents
 from neko_lean.errors import NekoLeanError
-from neko_lean.files import read_jsonl
 from neko_lean.finite import strict_json
 from neko_lean.generation_config import listed_ends
 from neko_lean.identity import identify
@@ -52,6 +50,7 @@ from neko_lean.scoring.mmlu import mmlu as run_mmlu
 from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.official import official_results
 from neko_lean.scoring.paraphrases import Paraphrase, read_paraphrases
+from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.task import (
     SPLITS,
     cell_means,
@@ -72,7 +71,6 @@ from neko_lean.scoring.unfinished import (
     writing,
 )
 from neko_lean.scoring.verdict import verdict
-from neko_lean.trust import is_inside
 from neko_lean.unfinished import versions
 
 if TYPE_CHECKING:
@@ -213,6 +211,7 @@ def score(
     made = made_from(plan, options)
     done = finished_score(output, made) if resume else None
     if done is not None:
+        read_score(output.path, rows)
         say(f"{output.path} is complete: nothing to do.", quiet)
         if results is not None:
             _write_official(results, done, by_first(lambda: _finished_lines(output, made, rows)), rows)
@@ -376,31 +375,6 @@ def _warn_blind(blind: Mapping[str, Mapping[str, int]], rows: Sequence[tuple[str
                 f"{'; '.join(parts)}. Its cells do not measure these rows; unicode_cells do, and the "
                 f"verdict reads those."
             )
-
-
-def read_score(folder: str | Path, rows: Sequence[tuple[str, Row]] | None = None) -> dict[str, Any]:
-    """An earlier score: its scores.json, with `lines`, the rows of its generations.jsonl. Raises NekoLeanError where
-    there is none, where it is from before rows had numbers, or where it is of other rows than `rows`, pairs of split
-    and row."""
-    path = Path(folder)
-    for name in (SCORES, GENERATIONS):
-        if not (path / name).is_file():
-            raise NekoLeanError(f"{path} holds no {name}: give a folder that `score` wrote.")
-        if not is_inside(path, name):
-            raise NekoLeanError(f"{path / name} is a link that leads out of its folder: put the file itself there.")
-    lines = [line.values for line in read_jsonl(path / GENERATIONS)]
-    if not all(isinstance(line.get("id"), str) and isinstance(line.get("numbers"), dict) for line in lines):
-        raise NekoLeanError(f"{path} was scored by an older neko-lean: score that model again.")
-    scored = sorted((str(line.get("split")), line["id"]) for line in lines)
-    if rows is not None and scored != sorted((split, row.id) for split, row in rows):
-        raise NekoLeanError(f"{path} is a score of other rows: the difference would mean nothing.")
-    try:
-        scores = json.loads((path / SCORES).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise NekoLeanError(f"{path / SCORES} cannot be read as JSON: score that model again.") from error
-    if not isinstance(scores, dict):
-        raise NekoLeanError(f"{path / SCORES} holds no JSON object: score that model again.")
-    return {**scores, "lines": lines}
 
 
 def group_means(found: Mapping[str, tuple[float | None, Any]]) -> dict[str, Any]:

@@ -242,3 +242,34 @@ def test_resume_and_save_every_from_the_command_line(world, tmp_path):
     assert again.exit_code == 0 and "is complete: nothing to go on with" in again.output
     help = call("unlearn", "--help").output
     assert "--save-every" in help and "--resume" in help
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64, -(2**63) - 1, 10**40])
+def test_seeds_out_of_range_are_refused_before_any_work(tmp_path, seed):
+    out = ("--out", tmp_path / "out", "--seed", seed)
+    for words in (
+        ("unlearn", "nothing", "--forget", "x", "--retain", "y", *out),
+        ("memorize", "nothing", "--data", "x", *out),
+        ("score", "nothing", "--data", "x", "--attack", "relearn", *out),
+        ("demo", *out),
+    ):
+        result = call(*words)
+        assert result.exit_code == 2 and result.stderr.startswith("error: seed must be an integer from 0 to"), words
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "device", ["cuda:99", "cpu:3", "mps", "xpu", "meta", "", "CPU", "cuda:", "cuda:-1", "cuda:1e9"]
+)
+def test_unknown_devices_are_refused(world, model, tmp_path, device):
+    out = ("--out", tmp_path / "out", "--device", device)
+    for words in (
+        ("unlearn", model, "--forget", world, "--retain", world, *out),
+        ("memorize", model, "--data", world, *out),
+        ("score", model, "--data", world, *out),
+        ("cache-teacher", model, world, *out),
+        ("demo", *out),
+    ):
+        result = call(*words)
+        assert result.exit_code == 2 and result.stderr.startswith(f"error: device {device!r} "), (words, result.stderr)
+        assert not (tmp_path / "out").exists()
