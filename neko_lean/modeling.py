@@ -40,6 +40,8 @@ from neko_lean.trust import reason, refuse_untrusted
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+LARGEST_SEED = 2**63 - 1  # what torch takes, with room for the steps and ranks that are added to a seed
+_DEVICE = re.compile(r"cpu|cuda(:[0-9]{1,9})?")
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32}
 # A commit, branch or tag; it must not lead out of the hub's cache, where it becomes a file's name.
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>(?!.*\.\.)[\w-][\w./-]*))?")
@@ -141,23 +143,35 @@ def pick_device(name: str | None = None) -> torch.device:
     """The device called `name`; by default CUDA where there is one, else the CPU. Under torchrun a rank's own GPU."""
     if name is None:
         name = "cuda" if torch.cuda.is_available() else "cpu"
+    if _DEVICE.fullmatch(name) is None:
+        raise NekoLeanError(f"device {name!r} is not supported: use cpu, cuda or cuda:N.")
     if size() > 1 and name.startswith("cuda"):
         if name != "cuda":
             raise NekoLeanError(f"under torchrun each rank has a GPU of its own: give --device cuda, not {name}.")
         _refuse_more_ranks_than_gpus()
         name = f"cuda:{local_rank()}"
-    try:
-        device = torch.device(name)
-    except RuntimeError as error:
-        raise NekoLeanError(f"device {name!r} is unknown: use cpu, cuda or cuda:N.") from error
-    if device.type not in ("cpu", "cuda"):
-        raise NekoLeanError(f"device {name!r} is not supported: use cpu, cuda or cuda:N.")
-    if device.type == "cuda" and not torch.cuda.is_available():
-        raise NekoLeanError(f"device {name!r} was asked for, but PyTorch sees no GPU here: use --device cpu.")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        last = torch.cuda.device_count() - 1
-        raise NekoLeanError(f"device {name!r} does not exist: the last GPU that PyTorch sees here is cuda:{last}.")
-    return device
+    if name.startswith("cuda"):
+        if not torch.cuda.is_available():
+            raise NekoLeanError(f"device {name!r} was asked for, but PyTorch sees no GPU here: use --device cpu.")
+        count = torch.cuda.device_count()
+        if int(name.removeprefix("cuda").removeprefix(":") or 0) >= count:
+            last = f"the last GPU that PyTorch sees here is cuda:{count - 1}"
+            raise NekoLeanError(f"device {name!r} does not exist: {last}.")
+    return torch.device(name)
+
+
+def check_seed(seed: int) -> int:
+    """The seed, if random number generators take it. Raises NekoLeanError for one below 0 or above 2**63 - 1."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= LARGEST_SEED:
+        raise NekoLeanError(f"seed must be an integer from 0 to {LARGEST_SEED}, got {_brief(seed)}.")
+    return seed
+
+
+def _brief(value: object) -> str:
+    """A value for a message: Python refuses to write integers of thousands of digits."""
+    if isinstance(value, int) and abs(value) >= 10**30:
+        return "one of more than 30 digits"
+    return repr(value)
 
 
 def _refuse_more_ranks_than_gpus() -> None:

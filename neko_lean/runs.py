@@ -24,6 +24,7 @@ from neko_lean.loading import holds_weights
 from neko_lean.loop import Loop
 from neko_lean.memory import resident, settle
 from neko_lean.modeling import (
+    check_seed,
     load_model,
     load_tokenizer,
     model_folder,
@@ -107,8 +108,9 @@ def unlearn(
 
     Returns what run.json holds. Raises NekoLeanError for bad input, and when a loss or gradient stops being finite:
     then `out` holds the checkpoint of the best evaluation or else of the last save, if there was one, and nothing
-    otherwise. Raises signals.Interrupted when SIGINT or SIGTERM arrives, once the step is finished and saved.
+    otherwise. Raises signals.Interrupted when SIGINT, SIGTERM or SIGHUP arrives, once the step is finished and saved.
     """
+    check_seed(seed)
     chosen = load_recipe(recipe, overrides)
     _refuse_unused(chosen, overrides, cache, anchor, base_cache)
     folder, place = model_folder(model), pick_device(device)
@@ -229,6 +231,7 @@ def memorize(
 
     The rest is as for unlearn.
     """
+    check_seed(seed)
     chosen = load_recipe(recipe, overrides)
     if chosen.retain_objective != "ce" or forgets(chosen):
         raise NekoLeanError(

@@ -1,4 +1,7 @@
-"""Ctrl-C and SIGTERM in a long run: while it trains the first one waits for the step's end, a second one does not.
+"""Ctrl-C, SIGTERM and SIGHUP in a long run: while it trains the first one waits for the step's end, a second one does
+not.
+
+When a terminal closes, its shell and the kernel may each send a SIGHUP, so that a second one of those changes nothing.
 
 Handlers are installed in the main thread only, where Python lets one, and restored afterwards. A signal that the
 process was told to ignore stays ignored.
@@ -10,10 +13,10 @@ import os
 import signal
 import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from types import FrameType
 
-SIGNALS = (signal.SIGINT, signal.SIGTERM)
+SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Interrupted(KeyboardInterrupt):
@@ -46,16 +49,19 @@ class Signals:
 
     def arrive(self, number: int, frame: FrameType | None = None) -> None:
         """The handler."""
+        if self._patient and self.received is not None and number == signal.SIGHUP:
+            return
         if not self._patient or self.received is not None:
             raise Interrupted(number, "at once")
         self.received = number
-        # Not through sys.stderr: the handler may have interrupted a write to it.
-        os.write(2, b"finishing the step, then saving; once more stops at once\n")
+        # Not through sys.stderr: the handler may have interrupted a write to it. A terminal that hung up takes nothing.
+        with suppress(OSError):
+            os.write(2, b"finishing the step, then saving; once more stops at once\n")
 
 
 @contextmanager
 def handled() -> Iterator[Signals]:
-    """Signals, with handlers for SIGINT and SIGTERM while it lasts."""
+    """Signals, with handlers for SIGINT, SIGTERM and SIGHUP while it lasts."""
     signals = Signals()
     before = {}
     if threading.current_thread() is threading.main_thread():

@@ -1,5 +1,6 @@
 """A run that was cut off and goes on ends in the same bytes as one that was not; what it goes on from, and what not."""
 
+import errno
 import json
 import os
 import signal
@@ -274,6 +275,23 @@ def test_a_signal_finishes_the_step_and_saves(unlearn, tmp_path, monkeypatch, nu
     unlearn(tmp_path / "out", LOOKING, resume=True)
     unlearn(tmp_path / "whole", LOOKING)
     assert result(tmp_path / "out") == result(tmp_path / "whole")
+
+
+@pytest.mark.usefixtures("heeded")
+def test_hangups_of_a_closing_terminal_do_not_stop_the_save(unlearn, tmp_path, monkeypatch):
+    """Its shell sends one to each of its jobs, and the kernel another; and nothing can be written to it any more."""
+    before = signal.signal(signal.SIGHUP, signal.SIG_DFL)
+    monkeypatch.setattr(os, "write", lambda *args: (_ for _ in ()).throw(OSError(errno.EIO, "Input/output error")))
+    try:
+        with pytest.raises(neko_lean.Interrupted, match="SIGHUP after step 3 of 10") as raised:
+            signal_at(monkeypatch, 3, signal.SIGHUP, signal.SIGHUP)
+            unlearn(tmp_path / "out")
+        assert raised.value.kept is not None and steps_saved(tmp_path / "out") == [3]
+        with signals.handled() as arrived, pytest.raises(neko_lean.Interrupted, match="SIGTERM"), arrived.deferred():
+            os.kill(os.getpid(), signal.SIGHUP)
+            os.kill(os.getpid(), signal.SIGTERM)
+    finally:
+        signal.signal(signal.SIGHUP, before)
 
 
 @pytest.mark.usefixtures("heeded")

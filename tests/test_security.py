@@ -25,7 +25,7 @@ from neko_lean.modeling import load_tokenizer, model_folder, model_name
 from neko_lean.report.read import collect
 from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.paraphrases import read_paraphrases
-from neko_lean.scoring.run import read_score
+from neko_lean.scoring.stored import read_score
 from tests.helpers import make_rows, resign, write_rows
 
 PACKAGE = Path(neko_lean.__file__).parent

@@ -69,7 +69,7 @@ def test_with_the_token_the_row_is_named(larger, unknown, tmp_path):
 def test_documents_and_questions_are_named(larger):
     lm, tokenizer = load_model(larger, torch.float32, torch.device("cpu")), load_tokenizer(larger)
     with pytest.raises(NekoLeanError, match="document 2 holds token"):
-        view_documents(lm, tokenizer, tokenised(tokenizer, ["Foo walked", f"Foo {EXTRA} walked"]))
+        view_documents(lm, tokenizer, tokenised(tokenizer, ["Foo walked", f"Foo {EXTRA} walked"])[0])
     subject = make_subject("x")
     asked = replace(subject.test[0], text=f"{EXTRA}?")
     with pytest.raises(NekoLeanError, match=r"question 1 of MMLU subject x holds token"):

@@ -5,8 +5,13 @@ from __future__ import annotations
 import os
 import sys
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import typer
+from typer.core import TyperGroup
 
 from neko_lean.cli.cache_teacher import cache_teacher
 from neko_lean.cli.demo import demo
@@ -17,9 +22,44 @@ from neko_lean.cli.recipes import recipes
 from neko_lean.cli.report import report
 from neko_lean.cli.score import score
 from neko_lean.cli.unlearn import unlearn
+from neko_lean.progress import complain
 from neko_lean.ranks import size
 
+
+@contextmanager
+def _printable_usage() -> Iterator[None]:
+    """Have errors in the use of a command shown without what a path or a number in it would do to the terminal."""
+    try:
+        yield
+    except Exception as error:
+        if hasattr(error, "format_message"):  # typer brings click's errors, or depends on them, by its version
+            error.show = partial(_show_usage, error)  # type: ignore[attr-defined]
+        raise
+
+
+def _show_usage(error: Any, file: object = None) -> None:
+    context = getattr(error, "ctx", None)
+    usage = [] if context is None else context.get_usage().splitlines()
+    hint = [] if context is None else [f"Try '{context.command_path} --help' for help.", ""]
+    complain(*usage, *hint, f"Error: {error.format_message()}")
+
+
+class Commands(TyperGroup):
+    """The commands, whose errors in use are printable."""
+
+    def make_context(self, *args: Any, **options: Any) -> Any:
+        """Read the arguments before the command's name."""
+        with _printable_usage():
+            return super().make_context(*args, **options)
+
+    def invoke(self, ctx: Any) -> Any:
+        """Read the command's own arguments, and run it."""
+        with _printable_usage():
+            return super().invoke(ctx)
+
+
 app = typer.Typer(
+    cls=Commands,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

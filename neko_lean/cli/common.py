@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import functools
-import json
 import logging
 import os
 import shlex
@@ -18,6 +17,7 @@ import typer
 from neko_lean.errors import NekoLeanError, first_line
 from neko_lean.finite import or_null
 from neko_lean.outputs import os_error_sentence
+from neko_lean.progress import complain, show_json
 from neko_lean.ranks import leads, rank, size
 from neko_lean.signals import Interrupted
 
@@ -29,7 +29,11 @@ Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default
 Seed = Annotated[int, typer.Option(help="Of the order of rows and of the rounding.")]
 SaveEvery = Annotated[
     int,
-    typer.Option(min=0, metavar="N", help="Save every N steps, so that --resume can go on; 0: only when stopped."),
+    typer.Option(
+        min=0,
+        metavar="N",
+        help="Save every N steps, so that --resume can go on; 0: only when Ctrl-C, SIGTERM or SIGHUP stops it.",
+    ),
 ]
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last save of the same run; it ends in the same weights.")
@@ -51,7 +55,7 @@ Split = Annotated[str | None, typer.Option(help="Read forget_SPLIT.* and retain_
 
 def command(function: Callable[..., Any]) -> Callable[..., Any]:
     """Make a NekoLeanError one sentence on stderr and exit code 2, and a signal the way to go on and exit code 130 or
-    143; quieten what libraries say to each other."""
+    143 (or 129, of SIGHUP); quieten what libraries say to each other."""
 
     @functools.wraps(function)
     def wrapped(*args: Any, **kwargs: Any) -> Any:
@@ -63,10 +67,10 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             raise typer.Exit(2) from error
         except Interrupted as stop:
             if leads():
-                print(_stopped(stop, "resume" in kwargs), file=sys.stderr)
+                complain(*_stopped(stop, "resume" in kwargs))
             raise typer.Exit(128 + stop.number) from stop
         except KeyboardInterrupt as error:
-            print("interrupted; the output folder was not written.", file=sys.stderr)
+            complain("interrupted; the output folder was not written.")
             raise typer.Exit(130) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read stdout has ended
@@ -79,18 +83,18 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _print_error(sentence: str) -> None:
     """One line on stderr, in one piece: other ranks write at the same time."""
-    sys.stderr.write(f"{'' if leads() else f'rank {rank()}: '}error: {sentence}\n")
+    complain(f"{'' if leads() else f'rank {rank()}: '}error: {sentence}")
 
 
-def _stopped(stop: Interrupted, resumes: bool) -> str:
-    """What a signal has left, and the command line that goes on from it, where the command can."""
+def _stopped(stop: Interrupted, resumes: bool) -> list[str]:
+    """What a signal has left, and the command line that goes on from it, where the command can: a line each."""
     if stop.kept is None or not resumes:
-        return f"{stop}; the output folder was not written."
+        return [f"{stop}; the output folder was not written."]
     again = [one for one in sys.argv[1:] if one != "--resume"]
     name = ["neko-lean"]
     if size() > 1:
         name = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "neko_lean"]
-    return f"{stop}; {stop.kept}. Go on with:\n  {shlex.join([*name, *again, '--resume'])}"
+    return [f"{stop}; {stop.kept}. Go on with:", f"  {shlex.join([*name, *again, '--resume'])}"]
 
 
 def _quieten_libraries() -> None:
@@ -122,7 +126,7 @@ def overrides(pairs: list[str] | None, **options: Any) -> dict[str, Any]:
 
 def emit(result: Any) -> None:
     """One JSON object on stdout; null stands for NaN and infinities, which JSON does not have."""
-    print(json.dumps(or_null(result), ensure_ascii=False, allow_nan=False))
+    show_json(or_null(result))
 
 
 def gibibytes(count: int) -> str:

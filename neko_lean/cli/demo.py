@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from neko_lean.cli.common import Device, Json, MaxSteps, Overwrite, Quiet, Seed, Split, command, emit
 from neko_lean.errors import NekoLeanError
+from neko_lean.progress import show, show_table
 from neko_lean.ranks import size
 from neko_lean.recipes import DEFAULT
 
@@ -52,7 +52,6 @@ def demo(
     if json:
         emit(result)
     elif not quiet:
-        Console().print(score_table(result["scores"]))
-        print(result["verdict"])
-        for name, path in result["files"].items():
-            print(f"  {name:<18} {path}")
+        show_table(score_table(result["scores"]))
+        show(*result["verdict"].split("\n"))
+        show(*(f"  {name:<18} {path}" for name, path in result["files"].items()))

@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from neko_lean.cli.common import Json, Quiet, command, emit
+from neko_lean.progress import show_table
 
 
 @command
@@ -56,4 +56,4 @@ def inspect(
     table.add_row("mean entropy", f"{about['mean_entropy']:.3f} nats")
     table.add_section()
     table.add_row("verified", "every checksum and number" if verify else "no (--verify)")
-    Console().print(table)
+    show_table(table)

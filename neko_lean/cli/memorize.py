@@ -24,6 +24,7 @@ from neko_lean.cli.common import (
     overrides,
     pinned,
 )
+from neko_lean.progress import show
 from neko_lean.ranks import leads
 
 
@@ -78,4 +79,4 @@ def memorize(
     if json:
         emit({"out": str(out), **result})
     elif not quiet:
-        print(f"{out}: {result['ended']}; {result['steps']} steps in {result['wall_seconds']:.0f} s")
+        show(f"{out}: {result['ended']}; {result['steps']} steps in {result['wall_seconds']:.0f} s")

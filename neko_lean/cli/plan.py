@@ -9,6 +9,7 @@ import typer
 
 from neko_lean.cli.common import Json, Model, Quiet, Revision, Set, command, emit, gibibytes, overrides, pinned
 from neko_lean.errors import NekoLeanError
+from neko_lean.progress import show, show_table
 from neko_lean.recipes import DEFAULT
 
 
@@ -47,19 +48,18 @@ def plan(
     if size is not None:
         room = f"{gpu} less {gibibytes(CONTEXT)} for CUDA itself"
         if found["options"] is None:
-            print(
+            show(
                 f"No option makes it fit {room}: lower --set batch_tokens=N, or train fewer layers "
                 f"(--set train_last=N)."
             )
         elif found["options"]:
-            print(f"Fits {room} with {' '.join(found['options'])}: peak {gibibytes(found['fits']['peak'])}.")
+            show(f"Fits {room} with {' '.join(found['options'])}: peak {gibibytes(found['fits']['peak'])}.")
         else:
-            print(f"Fits {room} as it is.")
+            show(f"Fits {room} as it is.")
 
 
 def _print(found: dict[str, Any]) -> None:
     from rich import box
-    from rich.console import Console
     from rich.table import Table
 
     table = Table(box=box.SIMPLE, title_justify="left", title=found["title"])
@@ -73,8 +73,8 @@ def _print(found: dict[str, Any]) -> None:
     table.add_row("peak on the device", *(gibibytes(way["peak"]) for way in found["ways"].values()))
     on_cpu = [way["peak"] + way["host"] + way["cpu"] if way["cpu"] else None for way in found["ways"].values()]
     table.add_row("peak on a CPU instead", *("" if peak is None else gibibytes(peak) for peak in on_cpu))
-    Console().print(table)
-    print("On a CPU it is the growth of the resident set, with the allocator's share and the code of the first step.")
+    show_table(table)
+    show("On a CPU it is the growth of the resident set, with the allocator's share and the code of the first step.")
 
 
 def _bytes(text: str) -> int:

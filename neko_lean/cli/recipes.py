@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from neko_lean.cli.common import Json, Quiet, command, emit
+from neko_lean.progress import show
 
 ABOUT = ("name", "summary", "measured")
 
@@ -29,8 +30,8 @@ def recipes(
         emit({"recipes": [asdict(one) for one in found]})
     elif not quiet:
         for one in found:
-            print(f"{one.name}{' (the default of unlearn)' if one.name == DEFAULT else ''}: {one.summary}")
-            print(f"    measured: {one.measured or 'not yet'}")
+            show(f"{one.name}{' (the default of unlearn)' if one.name == DEFAULT else ''}: {one.summary}")
+            show(f"    measured: {one.measured or 'not yet'}")
             if names:
                 shown = {k: v for k, v in asdict(one).items() if k not in ABOUT and has_effect(k, one)}
-                print("".join(f"    {k} = {v!r}\n" for k, v in shown.items()), end="")
+                show(*(f"    {k} = {v!r}" for k, v in shown.items()))

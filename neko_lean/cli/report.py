@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 
 from neko_lean.cli.common import Json, Quiet, command, emit
+from neko_lean.progress import show
 
 
 @command
@@ -45,6 +46,5 @@ def report(
         emit(made)
     elif not quiet:
         shown = f"{made['rows']} rows" if made["rows"] else "no rows"
-        print(f"{made['out']}: {', '.join(made['models'])}; {shown}, {made['bytes'] / 1e6:.1f} MB")
-        for name, word in made["words"].items():
-            print(f"  {name}: {word}")
+        show(f"{made['out']}: {', '.join(made['models'])}; {shown}, {made['bytes'] / 1e6:.1f} MB")
+        show(*(f"  {name}: {word}" for name, word in made["words"].items()))

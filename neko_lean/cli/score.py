@@ -6,9 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 
 from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, Revision, Split, command, emit, pinned
+from neko_lean.progress import show_table
 from neko_lean.ranks import leads
 
 
@@ -100,4 +100,4 @@ def score(
     if json:
         emit({"out": str(out), **result})
     elif not quiet:
-        Console().print(score_table({"score": result}))
+        show_table(score_table({"score": result}))

@@ -25,6 +25,7 @@ from neko_lean.cli.common import (
     overrides,
     pinned,
 )
+from neko_lean.progress import show
 from neko_lean.ranks import leads
 from neko_lean.recipes import DEFAULT
 
@@ -99,9 +100,9 @@ def unlearn(
     elif not quiet:
         predicted = result["predicted_peak"]
         counted = " (resident set, with the allocator's share)" if result["device"] == "cpu" else ""
-        print(
+        show(
             f"{out}: {result['ended']}; weights of step {result['weights_of_step']}; "
-            f"{result['wall_seconds']:.0f} s, {result['padding']:.1%} padding\n"
+            f"{result['wall_seconds']:.0f} s, {result['padding']:.1%} padding",
             f"peak memory: {gibibytes(result['measured_peak'])} measured, "
-            f"{'none' if predicted is None else gibibytes(predicted)} predicted{counted}"
+            f"{'none' if predicted is None else gibibytes(predicted)} predicted{counted}",
         )

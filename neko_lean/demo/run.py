@@ -14,7 +14,7 @@ from neko_lean.data import Row, read_rows, write_jsonl
 from neko_lean.demo.world import anchor_documents, build_world, task3_documents, write_world
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import has_bfloat16, pick_device
+from neko_lean.modeling import check_seed, has_bfloat16, pick_device
 from neko_lean.outputs import staged_folder, write_atomically
 from neko_lean.progress import say
 from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, forgets, load_recipe, reads_cache, uses_anchor
@@ -53,6 +53,8 @@ def demo(
 
     Returns `scores` (of `before` and of each recipe), a `verdict` in words, and where the `files` are.
     """
+    check_seed(seed)
+    place = pick_device(device)
     recipes = list(dict.fromkeys([str(recipe), BESIDE]))
     given: dict[str, Any] = {} if max_steps is None else {"max_steps": max_steps}
     changes = [
@@ -79,7 +81,7 @@ def demo(
         say(f"world: {len(forget)} forget rows, {len(retain)} retain rows", quiet)
         common: dict[str, Any] = {"device": device, "quiet": quiet}
         # Emulated bfloat16 would make minutes into an hour.
-        dtype: dict[str, Any] = {} if has_bfloat16(pick_device(device)) else {"dtype": "float32"}
+        dtype: dict[str, Any] = {} if has_bfloat16(place) else {"dtype": "float32"}
         write_base(stage / "base", [*forget, *retain])
         memorize(stage / "base", rows, stage / "target", overrides={**MEMORIZE, **dtype}, seed=seed, **common)
         mia = rows / "mia" if (rows / "mia").is_dir() else None

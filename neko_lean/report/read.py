@@ -148,15 +148,14 @@ def _inside(folder: Path) -> list[Path]:
 def _read_object(file: Path) -> dict[str, Any]:
     _refuse_elsewhere(file)
     try:
-        value = json.loads(file.read_text(encoding="utf-8"))
+        value = _writable(json.loads(file.read_text(encoding="utf-8")))
     except OSError as error:
         raise NekoLeanError(f"{file} cannot be read ({error.strerror}).") from error
     except (ValueError, RecursionError) as error:
         raise NekoLeanError(f"{file} is not JSON: make it again with `neko-lean score` or `unlearn`.") from error
     if not isinstance(value, dict):
         raise NekoLeanError(f"{file} holds no JSON object: make it again with `neko-lean score` or `unlearn`.")
-    checked: dict[str, Any] = _writable(value)
-    return checked
+    return value
 
 
 def _refuse_elsewhere(file: Path) -> None:

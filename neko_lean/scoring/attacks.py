@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import random
 import shutil
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, replace
 from functools import partial
@@ -18,19 +19,19 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from neko_lean.collective import by_first, gather
-from neko_lean.data import Row, encode, write_jsonl
+from neko_lean.data import Row, encode, encode_texts, write_jsonl
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import CausalLM, position_limit
+from neko_lean.modeling import CausalLM
 from neko_lean.progress import bar
 from neko_lean.ranks import alone, leads
 from neko_lean.recipes import load_recipe
 from neko_lean.runs import memorize
-from neko_lean.scoring.generation import Generation, generate, own_rows
+from neko_lean.scoring.generation import Decoding, Generation, generate, own_rows
+from neko_lean.scoring.limits import Cut, fitted
 from neko_lean.scoring.paraphrases import Paraphrase
 from neko_lean.scoring.task import KINDS, row_score, unicode_score
 from neko_lean.scoring.uncertainty import mean_by_document
 from neko_lean.scoring.unfinished import writing
-from neko_lean.scoring.views import MAX_LENGTH
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -40,22 +41,25 @@ PREFIXES = (1, 2, 4, 8)  # answer tokens given
 BITS = (8, 4)
 RELEARN_STEPS = (5, 10, 20, 40)
 RELEARN_ROWS = 16  # at least, in whole documents: a document's other rows would not be unseen
+RELEARN_MOST = 64  # of a document of more rows the rest are neither trained on nor scored: a step takes all at once
 BLOCK = 64  # weights that share a scale at 4 bits
 Say = Callable[[CausalLM, Sequence[Row], Sequence[Sequence[int]] | None, str], list[Generation]]
 
 
-def talker(tokenizer: PreTrainedTokenizerBase, batch_size: int, max_new_tokens: int, quiet: bool) -> Say:
+def talker(tokenizer: PreTrainedTokenizerBase, decoding: Decoding, cut: Cut, quiet: bool) -> Say:
     """A function that has a model answer rows, in order, with a bar of its own. The ranks share the rows out; the bar
-    counts the first one's."""
+    counts the first one's. `cut` gets the counts of prompts that are cut, by the bar's label."""
 
     def say(lm: CausalLM, rows: Sequence[Row], prompts: Sequence[Sequence[int]] | None, label: str) -> list[Generation]:
-        own = own_rows(tokenizer, rows, batch_size, prompts)
-        wanted, given = [rows[i] for i in own], None if prompts is None else [prompts[i] for i in own]
+        asked = encode_texts(tokenizer, [row.input for row in rows]) if prompts is None else prompts
+        lost = sum(len(fitted(lm, ids, decoding.max_new_tokens)[0]) < len(ids) for ids in asked)
+        if lost:
+            cut.attacks[label] = lost
+        own = own_rows(lm, tokenizer, rows, decoding, asked)
+        wanted, given = [rows[i] for i in own], [asked[i] for i in own]
         said = []
         with bar(label, len(own), "rows", quiet) as progress:
-            for batch in generate(
-                lm, tokenizer, wanted, batch_size=batch_size, max_new_tokens=max_new_tokens, prompts=given
-            ):
+            for batch in generate(lm, tokenizer, wanted, **asdict(decoding), prompts=given):
                 said += [(own[i], asdict(one)) for i, one in batch]
                 progress.advance(len(batch))
         found = dict(one for part in gather(said) for one in part)
@@ -90,7 +94,7 @@ def prefix(
 ) -> list[dict[str, Any]]:
     """Each row asked with the first tokens of its answer given, and scored on the rest; rows whose answer is no longer
     than what is given are left out."""
-    encoded = encode(rows, tokenizer, "plain", position_limit(lm, MAX_LENGTH))
+    encoded = encode(rows, tokenizer, "plain", sys.maxsize)  # generate cuts the prompts
     curve = [{"tokens": 0, **base_point(rows, base)}]
     for count in PREFIXES:
         asked = [one for one in encoded if one.answer > count]
@@ -180,6 +184,7 @@ def relearn(
     while names and len(known) < RELEARN_ROWS:
         name = names.pop()
         known += [row for row in rows if row.document == name]
+    known = known[:RELEARN_MOST]
     others = [row for row in rows if row.document in set(names)]
     if not others:
         raise NekoLeanError(f"--attack relearn needs more forget rows than the {len(known)} that it trains on.")

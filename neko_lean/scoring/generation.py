@@ -12,14 +12,15 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from neko_lean.data import Row, encode_texts, length_batches
+from neko_lean.data import Row, encode_texts
 from neko_lean.errors import NekoLeanError
 from neko_lean.finite import likeliest
 from neko_lean.generation_config import end_ids, unknown_ends
-from neko_lean.modeling import CausalLM, position_limit
+from neko_lean.modeling import CausalLM
 from neko_lean.ranks import share
 from neko_lean.scoring.decoding import Prompts
 from neko_lean.scoring.decoding_probe import PADDED, decode_exactly, pick_method
+from neko_lean.scoring.limits import MAX_LENGTH, Cut, fitted, generation_batches
 from neko_lean.scoring.scripts import bare
 from neko_lean.scoring.task import regurgitation, same_answers, unicode_regurgitation
 from neko_lean.vocabulary import refuse_unknown_ids
@@ -30,7 +31,14 @@ if TYPE_CHECKING:
 # Leaks and brokenness are judged by a generation's first tokens: so many, or twice the answer's where that is more.
 WINDOW = 64
 STRIDE = 16  # tokens between two looks at whether a row is settled
-ROOM = 32  # new tokens that a prompt leaves room for: where a model has fewer positions left, the prompt is cut
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """How rows are generated: so many together at most, and so many new tokens each."""
+
+    batch_size: int
+    max_new_tokens: int
 
 
 @dataclass(frozen=True)
@@ -67,48 +75,49 @@ def spoken(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], window: int, 
 
 
 def own_rows(
+    lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
-    batch_size: int,
+    decoding: Decoding,
     prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[int]:
     """Numbers of the rows that this rank is to generate: all of its share of the batches, so that `generate` of these
     rows makes the very batches that one process makes of all, and their texts are the same in any dtype."""
     encoded = _prompts(tokenizer, rows) if prompts is None else prompts
-    return sorted(i for batch in share(_batches(rows, encoded, batch_size)) for i in batch)
+    fits = [fitted(lm, ids, decoding.max_new_tokens) for ids in encoded]
+    batches = _batches(rows, encoded, fits, decoding.batch_size)
+    return sorted(i for batch in share(batches) for i in batch)
 
 
 def _prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[list[int]]:
     return encode_texts(tokenizer, [row.input for row in rows])
 
 
-def _batches(rows: Sequence[Row], prompts: Sequence[Sequence[int]], batch_size: int) -> list[list[int]]:
+def _batches(
+    rows: Sequence[Row],
+    prompts: Sequence[Sequence[int]],
+    fits: Sequence[tuple[Sequence[int], int]],
+    batch_size: int,
+) -> list[list[int]]:
     """Numbers of the rows, questions with questions and prompts with those of like length: full batches, and for each
     kind of row one at its end that may not be."""
-    found = []
-    for kind in ("qa", "sc"):
-        own = [i for i, row in enumerate(rows) if row.kind == kind]
-        lengths = [len(prompts[i]) for i in own]
-        batches = length_batches(lengths, max_rows=batch_size, max_tokens=sum(lengths) * batch_size)
-        found += [[own[i] for i in batch] for batch in batches]
-    return found
+    lengths, shapes = [len(ids) for ids in prompts], [(len(kept), room) for kept, room in fits]
+    kinds = ([i for i, row in enumerate(rows) if row.kind == kind] for kind in ("qa", "sc"))
+    return [batch for own in kinds for batch in generation_batches(lengths, shapes, own, batch_size)]
 
 
-def fitted(lm: CausalLM, prompt: Sequence[int], max_new_tokens: int) -> tuple[Sequence[int], int]:
-    """A prompt and its number of new tokens, made to fit the positions that the model has.
-
-    A prompt keeps its last tokens, so that at least ROOM new tokens fit, or half of all positions where those are few.
-    """
-    limit = position_limit(lm, len(prompt) + max_new_tokens)
-    room = min(max_new_tokens, ROOM, max(1, limit // 2))
-    kept = prompt[-max(1, limit - room) :]
-    return kept, min(max_new_tokens, limit - len(kept))
+def refuse_empty_prompts(rows: Sequence[Row], encoded: Sequence[Sequence[int]]) -> None:
+    """Raise NekoLeanError naming the first row whose prompt has no tokens: there is nothing to continue."""
+    empty = next((row for row, ids in zip(rows, encoded, strict=True) if not ids), None)
+    if empty is not None:
+        raise NekoLeanError(f"row {empty.id}: the tokenizer makes no tokens of its input; give it another input.")
 
 
 def generation_warnings(
-    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_new_tokens: int
+    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_new_tokens: int, cut: Cut | None = None
 ) -> list[str]:
-    """What changes the generations of these rows without being asked for, in sentences."""
+    """What changes the generations of these rows without being asked for, in sentences; `cut` gets the counts."""
+    cut = Cut() if cut is None else cut
     found = []
     unknown = unknown_ends(lm)
     if unknown:
@@ -120,14 +129,19 @@ def generation_warnings(
 
     prompts = _prompts(tokenizer, rows)
     fits = [fitted(lm, prompt, max_new_tokens) for prompt in prompts]
-    capped = sum(room < max_new_tokens for _, room in fits)
-    cut = sum(len(kept) < len(prompt) for prompt, (kept, _) in zip(prompts, fits, strict=True))
-    if capped:
+    cut.new_tokens = sum(room < max_new_tokens for _, room in fits)
+    cut.prompts = sum(len(kept) < len(prompt) for prompt, (kept, _) in zip(prompts, fits, strict=True))
+    if cut.new_tokens:
         limit = max(len(kept) + room for kept, room in fits if room < max_new_tokens)
         found.append(
-            f"warning: {capped} of {len(rows)} rows have fewer than {max_new_tokens} new tokens (the least is "
-            f"{min(room for _, room in fits)}), and {cut} of them lose the beginning of their prompt: the model has "
-            f"{limit} positions."
+            f"warning: {cut.new_tokens} of {len(rows)} rows have fewer than {max_new_tokens} new tokens (the least is "
+            f"{min(room for _, room in fits)}), and {cut.prompts} rows lose the beginning of their prompt: the model "
+            f"has {limit} positions."
+        )
+    elif cut.prompts:
+        found.append(
+            f"warning: {cut.prompts} of {len(rows)} rows lose the beginning of their prompt: score keeps the last "
+            f"{MAX_LENGTH} tokens."
         )
     return found
 
@@ -161,11 +175,10 @@ def generate(
     lm.model.eval()
     encoded = _prompts(tokenizer, rows) if prompts is None else prompts
     windows = [max(WINDOW, 2 * len(ids)) for ids in encode_texts(tokenizer, [" " + row.output for row in rows])]
-    empty = next((row for row, ids in zip(rows, encoded, strict=True) if not ids), None)
-    if empty is not None:
-        raise NekoLeanError(f"row {empty.id}: the tokenizer makes no tokens of its input; give it another input.")
+    refuse_empty_prompts(rows, encoded)
     refuse_unknown_ids(((f"row {row.id}", ids) for row, ids in zip(rows, encoded, strict=True)), lm)
-    for batch in _batches(rows, encoded, batch_size):
+    fits = [fitted(lm, ids, max_new_tokens) for ids in encoded]
+    for batch in _batches(rows, encoded, fits, batch_size):
 
         def done(number: int, ids: Sequence[int], batch: list[int] = batch) -> bool:
             """Whether the row is past its window and settled."""
@@ -174,8 +187,7 @@ def generate(
                 return False
             return settled(rows[batch[number]], spoken(tokenizer, ids, 0, "").text)
 
-        fits = [fitted(lm, encoded[i], max_new_tokens) for i in batch]
-        said = _decode(lm, tokenizer, [kept for kept, _ in fits], [room for _, room in fits], done)
+        said = _decode(lm, tokenizer, [fits[i][0] for i in batch], [fits[i][1] for i in batch], done)
         yield [(i, spoken(tokenizer, ids, windows[i], ended)) for i, (ids, ended) in zip(batch, said, strict=True)]
 
 

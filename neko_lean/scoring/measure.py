@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from neko_lean.cache import TeacherCache
 from neko_lean.collective import agreed, by_first, whole
-from neko_lean.data import Row, encode, truncation_line, write_jsonl
+from neko_lean.data import Encoded, Row, encode, truncation_line, write_jsonl
 from neko_lean.documents import Document, read_anchor
 from neko_lean.errors import NekoLeanError
 from neko_lean.finite import strict_json
@@ -18,13 +19,14 @@ from neko_lean.modeling import CausalLM, position_limit
 from neko_lean.progress import bar, say
 from neko_lean.ranks import alone, rank, share
 from neko_lean.scoring import membership
-from neko_lean.scoring.generation import Generation, generate, generation_warnings, method_line, own_rows
+from neko_lean.scoring.generation import Decoding, Generation, generate, generation_warnings, method_line, own_rows
+from neko_lean.scoring.limits import MAX_LENGTH, Cut, fitted_answer
 from neko_lean.scoring.memorisation import answer_numbers, truth_ratio
 from neko_lean.scoring.outputs import leak_numbers, output_numbers
 from neko_lean.scoring.paraphrases import Paraphrase
 from neko_lean.scoring.task import KINDS, row_score, unicode_score
 from neko_lean.scoring.unfinished import add_generations, read_generations, writing
-from neko_lean.scoring.views import MAX_LENGTH, tokenised, view_documents
+from neko_lean.scoring.views import tokenised, view_documents
 from neko_lean.vocabulary import refuse_unknown_rows
 
 if TYPE_CHECKING:
@@ -38,18 +40,18 @@ def generations(
     tokenizer: PreTrainedTokenizerBase,
     rows: Sequence[Row],
     stage: Path,
-    batch_size: int,
-    max_new_tokens: int,
+    decoding: Decoding,
+    cut: Cut,
     quiet: bool,
 ) -> list[Generation]:
     """What the model says to each row; what an earlier run left in `stage` is not said again. The ranks share the rows
-    out; the bar counts the first one's."""
+    out; the bar counts the first one's. `cut` gets the counts of prompts and generations that are cut."""
     known = dict(by_first(writing(stage, lambda: [(i, asdict(one)) for i, one in read_generations(stage).items()])))
     left = [i for i in range(len(rows)) if i not in known]
-    own = [left[i] for i in own_rows(tokenizer, [rows[i] for i in left], batch_size)]
+    own = [left[i] for i in own_rows(lm, tokenizer, [rows[i] for i in left], decoding)]
     if known:
         say(f"score: {len(known)} of {len(rows)} rows were generated already", quiet)
-    for warning in generation_warnings(lm, tokenizer, rows, max_new_tokens):
+    for warning in generation_warnings(lm, tokenizer, rows, decoding.max_new_tokens, cut):
         say(warning)
     line = method_line(lm, tokenizer) if left else None
     if line is not None:
@@ -60,7 +62,7 @@ def generations(
         with bar("score", len(known) + len(own), "rows", quiet) as progress:
             progress.advance(len(known))
             wanted = [rows[i] for i in own]
-            for batch in generate(lm, tokenizer, wanted, batch_size=batch_size, max_new_tokens=max_new_tokens):
+            for batch in generate(lm, tokenizer, wanted, **asdict(decoding)):
                 numbered = [(own[i], one) for i, one in batch]
                 add_generations(stage, numbered)
                 said += [(i, asdict(one)) for i, one in numbered]
@@ -78,19 +80,25 @@ def row_numbers(
     rows: Sequence[Row],
     said: Sequence[Generation],
     others: Sequence[Paraphrase],
+    cut: Cut,
     quiet: bool,
 ) -> list[dict[str, float]]:
-    """Everything that is measured of a row but its score, by name."""
-    limit = position_limit(lm, MAX_LENGTH)
-    encoded = encode(rows, tokenizer, "plain", limit)
-    if any(one.cut for one in encoded):
-        say(f"warning: answers are measured within the length limit: {truncation_line(encoded, limit)}")
-    refuse_unknown_rows(encoded, lm)
+    """Everything that is measured of a row but its score, by name. `cut` gets the counts of answers that are cut."""
+    encoded = encoded_answers(lm, tokenizer, rows)
     answered = [one for one in encoded if one.answer]
+    cut.answers, cut.empty_answers = sum(one.cut > 0 for one in encoded), len(encoded) - len(answered)
+    if cut.answers:
+        limit = position_limit(lm, MAX_LENGTH)
+        say(f"warning: answers are measured within the length limit: {truncation_line(encoded, limit)}")
+    if cut.empty_answers:
+        say(f"warning: {cut.empty_answers} of {len(rows)} rows have an answer of no tokens: it is not measured.")
+    refuse_unknown_rows(encoded, lm)
+
     with bar("answers", len(answered), "rows", quiet) as progress:
         views = view_documents(lm, tokenizer, [one.ids for one in answered], progress=progress)
     answers = {one.row: view.after(one.prompt) for one, view in zip(answered, views, strict=True)}
-    ratios = _truth_ratios(lm, tokenizer, rows, others)
+    ratios = _truth_ratios(lm, tokenizer, rows, others, cut)
+
     found = []
     for row, one in zip(rows, said, strict=True):
         numbers = {**leak_numbers(row, one.window), **output_numbers(row, one.window), **ratios.get(row.id, {})}
@@ -98,22 +106,37 @@ def row_numbers(
     return found
 
 
+def encoded_answers(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Encoded]:
+    """The rows' prompts and answers as tokens, cut by `fitted_answer`."""
+    limit = position_limit(lm, MAX_LENGTH)
+    return [fitted_answer(one, limit) for one in encode(rows, tokenizer, "plain", sys.maxsize)]
+
+
 def _truth_ratios(
-    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], others: Sequence[Paraphrase]
+    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], others: Sequence[Paraphrase], cut: Cut
 ) -> dict[str, dict[str, float]]:
     """The truth ratio of each row of which another wording of the answer and wrong answers were given, by id."""
-    known, limit = {row.id: row for row in rows}, position_limit(lm, MAX_LENGTH)
-    answered = [(one.id, (one.output, *one.wrong)) for one in others if one.output is not None]
+    known = {row.id: row for row in rows}
+    texts = [(one.id, (one.output, *one.wrong)) for one in others if one.output is not None]
+    encoded = [
+        (name, encoded_answers(lm, tokenizer, [replace(known[name], output=text) for text in answers]))
+        for name, answers in texts
+    ]
+    answered = [(name, answers) for name, answers in encoded if all(one.answer for one in answers)]
+    cut.paraphrases = sum(any(one.cut or not one.answer for one in answers) for _, answers in encoded)
+    if cut.paraphrases:
+        say(
+            f"warning: {cut.paraphrases} of {len(encoded)} other wordings are cut to the length limit, or have an "
+            f"answer of no tokens and are not measured."
+        )
 
-    def ratio(name: str, answers: Sequence[str]) -> float:
-        row = known[name]
-        encoded = encode([replace(row, output=text) for text in answers], tokenizer, "plain", limit)
-        with alone():  # so few texts are one batch
-            views = view_documents(lm, tokenizer, [one.ids for one in encoded])
-        right, *wrong = (view.after(one.prompt) for view, one in zip(views, encoded, strict=True))
+    def ratio(answers: Sequence[Encoded]) -> float:
+        with alone():  # so few texts are one process's work
+            views = view_documents(lm, tokenizer, [one.ids for one in answers])
+        right, *wrong = (view.after(one.prompt) for view, one in zip(views, answers, strict=True))
         return truth_ratio(right, wrong)
 
-    own = agreed(lambda: [ratio(*one) for one in share(answered)])[rank()]
+    own = agreed(lambda: [ratio(answers) for _, answers in share(answered)])[rank()]
     found: dict[str, list[float]] = {}
     for (name, _), value in zip(answered, whole(own), strict=True):
         found.setdefault(name, []).append(value)
@@ -128,29 +151,31 @@ def line_of(split: str, row: Row, said: Generation, numbers: dict[str, float]) -
     return {**line, "ended": said.ended, "numbers": numbers}
 
 
-def held_out_nll(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], quiet: bool) -> float:
-    """Mean token loss of some documents, each counting alike."""
+def held_out_nll(
+    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], cut: Cut, quiet: bool
+) -> float:
+    """Mean token loss of some documents, each counting alike. `cut` gets the count of documents that are cut."""
     with bar("held-out text", len(documents), "documents", quiet) as progress:
-        ids = tokenised(tokenizer, [one.text for one in documents], position_limit(lm, MAX_LENGTH))
+        ids, lost = tokenised(tokenizer, [one.text for one in documents], position_limit(lm, MAX_LENGTH))
+        cut.held = sum(lost)
         views = view_documents(lm, tokenizer, ids, progress=progress)
     return sum(float(-view.logp.mean()) for view in views) / len(views)
 
 
 def reference_losses(
-    cache: str | Path | None,
-    mia: str | Path | None,
+    teacher: TeacherCache,
+    mia: str | Path,
+    documents: Sequence[tuple[str, Document]],
     rows: Sequence[tuple[str, Row]],
     tokenizer: PreTrainedTokenizerBase,
     limit: int = MAX_LENGTH,
 ) -> dict[str, tuple[list[int], float]]:
-    """The reference model's mean token loss of the documents of `mia` that are in its cache, by text, with the tokens
-    it is of, at most `limit`: a row's prompt ends in a token of its own."""
-    if cache is None or mia is None:
-        return {}
-    teacher = TeacherCache(cache)
+    """The reference model's mean token loss of the documents of `mia`, by text, with the tokens it is of, at most
+    `limit`: a row's prompt ends in a token of its own. Raises NekoLeanError where the cache lacks some document."""
     # The reference is another model on purpose, but its losses are of this one's tokens.
     reference = replace(teacher.teacher, tokenizer=tokenizer_fingerprint(tokenizer))
     teacher.check(reference, style=teacher.manifest.format, max_length=limit, encoded=[])
+
     forgotten = [row for name, row in rows if name == "forget" and row.kind == "sc"]
     outside = read_anchor(Path(mia) / "nonmember.jsonl")
     found = {}
@@ -158,6 +183,13 @@ def reference_losses(
         text = f"{one.row.input} {one.row.output}" if one.row.input else one.row.output
         if teacher.has_target_logp(one):
             found[text] = one.ids, float(-teacher.target_logp(one).mean())
+
+    missing = sum(one.text not in found for _, one in documents)
+    if missing:
+        raise NekoLeanError(
+            f"the cache of --reference lacks {missing} of the {len(documents)} documents of --mia: make it with "
+            f"cache-teacher --forget DATA --anchor MIA/nonmember.jsonl."
+        )
     return found
 
 
@@ -167,23 +199,23 @@ def membership_attacks(
     documents: Sequence[tuple[str, Document]],
     reference: Mapping[str, tuple[list[int], float]] | None,
     stage: Path,
+    cut: Cut,
     quiet: bool,
 ) -> dict[str, Any] | None:
     """The attacks on all documents, and on those of each task that both sides name; writes documents.jsonl.
-    `reference` is `reference_losses`, None where that attack was not asked for."""
+    `reference` is `reference_losses`, None where that attack was not asked for. `cut` gets the count of documents that
+    are cut."""
     if not documents:
         return None
     texts = [one.text for _, one in documents]
-    missing = 0 if reference is None else sum(text not in reference for text in texts)
-    if missing:
-        raise NekoLeanError(
-            f"the cache of --reference lacks {missing} of the {len(texts)} documents of --mia: make it with "
-            f"cache-teacher --forget DATA --anchor MIA/nonmember.jsonl."
-        )
-    ids = tokenised(tokenizer, texts, position_limit(lm, MAX_LENGTH))
+    ids, lost = tokenised(tokenizer, texts, position_limit(lm, MAX_LENGTH))
+    cut.documents = sum(lost)
     with bar("membership", len(texts), "documents", quiet) as progress:
         views = view_documents(lm, tokenizer, ids, progress=progress)
-    numbers = [membership.attack_numbers(text, view) for text, view in zip(texts, views, strict=True)]
+    # Of a document that is cut, zlib compares the loss with the bytes of the same tokens.
+    read = [cast(str, tokenizer.decode(own)) if loses else text
+            for text, own, loses in zip(texts, ids, lost, strict=True)]  # fmt: skip
+    numbers = [membership.attack_numbers(text, view) for text, view in zip(read, views, strict=True)]
     if reference is not None:
         apart = {text: reference[text][0] for text, own in zip(texts, ids, strict=True) if reference[text][0] != own}
         again = dict(zip(apart, view_documents(lm, tokenizer, list(apart.values())), strict=True))

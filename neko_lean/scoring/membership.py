@@ -13,7 +13,8 @@ import numpy as np
 
 from neko_lean.data import TASKS
 from neko_lean.modeling import CausalLM, position_limit
-from neko_lean.scoring.views import MAX_LENGTH, View, tokenised, view_documents
+from neko_lean.scoring.limits import MAX_LENGTH
+from neko_lean.scoring.views import View, tokenised, view_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -28,9 +29,8 @@ def document_losses(
     lm: CausalLM, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], *, batch_tokens: int
 ) -> np.ndarray:
     """Mean token loss of each whole document, in nats: [len(documents)] float64."""
-    views = view_documents(
-        lm, tokenizer, tokenised(tokenizer, documents, position_limit(lm, MAX_LENGTH)), batch_tokens=batch_tokens
-    )
+    ids, _ = tokenised(tokenizer, documents, position_limit(lm, MAX_LENGTH))
+    views = view_documents(lm, tokenizer, ids, batch_tokens=batch_tokens)
     return np.array([-one.logp.mean() for one in views])
 
 

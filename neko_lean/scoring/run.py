@@ -3,31 +3,32 @@
 from __future__ import annotations
 
 import hashlib
-import json
 import math
 import time
 from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+from neko_lean.cache import TeacherCache
 from neko_lean.cache.format import MANIFEST, file_sha256
 from neko_lean.collective import by_first, joined
-from neko_lean.data import Row, jsonl_text, read_rows
-from neko_lean.documents import read_documents
+from neko_lean.data import Row, encode_texts, jsonl_text, read_rows
+from neko_lean.documents import Document, read_documents
 from neko_lean.errors import NekoLeanError
-from neko_lean.files import read_jsonl
 from neko_lean.finite import strict_json
 from neko_lean.generation_config import listed_ends
 from neko_lean.identity import identify
 from neko_lean.memory import peak_memory
 from neko_lean.modeling import (
+    check_seed,
     load_model,
     load_tokenizer,
     model_folder,
     model_name,
     pick_device,
     pick_dtype,
-    position_limit,
+    usable_length,
 )
 from neko_lean.outputs import Output, claim_file, claim_folder, locked, publish_file
 from neko_lean.progress import bar, say
@@ -35,6 +36,8 @@ from neko_lean.quantized import quantization_method
 from neko_lean.runs import refuse_one_file
 from neko_lean.scoring import attacks as attack
 from neko_lean.scoring import uncertainty
+from neko_lean.scoring.generation import Decoding, refuse_empty_prompts
+from neko_lean.scoring.limits import BATCH_TOKENS, MAX_LENGTH, Cut
 from neko_lean.scoring.measure import (
     generations,
     held_out_nll,
@@ -46,7 +49,8 @@ from neko_lean.scoring.measure import (
 from neko_lean.scoring.mmlu import mmlu as run_mmlu
 from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.official import official_results
-from neko_lean.scoring.paraphrases import read_paraphrases
+from neko_lean.scoring.paraphrases import Paraphrase, read_paraphrases
+from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.task import (
     SPLITS,
     cell_means,
@@ -67,9 +71,10 @@ from neko_lean.scoring.unfinished import (
     writing,
 )
 from neko_lean.scoring.verdict import verdict
-from neko_lean.scoring.views import BATCH_TOKENS, MAX_LENGTH
-from neko_lean.trust import is_inside
 from neko_lean.unfinished import versions
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 MIA = "--mia wants a folder with member.jsonl and nonmember.jsonl"
 SIDES = ("member", "nonmember")
@@ -134,6 +139,9 @@ def score(
         if name not in attack.ATTACKS:
             raise NekoLeanError(f"attack {name!r} is not one of {', '.join(attack.ATTACKS)}.")
     _refuse_unused(attacks, mmlu=mmlu, shots=shots, relearn_lr=relearn_lr, seed=seed)
+    if seed is not None:
+        check_seed(seed)
+    place = pick_device(device)
     refuse_one_file(data, "--data", SPLITS, split)
     rows = [(name, row) for name in SPLITS for row in read_rows(data, name, split)]
     documents = [] if mia is None else [(s, d) for s in SIDES for d in read_documents(Path(mia) / f"{s}.jsonl", MIA)]
@@ -143,6 +151,7 @@ def score(
     earlier = None if before is None else read_score(before, rows)
     if reference is not None and mia is None:
         raise NekoLeanError("--reference compares the documents of --mia: give both.")
+    teacher = None if reference is None else TeacherCache(reference)
     forgotten = {row.id for name, row in rows if name == "forget"}
     if "paraphrase" in attacks and not any(one.input for one in others if one.id in forgotten):
         raise NekoLeanError("--attack paraphrase needs --paraphrases FILE with other inputs of forget rows.")
@@ -151,7 +160,7 @@ def score(
             f"--paraphrases {paraphrases} has no effect: it holds other inputs alone, which are for --attack "
             f"paraphrase; give that too."
         )
-    place, folder = pick_device(device), model_folder(model)
+    folder = model_folder(model)
     inputs = [folder, data, mia, held, reference, paraphrases, mmlu, before]
     output = claim_folder(out, "partial", inputs, overwrite=overwrite, resume=resume)
     results = None if official is None else claim_file(official, "--official", inputs, overwrite=overwrite or resume)
@@ -165,6 +174,12 @@ def score(
         )
     precision = dtype or ("bfloat16" if place.type == "cuda" else "float32")
     tokenizer = load_tokenizer(folder)
+    known = None
+    if teacher is not None and mia is not None:
+        known = reference_losses(teacher, mia, documents, rows, tokenizer, usable_length(folder, MAX_LENGTH))
+    _refuse_too_short(
+        tokenizer, [row for _, row in rows], others, {"--mia": [d for _, d in documents], "--held": unseen}
+    )
     blind = {s: official_blind([row for name, row in rows if name == s], tokenizer.clean_up_tokenization)
              for s in SPLITS}  # fmt: skip
     _warn_blind(blind, rows)
@@ -196,23 +211,23 @@ def score(
     made = made_from(plan, options)
     done = finished_score(output, made, plan) if resume else None
     if done is not None:
+        read_score(output.path, rows)
         say(f"{output.path} is complete: nothing to do.", quiet)
         if results is not None:
             _write_official(results, done, by_first(lambda: _finished_lines(output, made, rows)), rows)
         return done
     with unfinished(output, plan, resume=resume, quiet=quiet) as stage:
         lm = load_model(folder, pick_dtype(precision), place)
-        said = generations(lm, tokenizer, [row for _, row in rows], stage, batch_size, max_new_tokens, quiet)
-        numbers = row_numbers(lm, tokenizer, [row for _, row in rows], said, others, quiet)
+        cut, decoding = Cut(), Decoding(batch_size, max_new_tokens)
+        said = generations(lm, tokenizer, [row for _, row in rows], stage, decoding, cut, quiet)
+        numbers = row_numbers(lm, tokenizer, [row for _, row in rows], said, others, cut, quiet)
         lines = [line_of(name, row, one, more) for (name, row), one, more in zip(rows, said, numbers, strict=True)]
         scored = {name: [(row, row_score(row, one.text)) for (s, row), one in zip(rows, said, strict=True) if s == name]
                   for name in SPLITS}  # fmt: skip
         cells = cell_means(scored)
-        limit = position_limit(lm, MAX_LENGTH)
         unicode = {name: [(row, unicode_score(row, one.text)) for (s, row), one in zip(rows, said, strict=True)
                           if s == name] for name in SPLITS}  # fmt: skip
-        known = None if reference is None else reference_losses(reference, mia, rows, tokenizer, limit)
-        members = membership_attacks(lm, tokenizer, documents, known, stage, quiet)
+        members = membership_attacks(lm, tokenizer, documents, known, stage, cut, quiet)
         found = uncertainty.estimates(lines)
         scores: dict[str, Any] = {
             "model": model_name(model),
@@ -225,7 +240,7 @@ def score(
             "mmlu": None,
             "final": None,
             **group_means(found),
-            "held_nll": held_out_nll(lm, tokenizer, unseen, quiet) if unseen else None,
+            "held_nll": held_out_nll(lm, tokenizer, unseen, cut, quiet) if unseen else None,
             "nonmember_nll": None if members is None else members["nonmember_loss"],
             "uniform_nll": math.log(len(lm.head)),
             "intervals": uncertainty.intervals(found),
@@ -246,7 +261,7 @@ def score(
             parts = scores["task_aggregate"], members["score"], scores["mmlu"]["micro"]
             scores["final"] = sum(parts) / len(parts)
         scores["difference"] = None if earlier is None else _difference(scores, lines, earlier)
-        say_rows = attack.talker(tokenizer, batch_size, max_new_tokens, quiet)
+        say_rows = attack.talker(tokenizer, decoding, cut, quiet)
         forget = [row for name, row in rows if name == "forget"]
         base = {row.id: one for (name, row), one in zip(rows, said, strict=True) if name == "forget"}
         if "prefix" in attacks:
@@ -274,6 +289,7 @@ def score(
             "dtype": precision,
             "device": str(place),
             "max_new_tokens": max_new_tokens,
+            "cut": asdict(cut),
             "versions": versions(),
             "made_from": made,
             "wall_seconds": time.monotonic() - start,
@@ -327,6 +343,25 @@ def _refuse_unused(attacks: Sequence[str], mmlu: str | Path | None, **options: f
             raise NekoLeanError(f"--{name.replace('_', '-')} has no effect without {wanted}: give both or neither.")
 
 
+def _refuse_too_short(
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Row],
+    others: Sequence[Paraphrase],
+    documents: Mapping[str, Sequence[Document]],
+) -> None:
+    """Raise NekoLeanError for a prompt of no tokens and for a document of fewer than two, before any work is done."""
+    known = {row.id: row for row in rows}
+    asked = [replace(known[one.id], input=one.input) for one in others if one.input is not None]
+    for some in (rows, asked):
+        refuse_empty_prompts(some, encode_texts(tokenizer, [row.input for row in some]))
+    for option, found in documents.items():
+        for number, ids in enumerate(encode_texts(tokenizer, [one.text for one in found]), start=1):
+            if len(ids) < 2:
+                raise NekoLeanError(
+                    f"{option}: document {number} has fewer than two tokens, so it has no loss: remove it."
+                )
+
+
 def _warn_blind(blind: Mapping[str, Mapping[str, int]], rows: Sequence[tuple[str, Row]]) -> None:
     """Say, even if --quiet, how many rows the official numbers cannot judge."""
     for split in SPLITS:
@@ -340,31 +375,6 @@ def _warn_blind(blind: Mapping[str, Mapping[str, int]], rows: Sequence[tuple[str
                 f"{'; '.join(parts)}. Its cells do not measure these rows; unicode_cells do, and the "
                 f"verdict reads those."
             )
-
-
-def read_score(folder: str | Path, rows: Sequence[tuple[str, Row]] | None = None) -> dict[str, Any]:
-    """An earlier score: its scores.json, with `lines`, the rows of its generations.jsonl. Raises NekoLeanError where
-    there is none, where it is from before rows had numbers, or where it is of other rows than `rows`, pairs of split
-    and row."""
-    path = Path(folder)
-    for name in (SCORES, GENERATIONS):
-        if not (path / name).is_file():
-            raise NekoLeanError(f"{path} holds no {name}: give a folder that `score` wrote.")
-        if not is_inside(path, name):
-            raise NekoLeanError(f"{path / name} is a link that leads out of its folder: put the file itself there.")
-    lines = [line.values for line in read_jsonl(path / GENERATIONS)]
-    if not all(isinstance(line.get("id"), str) and isinstance(line.get("numbers"), dict) for line in lines):
-        raise NekoLeanError(f"{path} was scored by an older neko-lean: score that model again.")
-    scored = sorted((str(line.get("split")), line["id"]) for line in lines)
-    if rows is not None and scored != sorted((split, row.id) for split, row in rows):
-        raise NekoLeanError(f"{path} is a score of other rows: the difference would mean nothing.")
-    try:
-        scores = json.loads((path / SCORES).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError) as error:
-        raise NekoLeanError(f"{path / SCORES} cannot be read as JSON: score that model again.") from error
-    if not isinstance(scores, dict):
-        raise NekoLeanError(f"{path / SCORES} holds no JSON object: score that model again.")
-    return {**scores, "lines": lines}
 
 
 def group_means(found: Mapping[str, tuple[float | None, Any]]) -> dict[str, Any]:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
 from rich.table import Table
 
 from neko_lean.data import TASKS
+from neko_lean.scoring.judge import ends, number
 from neko_lean.scoring.task import CELLS, KINDS, SPLITS
 
 NOT_MEASURED = "not measured"
@@ -23,11 +24,11 @@ BESIDE = (
 )
 
 
-def shown(value: float | None, ends: list[float] | None = None) -> str:
+def shown(value: float | None, interval: Sequence[float] | None = None) -> str:
     """A number with its interval, or that it was not measured."""
     if value is None:
         return NOT_MEASURED
-    return f"{value:.3f}" + (f" ({ends[0]:.2f} to {ends[1]:.2f})" if ends else "")
+    return f"{value:.3f}" + (f" ({interval[0]:.2f} to {interval[1]:.2f})" if interval else "")
 
 
 def score_table(named: Mapping[str, Scores]) -> Group:
@@ -56,7 +57,7 @@ def score_table(named: Mapping[str, Scores]) -> Group:
     for heading, key in (("membership AUC", "auc"), ("membership AUC, two-sided", "two_sided_auc")):
         add(heading, lambda scores, key=key: _of_membership(scores, key))  # type: ignore[misc]
     add("membership score", lambda scores: _of_membership(scores, "score"))
-    add("MMLU", lambda scores: shown(scores["mmlu"] and scores["mmlu"]["micro"]))
+    add("MMLU", lambda scores: shown(number(scores, "mmlu", "micro")))
     add("final", _at("final"))
     table.add_section()
     for heading, key in BESIDE:
@@ -66,26 +67,18 @@ def score_table(named: Mapping[str, Scores]) -> Group:
 
 def _differs(scores: Scores, cell: str) -> bool:
     """Whether what the official arithmetic sees of a cell is not what is there in any script."""
-    official, seen = scores["cells"].get(cell), scores.get("unicode_cells", {}).get(cell)
+    official, seen = number(scores, "cells", cell), number(scores, "unicode_cells", cell)
     return official is not None and seen is not None and abs(official - seen) > 1e-9
 
 
 def _at(key: str) -> Callable[[Scores], str]:
     """What stands in scores.json at a dotted key, with its interval."""
-    first, *rest = key.split(".", 1) if "cells." in key else key.split(".")
-
-    def value(scores: Scores) -> str:
-        found: Any = scores.get(first)
-        for part in rest:
-            found = None if found is None else found.get(part)
-        return shown(found, scores["intervals"].get(key))
-
-    return value
+    path = key.split(".", 1) if "cells." in key else key.split(".")
+    return lambda scores: shown(number(scores, *path), ends(scores, "intervals", key))
 
 
 def _of_membership(scores: Scores, key: str) -> str:
-    found = scores["membership"]
-    return shown(found and found[key], found and found.get(f"{key}_interval"))
+    return shown(number(scores, "membership", key), ends(scores, "membership", f"{key}_interval"))
 
 
 def _notes(named: Mapping[str, Scores]) -> list[str]:
@@ -93,23 +86,29 @@ def _notes(named: Mapping[str, Scores]) -> list[str]:
     notes = ["All numbers are 0 to 1. Forget rows: lower is forgotten. Retain rows: higher is kept."]
     if len(named) == 1:
         notes.append("In brackets: 95 % intervals, by documents.")
-    missing = [cell for cell in CELLS if any(cell in scores["missing_cells"] for scores in named.values())]
+    missing = [cell for cell in CELLS if any(number(scores, "cells", cell) is None for scores in named.values())]
     if missing:
         notes.append(f"No aggregate: no rows for {', '.join(missing)}.")
-    blind = {split: sum(scores.get("official_blind", {}).get(split, {}).values()) for scores in named.values()
-             for split in SPLITS}  # fmt: skip
+    kinds = ("unscorable", "mostly_unseen")
+    blind = {split: sum(int(number(scores, "official_blind", split, kind) or 0) for kind in kinds)
+             for scores in named.values() for split in SPLITS}  # fmt: skip
     if any(blind.values()):
         notes.append(
             f"The official numbers cannot judge {blind['forget']} forget and {blind['retain']} retain rows, whose "
             f"letters or spaces they do not see: read those of any script."
         )
-    measured = next((scores["membership"] for scores in named.values() if scores["membership"]), None)
-    if measured:
-        notes.append(
-            f"A perfect model's membership score averages {measured['perfect_score_mean']:.3f} with "
-            f"{measured['members']} + {measured['nonmembers']} documents "
-            f"(5th percentile {measured['perfect_score_5th_percentile']:.3f})."
+    for scores in named.values():
+        mean, low, members, others = (
+            number(scores, "membership", key)
+            for key in ("perfect_score_mean", "perfect_score_5th_percentile", "members", "nonmembers")
         )
+        if mean is not None and low is not None and members is not None and others is not None:
+            notes.append(
+                f"A perfect model's membership score averages {mean:.3f} with {members:.0f} + {others:.0f} documents "
+                f"(5th percentile {low:.3f})."
+            )
+            break
     for name, scores in named.items():
-        notes += [f"{name}: {sentence}" for sentence in scores["verdict"]]
+        sentences = scores.get("verdict")
+        notes += [f"{name}: {sentence}" for sentence in sentences] if isinstance(sentences, list) else []
     return notes

@@ -10,9 +10,10 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import Any
 
-from rouge_score.rouge_scorer import RougeScorer
+from rouge_score.tokenizers import DefaultTokenizer
 
 from neko_lean.data import TASKS, Row
+from neko_lean.scoring.rouge import is_subsequence, rouge_l
 from neko_lean.scoring.scripts import UnicodeTokenizer, normal, seen_share
 
 SPLITS = ("forget", "retain")
@@ -42,18 +43,26 @@ def same_answers(output: str) -> tuple[str, ...]:
 
 
 @cache
-def _rouge() -> RougeScorer:
-    return RougeScorer(["rougeL"], use_stemmer=True)
+def _official() -> DefaultTokenizer:
+    return DefaultTokenizer(use_stemmer=True)
 
 
 def rouge(output: str, generation: str) -> Any:
     """ROUGE-L with stemming, 0 to 1: precision, recall and fmeasure."""
-    return _rouge().score(output, generation)["rougeL"]
+    return rouge_l(*map(_official().tokenize, (output, generation)))
 
 
 def regurgitation(output: str, generation: str) -> float:
     """ROUGE-L recall with stemming, 0 to 1: longer text never hurts. An empty generation is the text 'nan'."""
     return float(rouge(read_back(output), read_back(generation)).recall)
+
+
+def scores_fully(row: Row, generation: str) -> bool:
+    """Whether `row_score` is 1, without computing it: fast for answers of any length."""
+    if row.kind == "qa":
+        return knowledge(row.output, generation) == 1.0
+    target, said = (_official().tokenize(read_back(text)) for text in (row.output, generation))
+    return bool(target) and is_subsequence(target, said)
 
 
 def knowledge(output: str, generation: str) -> float:
@@ -66,14 +75,9 @@ def row_score(row: Row, generation: str) -> float:
     return (regurgitation if row.kind == "sc" else knowledge)(row.output, generation)
 
 
-@cache
-def _unicode_rouge() -> RougeScorer:
-    return RougeScorer(["rougeL"], tokenizer=UnicodeTokenizer())
-
-
 def unicode_rouge(output: str, generation: str) -> Any:
     """`rouge` over the words of any script, as `scripts.words` has them; of ASCII texts it is the same."""
-    return _unicode_rouge().score(output, generation)["rougeL"]
+    return rouge_l(*map(UnicodeTokenizer().tokenize, (output, generation)))
 
 
 def unicode_regurgitation(output: str, generation: str) -> float:
@@ -102,10 +106,10 @@ def official_blind(rows: Sequence[Row], clean_up: Callable[[str], str]) -> dict[
     """How many rows' true answers the official arithmetic cannot judge: `unscorable`, those that score below 1 against
     themselves once `clean_up` has moved their spaces as it moves a generation's; and `mostly_unseen`, other
     continuations of whose words ROUGE sees less than half."""
-    own = [row_score(row, clean_up(row.output)) for row in rows]
-    others = [row for row, value in zip(rows, own, strict=True) if row.kind == "sc" and value == 1]
+    own = [scores_fully(row, clean_up(row.output)) for row in rows]
+    others = [row for row, full in zip(rows, own, strict=True) if row.kind == "sc" and full]
     return {
-        "unscorable": sum(value < 1 for value in own),
+        "unscorable": own.count(False),
         "mostly_unseen": sum(seen_share(row.output) < 0.5 for row in others),
     }
 

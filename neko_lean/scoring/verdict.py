@@ -21,6 +21,7 @@ from neko_lean.scoring.judge import (
     kept,
     leaked,
     mean,
+    number,
     silenced,
     two_sided,
 )
@@ -43,21 +44,31 @@ def percent(share: float) -> str:
     return f"{100 * share:.0f} %"
 
 
+def _said(scores: Scores, split: str) -> tuple[float, float]:
+    """Shares of degenerate outputs and of repeated runs of words; 0 where they were not measured."""
+    return tuple(number(scores, "outputs", split, name) or 0.0 for name in ("degenerate", "repetition"))  # type: ignore[return-value]
+
+
 def broken(scores: Scores) -> str | None:
     """Whether the model still is a language model: its answers to retain prompts, and unseen text."""
-    said, why = scores["outputs"]["retain"], []
-    if said["degenerate"] >= BROKEN:
-        why.append(f"{percent(said['degenerate'])} of its answers to retain prompts are empty or one word repeated")
-    if said["repetition"] >= BROKEN:
-        why.append(f"it repeats itself ({percent(said['repetition'])} of its runs of four words came before)")
-    if said["entropy"] >= NOISE * scores["uniform_nll"]:
+    (degenerate, repetition), why = _said(scores, "retain"), []
+    uniform, entropy = number(scores, "uniform_nll"), number(scores, "outputs", "retain", "entropy")
+    if degenerate >= BROKEN:
+        why.append(f"{percent(degenerate)} of its answers to retain prompts are empty or one word repeated")
+    if repetition >= BROKEN:
+        why.append(f"it repeats itself ({percent(repetition)} of its runs of four words came before)")
+    if uniform is not None and entropy is not None and entropy >= NOISE * uniform:
         why.append("on the true answers of retain rows it is as unsure as a uniform guess")
-    unseen = scores["held_nll"] if scores["held_nll"] is not None else scores["nonmember_nll"]
-    if unseen is not None and unseen >= NOISE * scores["uniform_nll"] and unseen >= scores["uniform_nll"] - 1:
-        why.append(f"unseen text costs it {unseen:.2f} nats a token, a uniform guess {scores['uniform_nll']:.2f}")
-    before = (scores.get("difference") or {}).get("unseen_nll")
-    if before is not None and unseen is not None and before["difference"] > RISE * (unseen - before["difference"]):
-        why.append(f"unseen text costs it {before['difference']:.2f} nats a token more than before")
+
+    held = number(scores, "held_nll")
+    unseen = number(scores, "nonmember_nll") if held is None else held
+    if unseen is None:
+        return f"BROKEN: {'; '.join(why)}." if why else None
+    if uniform is not None and unseen >= NOISE * uniform and unseen >= uniform - 1:
+        why.append(f"unseen text costs it {unseen:.2f} nats a token, a uniform guess {uniform:.2f}")
+    rise = number(scores, "difference", "unseen_nll", "difference")
+    if rise is not None and rise > RISE * (unseen - rise):
+        why.append(f"unseen text costs it {rise:.2f} nats a token more than before")
     return f"BROKEN: {'; '.join(why)}." if why else None
 
 
@@ -125,16 +136,14 @@ def still_there(scores: Scores) -> str | None:
 
 def gibberish(scores: Scores) -> str | None:
     """Whether forget prompts are met with noise, which scores as forgotten."""
-    said, kept = scores["outputs"]["forget"], scores["outputs"]["retain"]
-    if said["degenerate"] >= BROKEN and said["degenerate"] > kept["degenerate"] + 0.1:
+    (degenerate, repetition), (usual, usually) = _said(scores, "forget"), _said(scores, "retain")
+    if degenerate >= BROKEN and degenerate > usual + 0.1:
         return (
-            f"GIBBERISH: {percent(said['degenerate'])} of its answers to forget prompts are empty or one word "
+            f"GIBBERISH: {percent(degenerate)} of its answers to forget prompts are empty or one word "
             f"repeated, which gives away what it was made to forget."
         )
-    if said["repetition"] >= BROKEN and said["repetition"] > kept["repetition"] + 0.1:
-        return (
-            f"GIBBERISH: on forget prompts it repeats itself ({percent(said['repetition'])} of its runs of four words)."
-        )
+    if repetition >= BROKEN and repetition > usually + 0.1:
+        return f"GIBBERISH: on forget prompts it repeats itself ({percent(repetition)} of its runs of four words)."
     return None
 
 

@@ -17,13 +17,11 @@ from neko_lean.finite import refuse_broken_outputs
 from neko_lean.modeling import CausalLM, next_token_views
 from neko_lean.progress import Bar, say
 from neko_lean.ranks import rank_by_rank, rounds, share
+from neko_lean.scoring.limits import BATCH_TOKENS, MAX_LENGTH
 from neko_lean.vocabulary import refuse_unknown_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-
-MAX_LENGTH = 2048  # tokens of a document that count
-BATCH_TOKENS = 8192
 
 
 @dataclass(frozen=True)
@@ -78,10 +76,12 @@ def view_documents(
     return [views[i] for i in range(len(documents))]
 
 
-def tokenised(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int = MAX_LENGTH) -> list[list[int]]:
-    """The documents' tokens, cut to `limit`; a warning counts the documents that lose some."""
+def tokenised(
+    tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int = MAX_LENGTH
+) -> tuple[list[list[int]], list[bool]]:
+    """The documents' tokens, cut to the first `limit`, and whether each document lost some; a warning counts those."""
     encoded = encode_texts(tokenizer, texts)
-    cut = sum(len(ids) > limit for ids in encoded)
-    if cut:
-        say(f"warning: {cut} of {len(encoded)} documents cut to their first {limit} tokens.")
-    return [ids[:limit] for ids in encoded]
+    cut = [len(ids) > limit for ids in encoded]
+    if any(cut):
+        say(f"warning: {sum(cut)} of {len(encoded)} documents cut to their first {limit} tokens.")
+    return [ids[:limit] for ids in encoded], cut

@@ -199,12 +199,13 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world, model, cache, tmp_path
     assert not [p for p in tmp_path.iterdir() if "partial" in p.name]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGHUP])
 def test_a_signal_ends_with_the_line_that_goes_on(world, model, cache, tmp_path, number):
     """A process as a person starts it; it sends itself the signal in its fourth step."""
     script = (
         "import os, signal, sys; from neko_lean import loop; from neko_lean.cli import main\n"
-        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the tests may run where it is ignored
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the tests may run where they are ignored
+        "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "original = loop.Loop._step\n"
         "def step(self, *rest):\n"
         f"    self.state.step == 3 and '--resume' not in sys.argv and os.kill(os.getpid(), {int(number)})\n"
@@ -227,7 +228,7 @@ def test_a_signal_ends_with_the_line_that_goes_on(world, model, cache, tmp_path,
     assert said == f"stopped by {number.name} after step 4 of 6; {kept}. Go on with:"
     assert "finishing the step, then saving" in stopped.stderr
     assert line.startswith("  neko-lean unlearn ") and line.endswith(" --resume")
-    if number == signal.SIGTERM:
+    if number != signal.SIGINT:
         return
     again = start(shlex.split(line)[1:])
     assert again.returncode == 0 and [path.name for path in tmp_path.iterdir()] == ["an out"]
@@ -241,3 +242,34 @@ def test_resume_and_save_every_from_the_command_line(world, tmp_path):
     assert again.exit_code == 0 and "is complete: nothing to go on with" in again.output
     help = call("unlearn", "--help").output
     assert "--save-every" in help and "--resume" in help
+
+
+@pytest.mark.parametrize("seed", [-1, 2**63, 2**64, -(2**63) - 1, 10**40])
+def test_seeds_out_of_range_are_refused_before_any_work(tmp_path, seed):
+    out = ("--out", tmp_path / "out", "--seed", seed)
+    for words in (
+        ("unlearn", "nothing", "--forget", "x", "--retain", "y", *out),
+        ("memorize", "nothing", "--data", "x", *out),
+        ("score", "nothing", "--data", "x", "--attack", "relearn", *out),
+        ("demo", *out),
+    ):
+        result = call(*words)
+        assert result.exit_code == 2 and result.stderr.startswith("error: seed must be an integer from 0 to"), words
+        assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "device", ["cuda:99", "cpu:3", "mps", "xpu", "meta", "", "CPU", "cuda:", "cuda:-1", "cuda:1e9"]
+)
+def test_unknown_devices_are_refused(world, model, tmp_path, device):
+    out = ("--out", tmp_path / "out", "--device", device)
+    for words in (
+        ("unlearn", model, "--forget", world, "--retain", world, *out),
+        ("memorize", model, "--data", world, *out),
+        ("score", model, "--data", world, *out),
+        ("cache-teacher", model, world, *out),
+        ("demo", *out),
+    ):
+        result = call(*words)
+        assert result.exit_code == 2 and result.stderr.startswith(f"error: device {device!r} "), (words, result.stderr)
+        assert not (tmp_path / "out").exists()

@@ -13,7 +13,8 @@ from neko_lean.recipes import load_recipe
 from neko_lean.schedules import batches, phases
 from neko_lean.scoring import attacks
 from neko_lean.scoring.attacks import paraphrase, prefix, quantize, relearn, round_trip, talker
-from neko_lean.scoring.generation import Generation
+from neko_lean.scoring.generation import Decoding, Generation
+from neko_lean.scoring.limits import Cut
 from neko_lean.scoring.paraphrases import Paraphrase
 from tests.helpers import random_model
 
@@ -47,7 +48,7 @@ def load(folder):
 
 
 def say(folder):
-    return talker(load_tokenizer(folder), batch_size=16, max_new_tokens=24, quiet=True)
+    return talker(load_tokenizer(folder), Decoding(batch_size=16, max_new_tokens=24), Cut(), quiet=True)
 
 
 def silent(rows):

@@ -14,8 +14,9 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from neko_lean.data import Row, read_rows
 from neko_lean.modeling import load_model, load_tokenizer, split
-from neko_lean.scoring import generation
-from neko_lean.scoring.generation import WINDOW, fitted, generate, generation_warnings, settled, spoken
+from neko_lean.scoring import generation, limits
+from neko_lean.scoring.generation import WINDOW, generate, generation_warnings, settled, spoken
+from neko_lean.scoring.limits import fitted
 from neko_lean.scoring.scripts import bare
 from neko_lean.scoring.task import row_score, unicode_score
 from tests.helpers import LUME, make_rows, random_model, templated
@@ -146,8 +147,8 @@ def test_prompts_and_generations_fit_the_models_positions(world, model):
     (warning,) = generation_warnings(lm, tokenizer, rows, 10)
     capped, cut = sum(length > 6 for length in lengths), sum(length > 8 for length in lengths)
     assert warning == (
-        f"warning: {capped} of {len(rows)} rows have fewer than 10 new tokens (the least is 8), and {cut} of them "
-        "lose the beginning of their prompt: the model has 16 positions."
+        f"warning: {capped} of {len(rows)} rows have fewer than 10 new tokens (the least is 8), and {cut} rows lose "
+        "the beginning of their prompt: the model has 16 positions."
     )
     assert generation_warnings(few_positions(tokenizer, 512), tokenizer, rows, 10) == []
 
@@ -155,10 +156,11 @@ def test_prompts_and_generations_fit_the_models_positions(world, model):
 @pytest.mark.parametrize(
     ("length", "most", "limit", "wanted"),
     [(100, 50, 1024, (100, 50)), (1000, 256, 1024, (992, 32)), (990, 256, 1024, (990, 34)), (2000, 8, 1024, (1016, 8)),
-     (30, 9, 4, (2, 2)), (3, 9, 2, (1, 1))],
+     (30, 9, 4, (2, 2)), (3, 9, 2, (1, 1)), (9000, 7, 10**9, (2048, 7)),
+     (9000, 7, 2050, (2043, 7)), (7, 10**6, 64, (7, 57))],
 )  # fmt: skip
 def test_a_prompt_keeps_its_end_and_leaves_room(monkeypatch, length, most, limit, wanted):
-    monkeypatch.setattr(generation, "position_limit", lambda lm, longest: min(longest, limit))
+    monkeypatch.setattr(limits, "position_limit", lambda lm, longest: min(longest, limit))
     prompt, room = fitted(None, list(range(length)), most)
     assert (len(prompt), room) == wanted and prompt == list(range(length))[-len(prompt) :]
 

@@ -90,7 +90,7 @@ def test_losses_are_transformers_own(world, model):
 
 def test_every_attack_by_its_definition(world, model):
     lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
-    ids = tokenised(tokenizer, DOCUMENTS)
+    ids, _ = tokenised(tokenizer, DOCUMENTS)
     for text, one, view in zip(DOCUMENTS, ids, view_documents(lm, tokenizer, ids), strict=True):
         with torch.no_grad():
             logp = lm.model(input_ids=torch.tensor([one])).logits[0, :-1].double().log_softmax(1)

@@ -17,7 +17,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.modeling import load_tokenizer
 from neko_lean.scoring import measure
 from neko_lean.scoring.generation import Generation, generate
-from neko_lean.scoring.run import read_score
+from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.table import score_table
 from neko_lean.scoring.task import CELLS, task_aggregate
 from tests.helpers import make_rows, write_rows
