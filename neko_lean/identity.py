@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -38,11 +38,17 @@ _NO_EFFECT = {
     # How it was made, or trained.
     "initializer_range", "initializer_factor", "init_std", "rescale_prenorm_residual", "router_aux_loss_coef",
     "aux_loss_alpha", "router_z_loss_coef", "z_loss_coefficient",
+    # Parts that a text never reaches.
+    "vision_config", "audio_config", "image_token_id", "image_token_index", "video_token_id", "audio_token_id",
+    "boi_token_id", "eoi_token_id", "boi_token_index", "eoi_token_index", "mm_tokens_per_image",
     # Which token ends or pads: the tokenizer and generation_config.json say so.
     "bos_token_id", "eos_token_id", "pad_token_id", "sep_token_id", "decoder_start_token_id", "forced_eos_token_id",
 }  # fmt: skip
-_TRAINING_ONLY = ("dropout", "pdrop", "drop_rate")  # parts of names; neko-lean runs models in eval mode
+_TRAINING_ONLY = ("dropout", "pdrop", "drop_rate", "layerdrop", "jitter_noise")  # parts of names
+# Models that count their positions from the padding token's id.
+_POSITIONS_FROM_PADDING = {"xglm"}
 MOST_NAMED = 5  # differences in one sentence
+LONGEST = 60  # characters of a key or a value there
 
 
 @dataclass(frozen=True)
@@ -59,29 +65,37 @@ def identify(folder: Path, tokenizer: PreTrainedTokenizerBase) -> ModelIdentity:
     return ModelIdentity(weights_fingerprint(folder), tokenizer_fingerprint(tokenizer), model_config(folder))
 
 
-def model_config(folder: Path) -> dict[str, Any]:
+def model_config(folder: Path, *, training: bool = False) -> dict[str, Any]:
     """What of a checkpoint's config.json changes the function that the model computes, as JSON holds it.
 
     Read through transformers' own class, so that a default that is stated equals one that is left out, and an old key's
     value stands under its new name. Values that switch something off (None, False) are left out, so that a key that a
     later version of transformers adds does not make two models of one.
 
-    Raises NekoLeanError when config.json cannot be read.
+    With `training` the rates of dropout count too. Raises NekoLeanError when config.json cannot be read.
     """
     config = load_config(folder)
-    values: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=str, sort_keys=True))
+    values: dict[str, Any] = json.loads(json.dumps(config.to_dict(), default=_plain, sort_keys=True))
     # How packed weights become numbers. load_config leaves it out, as a new model has none.
     packed = read_config(folder).get("quantization_config")
-    return _effective(values | {"quantization_config": packed})
+    found = _effective(values | {"quantization_config": packed}, () if training else _TRAINING_ONLY)
+    if values.get("model_type") in _POSITIONS_FROM_PADDING:
+        found["pad_token_id"] = values.get("pad_token_id")
+    return found
 
 
-def _effective(values: Mapping[str, Any]) -> dict[str, Any]:
+def _plain(value: object) -> Any:
+    """A value that JSON does not have."""
+    return sorted(map(str, value)) if isinstance(value, set | frozenset) else str(value)
+
+
+def _effective(values: Mapping[str, Any], ignored_parts: Sequence[str]) -> dict[str, Any]:
     kept = {}
     for key, value in sorted(values.items()):
         name = key.lstrip("_")
-        if name in _NO_EFFECT or any(part in name for part in _TRAINING_ONLY) or value is None or value is False:
+        if name in _NO_EFFECT or any(part in name for part in ignored_parts) or value is None or value is False:
             continue
-        kept[key] = _effective(value) if isinstance(value, dict) else value
+        kept[key] = _effective(value, ignored_parts) if isinstance(value, dict) else value
     return kept
 
 
@@ -91,8 +105,8 @@ def config_differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[s
     At most five are named; the last entry then says how many more there are.
     """
     one, two = dict(_flat(old)), dict(_flat(new))
-    keys = [key for key in sorted({*one, *two}) if one.get(key) != two.get(key)]
-    named = [f"{key} ({_shown(one, key)}, now {_shown(two, key)})" for key in keys[:MOST_NAMED]]
+    keys = [key for key in sorted({*one, *two}) if _shown(one, key, None) != _shown(two, key, None)]
+    named = [f"{key[:LONGEST]} ({_shown(one, key)}, now {_shown(two, key)})" for key in keys[:MOST_NAMED]]
     return [*named, f"{len(keys) - MOST_NAMED} more"] if len(keys) > MOST_NAMED else named
 
 
@@ -105,9 +119,9 @@ def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, An
             yield before + key, value
 
 
-def _shown(values: Mapping[str, Any], key: str) -> str:
+def _shown(values: Mapping[str, Any], key: str, longest: int | None = LONGEST) -> str:
     text = json.dumps(values[key]) if key in values else "not set"
-    return text if len(text) <= 60 else f"{text[:57]}..."
+    return text if longest is None or len(text) <= longest else f"{text[: longest - 3]}..."
 
 
 def weights_fingerprint(folder: Path) -> str:

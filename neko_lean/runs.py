@@ -13,7 +13,7 @@ import torch
 
 from neko_lean.cache import TeacherCache, cache_teacher
 from neko_lean.cache.format import MANIFEST, file_sha256
-from neko_lean.collective import gather, joined
+from neko_lean.collective import by_first, gather, joined
 from neko_lean.data import Encoded, encode, position_warning, read_rows, truncation_line
 from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError
@@ -137,7 +137,7 @@ def unlearn(
         **_identity("unlearn", chosen, seed, place),
         "model": model_identity.weights,
         "tokenizer": model_identity.tokenizer,
-        "config": model_identity.config,
+        "config": model_config(folder, training=chosen.dropout),
         "forget rows": rows_digest(forget_rows),
         "retain rows": rows_digest(retain_rows),
         "anchor": rows_digest(anchors),
@@ -178,6 +178,9 @@ def unlearn(
                 max_length=chosen.max_length,
                 encoded=retain_rows,
             )
+            if cache is not None:
+                # All of it now: a shard that is damaged must not end the run hours later.
+                by_first(teacher.verify_numbers)
         if chosen.forget_objective == "calibrated":
             forget_rows = _leveled(forget_rows, anchors, teacher, before_learning, tokenizer, chosen)
         for name, encoded in (("forget", forget_rows), ("retain", retain_rows)):
@@ -256,7 +259,7 @@ def memorize(
         "model": weights_fingerprint(folder) if trained else "random weights",
         "tokenizer": tokenizer_fingerprint(tokenizer),
         # A random start follows from all of config.json, the spread of its values among it.
-        "config": model_config(folder) if trained else read_config(folder),
+        "config": model_config(folder, training=chosen.dropout) if trained else read_config(folder),
         "rows": rows_digest(encoded),
     }
     done = finished_run(output, identity) if resume else None

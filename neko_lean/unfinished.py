@@ -43,6 +43,7 @@ from neko_lean.outputs import (
     restore_interrupted,
     sync,
     sync_tree,
+    working_in,
 )
 from neko_lean.progress import say
 from neko_lean.ranks import leads, rank
@@ -232,6 +233,7 @@ def unfinished(
 
         by_first(begin)
         refuse_unseen(run.folder)
+        held.enter_context(working_in(run.folder))
         # Nothing is removed before the saves were compared with this run.
         run.found = run.newest() if resume else None
         by_first(lambda: _tidy(run))
@@ -313,8 +315,8 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
             found += [f"recipe value {k} ({one.get(k)}, now {two.get(k)})" for k in values]
         elif key == "config" and isinstance(one, dict) and isinstance(two, dict):
             found += [f"config value {changed}" for changed in config_differences(one, two)]
-        elif key == "config" and one is None:  # saved by a version that did not write it down
-            continue
+        elif key == "config" and one is None:
+            found.append("config.json (the version that began it did not write it down)")
         elif one != two:
             found.append(f"{key} ({one}, now {two})" if key in ("command", "device", "ranks", "seed") else key)
     return found

@@ -11,6 +11,7 @@ import neko_lean
 from neko_lean.cache import cache_teacher
 from neko_lean.cache.check import check_cache
 from neko_lean.cache.format import read_manifest
+from neko_lean.checkpoints import seal
 from neko_lean.errors import NekoLeanError
 from neko_lean.identity import config_differences, identify, model_config, tokenizer_fingerprint, weights_fingerprint
 from neko_lean.modeling import load_model, load_tokenizer
@@ -44,7 +45,8 @@ DECISIVE = {
 }
 HARMLESS = {
     "names": {"_name_or_path": "x/y", "architectures": ["Other"], "transformers_version": "4.0", "auto_map": {}},
-    "dropout": {"attention_dropout": 0.3},
+    "dropout": {"attention_dropout": 0.3, "layerdrop": 0.1, "router_jitter_noise": 0.1},
+    "parts that no text reaches": {"image_token_id": 7, "vision_config": {"hidden_size": 3}},
     "dtype": {"torch_dtype": "float16", "dtype": "float16"},
     "token ids": {"eos_token_id": 5, "pad_token_id": 6, "bos_token_id": 7},
     "outputs": {"use_cache": False, "output_attentions": True, "return_dict": False, "initializer_range": 1.0},
@@ -105,6 +107,7 @@ FAMILIES = {
     "scale": ("Granite", {"logits_scaling": 2.0}, "logits_scaling"),
     "layer types": ("Gemma3Text", {"layer_types": ["full_attention"] * 2}, "layer_types"),
     "tied": ("Llama", {"tie_word_embeddings": True}, "tie_word_embeddings (not set, now true)"),
+    "padding that positions count from": ("XGLM", {"pad_token_id": 3}, "pad_token_id (1, now 3)"),
     "experts a token": ("Mixtral", {"num_experts_per_tok": 1}, "num_experts_per_tok (2, now 1)"),
 }
 
@@ -130,6 +133,32 @@ def test_a_long_list_is_cut_and_says_so():
         "a.b.c (1, now not set)",
     ]
     assert len(config_differences({"a": "x" * 999}, {})[0]) < 100
+    assert len(config_differences({"a" * 5000: 1}, {})[0]) < 100
+    assert config_differences({"a": float("nan")}, {"a": float("nan")}) == []
+
+
+def test_rates_of_dropout_count_where_training_draws_from_it(world, model, tmp_path, monkeypatch):
+    other = changed(model, tmp_path, attention_dropout=0.3)
+    assert model_config(other) == model_config(model)
+    assert "attention_dropout (0.0, now 0.3)" in config_differences(
+        model_config(model, training=True), model_config(other, training=True)
+    )
+    given = {"recipe": "graddiff", "overrides": {**SMALL, "dropout": True, "backward": "plain"}, "quiet": True}
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 4)
+        neko_lean.unlearn(model, out, world, world, save_every=2, **given)
+    with pytest.raises(NekoLeanError, match="attention_dropout"):
+        neko_lean.unlearn(other, out, world, world, resume=True, **given)
+    state = tmp_path / ".out.saved" / "step-00000002" / "state.json"
+    written = json.loads(state.read_text())
+    del written["identity"]["config"]
+    state.write_text(json.dumps(written))
+    for path in (tmp_path / ".out.saved").glob("step-*"):
+        (path / "manifest.json").unlink()
+        seal(path)
+    with pytest.raises(NekoLeanError, match="did not write it down"):
+        neko_lean.unlearn(model, out, world, world, resume=True, **given)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -158,6 +187,7 @@ def test_a_cache_of_format_1_is_read_and_warned_about(world, model, cache, tmp_p
     said = capsys.readouterr().err
     assert said.count("warning: ") == 1 and "run cache-teacher again to be sure" in said
     cache_teacher(model, world, old, dtype="float32", format="neko", resume=True, quiet=True)
+    assert "taken as complete by its weights alone" in capsys.readouterr().err
 
 
 def test_a_manifest_of_format_2_needs_its_config(cache, tmp_path):

@@ -131,6 +131,15 @@ class TeacherCache:
 
         Raises CacheError naming the first file in which something is wrong.
         """
+        self.verify_numbers()
+        made = self.manifest
+        known = {MANIFEST, *(shard.file for shard in (*made.shards, *made.forget_shards))}
+        strangers = sorted(path.name for path in self.folder.iterdir() if path.name not in known)
+        if strangers:
+            raise CacheError(f"{self.folder} holds {strangers[0]!r}, which is no part of the cache: remove it.")
+
+    def verify_numbers(self) -> None:
+        """Read and check every checksum and number, and the manifest's totals. Raises CacheError as `verify` does."""
         made = self.manifest
         entries, tail_mass = 0, 0.0
         for sizes, _, _, tail in self.sweep():
@@ -147,10 +156,6 @@ class TeacherCache:
                 f"{self.folder / MANIFEST} says a mean_mass of {made.mean_mass:.7f}, but that of the shards is "
                 f"{mean_mass:.7f}."
             )
-        known = {MANIFEST, *(shard.file for shard in (*made.shards, *made.forget_shards))}
-        strangers = sorted(path.name for path in self.folder.iterdir() if path.name not in known)
-        if strangers:
-            raise CacheError(f"{self.folder} holds {strangers[0]!r}, which is no part of the cache: remove it.")
 
     def sweep(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """All positions of the retain shards in order, a piece at a time, as `raw` returns them."""

@@ -65,6 +65,7 @@ from neko_lean.outputs import (
     remove_tree,
     restore_interrupted,
     sync,
+    working_in,
     write_atomically,
 )
 from neko_lean.progress import bar, say
@@ -181,7 +182,6 @@ def cache_teacher(
         say(warning)
     with _stage(output, plan, resume) as stage:
         if stage is not None:
-            refuse_unseen(stage)
             explained = explained_write_errors(output.path)
             agreed(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, quiet)))
             by_first(explained(lambda: _end(stage, plan, output)))
@@ -259,11 +259,17 @@ def _is_complete(output: Output, plan: Manifest) -> bool:
     if not path.is_file():
         return False
     try:
-        _same_plan(plan, _without_results(read_manifest(path)), output.path)
+        found = read_manifest(path)
+        _same_plan(plan, _without_results(found), output.path)
     except CacheError:
         if output.overwrite:
             return False
         raise
+    if found.config is None:
+        say(
+            f"warning: {output.path} is taken as complete by its weights alone: it was made before caches said which "
+            f"config.json they are of (format 1); make it anew with --overwrite to be sure."
+        )
     return True
 
 
@@ -306,6 +312,8 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None
         if by_first(begin):
             yield None
             return
+        refuse_unseen(stage)
+        held.enter_context(working_in(stage))
         try:
             yield stage
         except BaseException as error:

@@ -15,7 +15,7 @@ from neko_lean.outputs.durable import (
     write_atomically,
     write_in_place,
 )
-from neko_lean.outputs.lock import locked
+from neko_lean.outputs.lock import locked, working_in
 from neko_lean.outputs.place import Output, claim_file, claim_folder, refuse_occupied, restore_interrupted
 from neko_lean.outputs.publish import (
     UnpublishedError,
@@ -53,6 +53,7 @@ __all__ = [
     "sync",
     "sync_tree",
     "unshare",
+    "working_in",
     "write_atomically",
     "write_in_place",
 ]

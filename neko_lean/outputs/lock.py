@@ -14,6 +14,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.outputs.place import Output
 from neko_lean.outputs.write_errors import explained_write_errors
 from neko_lean.progress import say
+from neko_lean.ranks import leads
 
 _TRIES = 100  # another process can remove the file between our open and our lock this often in a row
 
@@ -41,6 +42,39 @@ def locked(output: Output) -> Iterator[None]:
         with suppress(OSError):  # the first that holds something ends it
             for path in missing:
                 path.rmdir()
+
+
+@contextmanager
+def working_in(folder: Path) -> Iterator[None]:
+    """While it lasts, a later run on the same output finds that this process, a rank that is not the first, writes to
+    the work folder, also when the first rank has died and its lock with it. For the first rank it does nothing."""
+    if leads():
+        yield
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        with suppress(OSError):  # without locks, as `locked` warns
+            fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        yield
+    finally:
+        os.close(descriptor)
+
+
+def refuse_orphans(folder: Path) -> None:
+    """Raise NekoLeanError where a rank of an earlier run still works in a folder whose output's lock we hold."""
+    if folder.is_symlink() or not folder.is_dir():
+        return
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        raise NekoLeanError(
+            f"a process of an earlier run still writes to {folder}: wait for it or end it, or choose another --out."
+        ) from error
+    except OSError:  # without locks
+        pass
+    finally:
+        os.close(descriptor)
 
 
 def _acquire(output: Output) -> int:

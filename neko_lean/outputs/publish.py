@@ -10,7 +10,7 @@ from pathlib import Path
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.outputs.durable import refuse_links, remove_temporaries, remove_tree, sync, write_atomically
-from neko_lean.outputs.lock import locked
+from neko_lean.outputs.lock import locked, refuse_orphans
 from neko_lean.outputs.ownership import why_not_our_work, why_not_ours
 from neko_lean.outputs.place import (
     Output,
@@ -90,8 +90,10 @@ def clear_work(output: Output) -> None:
 
 
 def refuse_strange_work(output: Output) -> None:
-    """Raise NekoLeanError where the work folder holds links, or something that no run of its kind writes."""
+    """Raise NekoLeanError where the work folder holds links, or something that no run of its kind writes, or where a
+    rank of an earlier run still writes to it. Needs the output's lock."""
     refuse_links(output.work)
+    refuse_orphans(output.work)
     if output.work.is_dir():
         reason = why_not_our_work(output.work, output.kind)
         if reason is not None:

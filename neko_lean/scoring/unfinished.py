@@ -36,6 +36,7 @@ from neko_lean.outputs import (
     restore_interrupted,
     sync_tree,
     unshare,
+    working_in,
     write_atomically,
 )
 from neko_lean.progress import say
@@ -73,6 +74,7 @@ def unfinished(output: Output, plan: Mapping[str, Any], *, resume: bool, quiet: 
 
         by_first(begin)
         refuse_unseen(stage)
+        held.enter_context(working_in(stage))
         try:
             with explained_write_errors(output.path):
                 yield stage

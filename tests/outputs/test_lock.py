@@ -9,7 +9,7 @@ import time
 import pytest
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.outputs import claim_folder, locked
+from neko_lean.outputs import claim_folder, clear_work, locked, working_in
 
 
 @pytest.fixture
@@ -68,6 +68,25 @@ def test_a_file_system_without_locks_is_warned_about(output, monkeypatch, capsys
     with locked(output):
         pass
     assert capsys.readouterr().err.startswith("warning: two commands on ")
+
+
+def test_a_rank_that_outlives_its_run_keeps_others_out_of_the_work_folder(output, monkeypatch):
+    """The first rank is killed, and its lock is gone; another one still writes to the work folder."""
+    output.work.mkdir(parents=True)
+    with monkeypatch.context() as patch:
+        patch.setattr("neko_lean.outputs.lock.leads", lambda: False)
+        orphan = working_in(output.work)
+        orphan.__enter__()
+        other = working_in(output.work)  # ranks do not keep each other out
+        with other:
+            pass
+    with locked(output), pytest.raises(NekoLeanError, match="a process of an earlier run still writes to"):
+        clear_work(output)
+    assert output.work.is_dir()
+    orphan.__exit__(None, None, None)
+    with locked(output):
+        clear_work(output)
+    assert not output.work.exists()
 
 
 def take_turns(out, counter, rounds):
