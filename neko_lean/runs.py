@@ -146,7 +146,7 @@ def unlearn(
     }
     done = finished_run(output, identity) if resume else None
     if done is not None:
-        say(f"{output.path} is complete: nothing to go on with.", quiet)
+        say(f"{output.path} is complete: nothing to do.", quiet)
         _raise_failure(done, output.path)
         return done
     with (
@@ -264,7 +264,7 @@ def memorize(
     }
     done = finished_run(output, identity) if resume else None
     if done is not None:
-        say(f"{output.path} is complete: nothing to go on with.", quiet)
+        say(f"{output.path} is complete: nothing to do.", quiet)
         _raise_failure(done, output.path)
         return done
 

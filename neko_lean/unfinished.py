@@ -225,7 +225,7 @@ def unfinished(
                 refuse_occupied(output)
                 refuse_strange_work(output)
                 if not resume and not output.overwrite and run.kept():
-                    raise NekoLeanError(f"{run.kept()}: go on with --resume, or start anew with --overwrite.")
+                    raise NekoLeanError(f"{run.kept()}: continue with --resume, or start anew with --overwrite.")
                 if resume:
                     _refuse_complete_of_another(run)
                 run.folder.mkdir(exist_ok=True)
@@ -285,9 +285,9 @@ def _leave(run: Unfinished, error: BaseException) -> None:
     elif isinstance(error, Interrupted):
         error.kept = kept
     elif isinstance(error, NekoLeanError):
-        error.args = (f"{error} {kept}: go on with --resume.",)
+        error.args = (f"{error} {kept}: continue with --resume.",)
     else:
-        say(f"{kept}: go on with --resume.")
+        say(f"{kept}: continue with --resume.")
 
 
 def _clear(folder: Path) -> None:

@@ -152,7 +152,7 @@ def test_a_row_that_does_not_fit_is_one_sentence_and_the_save_stays(unlearn, tmp
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         fail(patch, trainer, "batch_losses", set(range(4, 1000)))
-        with pytest.raises(NekoLeanError, match=r"single row: .*keeps the run as of step 2: go on with --resume\.$"):
+        with pytest.raises(NekoLeanError, match=r"single row: .*as of step 2: continue with --resume\.$"):
             unlearn(out, save_every=2)
     assert steps_saved(out) == [2] and not out.exists()
     # What helps may be given to the resume.
@@ -258,7 +258,7 @@ def test_a_full_disk_keeps_the_last_save_and_ends_in_one_sentence(unlearn, tmp_p
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         full(patch, 6)  # the second of two files of the third save
-        with pytest.raises(NekoLeanError, match=r"^No space left .*keeps the run as of step 4: go on with --resume\.$"):
+        with pytest.raises(NekoLeanError, match=r"^No space left .*as of step 4: continue with --resume\.$"):
             unlearn(out, save_every=2)
     assert steps_saved(out) == [2, 4] and not list(saved(out).glob(".step*"))
     unlearn(out, resume=True, save_every=2)
@@ -282,7 +282,7 @@ def test_a_disk_that_is_full_for_the_metrics_too(unlearn, tmp_path, monkeypatch)
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(loop, "json", type("Full", (), {"dumps": staticmethod(dumps)}))
-        with pytest.raises(NekoLeanError, match=r"^No space left .*keeps the run as of step 4: go on with --resume\.$"):
+        with pytest.raises(NekoLeanError, match=r"^No space left .*as of step 4: continue with --resume\.$"):
             unlearn(out, save_every=2)
     unlearn(out, resume=True)
     unlearn(tmp_path / "whole")
@@ -298,7 +298,7 @@ def test_a_disk_that_really_is_full(unlearn, tmp_path):
     if mounted.returncode:
         pytest.skip("no right to mount a file system here")
     try:
-        with pytest.raises(NekoLeanError, match=r"^No space left .*keeps the run as of step [24]: go on with --resume"):
+        with pytest.raises(NekoLeanError, match=r"^No space left .*as of step [24]: continue with --resume"):
             unlearn(disk / "out", save_every=2)
         subprocess.run(["mount", "-o", f"remount,size={size * 20}", disk], check=True)
         unlearn(disk / "out", save_every=2, resume=True)

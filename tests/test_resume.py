@@ -173,7 +173,7 @@ def test_resume_refuses_another_run_and_names_what_differs(world, model, cache, 
         neko_lean.unlearn(
             model, out, fewer, world, cache=cache, recipe="neko", overrides=SMALL, seed=3, resume=True, quiet=True
         )
-    with pytest.raises(NekoLeanError, match=r"keeps the run as of step 2: go on with --resume, or start anew"):
+    with pytest.raises(NekoLeanError, match=r"keeps the run as of step 2: continue with --resume, or start anew"):
         unlearn(out)
     # Where things lie changes nothing of the result.
     unlearn(out, {**SMALL, "offload_state": True}, resume=True)

@@ -248,7 +248,7 @@ def _refuse_what_is_there(output: Output, resume: bool) -> None:
 def _refuse_unfinished(output: Output, resume: bool) -> None:
     if output.work.exists() and not resume and not output.overwrite:
         raise NekoLeanError(
-            f"{output.work} holds an unfinished run: go on with --resume, or start anew with --overwrite."
+            f"{output.work} holds an unfinished run: continue with --resume, or start anew with --overwrite."
         )
 
 
@@ -320,7 +320,7 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None
             if isinstance(error, UnpublishedError) or not leads():
                 raise
             if any(stage.glob("*.safetensors")):
-                say(f"{stage} keeps the shards that are complete: go on with --resume.")
+                say(f"{stage} keeps the shards that are complete: continue with --resume.")
             else:
                 with suppress(OSError):
                     remove_tree(stage)

@@ -94,7 +94,7 @@ def _stopped(stop: Interrupted, resumes: bool) -> list[str]:
     name = ["neko-lean"]
     if size() > 1:
         name = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "neko_lean"]
-    return [f"{stop}; {stop.kept}. Go on with:", f"  {shlex.join([*name, *again, '--resume'])}"]
+    return [f"{stop}; {stop.kept}. Continue with:", f"  {shlex.join([*name, *again, '--resume'])}"]
 
 
 def _quieten_libraries() -> None:

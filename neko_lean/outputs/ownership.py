@@ -38,7 +38,7 @@ def why_not_ours(folder: Path) -> str | None:
         return f"holds none of {', '.join(_MARKERS)}"
     content = _json_object(folder / marker)
     if content is None:
-        return f"has a {marker} that is no JSON object"
+        return f"has a {marker} that is not a JSON object"
     keys, written = _MARKERS[marker]
     if not keys <= content.keys():
         return f"has a {marker} that neko-lean did not write"

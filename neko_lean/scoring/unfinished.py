@@ -83,7 +83,7 @@ def unfinished(output: Output, plan: Mapping[str, Any], *, resume: bool, quiet: 
             if not leads() or isinstance(error, UnpublishedError):
                 raise
             if any(path.stat().st_size for path in stage.glob(PARTS)):
-                say(f"{stage} keeps what was generated: go on with --resume.", quiet)
+                say(f"{stage} keeps what was generated: continue with --resume.", quiet)
             else:
                 with suppress(OSError):
                     remove_tree(stage)
@@ -101,7 +101,7 @@ def refuse_what_is_there(output: Output, resume: bool) -> None:
     refuse_occupied(output)
     if output.work.exists() and not resume and not output.overwrite:
         raise NekoLeanError(
-            f"{output.work} holds an unfinished run: go on with --resume, or start anew with --overwrite."
+            f"{output.work} holds an unfinished run: continue with --resume, or start anew with --overwrite."
         )
 
 

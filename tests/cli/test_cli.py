@@ -225,7 +225,7 @@ def test_a_signal_ends_with_the_line_that_goes_on(world, model, cache, tmp_path,
     assert stopped.returncode == 128 + number and stopped.stdout == "" and "Traceback" not in stopped.stderr
     said, line = stopped.stderr.strip().splitlines()[-2:]
     kept = f"{tmp_path}/.an out.saved keeps the run as of step 4"
-    assert said == f"stopped by {number.name} after step 4 of 6; {kept}. Go on with:"
+    assert said == f"stopped by {number.name} after step 4 of 6; {kept}. Continue with:"
     assert "finishing the step, then saving" in stopped.stderr
     assert line.startswith("  neko-lean unlearn ") and line.endswith(" --resume")
     if number != signal.SIGINT:
@@ -239,7 +239,7 @@ def test_resume_and_save_every_from_the_command_line(world, tmp_path):
     words = ("memorize", world / "base", "--data", world, "--out", tmp_path / "m", "--max-steps", 2, "--save-every", 1)
     assert call(*words).exit_code == 0
     again = call(*words, "--resume")
-    assert again.exit_code == 0 and "is complete: nothing to go on with" in again.output
+    assert again.exit_code == 0 and "is complete: nothing to do" in again.output
     help = call("unlearn", "--help").output
     assert "--save-every" in help and "--resume" in help
 

@@ -173,7 +173,7 @@ def test_a_full_disk_of_one_process_ends_both_and_one_goes_on(world, model, whol
     assert found.returncode != 0 and not out.exists()
     for rank in ("", "rank 1: "):
         assert f"\n{rank}error: No space left on the disk while writing {out}" in f"\n{found.stderr}"
-    assert f"{stage} keeps what was generated: go on with --resume." in found.stderr
+    assert f"{stage} keeps what was generated: continue with --resume." in found.stderr
     held = {path.name: len(path.read_text().splitlines()) for path in stage.glob("generations*")}
     assert held == {GENERATIONS: 32, "generations-1.jsonl": 8}  # the first rank's share, and a batch
     with pytest.raises(NekoLeanError, match="--resume"):
