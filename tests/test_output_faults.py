@@ -367,12 +367,12 @@ def test_official_results_are_of_this_score_and_not_of_the_next(run, tmp_path, m
 
 
 def replace_lines(out):
-    """What another run with other options, and one point more a row, leaves."""
+    """What another run with other options leaves, with other points."""
     if (out / "scores.json").is_file():
         scores = json.loads((out / "scores.json").read_text())
         (out / "scores.json").write_text(json.dumps({**scores, "made_from": "another"}))
         lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
-        lines = [{**line, "score": line["score"] + 1} for line in lines]
+        lines = [{**line, "score": 1 - line["score"]} for line in lines]
         (out / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
 
 
