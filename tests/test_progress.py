@@ -181,12 +181,8 @@ marker, original = sys.argv.pop(1), loop.Loop._step
 def step(self, *rest):
     if self.state.step == 2:
         open(marker, "w").close()
-        try:
-            while True:
-                os.write(2, b".")
-                time.sleep(0.01)
-        except OSError:
-            pass
+        while self.signals.received is None:
+            time.sleep(0.01)
     return original(self, *rest)
 loop.Loop._step = step
 main()
