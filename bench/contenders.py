@@ -23,15 +23,15 @@ import torch
 from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
 from neko_lean.cache import TeacherCache, cache_teacher
-from neko_lean.data import encode, pad, read_rows, write_jsonl
+from neko_lean.data import Encoded, encode, pad, read_rows, write_jsonl
 from neko_lean.demo.run import write_base
 from neko_lean.determinism import deterministic
 from neko_lean.layerwise import LayerPass, decoder_layers
 from neko_lean.memory import predict, resident
 from neko_lean.modeling import checkpoint_activations, load_model, pick_device
 from neko_lean.optim import InBackwardAdam8bit
-from neko_lean.recipes import load_recipe
-from neko_lean.step import batch_losses, make_batch
+from neko_lean.recipes import Recipe, load_recipe
+from neko_lean.step import Batch, batch_losses, make_batch
 from neko_lean.twomodels import LEAN, PUBLISHED, Way, two_model_loss
 
 NAMES = {
@@ -110,11 +110,7 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
     lm = load_model(work / "model", torch.bfloat16, device)
     lm.model.eval()
     recipe = replace(load_recipe("neko"), offload_state=offload, offload_activations=offload)
-    forget, retain = _encoded(work)
-    cache = TeacherCache(work / "cache")
-    n = rows_a_step(device)
-    steps = [slice(s * n, (s + 1) * n) for s in range(STEPS)]
-    batches = [make_batch(forget[s], retain[s], cache, recipe, 1, device) for s in steps]
+    batches = step_batches(work, recipe, device)
     optimizer = InBackwardAdam8bit(lm.model.named_parameters(), offload=offload)
     walk = LayerPass(lm, decoder_layers(lm), offload=offload)
     update_seconds = 0.0
@@ -158,15 +154,12 @@ def two_models(work: Path, passes: int, device: torch.device, way: Way) -> dict[
     teacher = load_model(work / "model", way.dtype, device).model.eval()
     if way.checkpointing:
         checkpoint_activations(student)
-    forget, retain = _encoded(work)
-    n = rows_a_step(device)
-    steps = [slice(s * n, (s + 1) * n) for s in range(STEPS)]
+    rows = step_rows(work, device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5)
 
     def one_pass(number: int) -> float:
         start = clock(device)
-        part = steps[number % STEPS]
-        batches = [_padded([one.ids for one in some[part]], way, device) for some in (forget, retain)]
+        batches = [_padded([one.ids for one in some], way, device) for some in rows[number % STEPS]]
         two_model_loss(student, teacher, *batches, 0.2).backward()
         return clock(device) - start
 
@@ -179,7 +172,7 @@ def two_models(work: Path, passes: int, device: torch.device, way: Way) -> dict[
     for number in range(passes):
         seconds.append(one_pass(number))
         optimizer.zero_grad()
-    tokens = [sum(map(len, [*forget[part], *retain[part]])) for part in steps]
+    tokens = [sum(map(len, [*forget, *retain])) for forget, retain in rows]
     return {
         "update_seconds": update_seconds,
         "first_step_seconds": whole + update_seconds,
@@ -196,10 +189,17 @@ def _padded(rows: list[list[int]], way: Way, device: torch.device) -> tuple[torc
     return ids, mask
 
 
-def _encoded(work: Path) -> tuple[Any, Any]:
-    tokenizer = AutoTokenizer.from_pretrained(work / "model")
+def step_rows(work: Path, device: torch.device) -> list[tuple[list[Encoded], list[Encoded]]]:
+    """The forget and the retain rows of each step."""
+    tokenizer, n = AutoTokenizer.from_pretrained(work / "model"), rows_a_step(device)
     forget, retain = (encode(read_rows(work, name), tokenizer, "neko", 128) for name in ("forget", "retain"))
-    return forget, retain
+    return [(forget[start : start + n], retain[start : start + n]) for start in range(0, STEPS * n, n)]
+
+
+def step_batches(work: Path, recipe: Recipe, device: torch.device) -> list[Batch]:
+    """The batch of each step, with the teacher's cache."""
+    cache = TeacherCache(work / "cache")
+    return [make_batch(forget, retain, cache, recipe, 1, device) for forget, retain in step_rows(work, device)]
 
 
 def clock(device: torch.device) -> float:

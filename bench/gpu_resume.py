@@ -2,7 +2,7 @@
 
     .venv/bin/python bench/gpu_resume.py MODEL DATA --out gpu-resume.json
 
-MODEL is a small checkpoint, DATA a folder of forget.* and retain.*. Each run is a process of its own, because a forked
+MODEL is a small checkpoint, DATA a folder of forget.* and retain.*. Each run is a separate process, because a forked
 child cannot use CUDA once its parent has (bench/kill.py forks, on a CPU). One trial a job, all jobs at once.
 """
 

@@ -16,10 +16,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import STEPS, _encoded, clock, prepare, rows_a_step, title
+from contenders import clock, prepare, step_batches, title
 from torch import nn
 
-from neko_lean.cache import TeacherCache
 from neko_lean.cache.teacher import keep
 from neko_lean.cache.writer import teacher_batches
 from neko_lean.data import encode, read_rows
@@ -28,7 +27,7 @@ from neko_lean.layerwise import LayerPass, decoder_layers
 from neko_lean.modeling import CausalLM, load_model, load_tokenizer, pick_device
 from neko_lean.optim import InBackwardAdam8bit
 from neko_lean.recipes import Recipe, load_recipe
-from neko_lean.step import Batch, batch_losses, make_batch
+from neko_lean.step import Batch, batch_losses
 
 
 class Stepper:
@@ -108,13 +107,10 @@ def main() -> None:
     if device.type != "cuda":
         raise SystemExit("this measures a GPU, and PyTorch sees none here.")
     prepare(options.work, options.lume, device)
-    recipe, n = load_recipe("neko"), rows_a_step(device)
+    recipe = load_recipe("neko")
     lm = load_model(options.work / "model", torch.bfloat16, device)
     lm.model.eval()
-    forget, retain = _encoded(options.work)
-    cache = TeacherCache(options.work / "cache")
-    parts = [slice(s * n, (s + 1) * n) for s in range(STEPS)]
-    batches = [make_batch(forget[part], retain[part], cache, recipe, 1, device) for part in parts]
+    batches = step_batches(options.work, recipe, device)
     stepper = Stepper(lm, batches, recipe)
     found: dict[str, Any] = {"title": title(device), "rounds": []}
     for _ in range(2):

@@ -19,20 +19,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import STEPS, _encoded, clock, prepare, rows_a_step, title
+from contenders import clock, prepare, step_batches, step_rows, title
 from rich.console import Console
 from rich.table import Table
 from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from neko_lean.cache import TeacherCache
 from neko_lean.determinism import deterministic
 from neko_lean.layerwise import LayerPass, decoder_layers
 from neko_lean.modeling import CausalLM, load_model, pick_device
 from neko_lean.optim import InBackwardAdam8bit
 from neko_lean.recipes import Recipe, load_recipe
-from neko_lean.step import Batch, batch_losses, make_batch
+from neko_lean.step import Batch, batch_losses
 
 # Dense bfloat16 FLOP/s by what torch calls the card, the longer names first.
 PEAKS = {
@@ -157,13 +156,10 @@ def main() -> None:
     options = parser.parse_args()
     device = pick_device()
     prepare(options.work, options.lume, device)
-    recipe, n = load_recipe("neko"), rows_a_step(device)
+    recipe = load_recipe("neko")
     lm = load_model(options.work / "model", torch.bfloat16, device)
     lm.model.eval()
-    forget, retain = _encoded(options.work)
-    cache = TeacherCache(options.work / "cache")
-    parts = [slice(s * n, (s + 1) * n) for s in range(STEPS)]
-    batches = [make_batch(forget[part], retain[part], cache, recipe, 1, device) for part in parts]
+    batches = step_batches(options.work, recipe, device)
     layers = decoder_layers(lm)
     walk = LayerPass(lm, layers)
     optimizer = InBackwardAdam8bit(lm.model.named_parameters())
@@ -174,7 +170,8 @@ def main() -> None:
         with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
             take_step(walk, optimizer, batches[2], recipe, device)
     spent = operators(profiler, device)
-    lengths = [len(one) for one in [*forget[parts[1]], *retain[parts[1]]]]
+    forget, retain = step_rows(options.work, device)[1]
+    lengths = [len(one) for one in [*forget, *retain]]
     counted = step_flops(lm, layers, batches[1], lengths)
     peak = known_peak(device) or measured_peak(device, torch.bfloat16)
     seconds = {"with": sum(phases.values()), "without": sum(phases.values()) - phases["update"]}

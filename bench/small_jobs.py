@@ -95,7 +95,7 @@ def make_world(root: Path) -> None:
 
 
 def shape(folder: Path, **change: Any) -> None:
-    """Make a model that has no weights yet as small as SHAPE."""
+    """Shrink a model without weights to SHAPE."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **SHAPE, **change}))
 
@@ -227,7 +227,7 @@ def _content(path: Path, out: Path) -> bytes:
 
 
 def without_times(value: Any, out: Path) -> Any:
-    """What a command tells or writes, but for times, and for where it wrote it."""
+    """What a command tells or writes, except times and where it wrote it."""
     if isinstance(value, dict):
         return {key: without_times(one, out) for key, one in value.items() if key not in TIMES}
     if isinstance(value, list | tuple):

@@ -5,7 +5,7 @@
 A trial draws what lies at the output before (nothing, an output of a third run, a user's file or folder, what a killed
 run left), the two processes' options, --resume and --overwrite, when the second one starts, and for half of the trials
 that one of them is stopped for a while or killed, at a random time or before a random operation on a file. Afterwards
-the output has to be that of an undisturbed run of one of the two, byte for byte but for times, or what was there
+the output has to be that of an undisturbed run of one of the two, byte for byte except for times, or what was there
 before; who lost ended in one sentence; and runs with --resume complete it and leave nothing behind that no sentence
 named. Needs Linux or macOS (fork).
 """

@@ -36,6 +36,15 @@ def is_file(path: Path) -> bool:
         raise NekoLeanError(f"{path} cannot be read ({error.strerror}).") from error
 
 
+def json_object(file: Path) -> dict[str, Any] | None:
+    """The JSON object in a file; None where it holds something else. Raises OSError where it cannot be read."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
 def read_text(file: Path) -> str:
     """The text of a UTF-8 file, without its byte-order mark.
 

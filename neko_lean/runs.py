@@ -137,7 +137,7 @@ def unlearn(
         **_identity("unlearn", chosen, seed, place),
         "model": model_identity.weights,
         "tokenizer": model_identity.tokenizer,
-        "config": model_config(folder, training=chosen.dropout),
+        "config": model_config(folder, training=True) if chosen.dropout else model_identity.config,
         "forget rows": rows_digest(forget_rows),
         "retain rows": rows_digest(retain_rows),
         "anchor": rows_digest(anchors),
@@ -357,8 +357,8 @@ def _leveled(
     them, unseen documents, or the recipe's level for all."""
     if base is not None:
         # It is of the model as it was before, so only how text becomes tokens has to be the same.
-        before = replace(base.teacher, tokenizer=tokenizer_fingerprint(tokenizer))
-        base.check(before, style=recipe.format, max_length=recipe.max_length, encoded=[])
+        base.check_tokenizer(tokenizer_fingerprint(tokenizer))
+        base.check_format(recipe.format)
         return [replace(one, levels=tuple((-base.target_logp(one)).tolist())) for one in forget]
     if anchors and teacher is not None:
         return with_levels(forget, anchors, [-teacher.target_logp(one) for one in anchors])

@@ -27,6 +27,7 @@ from neko_lean.checkpoints import METRICS, RunState, Save, best_step, damage, re
 from neko_lean.collective import by_first, refuse_unseen
 from neko_lean.data import Encoded
 from neko_lean.errors import NekoLeanError
+from neko_lean.files import json_object
 from neko_lean.identity import config_differences
 from neko_lean.modeling import CausalLM
 from neko_lean.outputs import (
@@ -367,10 +368,9 @@ def _complete_run(folder: Path, identity: Mapping[str, Any]) -> dict[str, Any] |
 def _run_json(folder: Path) -> dict[str, Any] | None:
     """The run.json in a folder, where there is one that can be read."""
     try:
-        run = json.loads((folder / RUN).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        return json_object(folder / RUN)
+    except OSError:
         return None
-    return run if isinstance(run, dict) else None
 
 
 def link_tree(source: Path, target: Path, ignore: Iterable[str] = ()) -> None:

@@ -141,7 +141,7 @@ def checked(manifest: Manifest) -> Manifest:
         raise CacheError("there are no rows to cache: give a retain file that holds some.")
     data = manifest_bytes(manifest)
     try:
-        return parse_manifest(data)
+        return parse_manifest(json.loads(data))
     except (KeyError, TypeError, ValueError, RecursionError) as error:
         raise CacheError(f"no manifest can describe this cache ({first_line(error)}).") from error
 
@@ -154,7 +154,7 @@ def sign(unsigned: bytes) -> bytes:
 
 def is_signed(data: bytes, checksum: object) -> bool:
     """Whether `checksum` is what `sign` put into these bytes."""
-    if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+    if not isinstance(checksum, str) or not _SHA256.fullmatch(checksum):
         return False
     before, _, after = data.rpartition(checksum.encode())
     return sign(before + UNSIGNED.encode() + after) == data
@@ -181,20 +181,20 @@ def read_manifest(path: Path) -> Manifest:
             f"{' and '.join(map(str, READABLE))}."
         )
     checksum = raw.pop("checksum", None)
-    if not isinstance(checksum, str) or not re.fullmatch("[0-9a-f]{64}", checksum):
+    if not isinstance(checksum, str) or not _SHA256.fullmatch(checksum):
         raise CacheError(f"{path} lacks its checksum, or holds one of the wrong type.")
     if not is_signed(data, checksum):
         raise CacheError(f"{path} is damaged: its checksum differs; run cache-teacher again.")
     try:
-        return parse_manifest(data)
+        return parse_manifest(raw)
     except (KeyError, TypeError, ValueError) as error:
         what = f"the field {error} is missing" if isinstance(error, KeyError) else first_line(error)
         raise CacheError(f"{path} lacks a field or holds one of the wrong type or range ({what}).") from error
 
 
-def parse_manifest(data: bytes) -> Manifest:
-    """A manifest's bytes as a Manifest. Raises KeyError, TypeError or ValueError for what FORMAT.md does not allow."""
-    raw = json.loads(data.decode("utf-8"))
+def parse_manifest(raw: dict[str, Any]) -> Manifest:
+    """A manifest's JSON object as a Manifest. Raises KeyError, TypeError or ValueError for what FORMAT.md does not
+    allow."""
     values: dict[str, Any] = {}
     for one in fields(Manifest):
         if one.name == "config":

@@ -55,11 +55,6 @@ class TeacherCache:
         self._rows = _places(self.manifest.shards)
         self._forget_rows = _places(self.manifest.forget_shards)
 
-    @property
-    def teacher(self) -> ModelIdentity:
-        """The model that the cache is of."""
-        return ModelIdentity(self.manifest.weights, self.manifest.tokenizer, self.manifest.config)
-
     def check(self, model: ModelIdentity, *, style: str, max_length: int, encoded: Sequence[Encoded]) -> None:
         """Raise CacheError, naming what differs, unless this cache was made from the same as it is used with.
 
@@ -67,12 +62,8 @@ class TeacherCache:
         do not see the rest.
         """
         self._check_model(model)
+        self.check_format(style)
         made = self.manifest
-        if made.format != style:
-            raise CacheError(
-                f"{self.folder} was made in format {made.format!r}, the recipe wants {style!r}: "
-                f"run cache-teacher with --format {style}."
-            )
         for one in encoded:
             found = self._rows.get(one.row.id)
             if found is None:
@@ -102,8 +93,7 @@ class TeacherCache:
         made = self.manifest
         if made.weights != model.weights:
             raise CacheError(f"{self.folder} was made by another model ({made.model}): cache this one's teacher.")
-        if made.tokenizer != model.tokenizer:
-            raise CacheError(f"{self.folder} was made with another tokenizer: run cache-teacher again.")
+        self.check_tokenizer(model.tokenizer)
         if made.config is None and model.config is not None:
             say(
                 f"warning: {self.folder} may be of a model with another config.json, whose weights alone are the same: "
@@ -116,6 +106,19 @@ class TeacherCache:
             raise CacheError(
                 f"{self.folder} was made by a model of the same weights with another {', '.join(changed)} in its "
                 f"config.json: run cache-teacher again, or give the config.json that belongs to the weights."
+            )
+
+    def check_tokenizer(self, fingerprint: str) -> None:
+        """Raise CacheError unless the cache's rows became tokens as they would now."""
+        if self.manifest.tokenizer != fingerprint:
+            raise CacheError(f"{self.folder} was made with another tokenizer: run cache-teacher again.")
+
+    def check_format(self, style: str) -> None:
+        """Raise CacheError unless the cache's rows have this prompt format."""
+        if self.manifest.format != style:
+            raise CacheError(
+                f"{self.folder} was made in format {self.manifest.format!r}, the recipe wants {style!r}: "
+                f"run cache-teacher with --format {style}."
             )
 
     def check_vocabulary(self, size: int) -> None:

@@ -60,6 +60,7 @@ from neko_lean.outputs import (
     publish,
     refuse_occupied,
     refuse_strange_work,
+    refuse_unfinished,
     refuse_unplanned,
     remove_replaced,
     remove_tree,
@@ -242,14 +243,7 @@ def _refuse_what_is_there(output: Output, resume: bool) -> None:
     with locked(output), explained_write_errors(output.path):
         if not (resume and (output.path / MANIFEST).is_file()):
             refuse_occupied(output)
-        _refuse_unfinished(output, resume)
-
-
-def _refuse_unfinished(output: Output, resume: bool) -> None:
-    if output.work.exists() and not resume and not output.overwrite:
-        raise NekoLeanError(
-            f"{output.work} holds an unfinished run: continue with --resume, or start anew with --overwrite."
-        )
+        refuse_unfinished(output, resume)
 
 
 def _is_complete(output: Output, plan: Manifest) -> bool:
@@ -304,7 +298,7 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None
                     _clear_own_work(output, plan)
                     return True
                 refuse_occupied(output)
-                _refuse_unfinished(output, resume)
+                refuse_unfinished(output, resume)
                 refuse_strange_work(output)
                 _begin(output, plan, resume)
                 return False

@@ -51,28 +51,33 @@ def working_in(folder: Path) -> Iterator[None]:
     if leads():
         yield
         return
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
-    try:
+    with _opened(folder) as descriptor:
         with suppress(OSError):  # without locks, as `locked` warns
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
-    finally:
-        os.close(descriptor)
 
 
 def refuse_orphans(folder: Path) -> None:
     """Raise NekoLeanError where a rank of an earlier run still works in a folder whose output's lock we hold."""
     if folder.is_symlink() or not folder.is_dir():
         return
+    with _opened(folder) as descriptor:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise NekoLeanError(
+                f"a process of an earlier run still writes to {folder}: wait for it or end it, or choose another --out."
+            ) from error
+        except OSError:  # without locks
+            pass
+
+
+@contextmanager
+def _opened(folder: Path) -> Iterator[int]:
+    """The descriptor of a folder, which is no link, while the block runs."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise NekoLeanError(
-            f"a process of an earlier run still writes to {folder}: wait for it or end it, or choose another --out."
-        ) from error
-    except OSError:  # without locks
-        pass
+        yield descriptor
     finally:
         os.close(descriptor)
 

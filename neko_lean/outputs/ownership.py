@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
+
+from neko_lean.files import json_object
 
 MANIFEST, SCORES, RUN, DEMO = "manifest.json", "scores.json", "run.json", "demo.json"
 # Names that the system or a report puts into any folder.
@@ -36,7 +37,7 @@ def why_not_ours(folder: Path) -> str | None:
     marker = next((name for name in _MARKERS if name in names and (folder / name).is_file()), None)
     if marker is None:
         return f"holds none of {', '.join(_MARKERS)}"
-    content = _json_object(folder / marker)
+    content = json_object(folder / marker)
     if content is None:
         return f"has a {marker} that is not a JSON object"
     keys, written = _MARKERS[marker]
@@ -68,18 +69,10 @@ def why_not_our_file(file: Path) -> str | None:
         head = opened.read(2**16)
     if b'<meta name="generator" content="neko-lean ' in head:
         return None
-    content = _json_object(file)
+    content = json_object(file)
     if content is not None and {"aggregated-terms", "harmonic-mean-task-aggregate"} <= content.keys():
         return None
     return "was not written by neko-lean"
-
-
-def _json_object(file: Path) -> dict[str, Any] | None:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, RecursionError):
-        return None
-    return found if isinstance(found, dict) else None
 
 
 def _of_cache(manifest: Mapping[str, Any], name: str) -> bool:

@@ -100,6 +100,14 @@ def refuse_strange_work(output: Output) -> None:
             raise NekoLeanError(f"{output.work} {reason}: move it away, or choose another --out.")
 
 
+def refuse_unfinished(output: Output, resume: bool) -> None:
+    """Raise NekoLeanError where an unfinished run is in the way that is neither to be continued nor replaced."""
+    if output.work.exists() and not resume and not output.overwrite:
+        raise NekoLeanError(
+            f"{output.work} holds an unfinished run: continue with --resume, or start anew with --overwrite."
+        )
+
+
 def refuse_unplanned(work: Path, plan: str) -> None:
     """Raise NekoLeanError where a work folder without the file `plan` holds what a run, perhaps of another command, has
     made. Temporary files count for nothing."""

@@ -173,8 +173,7 @@ def reference_losses(
     """The reference model's mean token loss of the documents of `mia`, by text, with the tokens it is of, at most
     `limit`: a row's prompt ends in a token of its own. Raises NekoLeanError where the cache lacks some document."""
     # The reference is another model on purpose, but its losses are of this one's tokens.
-    reference = replace(teacher.teacher, tokenizer=tokenizer_fingerprint(tokenizer))
-    teacher.check(reference, style=teacher.manifest.format, max_length=limit, encoded=[])
+    teacher.check_tokenizer(tokenizer_fingerprint(tokenizer))
 
     forgotten = [row for name, row in rows if name == "forget" and row.kind == "sc"]
     outside = read_anchor(Path(mia) / "nonmember.jsonl")

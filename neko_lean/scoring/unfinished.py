@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 
 from neko_lean.collective import by_first, refuse_unseen
 from neko_lean.errors import NekoLeanError
+from neko_lean.files import json_object
 from neko_lean.identity import config_differences
 from neko_lean.outputs import (
     Output,
@@ -30,6 +31,7 @@ from neko_lean.outputs import (
     publish,
     refuse_occupied,
     refuse_strange_work,
+    refuse_unfinished,
     refuse_unplanned,
     remove_replaced,
     remove_tree,
@@ -99,10 +101,7 @@ def writing(stage: Path, work: Callable[[], T]) -> Callable[[], T]:
 def refuse_what_is_there(output: Output, resume: bool) -> None:
     """Raise NekoLeanError where an output or an unfinished run is in the way."""
     refuse_occupied(output)
-    if output.work.exists() and not resume and not output.overwrite:
-        raise NekoLeanError(
-            f"{output.work} holds an unfinished run: continue with --resume, or start anew with --overwrite."
-        )
+    refuse_unfinished(output, resume)
 
 
 def _begin(output: Output, plan: Mapping[str, Any], resume: bool) -> None:
@@ -134,10 +133,9 @@ def _begin(output: Output, plan: Mapping[str, Any], resume: bool) -> None:
 def _begun(stage: Path) -> dict[str, Any] | None:
     """The plan in a work folder, where there is one that can be read."""
     try:
-        found = json.loads((stage / PLAN).read_text(encoding="utf-8"))
-    except (FileNotFoundError, ValueError, RecursionError):
+        return json_object(stage / PLAN)
+    except FileNotFoundError:
         return None
-    return found if isinstance(found, dict) else None
 
 
 def plan_differences(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
@@ -199,10 +197,10 @@ def finished_score(output: Output, made: str, plan: Mapping[str, Any]) -> dict[s
 
 def _scores(folder: Path, made: str) -> dict[str, Any] | None:
     try:
-        found: dict[str, Any] = json.loads((folder / SCORES).read_text(encoding="utf-8"))
-    except (OSError, ValueError, RecursionError):
+        found = json_object(folder / SCORES)
+    except OSError:
         return None
-    return found if isinstance(found, dict) and found.get("made_from") == made else None
+    return found if found is not None and found.get("made_from") == made else None
 
 
 def read_generations(stage: Path) -> dict[int, Generation]:
