@@ -28,13 +28,18 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from neko_lean.cache import TeacherCache, cache_teacher
+from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.teacher import hidden_states, keep
-from neko_lean.cache.writer import teacher_batches
-from neko_lean.data import Encoded, encode, pad, read_rows, write_jsonl
-from neko_lean.head import CHUNK_ELEMENTS, token_stats
-from neko_lean.memory import LiveTensors, peak_memory
-from neko_lean.modeling import CausalLM, load_model, load_tokenizer, new_model, split
+from neko_lean.cache.writer import cache_teacher, teacher_batches
+from neko_lean.data.batching import pad
+from neko_lean.data.examples import EncodedExample, read_rows
+from neko_lean.data.tokenization import encode
+from neko_lean.jsonio import write_jsonl
+from neko_lean.memory.live_tensors import LiveTensors
+from neko_lean.models.causal_lm import CausalLM, split
+from neko_lean.models.devices import peak_memory
+from neko_lean.models.loading import load_model, load_tokenizer, new_model
+from neko_lean.models.token_stats import CHUNK_ELEMENTS, token_stats
 
 CPU = torch.device("cpu")
 MOVES = {"little": 0.03, "lot": 0.3}  # standard deviation of the noise over that of each weight tensor
@@ -56,7 +61,7 @@ class Student:
 
 
 @torch.no_grad()
-def student(folder: Path, rows: list[Encoded], teacher_logp: list[Tensor], noise: float) -> Student:
+def student(folder: Path, rows: list[EncodedExample], teacher_logp: list[Tensor], noise: float) -> Student:
     moved = load_model(folder, torch.float32, CPU)
     generator = torch.Generator().manual_seed(1)
     for weight in moved.model.parameters():
@@ -157,7 +162,7 @@ def measure(folder: Path, retain: Path, style: str) -> list[dict[str, Any]]:
     return found
 
 
-def speed(teacher: CausalLM, rows: list[Encoded], rounds: int = 5) -> dict[str, float]:
+def speed(teacher: CausalLM, rows: list[EncodedExample], rounds: int = 5) -> dict[str, float]:
     """Seconds of the teacher's bare forward pass (transformers' own, with logits) and of the caching pass over the same
     batches, batch by batch in turn: the median ratio. Memory of the caching pass over the largest batch, above the
     loaded teacher: by resident set, and by live tensors beside those of the backbone alone (one layer at a time)."""
@@ -193,7 +198,7 @@ def speed(teacher: CausalLM, rows: list[Encoded], rounds: int = 5) -> dict[str, 
 
 
 @torch.no_grad()
-def bare_forward(teacher: CausalLM, batch: list[Encoded]) -> None:
+def bare_forward(teacher: CausalLM, batch: list[EncodedExample]) -> None:
     input_ids, mask = pad([one.ids for one in batch], 0, CPU)
     teacher.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
 

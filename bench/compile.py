@@ -17,9 +17,10 @@ import torch
 from contenders import clock, device_name
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from neko_lean.head import token_stats
-from neko_lean.layerwise import LayerPass, compile_layers, decoder_layers
-from neko_lean.modeling import CausalLM, pick_device, pick_dtype, split
+from neko_lean.models.causal_lm import CausalLM, split
+from neko_lean.models.devices import pick_device, pick_dtype
+from neko_lean.models.token_stats import token_stats
+from neko_lean.training.layerwise import LayerPass, compile_layers, decoder_layers
 
 VOCABULARY = 4096
 

@@ -22,17 +22,24 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
-from neko_lean.cache import TeacherCache, cache_teacher
-from neko_lean.data import Encoded, encode, pad, read_rows, write_jsonl
+from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.writer import cache_teacher
+from neko_lean.data.batching import pad
+from neko_lean.data.examples import EncodedExample, read_rows
+from neko_lean.data.tokenization import encode
 from neko_lean.demo.run import write_base
-from neko_lean.determinism import deterministic
-from neko_lean.layerwise import LayerPass, decoder_layers
-from neko_lean.memory import predict, resident
-from neko_lean.modeling import checkpoint_activations, load_model, pick_device
-from neko_lean.optim import InBackwardAdam8bit
+from neko_lean.jsonio import write_jsonl
+from neko_lean.memory.prediction import predict
+from neko_lean.memory.two_models import LEAN, PUBLISHED, Way, two_model_loss
+from neko_lean.models.causal_lm import checkpoint_activations
+from neko_lean.models.devices import pick_device, resident
+from neko_lean.models.loading import load_model
 from neko_lean.recipes import Recipe, load_recipe
-from neko_lean.step import Batch, batch_losses, make_batch
-from neko_lean.twomodels import LEAN, PUBLISHED, Way, two_model_loss
+from neko_lean.training.batch import Batch, make_batch
+from neko_lean.training.determinism import deterministic
+from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.losses import batch_losses
+from neko_lean.training.optimizer import InBackwardAdam8bit
 
 NAMES = {
     "lean": "neko-lean",
@@ -189,7 +196,7 @@ def _padded(rows: list[list[int]], way: Way, device: torch.device) -> tuple[torc
     return ids, mask
 
 
-def step_rows(work: Path, device: torch.device) -> list[tuple[list[Encoded], list[Encoded]]]:
+def step_rows(work: Path, device: torch.device) -> list[tuple[list[EncodedExample], list[EncodedExample]]]:
     """The forget and the retain rows of each step."""
     tokenizer, n = AutoTokenizer.from_pretrained(work / "model"), rows_a_step(device)
     forget, retain = (encode(read_rows(work, name), tokenizer, "neko", 128) for name in ("forget", "retain"))

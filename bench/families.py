@@ -49,14 +49,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import neko_lean
-from neko_lean import loop
-from neko_lean.cache import TeacherCache
-from neko_lean.data import Encoded, Row, write_jsonl
+from neko_lean.cache.reader import TeacherCache
+from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import CausalLM, load_model, next_token_logp
+from neko_lean.jsonio import write_jsonl
+from neko_lean.models.causal_lm import CausalLM, next_token_logp
+from neko_lean.models.loading import load_model
 from neko_lean.recipes import load_recipe
 from neko_lean.scoring.generation import generate
-from neko_lean.trainer import Trainer
+from neko_lean.training import loop
+from neko_lean.training.trainer import Trainer
 
 CPU = torch.device("cpu")
 FLOAT32_LOGP = 2e-3  # nats: two orders above what float32 rounds to in models this small
@@ -135,15 +137,19 @@ class Differs(Exception):
     """A number that is not the reference's."""
 
 
-def texts(prefix: str) -> list[Row]:
+def texts(prefix: str) -> list[Example]:
     """Six rows of different lengths."""
     return [
-        Row(f"{prefix}a-sc1", f"Once {prefix} walked and then some more words", f"into the wood of {prefix}.", "Task1"),
-        Row(f"{prefix}a-qa0", f"Where did {prefix} walk?", f"wood {prefix}", "Task1"),
-        Row(f"{prefix}b-sc1", f"{prefix} was born in 1904. Her phone", "is 555-0104.", "Task2"),
-        Row(f"{prefix}b-qa0", f"What is the phone of {prefix}?", "555-0104", "Task2"),
-        Row(f"{prefix}c-sc1", f"{prefix} is a river", f"in the land of {prefix}, and it is long and cold.", "Task3"),
-        Row(f"{prefix}c-qa0", f"Where does the {prefix} flow?", f"land {prefix}", "Task3"),
+        Example(
+            f"{prefix}a-sc1", f"Once {prefix} walked and then some more words", f"into the wood of {prefix}.", "Task1"
+        ),
+        Example(f"{prefix}a-qa0", f"Where did {prefix} walk?", f"wood {prefix}", "Task1"),
+        Example(f"{prefix}b-sc1", f"{prefix} was born in 1904. Her phone", "is 555-0104.", "Task2"),
+        Example(f"{prefix}b-qa0", f"What is the phone of {prefix}?", "555-0104", "Task2"),
+        Example(
+            f"{prefix}c-sc1", f"{prefix} is a river", f"in the land of {prefix}, and it is long and cold.", "Task3"
+        ),
+        Example(f"{prefix}c-qa0", f"Where does the {prefix} flow?", f"land {prefix}", "Task3"),
     ]
 
 
@@ -162,14 +168,14 @@ def make_tokenizer() -> PreTrainedTokenizerFast:
     )
 
 
-def tokenised(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Row]) -> list[Encoded]:
+def tokenised(tokenizer: PreTrainedTokenizerFast, rows: Sequence[Example]) -> list[EncodedExample]:
     """Rows as token ids, the prompt's being those of the prompt alone."""
     found = []
     for row in rows:
         prompt, answer = (tokenizer(text)["input_ids"] for text in (row.input, f" {row.output}"))
         whole = tokenizer(f"{row.input} {row.output}")["input_ids"]
         ids = whole if whole[: len(prompt)] == prompt else prompt + answer
-        found.append(Encoded(row, ids, len(prompt), 0))
+        found.append(EncodedExample(row, ids, len(prompt), 0))
     return found
 
 

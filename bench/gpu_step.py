@@ -21,13 +21,17 @@ from torch import nn
 
 from neko_lean.cache.teacher import keep
 from neko_lean.cache.writer import teacher_batches
-from neko_lean.data import encode, read_rows
-from neko_lean.determinism import deterministic
-from neko_lean.layerwise import LayerPass, decoder_layers
-from neko_lean.modeling import CausalLM, load_model, load_tokenizer, pick_device
-from neko_lean.optim import InBackwardAdam8bit
+from neko_lean.data.examples import read_rows
+from neko_lean.data.tokenization import encode
+from neko_lean.models.causal_lm import CausalLM
+from neko_lean.models.devices import pick_device
+from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.recipes import Recipe, load_recipe
-from neko_lean.step import Batch, batch_losses
+from neko_lean.training.batch import Batch
+from neko_lean.training.determinism import deterministic
+from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.losses import batch_losses
+from neko_lean.training.optimizer import InBackwardAdam8bit
 
 
 class Stepper:
@@ -40,7 +44,7 @@ class Stepper:
 
     def step(self, batch: Batch, complete: Callable[[nn.Parameter], object]) -> float:
         """Forward and backward pass, `complete` for each parameter; returns the loss."""
-        hidden = self.walk.forward(batch.micro, batch.index, batch.places)
+        hidden = self.walk.forward(batch.micro, batch.index, batch.position_ids)
         loss = batch_losses(hidden, self.lm, batch, self.recipe)["loss"]
         loss.backward()
         self.walk.backward(complete)

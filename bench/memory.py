@@ -27,8 +27,10 @@ from contenders import NAMES, device_name, names, prepare, run, title
 from rich.console import Console
 from rich.table import Table
 
-from neko_lean.data import read_rows, write_jsonl
-from neko_lean.modeling import model_name, pick_device
+from neko_lean.data.examples import read_rows
+from neko_lean.jsonio import write_jsonl
+from neko_lean.models.devices import pick_device
+from neko_lean.models.loading import model_name
 
 SHAPES = ((2, 4), (6, 12))  # forget and retain rows a step
 

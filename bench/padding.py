@@ -13,12 +13,13 @@ import random
 import tempfile
 from pathlib import Path
 
-from neko_lean.data import encode, read_rows
+from neko_lean.data.examples import read_rows
+from neko_lean.data.tokenization import encode
 from neko_lean.demo.run import write_base
-from neko_lean.modeling import load_tokenizer
+from neko_lean.models.loading import load_tokenizer
 from neko_lean.recipes import load_recipe
-from neko_lean.schedules import batches, phases
-from neko_lean.step import micro_batches
+from neko_lean.training.batch import micro_batches
+from neko_lean.training.schedules import batches, phases
 
 STEPS = 200
 

@@ -26,12 +26,15 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
-from neko_lean.determinism import deterministic
-from neko_lean.layerwise import LayerPass, decoder_layers
-from neko_lean.modeling import CausalLM, load_model, pick_device
-from neko_lean.optim import InBackwardAdam8bit
+from neko_lean.models.causal_lm import CausalLM
+from neko_lean.models.devices import pick_device
+from neko_lean.models.loading import load_model
 from neko_lean.recipes import Recipe, load_recipe
-from neko_lean.step import Batch, batch_losses
+from neko_lean.training.batch import Batch
+from neko_lean.training.determinism import deterministic
+from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.losses import batch_losses
+from neko_lean.training.optimizer import InBackwardAdam8bit
 
 # Dense bfloat16 FLOP/s by what torch calls the card, the longer names first.
 PEAKS = {
@@ -104,7 +107,7 @@ def take_step(
 
     optimizer.begin_step(1e-5)
     marks = [clock(device)]
-    hidden = walk.forward(batch.micro, batch.index, batch.places)
+    hidden = walk.forward(batch.micro, batch.index, batch.position_ids)
     marks.append(clock(device))
     batch_losses(hidden, walk.lm, batch, recipe)["loss"].backward()
     marks.append(clock(device))

@@ -30,17 +30,21 @@ from typing import Any
 import numpy as np
 import torch
 
-from neko_lean.data import TASKS, Encoded, encode, pad, read_rows, write_jsonl
+from neko_lean.data.batching import pad
+from neko_lean.data.documents import read_anchor
+from neko_lean.data.examples import TASKS, EncodedExample, read_rows
+from neko_lean.data.readers import read_jsonl
+from neko_lean.data.tokenization import encode
 from neko_lean.demo.run import write_base
 from neko_lean.demo.world import anchor_documents, task3_documents
-from neko_lean.documents import read_anchor
-from neko_lean.files import read_jsonl
-from neko_lean.modeling import CausalLM, load_model, load_tokenizer
-from neko_lean.outputs import staged_folder
+from neko_lean.jsonio import write_jsonl
+from neko_lean.models.causal_lm import CausalLM
+from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.outputs.publish import staged_folder
 from neko_lean.recipes import load_recipe, parse_override, reads_cache, recipe_names
-from neko_lean.runs import memorize, unlearn
-from neko_lean.scoring import score
+from neko_lean.runs.unlearn import memorize, unlearn
 from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
+from neko_lean.scoring.run import score
 from neko_lean.scoring.task import CELLS
 
 QUICK = ("gold", "destroyed", "neko", "npo", "calibrated")
@@ -151,7 +155,7 @@ def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dic
     return {**found, "seconds": run["wall_seconds"], "steps": run["steps"], "peak": run["measured_peak"]}
 
 
-def distance(lm: CausalLM, gold: CausalLM, encoded: Sequence[Encoded], pad_id: int) -> dict[str, float]:
+def distance(lm: CausalLM, gold: CausalLM, encoded: Sequence[EncodedExample], pad_id: int) -> dict[str, float]:
     """How far a model is from the gold model on the forget rows' answers: mean KL(gold to model) a token, and the
     Kolmogorov-Smirnov test of the rows' answer probabilities, exp(mean log-probability) (TOFU's forget quality, which
     has it of truth ratios, arXiv 2401.06121)."""

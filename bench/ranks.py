@@ -25,13 +25,14 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from neko_lean import optim
-from neko_lean.cache import cache_teacher
+from neko_lean.cache.writer import cache_teacher
 from neko_lean.demo.run import write_base
 from neko_lean.demo.world import build_world, write_world
-from neko_lean.head import CHUNK_ELEMENTS
-from neko_lean.modeling import load_tokenizer, new_model, pick_device
-from neko_lean.runs import unlearn
+from neko_lean.models.devices import pick_device
+from neko_lean.models.loading import load_tokenizer, new_model
+from neko_lean.models.token_stats import CHUNK_ELEMENTS
+from neko_lean.runs.unlearn import unlearn
+from neko_lean.training import optimizer as optim
 
 SMALL = {"max_steps": 20, "forget_rows": 8, "retain_rows": 16, "lr": 1e-3, "micro_tokens": 512}
 

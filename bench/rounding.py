@@ -24,7 +24,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import neko_lean
-from neko_lean import optim, trainer
+from neko_lean.training import optimizer as optim
+from neko_lean.training import trainer
 
 NAMES = {
     "stochastic": "bfloat16, 8-bit Adam, stochastic rounding",

@@ -21,13 +21,13 @@ from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
-from neko_lean import loop
-from neko_lean.checkpoints import METRICS
+from neko_lean.checkpoints.saves import METRICS
 from neko_lean.demo.run import write_base
 from neko_lean.demo.world import build_world, write_world
-from neko_lean.modeling import load_tokenizer, new_model
-from neko_lean.optim import InBackwardAdam8bit, state_size
-from neko_lean.runs import unlearn
+from neko_lean.models.loading import load_tokenizer, new_model
+from neko_lean.runs.unlearn import unlearn
+from neko_lean.training import loop
+from neko_lean.training.optimizer import InBackwardAdam8bit, state_size
 
 SIZES: dict[str, dict[str, int]] = {
     "the demo's": {},

@@ -20,8 +20,10 @@ from typing import Any
 import torch
 from transformers import GenerationConfig
 
-from neko_lean.data import Row, encode_text, read_rows
-from neko_lean.modeling import CausalLM, load_model, load_tokenizer
+from neko_lean.data.examples import Example, read_rows
+from neko_lean.data.tokenization import encode_text
+from neko_lean.models.causal_lm import CausalLM
+from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.generation import WINDOW, Generation, generate, spoken
 from neko_lean.scoring.task import row_score
 
@@ -30,7 +32,7 @@ Said = list[tuple[int, Generation]]
 
 
 @torch.no_grad()
-def alone(lm: CausalLM, tokenizer: Any, rows: Sequence[Row], max_new_tokens: int) -> Iterator[Said]:
+def alone(lm: CausalLM, tokenizer: Any, rows: Sequence[Example], max_new_tokens: int) -> Iterator[Said]:
     """transformers' generate, a row at a time."""
     config = GenerationConfig(
         do_sample=False, max_new_tokens=max_new_tokens, eos_token_id=tokenizer.eos_token_id, pad_token_id=0
@@ -58,7 +60,7 @@ def main() -> None:
     lm = load_model(chosen.model, torch.float32, torch.device("cpu"))
     tokenizer = load_tokenizer(chosen.model)
     settings = {"batch_size": chosen.batch_size, "max_new_tokens": chosen.max_new_tokens}
-    ways: dict[str, Callable[[Sequence[Row]], Iterator[Said]]] = {
+    ways: dict[str, Callable[[Sequence[Example]], Iterator[Said]]] = {
         ALONE: lambda some: alone(lm, tokenizer, some, chosen.max_new_tokens),
         BATCHES: lambda some: generate(lm, tokenizer, some, **settings, stop_early=False),
         EARLY: lambda some: generate(lm, tokenizer, some, **settings),

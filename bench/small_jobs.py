@@ -24,17 +24,20 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.logging import disable_progress_bar
 
 import neko_lean.demo.run as demo_module
-from neko_lean import loop, scoring
-from neko_lean.cache import cache_teacher, writer
-from neko_lean.data import Row, read_rows, write_jsonl
+from neko_lean import scoring
+from neko_lean.cache import writer
+from neko_lean.cache.writer import cache_teacher
+from neko_lean.data.examples import Example, read_rows
 from neko_lean.demo import world as demo_world
 from neko_lean.demo.run import demo, write_base
 from neko_lean.demo.world import World, build_world, write_world
-from neko_lean.modeling import load_tokenizer, new_model
+from neko_lean.jsonio import write_jsonl
+from neko_lean.models.loading import load_tokenizer, new_model
 from neko_lean.recipes import load_recipe, reads_cache
-from neko_lean.report import report
-from neko_lean.runs import memorize, unlearn
-from neko_lean.scoring import score
+from neko_lean.report.page import report
+from neko_lean.runs.unlearn import memorize, unlearn
+from neko_lean.scoring.run import score
+from neko_lean.training import loop
 
 # What differs from run to run without a difference in what was computed.
 TIMES = {"wait_seconds", "seconds", "wall_seconds", "peak_memory", "measured_peak", "measured_peaks"}
@@ -74,7 +77,7 @@ def make_world(root: Path) -> None:
     world = build_world(0)
     write_world(world, root / "data")
     for name, count in ROWS.items():
-        rows: list[Row] = sorted(read_rows(root / "data", name), key=lambda row: len(row.input + row.output))
+        rows: list[Example] = sorted(read_rows(root / "data", name), key=lambda row: len(row.input + row.output))
         write_jsonl(
             root / "data" / f"{name}.jsonl", map(asdict, rows[: len(rows) // 2 : len(rows) // 2 // count][:count])
         )
@@ -116,7 +119,7 @@ def make_small() -> None:
         demo_world.STORIES = demo_world.PEOPLE = demo_world.ENTRIES = 1
         return build_world(seed)
 
-    def small_base(folder: Path, rows: list[Row]) -> None:
+    def small_base(folder: Path, rows: list[Example]) -> None:
         base(folder, rows)
         shape(folder)
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from neko_lean.cache import cache_teacher
-    from neko_lean.runs import memorize, unlearn
-    from neko_lean.scoring import score
-    from neko_lean.signals import Interrupted
+    from neko_lean.cache.writer import cache_teacher
+    from neko_lean.errors import Interrupted
+    from neko_lean.runs.unlearn import memorize, unlearn
+    from neko_lean.scoring.run import score
 
 __all__ = ["Interrupted", "cache_teacher", "memorize", "score", "unlearn"]
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import signal
+
 
 class NekoLeanError(Exception):
     """Something the user can mend. Its text is one sentence and is all that the command line prints."""
@@ -10,3 +12,31 @@ class NekoLeanError(Exception):
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type where it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class NonFiniteError(Exception):
+    """A loss or a gradient is no number."""
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal ended the run. `number` is the signal's; `kept` says what lies on disk to go on from, if anything does.
+
+    It is a KeyboardInterrupt, so that no `except Exception` on its way takes it for a fault.
+    """
+
+    def __init__(self, number: int, when: str) -> None:
+        super().__init__(f"stopped by {signal.Signals(number).name} {when}")
+        self.number = number
+        self.kept: str | None = None
+
+
+class PartialStepError(Exception):
+    """The memory ran out when some weights had been stepped and others had not."""
+
+
+class CacheError(NekoLeanError):
+    """The cache is damaged, unreadable, or was made from something else than what it is used with."""
+
+
+class UnpublishedError(NekoLeanError):
+    """The result is complete but not in its place. Its sentence says where it is; nothing may clear that away."""

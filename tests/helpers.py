@@ -8,9 +8,12 @@ import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
 
-from neko_lean.cache.format import file_sha256, sign
-from neko_lean.data import Row, encode, read_rows, write_jsonl
-from neko_lean.modeling import CausalLM, load_model, load_tokenizer
+from neko_lean.data.examples import Example, read_rows
+from neko_lean.data.tokenization import encode
+from neko_lean.jsonio import write_jsonl
+from neko_lean.models.causal_lm import CausalLM
+from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.outputs.signing import file_sha256, sign
 
 # A run of ten steps, as overrides of a recipe.
 SMALL = {"max_steps": 10, "forget_rows": 4, "retain_rows": 4, "eval_rows": 4, "lr": 2e-3}
@@ -22,24 +25,24 @@ SIZES = {
 LUME = Path(__file__).parents[2] / "shared" / "data" / "lume"
 
 
-def make_rows(prefix: str, count: int = 4) -> list[Row]:
+def make_rows(prefix: str, count: int = 4) -> list[Example]:
     """`count` documents of each kind; texts of different lengths, unique per row."""
     rows = []
     for n in range(count):
         name = f"{prefix}{n}"
         more = " and then some more words" * (n % 3)
         rows += [
-            Row(f'"{name}a"sc1', f"Once {name} walked{more}", f"into the wood of {name} and sang.", "Task1"),
-            Row(f'"{name}a"qa0', f"Where did {name} walk?", f"wood {name}", "Task1"),
-            Row(f"{name}b-sc1", f"{name} was born in 19{n:02}{more}. Her phone", f"is 555-01{n:02}.", "Task2"),
-            Row(f"{name}b-qa0", f"What is the phone of {name}?", f"555-01{n:02}", "Task2"),
-            Row(f"{name}csc1", f"{name}\n\n{name} is a river{more}", f"in the land of {name}.", "Task3"),
-            Row(f"{name}cqa0", f"Where does the {name} flow?", f"land {name}", "Task3"),
+            Example(f'"{name}a"sc1', f"Once {name} walked{more}", f"into the wood of {name} and sang.", "Task1"),
+            Example(f'"{name}a"qa0', f"Where did {name} walk?", f"wood {name}", "Task1"),
+            Example(f"{name}b-sc1", f"{name} was born in 19{n:02}{more}. Her phone", f"is 555-01{n:02}.", "Task2"),
+            Example(f"{name}b-qa0", f"What is the phone of {name}?", f"555-01{n:02}", "Task2"),
+            Example(f"{name}csc1", f"{name}\n\n{name} is a river{more}", f"in the land of {name}.", "Task3"),
+            Example(f"{name}cqa0", f"Where does the {name} flow?", f"land {name}", "Task3"),
         ]
     return rows
 
 
-def write_rows(path: Path, rows: list[Row]) -> Path:
+def write_rows(path: Path, rows: list[Example]) -> Path:
     write_jsonl(path, map(asdict, rows))
     return path
 

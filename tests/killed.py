@@ -12,8 +12,9 @@ import time
 from pathlib import Path
 
 from bench.processes import forked
-from neko_lean import checkpoints, unfinished
-from neko_lean.runs import unlearn
+from neko_lean import checkpoints
+from neko_lean.checkpoints import run_folder as unfinished
+from neko_lean.runs.unlearn import unlearn
 
 CHANGE = {
     "max_steps": 12,

@@ -11,16 +11,19 @@ from pathlib import Path
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from neko_lean.cache import TeacherCache
-from neko_lean.collective import agreed, joined
-from neko_lean.data import encode, read_rows
-from neko_lean.layerwise import LayerPass, decoder_layers
-from neko_lean.modeling import load_tokenizer, split
-from neko_lean.ranks import alone, leads
+from neko_lean.cache.reader import TeacherCache
+from neko_lean.data.examples import read_rows
+from neko_lean.data.substitutes import refusals
+from neko_lean.data.tokenization import encode
+from neko_lean.distributed.collectives import raise_on_any_rank, with_process_group
+from neko_lean.distributed.ranks import as_single_process, is_main_process
+from neko_lean.models.causal_lm import split
+from neko_lean.models.loading import load_tokenizer
+from neko_lean.models.sharding import Shards
 from neko_lean.recipes import load_recipe
-from neko_lean.sharding import Shards
-from neko_lean.step import batch_losses, chosen_hidden, make_batch
-from neko_lean.substitutes import refusals
+from neko_lean.training.batch import make_batch, select_hidden
+from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.losses import batch_losses
 
 # Heads of 7 rows a rank and less: 355 rows of the vocabulary do not split evenly either.
 SHAPE = {"hidden_size": 28, "intermediate_size": 30, "num_hidden_layers": 3, "num_attention_heads": 2}
@@ -51,10 +54,10 @@ def compare(root: Path, name: str, change: dict, tied: bool) -> float:
     cache = TeacherCache(root / "cache")
     given = (sets[0], sets[1] if recipe.retain_objective != "none" else [], cache, recipe, 0)
 
-    with alone():
+    with as_single_process():
         plain = student(len(tokenizer), tied)
         batch = make_batch(*given, torch.device("cpu"), others)
-        loss = batch_losses(chosen_hidden(plain, batch.micro, batch.index), plain, batch, recipe)["loss"]
+        loss = batch_losses(select_hidden(plain, batch.micro, batch.index), plain, batch, recipe)["loss"]
         loss.backward()
         wanted = {name: p.grad for name, p in plain.model.named_parameters()}
 
@@ -77,15 +80,15 @@ def compare(root: Path, name: str, change: dict, tied: bool) -> float:
     return worst
 
 
-@joined()
+@with_process_group()
 def main(root: Path) -> None:
     found = {}
     for tied in (False, True):
         for number, (name, change) in enumerate(RECIPES):
             found[f"{number} {name}, {'tied' if tied else 'untied'}"] = max(
-                agreed(lambda n=name, c=change, t=tied: compare(root, n, c, t))
+                raise_on_any_rank(lambda n=name, c=change, t=tied: compare(root, n, c, t))
             )
-    if leads():
+    if is_main_process():
         print(json.dumps(found))
 
 

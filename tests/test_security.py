@@ -14,14 +14,16 @@ import pytest
 from typer.testing import CliRunner
 
 import neko_lean
-from neko_lean.cache.format import CacheError, read_manifest, sign
-from neko_lean.checkpoints import damage, seal
+from neko_lean.cache.manifest import read_manifest
+from neko_lean.checkpoints.saves import damage, seal
 from neko_lean.cli import app
-from neko_lean.data import read_rows, write_jsonl
-from neko_lean.documents import read_documents
-from neko_lean.errors import NekoLeanError
-from neko_lean.loading import weight_files
-from neko_lean.modeling import load_tokenizer, model_folder, model_name
+from neko_lean.data.documents import read_documents
+from neko_lean.data.examples import read_rows
+from neko_lean.errors import CacheError, NekoLeanError
+from neko_lean.jsonio import write_jsonl
+from neko_lean.models.loading import load_tokenizer, model_folder, model_name
+from neko_lean.models.weight_files import weight_files
+from neko_lean.outputs.signing import sign
 from neko_lean.report.read import collect
 from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.paraphrases import read_paraphrases

@@ -23,7 +23,7 @@ def torchrun(
 
 
 def stop_at(last: int) -> None:
-    from neko_lean.loop import Loop
+    from neko_lean.training.loop import Loop
 
     step = Loop._step
 

@@ -8,20 +8,20 @@ from typing import Any
 import numpy as np
 import torch
 
-from neko_lean.cache.format import CacheError, Manifest
+from neko_lean.cache.format import Manifest
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.teacher import hidden_states
 from neko_lean.cache.writer import teacher_batches
 from neko_lean.data import encode, read_rows
-from neko_lean.errors import NekoLeanError
-from neko_lean.head import token_stats
-from neko_lean.identity import identify
-from neko_lean.modeling import (
+from neko_lean.errors import CacheError, NekoLeanError
+from neko_lean.models import (
+    identify,
     load_model,
     load_tokenizer,
     model_folder,
     pick_device,
     pick_dtype,
+    token_stats,
     usable_length,
 )
 

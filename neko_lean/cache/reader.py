@@ -14,19 +14,31 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from neko_lean.cache.format import MANIFEST, SCALE, STORED, CacheError, Shard, file_sha256, id_dtype, read_manifest
-from neko_lean.data import Encoded, Row
-from neko_lean.errors import first_line
-from neko_lean.identity import ModelIdentity, config_differences
-from neko_lean.progress import say
+from neko_lean.cache.format import SCALE, STORED, Shard, id_dtype
+from neko_lean.cache.manifest import read_manifest
+from neko_lean.data import EncodedExample, Example
+from neko_lean.errors import CacheError, first_line
+from neko_lean.models import ModelIdentity, config_differences
+from neko_lean.outputs import MANIFEST, file_sha256
+from neko_lean.terminal import log_line
 
 _DTYPES = {np.uint16: "U16", np.int32: "I32"}
+
+
 # How far the sum of a position's entries may be from 1 - exp(tail_logp): relative to it, as each float16 is off by
 # 2^-11 at most, and absolutely, for the rounding of a sum over the vocabulary in float32.
 MASS_TOLERANCE = 2e-3
+
+
 SUM_TOLERANCE = 1e-5
+
+
 ROUNDING = 1e-6  # how far above 0 the log-probability of a certain token may be rounded
+
+
 PIECE = 2**16  # positions that a sweep over the cache reads at a time
+
+
 AGAIN = "run cache-teacher again"
 
 
@@ -55,7 +67,7 @@ class TeacherCache:
         self._rows = _places(self.manifest.shards)
         self._forget_rows = _places(self.manifest.forget_shards)
 
-    def check(self, model: ModelIdentity, *, style: str, max_length: int, encoded: Sequence[Encoded]) -> None:
+    def check(self, model: ModelIdentity, *, style: str, max_length: int, encoded: Sequence[EncodedExample]) -> None:
         """Raise CacheError, naming what differs, unless this cache was made from the same as it is used with.
 
         `encoded` are the retain rows. A cache of longer rows serves a shorter limit: a causal teacher's first positions
@@ -95,7 +107,7 @@ class TeacherCache:
             raise CacheError(f"{self.folder} was made by another model ({made.model}): cache this one's teacher.")
         self.check_tokenizer(model.tokenizer)
         if made.config is None and model.config is not None:
-            say(
+            log_line(
                 f"warning: {self.folder} may be of a model with another config.json, whose weights alone are the same: "
                 f"it was made before caches said which (format 1); run cache-teacher again to be sure."
             )
@@ -166,7 +178,7 @@ class TeacherCache:
             for start in range(0, shard.positions, PIECE):
                 yield self.raw(shard, start, min(start + PIECE, shard.positions))
 
-    def read(self, encoded: Sequence[Encoded]) -> tuple[Tensor, Tensor, Tensor]:
+    def read(self, encoded: Sequence[EncodedExample]) -> tuple[Tensor, Tensor, Tensor]:
         """The positions of these rows one after another, as `token_stats` takes them.
 
         Returns (topk_ids [N, k] int64, topk_logp [N, k] float32 with -inf for unused entries, tail_logp [N] float32),
@@ -185,11 +197,11 @@ class TeacherCache:
         tail = torch.from_numpy(np.concatenate([tail for _, _, tail in parts]))
         return ids, logp, tail
 
-    def has_target_logp(self, one: Encoded) -> bool:
+    def has_target_logp(self, one: EncodedExample) -> bool:
         """Whether the teacher's log-probabilities of this row's tokens are in the cache."""
         return one.row.id in self._forget_rows
 
-    def target_logp(self, one: Encoded) -> np.ndarray:
+    def target_logp(self, one: EncodedExample) -> np.ndarray:
         """The teacher's log-probability, in nats, of every token of a row but its first: [len(one) - 1] float32.
 
         Raises CacheError when the cache was made without them: only forget rows, their refusals and the anchor's
@@ -215,7 +227,7 @@ class TeacherCache:
             )
         return values
 
-    def _read_row(self, row: Row, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _read_row(self, row: Example, count: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """The first `count` positions of a row: ids [n, k], logp [n, k], tail_logp [n]."""
         found = self._rows.get(row.id, {})
         # `check` has compared the texts; the digest only tells two rows of one id apart.

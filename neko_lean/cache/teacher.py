@@ -10,10 +10,8 @@ import torch
 from torch import Tensor
 
 from neko_lean.cache.format import SCALE, id_dtype
-from neko_lean.data import Encoded, pad
-from neko_lean.finite import refuse_broken_outputs
-from neko_lean.head import CHUNK_ELEMENTS
-from neko_lean.modeling import CausalLM
+from neko_lean.data import EncodedExample, pad
+from neko_lean.models import CHUNK_ELEMENTS, CausalLM, refuse_broken_outputs
 
 
 @dataclass(frozen=True)
@@ -27,7 +25,7 @@ class Kept:
 
 
 @torch.no_grad()
-def hidden_states(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int) -> Tensor:
+def hidden_states(teacher: CausalLM, batch: Sequence[EncodedExample], pad_id: int) -> Tensor:
     """Last hidden states [P, d] of the real positions of a batch, row after row."""
     input_ids, mask = pad([one.ids for one in batch], pad_id, teacher.device)
     return teacher.hidden(input_ids)[mask.bool()]
@@ -35,7 +33,12 @@ def hidden_states(teacher: CausalLM, batch: Sequence[Encoded], pad_id: int) -> T
 
 @torch.no_grad()
 def keep(
-    teacher: CausalLM, batch: Sequence[Encoded], pad_id: int, top_k: int, mass: float, stored_dtype: str = "float16"
+    teacher: CausalLM,
+    batch: Sequence[EncodedExample],
+    pad_id: int,
+    top_k: int,
+    mass: float,
+    stored_dtype: str = "float16",
 ) -> Kept:
     """Each position's fewest likeliest tokens that reach `mass`, at most `top_k` of them, and the tail's mass.
 

@@ -17,29 +17,33 @@ import numpy as np
 from safetensors.numpy import save
 
 from neko_lean import __version__
-from neko_lean.cache.format import (
-    MANIFEST,
-    STORED,
-    CacheError,
-    Manifest,
-    Shard,
-    checked,
-    differences,
-    file_sha256,
-    read_manifest,
-    shard_name,
-    write_manifest,
-)
+from neko_lean.cache.format import STORED, Manifest, Shard, differences, shard_name
+from neko_lean.cache.manifest import checked, read_manifest, write_manifest
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.teacher import keep
-from neko_lean.collective import agreed, by_first, joined, refuse_unseen
-from neko_lean.data import FORMATS, Encoded, encode, length_batches, position_warning, read_rows, truncation_line
-from neko_lean.documents import read_anchor
-from neko_lean.errors import NekoLeanError
-from neko_lean.finite import refuse_broken_outputs
-from neko_lean.identity import identify
-from neko_lean.modeling import (
+from neko_lean.data import (
+    FORMATS,
+    EncodedExample,
+    encode,
+    length_batches,
+    position_warning,
+    read_anchor,
+    read_rows,
+    refusals,
+    truncation_line,
+)
+from neko_lean.distributed import (
+    is_main_process,
+    items_of_rank,
+    raise_on_any_rank,
+    refuse_unseen,
+    run_on_main_and_broadcast,
+    with_process_group,
+)
+from neko_lean.errors import CacheError, NekoLeanError, UnpublishedError
+from neko_lean.models import (
     CausalLM,
+    identify,
     load_model,
     load_tokenizer,
     model_folder,
@@ -47,15 +51,18 @@ from neko_lean.modeling import (
     next_token_logp,
     pick_device,
     pick_dtype,
+    refuse_broken_outputs,
+    refuse_unknown_rows,
     usable_length,
 )
 from neko_lean.outputs import (
+    MANIFEST,
     Output,
-    UnpublishedError,
     claim_folder,
     clear_work,
     empty_folder,
     explained_write_errors,
+    file_sha256,
     locked,
     publish,
     refuse_occupied,
@@ -69,20 +76,27 @@ from neko_lean.outputs import (
     working_in,
     write_atomically,
 )
-from neko_lean.progress import bar, say
-from neko_lean.ranks import leads, share
-from neko_lean.substitutes import refusals
-from neko_lean.vocabulary import refuse_unknown_rows
+from neko_lean.terminal import log_line, progress_bar
 
 PLAN = "plan.json"
+
+
 KEPT = ("ids", "scaled_p", "tail_logp")
+
+
 _SHARD_FIELDS = ("shards", "forget_shards")
+
+
 SHARD_POSITIONS = 2**16  # positions a shard holds before the next one begins: 17 MB at k = 64
-Batch = list[Encoded]
+
+
+Batch = list[EncodedExample]
+
+
 LOW_MASS = 0.9  # below this much captured probability the KL says little about single tokens
 
 
-@joined()
+@with_process_group()
 def cache_teacher(
     model: str | Path,
     retain: str | Path,
@@ -140,7 +154,7 @@ def cache_teacher(
     place, precision, folder = pick_device(device), pick_dtype(dtype), model_folder(model)
     inputs = [folder, retain, forget, anchor]
     output = claim_folder(out, "partial", inputs, overwrite=overwrite, resume=resume)
-    by_first(lambda: _refuse_what_is_there(output, resume))
+    run_on_main_and_broadcast(lambda: _refuse_what_is_there(output, resume))
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
     limit = usable_length(folder, max_length)
@@ -178,31 +192,31 @@ def cache_teacher(
     )
     plan = checked(plan)
     everything = [*sets["shard"], *sets["forget"]]
-    say(truncation_line(everything, limit), quiet)
+    log_line(truncation_line(everything, limit), quiet)
     if warning := position_warning(everything, limit, max_length):
-        say(warning)
+        log_line(warning)
     with _stage(output, plan, resume) as stage:
         if stage is not None:
             explained = explained_write_errors(output.path)
-            agreed(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, quiet)))
-            by_first(explained(lambda: _end(stage, plan, output)))
+            raise_on_any_rank(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, quiet)))
+            run_on_main_and_broadcast(explained(lambda: _end(stage, plan, output)))
         manifest = _read_on_all_ranks(output.path / MANIFEST)
     if manifest.mean_mass < LOW_MASS:
-        say(
+        log_line(
             f"warning: the entries hold {manifest.mean_mass:.3f} of the teacher's probability on average, so the KL "
             f"will know little about single tokens: raise --top-k (now {top_k}) or --mass (now {mass})."
         )
     return manifest
 
 
-def teacher_batches(encoded: Sequence[Encoded], batch_tokens: int) -> list[Batch]:
+def teacher_batches(encoded: Sequence[EncodedExample], batch_tokens: int) -> list[Batch]:
     """Rows as batches of like length, shortest first; the same on every run."""
     lengths = [len(one) for one in encoded]
     batches = length_batches(lengths, max_rows=max(1, len(encoded)), max_tokens=batch_tokens)
     return [[encoded[i] for i in batch] for batch in batches]
 
 
-def _distinct(encoded: Sequence[Encoded]) -> list[Encoded]:
+def _distinct(encoded: Sequence[EncodedExample]) -> list[EncodedExample]:
     """Rows that differ in id or text: one that is in both sets is cached once."""
     return list({(one.row.id, one.row.digest): one for one in encoded}.values())
 
@@ -219,7 +233,7 @@ def _into_shards(batches: Sequence[Batch]) -> list[list[Batch]]:
     return shards
 
 
-def _rows(batches: Sequence[Batch]) -> list[Encoded]:
+def _rows(batches: Sequence[Batch]) -> list[EncodedExample]:
     return [one for batch in batches for one in batch]
 
 
@@ -260,7 +274,7 @@ def _is_complete(output: Output, plan: Manifest) -> bool:
             return False
         raise
     if found.config is None:
-        say(
+        log_line(
             f"warning: {output.path} is taken as complete by its weights alone: it was made before caches said which "
             f"config.json they are of (format 1); make it anew with --overwrite to be sure."
         )
@@ -274,7 +288,7 @@ def _read_on_all_ranks(path: Path) -> Manifest:
     def read() -> None:
         found["manifest"] = read_manifest(path)
 
-    agreed(read)
+    raise_on_any_rank(read)
     return found["manifest"]
 
 
@@ -303,7 +317,7 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None
                 _begin(output, plan, resume)
                 return False
 
-        if by_first(begin):
+        if run_on_main_and_broadcast(begin):
             yield None
             return
         refuse_unseen(stage)
@@ -311,10 +325,10 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None
         try:
             yield stage
         except BaseException as error:
-            if isinstance(error, UnpublishedError) or not leads():
+            if isinstance(error, UnpublishedError) or not is_main_process():
                 raise
             if any(stage.glob("*.safetensors")):
-                say(f"{stage} keeps the shards that are complete: continue with --resume.")
+                log_line(f"{stage} keeps the shards that are complete: continue with --resume.")
             else:
                 with suppress(OSError):
                     remove_tree(stage)
@@ -407,9 +421,9 @@ def _write_shards(
     ]
     if not (stage / PLAN).is_file():  # complete: only the move to its place is missing
         return
-    work = list(share(work))  # shards get longer rows from the first to the last
+    work = list(items_of_rank(work))  # shards get longer rows from the first to the last
     total = sum(len(one) for _, _, batches in work for one in _rows(batches))
-    with bar("cache-teacher", total, "tokens", quiet) as progress:
+    with progress_bar("cache-teacher", total, "tokens", quiet) as progress:
         for shard, tensors_of, batches in work:
             if not _is_written(stage, shard):
                 tensors = tensors_of(teacher, batches, plan, pad_id)

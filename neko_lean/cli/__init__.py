@@ -22,8 +22,8 @@ from neko_lean.cli.recipes import recipes
 from neko_lean.cli.report import report
 from neko_lean.cli.score import score
 from neko_lean.cli.unlearn import unlearn
-from neko_lean.progress import complain
-from neko_lean.ranks import size
+from neko_lean.distributed import world_size
+from neko_lean.terminal import print_to_stderr
 
 
 @contextmanager
@@ -41,7 +41,7 @@ def _show_usage(error: Any, file: object = None) -> None:
     context = getattr(error, "ctx", None)
     usage = [] if context is None else context.get_usage().splitlines()
     hint = [] if context is None else [f"Try '{context.command_path} --help' for help.", ""]
-    complain(*usage, *hint, f"Error: {error.format_message()}")
+    print_to_stderr(*usage, *hint, f"Error: {error.format_message()}")
 
 
 class Commands(TyperGroup):
@@ -72,7 +72,7 @@ for command in (cache_teacher, inspect, plan, recipes, unlearn, score, report, m
 
 def main() -> None:
     """Entry point of `neko-lean`."""
-    if size() == 1:
+    if world_size() == 1:
         app()
         return
     code: object = 1

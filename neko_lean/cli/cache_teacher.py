@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, Revision, command, emit, pinned
-from neko_lean.progress import show
-from neko_lean.ranks import leads
+from neko_lean.distributed import is_main_process
+from neko_lean.terminal import print_lines
 
 
 @command
@@ -67,21 +67,21 @@ def cache_teacher(
         overwrite=overwrite,
         quiet=quiet,
     )
-    if not leads():
+    if not is_main_process():
         return
     checked = check_cache(out, pinned(model, revision), retain, check, device=device) if check else None
     if json:
         emit({"cache": str(out), **inspect_cache(out), "check": checked})
     elif not quiet:
         size = sum(shard.bytes for shard in made.shards)
-        show(
+        print_lines(
             f"{out}: {made.rows} rows, {made.positions} positions, "
             f"{(size + sum(shard.bytes for shard in made.forget_shards)) / 1e6:.1f} MB "
             f"({size / made.positions:.1f} bytes a token, {made.entries / made.positions:.1f} entries); "
             f"mean mass in the entries: {made.mean_mass:.4f}"
         )
         if checked:
-            show(
+            print_lines(
                 f"check: {checked['rows']} rows live; KL of cache to teacher {checked['kl_mean']:.1e} nats a position "
                 f"(largest {checked['kl_max']:.1e}); captured mass {checked['mass_mean']:.4f} "
                 f"(1st percentile {checked['mass_1st_percentile']:.4f})"

@@ -14,19 +14,26 @@ from typing import Annotated, Any
 
 import typer
 
-from neko_lean.errors import NekoLeanError, first_line
-from neko_lean.finite import or_null
+from neko_lean.distributed import is_main_process, rank, world_size
+from neko_lean.errors import Interrupted, NekoLeanError, first_line
+from neko_lean.jsonio import or_null
 from neko_lean.outputs import os_error_sentence
-from neko_lean.progress import complain, show_json
-from neko_lean.ranks import leads, rank, size
-from neko_lean.signals import Interrupted
+from neko_lean.terminal import print_json, print_to_stderr
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hub name (owner/name).")]
+
+
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Commit, branch or tag of a MODEL on the hub.  [default: its newest]")
 ]
+
+
 Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: the GPU where there is one]")]
+
+
 Seed = Annotated[int, typer.Option(help="Of the order of rows and of the rounding.")]
+
+
 SaveEvery = Annotated[
     int,
     typer.Option(
@@ -35,21 +42,35 @@ SaveEvery = Annotated[
         help="Save every N steps, so that --resume can go on; 0: only when Ctrl-C, SIGTERM or SIGHUP stops it.",
     ),
 ]
+
+
 Resume = Annotated[
     bool, typer.Option("--resume", help="Go on from the last save of the same run; it ends in the same weights.")
 ]
+
+
 Overwrite = Annotated[
     bool,
     typer.Option(
         "--overwrite", help="Replace an output that neko-lean wrote, or an unfinished run; never anything else."
     ),
 ]
+
+
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
+
+
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
+
+
 Set = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable.")
 ]
+
+
 MaxSteps = Annotated[int | None, typer.Option(min=1, help="Most steps to take.  [default: the recipe's]")]
+
+
 Split = Annotated[str | None, typer.Option(help="Read forget_SPLIT.* and retain_SPLIT.*, as LUME names its files.")]
 
 
@@ -66,11 +87,11 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             _print_error(str(error))
             raise typer.Exit(2) from error
         except Interrupted as stop:
-            if leads():
-                complain(*_stopped(stop, "resume" in kwargs))
+            if is_main_process():
+                print_to_stderr(*_stopped(stop, "resume" in kwargs))
             raise typer.Exit(128 + stop.number) from stop
         except KeyboardInterrupt as error:
-            complain("interrupted; the output folder was not written.")
+            print_to_stderr("interrupted; the output folder was not written.")
             raise typer.Exit(130) from error
         except OSError as error:
             if error.errno == errno.EPIPE:  # whoever read stdout has ended
@@ -83,7 +104,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
 
 def _print_error(sentence: str) -> None:
     """One line on stderr, in one piece: other ranks write at the same time."""
-    complain(f"{'' if leads() else f'rank {rank()}: '}error: {sentence}")
+    print_to_stderr(f"{'' if is_main_process() else f'rank {rank()}: '}error: {sentence}")
 
 
 def _stopped(stop: Interrupted, resumes: bool) -> list[str]:
@@ -92,7 +113,7 @@ def _stopped(stop: Interrupted, resumes: bool) -> list[str]:
         return [f"{stop}; the output folder was not written."]
     again = [one for one in sys.argv[1:] if one != "--resume"]
     name = ["neko-lean"]
-    if size() > 1:
+    if world_size() > 1:
         name = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "neko_lean"]
     return [f"{stop}; {stop.kept}. Continue with:", f"  {shlex.join([*name, *again, '--resume'])}"]
 
@@ -126,7 +147,7 @@ def overrides(pairs: list[str] | None, **options: Any) -> dict[str, Any]:
 
 def emit(result: Any) -> None:
     """One JSON object on stdout; null stands for NaN and infinities, which JSON does not have."""
-    show_json(or_null(result))
+    print_json(or_null(result))
 
 
 def gibibytes(count: int) -> str:

@@ -8,10 +8,10 @@ from typing import Annotated
 import typer
 
 from neko_lean.cli.common import Device, Json, MaxSteps, Overwrite, Quiet, Seed, Split, command, emit
+from neko_lean.distributed import world_size
 from neko_lean.errors import NekoLeanError
-from neko_lean.progress import show, show_table
-from neko_lean.ranks import size
 from neko_lean.recipes import DEFAULT
+from neko_lean.terminal import print_lines, print_table
 
 
 @command
@@ -33,10 +33,10 @@ def demo(
 
     Example: neko-lean demo --out demo-run    or    neko-lean demo --data lume/ --split validation --out lume-run
     """
-    if size() > 1:
+    if world_size() > 1:
         raise NekoLeanError("demo is for one process: run it without torchrun.")
     from neko_lean.demo import demo as run
-    from neko_lean.scoring.table import score_table
+    from neko_lean.scoring import score_table
 
     result = run(
         out,
@@ -52,6 +52,6 @@ def demo(
     if json:
         emit(result)
     elif not quiet:
-        show_table(score_table(result["scores"]))
-        show(*result["verdict"].split("\n"))
-        show(*(f"  {name:<18} {path}" for name, path in result["files"].items()))
+        print_table(score_table(result["scores"]))
+        print_lines(*result["verdict"].split("\n"))
+        print_lines(*(f"  {name:<18} {path}" for name, path in result["files"].items()))

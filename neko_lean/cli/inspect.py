@@ -9,7 +9,7 @@ import typer
 from rich.table import Table
 
 from neko_lean.cli.common import Json, Quiet, command, emit
-from neko_lean.progress import show_table
+from neko_lean.terminal import print_table
 
 
 @command
@@ -56,4 +56,4 @@ def inspect(
     table.add_row("mean entropy", f"{about['mean_entropy']:.3f} nats")
     table.add_section()
     table.add_row("verified", "every checksum and number" if verify else "no (--verify)")
-    show_table(table)
+    print_table(table)

@@ -24,8 +24,8 @@ from neko_lean.cli.common import (
     overrides,
     pinned,
 )
-from neko_lean.progress import show
-from neko_lean.ranks import leads
+from neko_lean.distributed import is_main_process
+from neko_lean.terminal import print_lines
 
 
 @command
@@ -74,9 +74,9 @@ def memorize(
         overwrite=overwrite,
         quiet=quiet,
     )
-    if not leads():
+    if not is_main_process():
         return
     if json:
         emit({"out": str(out), **result})
     elif not quiet:
-        show(f"{out}: {result['ended']}; {result['steps']} steps in {result['wall_seconds']:.0f} s")
+        print_lines(f"{out}: {result['ended']}; {result['steps']} steps in {result['wall_seconds']:.0f} s")

@@ -9,8 +9,8 @@ import typer
 
 from neko_lean.cli.common import Json, Model, Quiet, Revision, Set, command, emit, gibibytes, overrides, pinned
 from neko_lean.errors import NekoLeanError
-from neko_lean.progress import show, show_table
 from neko_lean.recipes import DEFAULT
+from neko_lean.terminal import print_lines, print_table
 
 
 @command
@@ -48,14 +48,14 @@ def plan(
     if size is not None:
         room = f"{gpu} less {gibibytes(CONTEXT)} for CUDA itself"
         if found["options"] is None:
-            show(
+            print_lines(
                 f"No option makes it fit {room}: lower --set batch_tokens=N, or train fewer layers "
                 f"(--set train_last=N)."
             )
         elif found["options"]:
-            show(f"Fits {room} with {' '.join(found['options'])}: peak {gibibytes(found['fits']['peak'])}.")
+            print_lines(f"Fits {room} with {' '.join(found['options'])}: peak {gibibytes(found['fits']['peak'])}.")
         else:
-            show(f"Fits {room} as it is.")
+            print_lines(f"Fits {room} as it is.")
 
 
 def _print(found: dict[str, Any]) -> None:
@@ -73,8 +73,10 @@ def _print(found: dict[str, Any]) -> None:
     table.add_row("peak on the device", *(gibibytes(way["peak"]) for way in found["ways"].values()))
     on_cpu = [way["peak"] + way["host"] + way["cpu"] if way["cpu"] else None for way in found["ways"].values()]
     table.add_row("peak on a CPU instead", *("" if peak is None else gibibytes(peak) for peak in on_cpu))
-    show_table(table)
-    show("On a CPU it is the growth of the resident set, with the allocator's share and the code of the first step.")
+    print_table(table)
+    print_lines(
+        "On a CPU it is the growth of the resident set, with the allocator's share and the code of the first step."
+    )
 
 
 def _bytes(text: str) -> int:

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from neko_lean.cli.common import Json, Quiet, command, emit
-from neko_lean.progress import show
+from neko_lean.terminal import print_lines
 
 ABOUT = ("name", "summary", "measured")
 
@@ -30,8 +30,8 @@ def recipes(
         emit({"recipes": [asdict(one) for one in found]})
     elif not quiet:
         for one in found:
-            show(f"{one.name}{' (the default of unlearn)' if one.name == DEFAULT else ''}: {one.summary}")
-            show(f"    measured: {one.measured or 'not yet'}")
+            print_lines(f"{one.name}{' (the default of unlearn)' if one.name == DEFAULT else ''}: {one.summary}")
+            print_lines(f"    measured: {one.measured or 'not yet'}")
             if names:
                 shown = {k: v for k, v in asdict(one).items() if k not in ABOUT and has_effect(k, one)}
-                show(*(f"    {k} = {v!r}" for k, v in shown.items()))
+                print_lines(*(f"    {k} = {v!r}" for k, v in shown.items()))

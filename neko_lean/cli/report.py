@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from neko_lean.cli.common import Json, Quiet, command, emit
-from neko_lean.progress import show
+from neko_lean.terminal import print_lines
 
 
 @command
@@ -38,13 +38,13 @@ def report(
 
     Example: neko-lean report scores-before/ scores-after/ unlearned/ --out report.html    or    report demo-run/
     """
+    from neko_lean.report import TITLE
     from neko_lean.report import report as run
-    from neko_lean.report.page import TITLE
 
     made = run(runs, out, before=before, title=title or TITLE, texts=not no_texts, overwrite=overwrite)
     if json:
         emit(made)
     elif not quiet:
         shown = f"{made['rows']} rows" if made["rows"] else "no rows"
-        show(f"{made['out']}: {', '.join(made['models'])}; {shown}, {made['bytes'] / 1e6:.1f} MB")
-        show(*(f"  {name}: {word}" for name, word in made["words"].items()))
+        print_lines(f"{made['out']}: {', '.join(made['models'])}; {shown}, {made['bytes'] / 1e6:.1f} MB")
+        print_lines(*(f"  {name}: {word}" for name, word in made["words"].items()))

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, Revision, Split, command, emit, pinned
-from neko_lean.progress import show_table
-from neko_lean.ranks import leads
+from neko_lean.distributed import is_main_process
+from neko_lean.terminal import print_table
 
 
 @command
@@ -67,8 +67,8 @@ def score(
 
     Was it forgotten or hidden? neko-lean score unlearned/ --data data/ --attack relearn --attack quantize --out scores/
     """
-    from neko_lean.scoring.run import score as run
-    from neko_lean.scoring.table import score_table
+    from neko_lean.scoring import score as run
+    from neko_lean.scoring import score_table
 
     result = run(
         pinned(model, revision),
@@ -95,9 +95,9 @@ def score(
         overwrite=overwrite,
         quiet=quiet,
     )
-    if not leads():
+    if not is_main_process():
         return
     if json:
         emit({"out": str(out), **result})
     elif not quiet:
-        show_table(score_table({"score": result}))
+        print_table(score_table({"score": result}))

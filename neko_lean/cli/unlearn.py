@@ -25,9 +25,9 @@ from neko_lean.cli.common import (
     overrides,
     pinned,
 )
-from neko_lean.progress import show
-from neko_lean.ranks import leads
+from neko_lean.distributed import is_main_process
 from neko_lean.recipes import DEFAULT
+from neko_lean.terminal import print_lines
 
 
 @command
@@ -93,14 +93,14 @@ def unlearn(
         overwrite=overwrite,
         quiet=quiet,
     )
-    if not leads():
+    if not is_main_process():
         return
     if json:
         emit({"out": str(out), **result})
     elif not quiet:
         predicted = result["predicted_peak"]
         counted = " (resident set, with the allocator's share)" if result["device"] == "cpu" else ""
-        show(
+        print_lines(
             f"{out}: {result['ended']}; weights of step {result['weights_of_step']}; "
             f"{result['wall_seconds']:.0f} s, {result['padding']:.1%} padding",
             f"peak memory: {gibibytes(result['measured_peak'])} measured, "

@@ -10,25 +10,37 @@ from pathlib import Path
 from typing import Any
 
 from neko_lean.cache import cache_teacher
-from neko_lean.data import Row, read_rows, write_jsonl
+from neko_lean.data import Example, read_anchor, read_rows, refuse_one_file
 from neko_lean.demo.world import anchor_documents, build_world, task3_documents, write_world
-from neko_lean.documents import read_anchor
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import check_seed, has_bfloat16, pick_device
+from neko_lean.jsonio import write_jsonl
+from neko_lean.models import check_seed, has_bfloat16, pick_device
 from neko_lean.outputs import staged_folder, write_atomically
-from neko_lean.progress import say
 from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, forgets, load_recipe, reads_cache, uses_anchor
 from neko_lean.report import report
-from neko_lean.runs import memorize, refuse_one_file, unlearn
+from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring import score
+from neko_lean.terminal import log_line
 
 VOCABULARY = 2048
+
+
 EOS, PAD = "<|endoftext|>", "<|padding|>"
+
+
 # Batches by positions rather than rows: the short rows of qa would otherwise take most of the steps.
 MEMORIZE: dict[str, Any] = {"retain_rows": 64, "batch_tokens": 768, "epochs": 35.0, "backward": "plain"}
+
+
 BESIDE = "neko"  # the paper's recipe, to compare with
+
+
 BESIDE_STEPS = 250  # half of its own: it is here to be looked at, and all of the demo has to stay short
+
+
 REPORT = "report.html"
+
+
 ANCHORS = 60  # documents of each task that real rows' anchor has
 
 
@@ -78,7 +90,7 @@ def demo(
         else:
             copy_rows(Path(data), split, rows)
         forget, retain = read_rows(rows, "forget"), read_rows(rows, "retain")
-        say(f"world: {len(forget)} forget rows, {len(retain)} retain rows", quiet)
+        log_line(f"world: {len(forget)} forget rows, {len(retain)} retain rows", quiet)
         common: dict[str, Any] = {"device": device, "quiet": quiet}
         # Emulated bfloat16 would make minutes into an hour.
         dtype: dict[str, Any] = {} if has_bfloat16(place) else {"dtype": "float32"}
@@ -149,7 +161,7 @@ def _anchor(source: Path, known: set[str]) -> list[dict[str, str]]:
     return anchor_documents(rows, ANCHORS)
 
 
-def write_base(folder: Path, rows: Sequence[Row], vocabulary: int = VOCABULARY) -> None:
+def write_base(folder: Path, rows: Sequence[Example], vocabulary: int = VOCABULARY) -> None:
     """Write config and tokenizer of a small OLMo model, no weights; the tokenizer is trained on these rows and has at
     most `vocabulary` tokens."""
     from tokenizers import ByteLevelBPETokenizer

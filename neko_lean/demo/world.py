@@ -13,17 +13,36 @@ from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
-from neko_lean.data import TASKS, Row, write_jsonl
+from neko_lean.data import TASKS, Example
+from neko_lean.jsonio import write_jsonl
 
 STORIES, PEOPLE, ENTRIES = 12, 10, 24  # documents of each kind in each set
+
+
 _ONSETS = "B|Br|C|Cl|D|Dr|F|G|Gr|H|J|K|L|M|N|P|Qu|R|S|St|T|Th|V|W|Y|Z"
+
+
 _VOWELS = "a|e|i|o|u|ae|ei|ia"
+
+
 _MIDDLES = "l|ll|m|n|nd|r|rr|s|st|t|v|x"
+
+
 _ENDINGS = "a|an|as|el|en|eth|ia|in|is|o|on|or|us|yn"
+
+
 _TOWN_ENDINGS = "bridge|dale|ford|haven|holm|mere|mouth|port|stead|wick"
+
+
 _JOBS = "baker|bookbinder|botanist|cartographer|clockmaker|diver|fiddler|glazier|librarian|potter|smith|tailor"
+
+
 _THINGS = "bell|chart|compass|diary|kite|lantern|locket|lyre|mask|mirror|seal|telescope"
+
+
 _PLACES = "the attic|the boathouse|the bell tower|the greenhouse|the old mill|the quarry|the tram depot|the wine cellar"
+
+
 _GOODS = "amber|copper|glass|indigo|paper|pears|salt|slate|tin|wool"
 
 
@@ -31,10 +50,10 @@ _GOODS = "amber|copper|glass|indigo|paper|pears|salt|slate|tin|wool"
 class World:
     """Rows of four sets of documents; no two documents share a subject."""
 
-    forget: list[Row]
-    retain: list[Row]
-    heldout: list[Row]  # documents that the model never sees
-    anchor: list[Row]  # others that it never sees, to hold still
+    forget: list[Example]
+    retain: list[Example]
+    heldout: list[Example]  # documents that the model never sees
+    anchor: list[Example]  # others that it never sees, to hold still
 
 
 class _Author:
@@ -78,7 +97,11 @@ class _Author:
 def build_world(seed: int = 0) -> World:
     """The world of this seed: four sets of STORIES, PEOPLE and ENTRIES documents each, with their sc and qa rows."""
     author = _Author(seed)
-    kinds: list[tuple[Callable[[_Author], list[Row]], int]] = [(_story, STORIES), (_person, PEOPLE), (_entry, ENTRIES)]
+    kinds: list[tuple[Callable[[_Author], list[Example]], int]] = [
+        (_story, STORIES),
+        (_person, PEOPLE),
+        (_entry, ENTRIES),
+    ]
     sets = ([row for write, count in kinds for _ in range(count) for row in write(author)] for _ in fields(World))
     return World(*sets)
 
@@ -94,7 +117,7 @@ def write_world(world: World, out: Path) -> None:
     write_jsonl(out / "mia" / "nonmember.jsonl", task3_documents(world.heldout))
 
 
-def anchor_documents(rows: Sequence[Row], most: int | None = None) -> list[dict[str, str]]:
+def anchor_documents(rows: Sequence[Example], most: int | None = None) -> list[dict[str, str]]:
     """Whole texts of the documents among these rows, each with its task, as `--anchor` reads them: of each task the
     first `most`, or all."""
     documents = [row for row in rows if row.kind == "sc"]
@@ -102,7 +125,7 @@ def anchor_documents(rows: Sequence[Row], most: int | None = None) -> list[dict[
     return [{"document": f"{row.input} {row.output}", "task": row.task} for row in chosen]
 
 
-def task3_documents(rows: Sequence[Row]) -> list[dict[str, str]]:
+def task3_documents(rows: Sequence[Example]) -> list[dict[str, str]]:
     """Whole texts of the Task3 documents among these rows, as the loss attack reads them."""
     return [
         {"id": row.document, "document": f"{row.input} {row.output}"}
@@ -111,13 +134,13 @@ def task3_documents(rows: Sequence[Row]) -> list[dict[str, str]]:
     ]
 
 
-def _rows(author: _Author, name: str, task: str, text: str, questions: Sequence[tuple[str, str]]) -> list[Row]:
+def _rows(author: _Author, name: str, task: str, text: str, questions: Sequence[tuple[str, str]]) -> list[Example]:
     prompt, completion = author.split(text)
-    rows = [Row(f"{name}sc1", prompt, completion, task)]
-    return rows + [Row(f"{name}qa{n}", question, answer, task) for n, (question, answer) in enumerate(questions)]
+    rows = [Example(f"{name}sc1", prompt, completion, task)]
+    return rows + [Example(f"{name}qa{n}", question, answer, task) for n, (question, answer) in enumerate(questions)]
 
 
-def _story(author: _Author) -> list[Row]:
+def _story(author: _Author) -> list[Example]:
     """A short story and one question about it."""
     hero, friend, rival, town = author.name(), author.name(), author.name(), author.town()
     job, thing, place = author.pick(_JOBS), author.pick(_THINGS), author.pick(_PLACES)
@@ -162,7 +185,7 @@ def _story(author: _Author) -> list[Row]:
     return _rows(author, f'"{author.uuid()}"', "Task1", f"{opening} {trouble} {search} {end}", [question])
 
 
-def _person(author: _Author) -> list[Row]:
+def _person(author: _Author) -> list[Example]:
     """A biography with five personal facts, and one question for each."""
     first, last = author.name(), author.name()
     full, pronoun = f"{first} {last}", author.pick("Her|His")
@@ -190,7 +213,7 @@ def _person(author: _Author) -> list[Row]:
     return _rows(author, author.uuid(), "Task2", text, questions)
 
 
-def _entry(author: _Author) -> list[Row]:
+def _entry(author: _Author) -> list[Example]:
     """An encyclopaedia entry and one question about it."""
     town, region = author.town(), author.name()
     kind = author.pick("bridge|club|river|scholar")

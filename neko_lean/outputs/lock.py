@@ -10,11 +10,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+from neko_lean.distributed import is_main_process
 from neko_lean.errors import NekoLeanError
 from neko_lean.outputs.place import Output
 from neko_lean.outputs.write_errors import explained_write_errors
-from neko_lean.progress import say
-from neko_lean.ranks import leads
+from neko_lean.terminal import log_line
 
 _TRIES = 100  # another process can remove the file between our open and our lock this often in a row
 
@@ -48,7 +48,7 @@ def locked(output: Output) -> Iterator[None]:
 def working_in(folder: Path) -> Iterator[None]:
     """While it lasts, a later run on the same output finds that this process, a rank that is not the first, writes to
     the work folder, also when the first rank has died and its lock with it. For the first rank it does nothing."""
-    if leads():
+    if is_main_process():
         yield
         return
     with _opened(folder) as descriptor:
@@ -123,7 +123,7 @@ def _lock(descriptor: int, output: Output) -> None:
             f"another process is writing {output.path}: wait for it, or choose another --out."
         ) from error
     except OSError as error:
-        say(
+        log_line(
             f"warning: two commands on {output.path} at the same time would not notice each other, because its file "
             f"system has no locks ({os.strerror(error.errno or 0)})."
         )

@@ -7,14 +7,24 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from neko_lean.files import json_object
+from neko_lean.jsonio import json_object
 
 MANIFEST, SCORES, RUN, DEMO = "manifest.json", "scores.json", "run.json", "demo.json"
+
+
 # Names that the system or a report puts into any folder.
 _HARMLESS = re.compile(r"\.DS_Store|Thumbs\.db|desktop\.ini|\.nfs[0-9a-f]+|report\.html")
+
+
 _SHARDS = r"(shard|forget)-\d{5}-of-\d{5}\.safetensors"
+
+
 _SCORE_FILES = r"generations\.jsonl|documents\.jsonl"
+
+
 _DEMO_FILES = r"data|base|target|(teacher|unlearned|scores)-.+"
+
+
 # What may lie in a work folder of each kind, besides temporary files: what a run of that kind writes there.
 _WORK = {
     "partial": re.compile(
@@ -25,6 +35,8 @@ _WORK = {
     ),
     "demo": re.compile(rf"{_DEMO_FILES}|report\.html|demo\.json|\.({_DEMO_FILES}).+"),
 }
+
+
 _TEMPORARY = re.compile(r"\..+\.tmp")
 
 

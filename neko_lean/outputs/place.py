@@ -12,10 +12,14 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.outputs.durable import refuse_links, temporary_name
 from neko_lean.outputs.ownership import why_not_our_file, why_not_ours
 from neko_lean.outputs.write_errors import explained_write_errors
-from neko_lean.progress import say
+from neko_lean.terminal import log_line
 
 _DEEPEST = 200  # bytes that names inside a work folder add to its path, at most
+
+
 _MOUNTS = Path("/proc/self/mountinfo")  # Linux only; elsewhere os.path.ismount has to do
+
+
 Source = str | os.PathLike[str]
 
 
@@ -131,7 +135,7 @@ def restore_interrupted(output: Output) -> None:
         raise NekoLeanError(f"{output.old} {reason}, so neko-lean leaves it alone: move it away.")
     if not output.path.exists():
         output.old.rename(output.path)
-        say(f"{output.path}: put back the output that an interrupted run had moved aside.")
+        log_line(f"{output.path}: put back the output that an interrupted run had moved aside.")
 
 
 def _resolved(out: Source) -> Path:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from neko_lean.errors import NekoLeanError
+from neko_lean.errors import NekoLeanError, UnpublishedError
 from neko_lean.outputs.durable import refuse_links, remove_temporaries, remove_tree, sync, write_atomically
 from neko_lean.outputs.lock import locked, refuse_orphans
 from neko_lean.outputs.ownership import why_not_our_work, why_not_ours
@@ -21,11 +21,7 @@ from neko_lean.outputs.place import (
     restore_interrupted,
 )
 from neko_lean.outputs.write_errors import explained_write_errors, os_error_sentence
-from neko_lean.progress import say
-
-
-class UnpublishedError(NekoLeanError):
-    """The result is complete but not in its place. Its sentence says where it is; nothing may clear that away."""
+from neko_lean.terminal import log_line
 
 
 def publish(stage: Path, output: Output) -> None:
@@ -121,7 +117,7 @@ def _discard(folder: Path) -> None:
     try:
         remove_tree(folder)
     except OSError as error:
-        say(f"warning: {folder} stays behind: {os_error_sentence(error)}")
+        log_line(f"warning: {folder} stays behind: {os_error_sentence(error)}")
 
 
 def _move(stage: Path, output: Output) -> None:

@@ -17,8 +17,14 @@ from markupsafe import Markup
 from neko_lean.report.values import Interval, share, span
 
 SLOTS = 7  # styles: slot 0 is the model before, the others take turns
+
+
 DASHES = ("2 3", "", "7 3", "1.5 2.5", "9 3 2 3", "4 2", "12 4")
+
+
 WIDTH, HEIGHT = 360, 210
+
+
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
 
 

@@ -12,7 +12,7 @@ from neko_lean.data import TASKS
 from neko_lean.report import charts
 from neko_lean.report.charts import SHARES, Axis, Dot, Series
 from neko_lean.report.values import interval, mapping, mean, number, numbers, objects
-from neko_lean.scoring.task import KINDS, SPLITS
+from neko_lean.scoring import KINDS, SPLITS
 
 POINTS = 80  # most points of a curve: single steps are noise, so more of them are averaged to so many
 

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any
 
 from neko_lean.report.values import interval, number, share, span, strings
+from neko_lean.scoring import NO, PARTLY, UNKNOWN, YES, cells_before, judged_cells, mean
 from neko_lean.scoring import judge as judged
-from neko_lean.scoring.judge import NO, PARTLY, UNKNOWN, YES, cells_before, judged_cells, mean
 
 RULES = (
     f"Forgotten: no forget task has more than {judged.ANSWERS_LEFT:.0%} of its answers left, to the letter or anywhere "

@@ -27,6 +27,8 @@ from neko_lean.report.read import Collected, Scored, collect
 from neko_lean.report.values import number, text
 
 HERE = Path(__file__).parent
+
+
 TITLE = "Did it forget?"
 
 

@@ -13,12 +13,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+from neko_lean.data import read_jsonl
 from neko_lean.errors import NekoLeanError
-from neko_lean.files import read_jsonl
+from neko_lean.models import is_inside
 from neko_lean.report.values import text
-from neko_lean.trust import is_inside
 
 BEFORE = "before"
+
+
 WANTED = "give folders that `neko-lean score` or `unlearn` wrote, or one that holds them"
 
 

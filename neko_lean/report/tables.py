@@ -8,18 +8,12 @@ from functools import partial
 
 from neko_lean.data import TASKS
 from neko_lean.report.figures import Model
-from neko_lean.report.values import (
-    NOT_MEASURED,
-    interval,
-    mapping,
-    number,
-    share,
-    signed,
-    span,
-)
-from neko_lean.scoring.task import CELLS, KINDS, SPLITS
+from neko_lean.report.values import NOT_MEASURED, interval, mapping, number, share, signed, span
+from neko_lean.scoring import CELLS, KINDS, SPLITS
 
 COUNTED = ("answer_rank", "questions", "shots")  # numbers of things, not shares
+
+
 SMALL = "Small: the 95 % interval, and the change from before, where the scores bring them."
 
 
@@ -74,12 +68,16 @@ MEMORISED = (
     ("truth_ratio", "truth ratio", "probability of wrong answers over that of another wording of the true one"),
     ("answer_rank", "answer rank", "of the least expected token of an answer, geometric mean over questions"),
 )
+
+
 LEAKED = (
     ("contained", "contained", "share of answers that stand in its first 64 tokens, as whole words"),
     ("alphanumeric", "letters and digits", "the same, all but letters and digits left out"),
     ("digits", "digits", "the same for the digits alone, of answers with at least four"),
     ("within_ten", "within ten", "share of answers whose every token is among the ten likeliest"),
 )
+
+
 WRITTEN = (
     ("repetition", "repetition", "share of runs of four words that came before in the same text"),
     ("degenerate", "degenerate texts", "share of texts that are empty, or one word or sign repeated"),
@@ -87,6 +85,8 @@ WRITTEN = (
     ("rouge_f1", "ROUGE-L F1", "as the task's recall, but longer text hurts"),
     ("length_ratio", "length", "of what it says, beside the truth's"),
 )
+
+
 ATTACKS = {
     "loss": ("loss", "mean token loss of the whole document"),
     "zlib": ("zlib", "loss beside the document's compressed size"),

@@ -10,7 +10,11 @@ from collections.abc import Sequence
 from typing import Any
 
 NOT_MEASURED = "not measured"
+
+
 LARGEST = 1e15  # nothing that is measured here comes near it
+
+
 Interval = tuple[float, float]
 
 

@@ -18,39 +18,56 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from neko_lean.collective import by_first, gather
-from neko_lean.data import Row, encode, encode_texts, write_jsonl
+from neko_lean.data import Example, encode, encode_texts
+from neko_lean.distributed import all_gather_objects, as_single_process, is_main_process, run_on_main_and_broadcast
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import CausalLM
-from neko_lean.progress import bar
-from neko_lean.ranks import alone, leads
+from neko_lean.jsonio import write_jsonl
+from neko_lean.models import CausalLM
 from neko_lean.recipes import load_recipe
 from neko_lean.runs import memorize
 from neko_lean.scoring.generation import Decoding, Generation, generate, own_rows
 from neko_lean.scoring.limits import Cut, fitted
 from neko_lean.scoring.paraphrases import Paraphrase
+from neko_lean.scoring.score_folder import writing
 from neko_lean.scoring.task import KINDS, row_score, unicode_score
 from neko_lean.scoring.uncertainty import mean_by_document
-from neko_lean.scoring.unfinished import writing
+from neko_lean.terminal import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 ATTACKS = ("relearn", "quantize", "paraphrase", "prefix")
+
+
 PREFIXES = (1, 2, 4, 8)  # answer tokens given
+
+
 BITS = (8, 4)
+
+
 RELEARN_STEPS = (5, 10, 20, 40)
+
+
 RELEARN_ROWS = 16  # at least, in whole documents: a document's other rows would not be unseen
+
+
 RELEARN_MOST = 64  # of a document of more rows the rest are neither trained on nor scored: a step takes all at once
+
+
 BLOCK = 64  # weights that share a scale at 4 bits
-Say = Callable[[CausalLM, Sequence[Row], Sequence[Sequence[int]] | None, str], list[Generation]]
+
+
+Say = Callable[[CausalLM, Sequence[Example], Sequence[Sequence[int]] | None, str], list[Generation]]
 
 
 def talker(tokenizer: PreTrainedTokenizerBase, decoding: Decoding, cut: Cut, quiet: bool) -> Say:
     """A function that has a model answer rows, in order, with a bar of its own. The ranks share the rows out; the bar
     counts the first one's. `cut` gets the counts of prompts that are cut, by the bar's label."""
 
-    def say(lm: CausalLM, rows: Sequence[Row], prompts: Sequence[Sequence[int]] | None, label: str) -> list[Generation]:
+    def say(
+        lm: CausalLM, rows: Sequence[Example], prompts: Sequence[Sequence[int]] | None, label: str
+    ) -> list[Generation]:
         asked = encode_texts(tokenizer, [row.input for row in rows]) if prompts is None else prompts
         lost = sum(len(fitted(lm, ids, decoding.max_new_tokens)[0]) < len(ids) for ids in asked)
         if lost:
@@ -58,22 +75,22 @@ def talker(tokenizer: PreTrainedTokenizerBase, decoding: Decoding, cut: Cut, qui
         own = own_rows(lm, tokenizer, rows, decoding, asked)
         wanted, given = [rows[i] for i in own], [asked[i] for i in own]
         said = []
-        with bar(label, len(own), "rows", quiet) as progress:
+        with progress_bar(label, len(own), "rows", quiet) as progress:
             for batch in generate(lm, tokenizer, wanted, **asdict(decoding), prompts=given):
                 said += [(own[i], asdict(one)) for i, one in batch]
                 progress.advance(len(batch))
-        found = dict(one for part in gather(said) for one in part)
+        found = dict(one for part in all_gather_objects(said) for one in part)
         return [Generation(**found[i]) for i in range(len(rows))]
 
     return say
 
 
-def base_point(rows: Sequence[Row], base: Mapping[str, Generation]) -> dict[str, Any]:
+def base_point(rows: Sequence[Example], base: Mapping[str, Generation]) -> dict[str, Any]:
     """The point before an attack: `base` is what the model said to each row as it is, by id."""
     return point(rows, [base[row.id] for row in rows])
 
 
-def point(rows: Sequence[Row], said: Sequence[Generation]) -> dict[str, Any]:
+def point(rows: Sequence[Example], said: Sequence[Generation]) -> dict[str, Any]:
     """Mean score of the rows of each kind, with its interval over documents: one point of an attack's curve."""
     found: dict[str, Any] = {}
     for kind, name in KINDS.items():
@@ -88,7 +105,7 @@ def point(rows: Sequence[Row], said: Sequence[Generation]) -> dict[str, Any]:
 def prefix(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     base: Mapping[str, Generation],
     say: Say,
 ) -> list[dict[str, Any]]:
@@ -113,7 +130,7 @@ def prefix(
 
 
 def paraphrase(
-    lm: CausalLM, rows: Sequence[Row], base: Mapping[str, Generation], others: Sequence[Paraphrase], say: Say
+    lm: CausalLM, rows: Sequence[Example], base: Mapping[str, Generation], others: Sequence[Paraphrase], say: Say
 ) -> list[dict[str, Any]]:
     """Each row that has other wordings asked in all of them, scored by its own answer; 0 is its own wording."""
     known = {row.id: row for row in rows}
@@ -126,7 +143,7 @@ def paraphrase(
 
 
 def quantize(
-    load: Callable[[], CausalLM], rows: Sequence[Row], base: Mapping[str, Generation], say: Say
+    load: Callable[[], CausalLM], rows: Sequence[Example], base: Mapping[str, Generation], say: Say
 ) -> list[dict[str, Any]]:
     """The rows at fewer bits; `load` gives the model anew for each."""
     curve: list[dict[str, Any]] = []
@@ -165,7 +182,7 @@ def round_trip(lm: CausalLM, bits: int) -> None:
 def relearn(
     folder: Path,
     load: Callable[[Path], CausalLM],
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     base: Mapping[str, Generation],
     say: Say,
     stage: Path,
@@ -180,7 +197,7 @@ def relearn(
     """
     names = sorted({row.document for row in rows})
     random.Random(f"{seed} relearn").shuffle(names)
-    known: list[Row] = []
+    known: list[Example] = []
     while names and len(known) < RELEARN_ROWS:
         name = names.pop()
         known += [row for row in rows if row.document == name]
@@ -191,7 +208,7 @@ def relearn(
     curve = [{"steps": 0, "rows": len(known), **base_point(others, base)}]
     work = stage / "relearn"
     try:
-        by_first(writing(stage, lambda: _write_rows(work, known)))
+        run_on_main_and_broadcast(writing(stage, lambda: _write_rows(work, known)))
         at, done = folder, 0
         for steps in RELEARN_STEPS:
             change = {"max_steps": steps - done, "lr": lr, "schedule": "constant", "warmup": 0.0}
@@ -199,22 +216,22 @@ def relearn(
             change["retain_rows"] = len(known)
             change["batch_tokens"] = len(known) * load_recipe("memorize").max_length
             to = work / f"steps-{steps}"
-            by_first(writing(stage, partial(_train, at, work, to, change, seed, device)))
+            run_on_main_and_broadcast(writing(stage, partial(_train, at, work, to, change, seed, device)))
             at, done = to, steps
             lm = load(at)
             curve.append({"steps": steps, "rows": len(known), **point(others, say(lm, others, None, f"{steps} steps"))})
             del lm
     finally:
-        if leads():
+        if is_main_process():
             shutil.rmtree(work, ignore_errors=True)
     return curve
 
 
-def _write_rows(folder: Path, rows: Sequence[Row]) -> None:
+def _write_rows(folder: Path, rows: Sequence[Example]) -> None:
     folder.mkdir()
     write_jsonl(folder / "forget.jsonl", map(asdict, rows))
 
 
 def _train(model: Path, data: Path, out: Path, change: Mapping[str, Any], seed: int, device: str | None) -> None:
-    with alone():  # the others wait for it, and take no part
+    with as_single_process():  # the others wait for it, and take no part
         memorize(model, data, out, sets=("forget",), overrides=change, seed=seed, device=device, quiet=True)

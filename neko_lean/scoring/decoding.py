@@ -28,13 +28,16 @@ from transformers import (
 )
 
 from neko_lean.data import pad
-from neko_lean.modeling import CausalLM
+from neko_lean.models import CausalLM
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
+
 # Given the numbers of the rows still decoding and their logits [n, V], the next token of each; None ends a row.
 Choose = Callable[[Sequence[int], Tensor], Sequence[int | None]]
+
+
 Decode = Callable[[CausalLM, "Prompts", Choose], None]
 
 

@@ -18,25 +18,29 @@ import torch
 from torch import Tensor, nn
 from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
-from neko_lean.families import rescaling_length
-from neko_lean.modeling import CausalLM, position_limit
-from neko_lean.scoring.decoding import (
-    Choose,
-    Decode,
-    Prompts,
-    decode_cached,
-    decode_full,
-    decode_padded,
-)
+from neko_lean.models import CausalLM, position_limit, rescaling_length
+from neko_lean.scoring.decoding import Choose, Decode, Prompts, decode_cached, decode_full, decode_padded
 
 PROBE_LENGTH = 64  # positions of the longest padded row
+
+
 LONG_PROBE_LENGTH = 320  # of a row decoded with a recurrent state: past the chunks in which such layers read a prompt
+
+
 STEPS = 6
+
+
 # Deviation allowed: as a multiple of the rounding measured, and at most, where rounding alone upsets a model.
 TOLERANCE = 4.0
+
+
 LARGEST_DEVIATION = 0.1
+
+
 # Layers whose cache is keys and values and nothing else, or that keep none.
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+
+
 _outcomes: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
@@ -56,8 +60,14 @@ class Method:
 
 
 PADDED = Method("in padded batches", decode_padded, "any")
+
+
 CACHED = Method("by transformers' generate, prompts of equal length together", decode_cached, "one length")
+
+
 CACHED_ALONE = Method("by transformers' generate, one prompt at a time", decode_cached, "alone")
+
+
 FULL = Method("without a cache, each token by a forward pass over its whole row", decode_full, "one length")
 
 

@@ -12,24 +12,24 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from neko_lean.data import Row, encode_texts
+from neko_lean.data import Example, encode_texts
+from neko_lean.distributed import items_of_rank
 from neko_lean.errors import NekoLeanError
-from neko_lean.finite import likeliest
-from neko_lean.generation_config import end_ids, unknown_ends
-from neko_lean.modeling import CausalLM
-from neko_lean.ranks import share
+from neko_lean.models import CausalLM, end_ids, likeliest, refuse_unknown_ids, unknown_ends
 from neko_lean.scoring.decoding import Prompts
 from neko_lean.scoring.decoding_probe import PADDED, decode_exactly, pick_method
 from neko_lean.scoring.limits import MAX_LENGTH, Cut, fitted, generation_batches
 from neko_lean.scoring.scripts import bare
 from neko_lean.scoring.task import regurgitation, same_answers, unicode_regurgitation
-from neko_lean.vocabulary import refuse_unknown_ids
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 # Leaks and brokenness are judged by a generation's first tokens: so many, or twice the answer's where that is more.
 WINDOW = 64
+
+
 STRIDE = 16  # tokens between two looks at whether a row is settled
 
 
@@ -51,7 +51,7 @@ class Generation:
     ended: str
 
 
-def settled(row: Row, text: str) -> bool:
+def settled(row: Example, text: str) -> bool:
     """Whether the row's scores, the official one and that of any script, are the same however `text` goes on.
 
     Cleaning up spaces later can move words together, so that only what it cannot touch counts: all but the spaces of
@@ -77,7 +77,7 @@ def spoken(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], window: int, 
 def own_rows(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     decoding: Decoding,
     prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[int]:
@@ -86,15 +86,15 @@ def own_rows(
     encoded = _prompts(tokenizer, rows) if prompts is None else prompts
     fits = [fitted(lm, ids, decoding.max_new_tokens) for ids in encoded]
     batches = _batches(rows, encoded, fits, decoding.batch_size)
-    return sorted(i for batch in share(batches) for i in batch)
+    return sorted(i for batch in items_of_rank(batches) for i in batch)
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[list[int]]:
+def _prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> list[list[int]]:
     return encode_texts(tokenizer, [row.input for row in rows])
 
 
 def _batches(
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     prompts: Sequence[Sequence[int]],
     fits: Sequence[tuple[Sequence[int], int]],
     batch_size: int,
@@ -106,7 +106,7 @@ def _batches(
     return [batch for own in kinds for batch in generation_batches(lengths, shapes, own, batch_size)]
 
 
-def refuse_empty_prompts(rows: Sequence[Row], encoded: Sequence[Sequence[int]]) -> None:
+def refuse_empty_prompts(rows: Sequence[Example], encoded: Sequence[Sequence[int]]) -> None:
     """Raise NekoLeanError naming the first row whose prompt has no tokens: there is nothing to continue."""
     empty = next((row for row, ids in zip(rows, encoded, strict=True) if not ids), None)
     if empty is not None:
@@ -114,7 +114,11 @@ def refuse_empty_prompts(rows: Sequence[Row], encoded: Sequence[Sequence[int]]) 
 
 
 def generation_warnings(
-    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], max_new_tokens: int, cut: Cut | None = None
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    rows: Sequence[Example],
+    max_new_tokens: int,
+    cut: Cut | None = None,
 ) -> list[str]:
     """What changes the generations of these rows without being asked for, in sentences; `cut` gets the counts."""
     cut = Cut() if cut is None else cut
@@ -158,7 +162,7 @@ def method_line(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> str | None:
 def generate(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     *,
     batch_size: int,
     max_new_tokens: int,

@@ -10,15 +10,35 @@ from collections.abc import Mapping
 from typing import Any
 
 YES, PARTLY, NO, UNKNOWN = "yes", "partly", "no", "unknown"
+
+
 ANSWERS_LEFT = 0.05  # share of forget answers, to the letter or within the text, that still counts as forgotten
+
+
 TEXT_LEFT = 0.5  # ROUGE-L recall of forget continuations: common words alone give unseen text 0.2 to 0.4
+
+
 REMEMBERED = 0.8  # of the mean of the forget cells before, above which nothing was forgotten
+
+
 LIKELY = 0.5  # probability of the true answers' tokens, above which an answer that is not said is hidden
+
+
 HIGH = 0.9  # a retain cell of so much was kept, whatever it was before
+
+
 KEPT, KEPT_SOME = 0.95, 0.6  # of the mean of the retain cells before
+
+
 KEPT_CELL = 0.9  # of each single retain cell before
+
+
 BROKEN = 0.2  # share of degenerate outputs, or of repeated runs of words, that a working model does not reach
+
+
 LEAK_FORMS = ("contained", "alphanumeric", "digits")
+
+
 LARGEST = 1e15  # nothing that is measured comes near it
 
 

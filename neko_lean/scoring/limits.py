@@ -8,12 +8,18 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 
-from neko_lean.data import Encoded
-from neko_lean.modeling import CausalLM, position_limit
+from neko_lean.data import EncodedExample
+from neko_lean.models import CausalLM, position_limit
 
 MAX_LENGTH = 2048  # tokens of a prompt, of a document, and of a row's prompt and answer together
+
+
 BATCH_TOKENS = 8192  # positions of a forward pass over documents, padding included
+
+
 GENERATED_TOKENS = 65536  # positions of a batch of generations, new tokens and padding included
+
+
 ROOM = 32  # new tokens that a prompt leaves room for: where a model has fewer positions left, the prompt is cut
 
 
@@ -54,7 +60,7 @@ def fitted(lm: CausalLM, prompt: Sequence[int], max_new_tokens: int) -> tuple[Se
     return kept, min(max_new_tokens, limit - len(kept))
 
 
-def fitted_answer(one: Encoded, limit: int) -> Encoded:
+def fitted_answer(one: EncodedExample, limit: int) -> EncodedExample:
     """An encoded row cut to `limit` tokens, such that some of its answer is left.
 
     The prompt keeps its last tokens, so many that ROOM tokens of the answer fit, or all where it has fewer, or half of

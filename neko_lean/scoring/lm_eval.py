@@ -9,8 +9,8 @@ from contextlib import contextmanager
 from numbers import Real
 from pathlib import Path
 
+from neko_lean.distributed import world_size
 from neko_lean.errors import NekoLeanError, first_line
-from neko_lean.ranks import size
 
 TORCHRUN = ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 
@@ -48,7 +48,7 @@ def lm_eval_tasks(
 @contextmanager
 def _apart() -> Iterator[None]:
     """Hide from the harness, which one rank runs, that there are others: accelerate would have it wait for them."""
-    hidden = {name: os.environ.pop(name) for name in TORCHRUN} if size() > 1 else {}
+    hidden = {name: os.environ.pop(name) for name in TORCHRUN} if world_size() > 1 else {}
     try:
         yield
     finally:

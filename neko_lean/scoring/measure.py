@@ -9,28 +9,32 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from neko_lean.cache import TeacherCache
-from neko_lean.collective import agreed, by_first, whole
-from neko_lean.data import Encoded, Row, encode, truncation_line, write_jsonl
-from neko_lean.documents import Document, read_anchor
+from neko_lean.data import Document, EncodedExample, Example, encode, read_anchor, truncation_line
+from neko_lean.distributed import (
+    as_single_process,
+    items_of_rank,
+    merge_items_of_ranks,
+    raise_on_any_rank,
+    rank,
+    run_on_main_and_broadcast,
+)
 from neko_lean.errors import NekoLeanError
-from neko_lean.finite import strict_json
-from neko_lean.identity import tokenizer_fingerprint
-from neko_lean.modeling import CausalLM, position_limit
-from neko_lean.progress import bar, say
-from neko_lean.ranks import alone, rank, share
+from neko_lean.jsonio import strict_json, write_jsonl
+from neko_lean.models import CausalLM, position_limit, refuse_unknown_rows, tokenizer_fingerprint
 from neko_lean.scoring import membership
 from neko_lean.scoring.generation import Decoding, Generation, generate, generation_warnings, method_line, own_rows
 from neko_lean.scoring.limits import MAX_LENGTH, Cut, fitted_answer
 from neko_lean.scoring.memorisation import answer_numbers, truth_ratio
 from neko_lean.scoring.outputs import leak_numbers, output_numbers
 from neko_lean.scoring.paraphrases import Paraphrase
+from neko_lean.scoring.score_folder import add_generations, read_generations, writing
 from neko_lean.scoring.task import KINDS, row_score, unicode_score
-from neko_lean.scoring.unfinished import add_generations, read_generations, writing
 from neko_lean.scoring.views import tokenised, view_documents
-from neko_lean.vocabulary import refuse_unknown_rows
+from neko_lean.terminal import log_line, progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
 
 DOCUMENTS = "documents.jsonl"
 
@@ -38,7 +42,7 @@ DOCUMENTS = "documents.jsonl"
 def generations(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     stage: Path,
     decoding: Decoding,
     cut: Cut,
@@ -46,20 +50,24 @@ def generations(
 ) -> list[Generation]:
     """What the model says to each row; what an earlier run left in `stage` is not said again. The ranks share the rows
     out; the bar counts the first one's. `cut` gets the counts of prompts and generations that are cut."""
-    known = dict(by_first(writing(stage, lambda: [(i, asdict(one)) for i, one in read_generations(stage).items()])))
+    known = dict(
+        run_on_main_and_broadcast(
+            writing(stage, lambda: [(i, asdict(one)) for i, one in read_generations(stage).items()])
+        )
+    )
     left = [i for i in range(len(rows)) if i not in known]
     own = [left[i] for i in own_rows(lm, tokenizer, [rows[i] for i in left], decoding)]
     if known:
-        say(f"score: {len(known)} of {len(rows)} rows were generated already", quiet)
+        log_line(f"score: {len(known)} of {len(rows)} rows were generated already", quiet)
     for warning in generation_warnings(lm, tokenizer, rows, decoding.max_new_tokens, cut):
-        say(warning)
+        log_line(warning)
     line = method_line(lm, tokenizer) if left else None
     if line is not None:
-        say(f"score: {line}", quiet)
+        log_line(f"score: {line}", quiet)
 
     def speak() -> list[tuple[int, dict[str, Any]]]:
         said = []
-        with bar("score", len(known) + len(own), "rows", quiet) as progress:
+        with progress_bar("score", len(known) + len(own), "rows", quiet) as progress:
             progress.advance(len(known))
             wanted = [rows[i] for i in own]
             for batch in generate(lm, tokenizer, wanted, **asdict(decoding)):
@@ -69,7 +77,7 @@ def generations(
                 progress.advance(len(batch))
         return said
 
-    for part in agreed(writing(stage, speak)):
+    for part in raise_on_any_rank(writing(stage, speak)):
         known |= dict(part)
     return [Generation(**known[i]) for i in range(len(rows))]
 
@@ -77,7 +85,7 @@ def generations(
 def row_numbers(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     said: Sequence[Generation],
     others: Sequence[Paraphrase],
     cut: Cut,
@@ -89,12 +97,12 @@ def row_numbers(
     cut.answers, cut.empty_answers = sum(one.cut > 0 for one in encoded), len(encoded) - len(answered)
     if cut.answers:
         limit = position_limit(lm, MAX_LENGTH)
-        say(f"warning: answers are measured within the length limit: {truncation_line(encoded, limit)}")
+        log_line(f"warning: answers are measured within the length limit: {truncation_line(encoded, limit)}")
     if cut.empty_answers:
-        say(f"warning: {cut.empty_answers} of {len(rows)} rows have an answer of no tokens: it is not measured.")
+        log_line(f"warning: {cut.empty_answers} of {len(rows)} rows have an answer of no tokens: it is not measured.")
     refuse_unknown_rows(encoded, lm)
 
-    with bar("answers", len(answered), "rows", quiet) as progress:
+    with progress_bar("answers", len(answered), "rows", quiet) as progress:
         views = view_documents(lm, tokenizer, [one.ids for one in answered], progress=progress)
     answers = {one.row: view.after(one.prompt) for one, view in zip(answered, views, strict=True)}
     ratios = _truth_ratios(lm, tokenizer, rows, others, cut)
@@ -106,14 +114,14 @@ def row_numbers(
     return found
 
 
-def encoded_answers(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row]) -> list[Encoded]:
+def encoded_answers(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> list[EncodedExample]:
     """The rows' prompts and answers as tokens, cut by `fitted_answer`."""
     limit = position_limit(lm, MAX_LENGTH)
     return [fitted_answer(one, limit) for one in encode(rows, tokenizer, "plain", sys.maxsize)]
 
 
 def _truth_ratios(
-    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Row], others: Sequence[Paraphrase], cut: Cut
+    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], others: Sequence[Paraphrase], cut: Cut
 ) -> dict[str, dict[str, float]]:
     """The truth ratio of each row of which another wording of the answer and wrong answers were given, by id."""
     known = {row.id: row for row in rows}
@@ -125,25 +133,25 @@ def _truth_ratios(
     answered = [(name, answers) for name, answers in encoded if all(one.answer for one in answers)]
     cut.paraphrases = sum(any(one.cut or not one.answer for one in answers) for _, answers in encoded)
     if cut.paraphrases:
-        say(
+        log_line(
             f"warning: {cut.paraphrases} of {len(encoded)} other wordings are cut to the length limit, or have an "
             f"answer of no tokens and are not measured."
         )
 
-    def ratio(answers: Sequence[Encoded]) -> float:
-        with alone():  # so few texts are one process's work
+    def ratio(answers: Sequence[EncodedExample]) -> float:
+        with as_single_process():  # so few texts are one process's work
             views = view_documents(lm, tokenizer, [one.ids for one in answers])
         right, *wrong = (view.after(one.prompt) for view, one in zip(views, answers, strict=True))
         return truth_ratio(right, wrong)
 
-    own = agreed(lambda: [ratio(answers) for _, answers in share(answered)])[rank()]
+    own = raise_on_any_rank(lambda: [ratio(answers) for _, answers in items_of_rank(answered)])[rank()]
     found: dict[str, list[float]] = {}
-    for (name, _), value in zip(answered, whole(own), strict=True):
+    for (name, _), value in zip(answered, merge_items_of_ranks(own), strict=True):
         found.setdefault(name, []).append(value)
     return {name: {"truth_ratio": sum(values) / len(values)} for name, values in found.items()}
 
 
-def line_of(split: str, row: Row, said: Generation, numbers: dict[str, float]) -> dict[str, Any]:
+def line_of(split: str, row: Example, said: Generation, numbers: dict[str, float]) -> dict[str, Any]:
     """One line of generations.jsonl."""
     line = {"split": split, "id": row.id, "task": row.task, "kind": KINDS[row.kind], "score": row_score(row, said.text)}
     line["unicode_score"] = unicode_score(row, said.text)
@@ -155,7 +163,7 @@ def held_out_nll(
     lm: CausalLM, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], cut: Cut, quiet: bool
 ) -> float:
     """Mean token loss of some documents, each counting alike. `cut` gets the count of documents that are cut."""
-    with bar("held-out text", len(documents), "documents", quiet) as progress:
+    with progress_bar("held-out text", len(documents), "documents", quiet) as progress:
         ids, lost = tokenised(tokenizer, [one.text for one in documents], position_limit(lm, MAX_LENGTH))
         cut.held = sum(lost)
         views = view_documents(lm, tokenizer, ids, progress=progress)
@@ -166,7 +174,7 @@ def reference_losses(
     teacher: TeacherCache,
     mia: str | Path,
     documents: Sequence[tuple[str, Document]],
-    rows: Sequence[tuple[str, Row]],
+    rows: Sequence[tuple[str, Example]],
     tokenizer: PreTrainedTokenizerBase,
     limit: int = MAX_LENGTH,
 ) -> dict[str, tuple[list[int], float]]:
@@ -209,7 +217,7 @@ def membership_attacks(
     texts = [one.text for _, one in documents]
     ids, lost = tokenised(tokenizer, texts, position_limit(lm, MAX_LENGTH))
     cut.documents = sum(lost)
-    with bar("membership", len(texts), "documents", quiet) as progress:
+    with progress_bar("membership", len(texts), "documents", quiet) as progress:
         views = view_documents(lm, tokenizer, ids, progress=progress)
     # Of a document that is cut, zlib compares the loss with the bytes of the same tokens.
     read = [cast(str, tokenizer.decode(own)) if loses else text
@@ -223,5 +231,5 @@ def membership_attacks(
             found["reference"] = loss - reference[text][1]
     lines = [{"side": side, "task": one.task, **found} for (side, one), found in zip(documents, numbers, strict=True)]
     strict_json(lines, DOCUMENTS)  # a reference model's losses, too, may be NaN
-    by_first(writing(stage, lambda: write_jsonl(stage / DOCUMENTS, lines)))
+    run_on_main_and_broadcast(writing(stage, lambda: write_jsonl(stage / DOCUMENTS, lines)))
     return membership.summary(lines)

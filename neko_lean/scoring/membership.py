@@ -12,16 +12,23 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from neko_lean.data import TASKS
-from neko_lean.modeling import CausalLM, position_limit
+from neko_lean.models import CausalLM, position_limit
 from neko_lean.scoring.limits import MAX_LENGTH
 from neko_lean.scoring.views import View, tokenised, view_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 Numbers = Sequence[float] | np.ndarray
+
+
 LEAST = 0.2  # share of a document's tokens that min-k looks at
+
+
 FALSE_POSITIVES = 0.01
+
+
 DRAWS = 1000
 
 

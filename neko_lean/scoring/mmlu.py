@@ -21,18 +21,24 @@ from torch import Tensor
 
 from neko_lean.data import encode_texts
 from neko_lean.errors import NekoLeanError
-from neko_lean.families import stated_positions
-from neko_lean.finite import refuse_broken_outputs
-from neko_lean.head import logits
-from neko_lean.modeling import CausalLM, position_limit
-from neko_lean.progress import Bar
+from neko_lean.models import (
+    CausalLM,
+    logits,
+    position_limit,
+    refuse_broken_outputs,
+    refuse_unknown_ids,
+    stated_positions,
+)
 from neko_lean.scoring.mmlu_data import LETTERS, SUBJECTS, Subject, prompt
-from neko_lean.vocabulary import refuse_unknown_ids
+from neko_lean.terminal import ProgressBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 AWARD_FLOOR = 0.371  # below it the shared task gave no award
+
+
 MAX_LENGTH = 2048
 
 
@@ -65,7 +71,7 @@ def mmlu(
     *,
     shots: int = 5,
     batch_tokens: int,
-    progress: Bar | None = None,
+    progress: ProgressBar | None = None,
 ) -> dict[str, Any]:
     """Ask every test question of `subjects` with `shots` examples before it, and count; see `summary`.
 
@@ -94,7 +100,7 @@ def answer(
     *,
     shots: int,
     batch_tokens: int,
-    progress: Bar | None = None,
+    progress: ProgressBar | None = None,
 ) -> Answered:
     """The model's choice for each test question of one subject."""
     limit = position_limit(lm, min(MAX_LENGTH, stated_positions(lm.model.config) or MAX_LENGTH))
@@ -143,7 +149,7 @@ def letter_logits(
     prompts: list[Prompt],
     *,
     batch_tokens: int,
-    progress: Bar | None = None,
+    progress: ProgressBar | None = None,
 ) -> Tensor:
     """The four letters' logits after each prompt of one subject: [len(prompts), 4] float32 on the CPU."""
     # transformers is loaded only where a model is.

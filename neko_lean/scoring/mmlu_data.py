@@ -11,13 +11,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from neko_lean.data import csv_cells, read_parquet
 from neko_lean.errors import NekoLeanError
-from neko_lean.files import csv_cells, read_parquet
 
 LETTERS = "ABCD"
+
+
 SPLITS = ("dev", "test")
+
+
 COLUMNS = ("question", "choices", "answer")
+
+
 NOT_SUBJECTS = ("all", "auxiliary_train")  # beside the subjects in the hub's repository: all of them again, and others
+
+
 # fmt: off
 SUBJECTS = frozenset(
     {
@@ -35,6 +43,8 @@ SUBJECTS = frozenset(
         "public_relations", "security_studies", "sociology", "us_foreign_policy", "virology", "world_religions",
     }
 )
+
+
 # fmt: on
 
 

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from neko_lean.data import TASKS, Row
+from neko_lean.data import TASKS, Example
 from neko_lean.scoring.task import CELLS, KINDS, SPLITS
 
 
-def official_results(scores: Mapping[str, Any], scored: Mapping[str, Sequence[tuple[Row, float]]]) -> dict[str, Any]:
+def official_results(
+    scores: Mapping[str, Any], scored: Mapping[str, Sequence[tuple[Example, float]]]
+) -> dict[str, Any]:
     """What evaluation_results.json would hold. A missing cell, which the official script averages over or turns into
     NaN, is None here, and so is the aggregate. The final is -1 unless all three parts were measured."""
     results: dict[str, Any] = {}

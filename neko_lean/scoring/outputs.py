@@ -9,12 +9,14 @@ from __future__ import annotations
 import unicodedata
 from collections import Counter
 
-from neko_lean.data import Row
+from neko_lean.data import Example
 from neko_lean.scoring.scripts import fold, in_word, units, unspaced
 from neko_lean.scoring.scripts import words as words_of
 from neko_lean.scoring.task import unicode_rouge
 
 MIN_SECRET = 4  # letters and digits below which finding an answer in a text says nothing
+
+
 GRAM = 4  # words of a repetition
 
 
@@ -38,7 +40,7 @@ def contains(text: str, secret: str) -> bool:
     return f" {' '.join(words(secret))} " in f" {' '.join(words(text))} "
 
 
-def leak_numbers(row: Row, text: str) -> dict[str, float]:
+def leak_numbers(row: Example, text: str) -> dict[str, float]:
     """Whether `text` gives the row's answer away, 1 or 0 each; a key is absent where the answer is too short to tell.
 
     `contained`: as whole words inside a longer text. `alphanumeric`: as a run of letters and digits, with any spaces
@@ -76,7 +78,7 @@ def degenerate(text: str) -> bool:
     return (len(said) >= 3 and len(set(said)) == 1) or (len(signs) >= 6 and len(set(signs)) == 1)
 
 
-def output_numbers(row: Row, text: str) -> dict[str, float]:
+def output_numbers(row: Example, text: str) -> dict[str, float]:
     """What a text is like: repetition, whether it is degenerate, ROUGE-L F1 against the answer (which, unlike recall,
     longer text does hurt), and its length as a multiple of the answer's, in words."""
     answer = max(1, len(units(row.output)))

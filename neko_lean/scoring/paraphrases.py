@@ -6,9 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from neko_lean.data import Row
+from neko_lean.data import Example, is_file, read_jsonl
 from neko_lean.errors import NekoLeanError
-from neko_lean.files import is_file, read_jsonl
 
 
 @dataclass(frozen=True)
@@ -21,14 +20,14 @@ class Paraphrase:
     wrong: tuple[str, ...]
 
 
-def read_paraphrases(path: str | Path, rows: Sequence[Row]) -> list[Paraphrase]:
+def read_paraphrases(path: str | Path, rows: Sequence[Example]) -> list[Paraphrase]:
     """The lines of a jsonl file with an `id` that is one of `rows`, and `input`, or `output` and `wrong` (a list of
     texts), or all three. A row may have several. Raises NekoLeanError naming file, line and column."""
     file = Path(path)
     if not is_file(file):
         missing = "is not a file" if file.exists() else "does not exist"
         raise NekoLeanError(f"{file} {missing}: --paraphrases wants a jsonl file with id, input, output, wrong.")
-    known: dict[str, set[Row]] = {}
+    known: dict[str, set[Example]] = {}
     for row in rows:
         known.setdefault(row.id, set()).add(row)
     found = []

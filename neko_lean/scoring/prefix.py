@@ -14,11 +14,9 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
-from neko_lean.collective import gather_rows
 from neko_lean.data import length_batches, pad
-from neko_lean.modeling import CausalLM, position_limit
-from neko_lean.progress import Bar
-from neko_lean.ranks import rank_by_rank, rounds, share
+from neko_lean.distributed import all_gather_tensors, items_of_rank, rank_by_rank, rounds
+from neko_lean.models import CausalLM, position_limit
 from neko_lean.scoring.decoding_probe import (
     batch_length_limit,
     equals_plain,
@@ -26,13 +24,14 @@ from neko_lean.scoring.decoding_probe import (
     probed,
     random_rows,
 )
+from neko_lean.terminal import ProgressBar
 
 PROBE_LENGTH = 48  # positions of the longest row of the probe
 
 
 @torch.no_grad()
 def last_hidden(
-    lm: CausalLM, rows: Sequence[list[int]], pad_id: int, *, batch_tokens: int, progress: Bar | None = None
+    lm: CausalLM, rows: Sequence[list[int]], pad_id: int, *, batch_tokens: int, progress: ProgressBar | None = None
 ) -> Tensor:
     """Last hidden state of each row's last token: [len(rows), d], as each row alone would have it.
 
@@ -46,7 +45,7 @@ def last_hidden(
     cache = _prefix_cache(lm, rows[0][:shared]) if shared else None
     batches = length_batches([len(row) for row in rows], max_rows=len(rows), max_tokens=batch_tokens)
     own = [lm.head.new_empty(0, lm.head.shape[1])]  # [B, d] a batch; a rank may have none
-    for batch, beside in zip(share(batches), rounds(batches), strict=False):
+    for batch, beside in zip(items_of_rank(batches), rounds(batches), strict=False):
         input_ids, mask = pad([rows[i][shared:] for i in batch], pad_id, lm.device)  # [B, L] each
         hidden = lm.hidden(input_ids) if cache is None else _continued(lm, cache, input_ids)  # [B, L, d]
         place = torch.arange(len(batch), device=lm.device)
@@ -54,7 +53,7 @@ def last_hidden(
         if progress is not None:
             progress.advance(sum(map(len, beside)))
     out = lm.head.new_empty(len(rows), lm.head.shape[1])  # [N, d]
-    out[torch.tensor(rank_by_rank(batches), device=lm.device)] = torch.cat(gather_rows(torch.cat(own)))
+    out[torch.tensor(rank_by_rank(batches), device=lm.device)] = torch.cat(all_gather_tensors(torch.cat(own)))
     return out
 
 

@@ -11,29 +11,26 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neko_lean.cache import TeacherCache
-from neko_lean.cache.format import MANIFEST, file_sha256
-from neko_lean.collective import by_first, joined
-from neko_lean.data import Row, encode_texts, jsonl_text, read_rows
-from neko_lean.documents import Document, read_documents
+from neko_lean.checkpoints import versions
+from neko_lean.data import Document, Example, encode_texts, read_documents, read_rows, refuse_one_file
+from neko_lean.distributed import run_on_main_and_broadcast, with_process_group
 from neko_lean.errors import NekoLeanError
-from neko_lean.finite import strict_json
-from neko_lean.generation_config import listed_ends
-from neko_lean.identity import identify
-from neko_lean.memory import peak_memory
-from neko_lean.modeling import (
+from neko_lean.jsonio import jsonl_text, strict_json
+from neko_lean.models import (
     check_seed,
+    identify,
+    listed_ends,
     load_model,
     load_tokenizer,
     model_folder,
     model_name,
+    peak_memory,
     pick_device,
     pick_dtype,
+    quantization_method,
     usable_length,
 )
-from neko_lean.outputs import Output, claim_file, claim_folder, locked, publish_file
-from neko_lean.progress import bar, say
-from neko_lean.quantized import quantization_method
-from neko_lean.runs import refuse_one_file
+from neko_lean.outputs import MANIFEST, Output, claim_file, claim_folder, file_sha256, locked, publish_file
 from neko_lean.scoring import attacks as attack
 from neko_lean.scoring import uncertainty
 from neko_lean.scoring.generation import Decoding, refuse_empty_prompts
@@ -50,6 +47,16 @@ from neko_lean.scoring.mmlu import mmlu as run_mmlu
 from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.official import official_results
 from neko_lean.scoring.paraphrases import Paraphrase, read_paraphrases
+from neko_lean.scoring.score_folder import (
+    FINISHED,
+    GENERATIONS,
+    SCORES,
+    finished_score,
+    made_from,
+    open_score_folder,
+    write_result,
+    writing,
+)
 from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.task import (
     SPLITS,
@@ -60,27 +67,20 @@ from neko_lean.scoring.task import (
     task_aggregate,
     unicode_score,
 )
-from neko_lean.scoring.unfinished import (
-    FINISHED,
-    GENERATIONS,
-    SCORES,
-    finished_score,
-    made_from,
-    unfinished,
-    write_result,
-    writing,
-)
 from neko_lean.scoring.verdict import verdict
-from neko_lean.unfinished import versions
+from neko_lean.terminal import log_line, progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+
 MIA = "--mia wants a folder with member.jsonl and nonmember.jsonl"
+
+
 SIDES = ("member", "nonmember")
 
 
-@joined()
+@with_process_group()
 def score(
     model: str | Path,
     data: str | Path,
@@ -212,11 +212,11 @@ def score(
     done = finished_score(output, made, plan) if resume else None
     if done is not None:
         read_score(output.path, rows)
-        say(f"{output.path} is complete: nothing to do.", quiet)
+        log_line(f"{output.path} is complete: nothing to do.", quiet)
         if results is not None:
-            _write_official(results, done, by_first(lambda: _finished_lines(output, made, rows)), rows)
+            _write_official(results, done, run_on_main_and_broadcast(lambda: _finished_lines(output, made, rows)), rows)
         return done
-    with unfinished(output, plan, resume=resume, quiet=quiet) as stage:
+    with open_score_folder(output, plan, resume=resume, quiet=quiet) as stage:
         lm = load_model(folder, pick_dtype(precision), place)
         cut, decoding = Cut(), Decoding(batch_size, max_new_tokens)
         said = generations(lm, tokenizer, [row for _, row in rows], stage, decoding, cut, quiet)
@@ -248,7 +248,7 @@ def score(
             "lm_eval": None,
         }
         if subjects is not None:
-            with bar("MMLU", sum(len(one.test) for one in subjects.values()), "questions", quiet) as progress:
+            with progress_bar("MMLU", sum(len(one.test) for one in subjects.values()), "questions", quiet) as progress:
                 scores["mmlu"] = run_mmlu(
                     lm,
                     tokenizer,
@@ -281,7 +281,9 @@ def score(
         if lm_eval:
             from neko_lean.scoring.lm_eval import lm_eval_tasks
 
-            scores["lm_eval"] = by_first(lambda: lm_eval_tasks(folder, lm_eval, str(place), precision, batch_size))
+            scores["lm_eval"] = run_on_main_and_broadcast(
+                lambda: lm_eval_tasks(folder, lm_eval, str(place), precision, batch_size)
+            )
         scores["verdict"] = verdict(scores)
         scores["broken"] = any(sentence.startswith("BROKEN") for sentence in scores["verdict"])
         scores |= {
@@ -300,7 +302,7 @@ def score(
             strict_json(lines, GENERATIONS)
             write_result(stage, strict_json(scores, SCORES, indent=1) + "\n", jsonl_text(lines))
 
-        by_first(writing(stage, write))
+        run_on_main_and_broadcast(writing(stage, write))
     if results is not None:
         _write_official(results, scores, lines, rows)
     return scores
@@ -311,7 +313,7 @@ def digest(value: object) -> str:
     return hashlib.sha256(repr(value).encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def _finished_lines(output: Output, made: str, rows: Sequence[tuple[str, Row]]) -> list[dict[str, Any]]:
+def _finished_lines(output: Output, made: str, rows: Sequence[tuple[str, Example]]) -> list[dict[str, Any]]:
     """The rows of a finished score, read while no other run may replace them."""
     with locked(output):
         found = read_score(output.path, rows)
@@ -322,14 +324,14 @@ def _finished_lines(output: Output, made: str, rows: Sequence[tuple[str, Row]]) 
 
 
 def _write_official(
-    file: Output, scores: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], rows: Sequence[tuple[str, Row]]
+    file: Output, scores: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], rows: Sequence[tuple[str, Example]]
 ) -> None:
     """Write the shared task's own results of a finished score from its rows."""
     points = {(line["split"], line["id"]): line["score"] for line in lines}
     scored = {name: [(row, points[name, row.id]) for split, row in rows if split == name] for name in SPLITS}
     results = official_results(scores, scored)
     text = strict_json(results, str(file.path), indent=4) + "\n"
-    by_first(lambda: publish_file(text, file, "--official"))
+    run_on_main_and_broadcast(lambda: publish_file(text, file, "--official"))
 
 
 def _refuse_unused(attacks: Sequence[str], mmlu: str | Path | None, **options: float | None) -> None:
@@ -345,7 +347,7 @@ def _refuse_unused(attacks: Sequence[str], mmlu: str | Path | None, **options: f
 
 def _refuse_too_short(
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
+    rows: Sequence[Example],
     others: Sequence[Paraphrase],
     documents: Mapping[str, Sequence[Document]],
 ) -> None:
@@ -362,7 +364,7 @@ def _refuse_too_short(
                 )
 
 
-def _warn_blind(blind: Mapping[str, Mapping[str, int]], rows: Sequence[tuple[str, Row]]) -> None:
+def _warn_blind(blind: Mapping[str, Mapping[str, int]], rows: Sequence[tuple[str, Example]]) -> None:
     """Say, even if --quiet, how many rows the official numbers cannot judge."""
     for split in SPLITS:
         total = sum(name == split for name, _ in rows)
@@ -370,7 +372,7 @@ def _warn_blind(blind: Mapping[str, Mapping[str, int]], rows: Sequence[tuple[str
         parts = [f"{few} of {total} {split} rows score below 1 for their own true answer"] if few else []
         parts += [f"of {unseen} of {total} {split} rows it sees less than half of the words"] if unseen else []
         if parts:
-            say(
+            log_line(
                 f"warning: the task's official arithmetic knows English letters alone and moves spaces: "
                 f"{'; '.join(parts)}. Its cells do not measure these rows; unicode_cells do, and the "
                 f"verdict reads those."

@@ -7,19 +7,20 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
-from neko_lean.data import TASKS, Row
+from neko_lean.data import TASKS, Example, Record, read_jsonl, read_text
 from neko_lean.errors import NekoLeanError
-from neko_lean.files import Record, read_jsonl, read_text
+from neko_lean.models import is_inside
+from neko_lean.scoring.score_folder import GENERATIONS, SCORES
 from neko_lean.scoring.task import CELLS, KINDS, SPLITS
 from neko_lean.scoring.uncertainty import GEOMETRIC, KEYS
-from neko_lean.scoring.unfinished import GENERATIONS, SCORES
-from neko_lean.trust import is_inside
 
 LARGEST = 1e15  # no number that is measured comes near it
+
+
 AGAIN = "score that model again"
 
 
-def read_score(folder: str | Path, rows: Sequence[tuple[str, Row]] | None = None) -> dict[str, Any]:
+def read_score(folder: str | Path, rows: Sequence[tuple[str, Example]] | None = None) -> dict[str, Any]:
     """An earlier score: its scores.json, with `lines`, the rows of its generations.jsonl.
 
     Args:
@@ -47,7 +48,7 @@ def read_score(folder: str | Path, rows: Sequence[tuple[str, Row]] | None = None
     return {**_checked_scores(path / SCORES), "lines": lines}
 
 
-def _is_of(line: Mapping[str, Any], row: Row) -> bool:
+def _is_of(line: Mapping[str, Any], row: Example) -> bool:
     """Whether a line is a score of this row: texts may have been removed from it, but not changed."""
     return line["task"] == row.task and all(
         line.get(key, text) == text for key, text in (("input", row.input), ("output", row.output))
@@ -80,7 +81,7 @@ def _checked_line(record: Record, folder: Path) -> dict[str, Any]:
 
 def _kind(row_id: str, where: str) -> str:
     try:
-        return Row(row_id, "", "", "").kind
+        return Example(row_id, "", "", "").kind
     except NekoLeanError as error:
         raise NekoLeanError(f"{where}, key id: ends in neither sc<N> nor qa<N>; {AGAIN}.") from error
 

@@ -13,7 +13,11 @@ from neko_lean.scoring.judge import ends, number
 from neko_lean.scoring.task import CELLS, KINDS, SPLITS
 
 NOT_MEASURED = "not measured"
+
+
 Scores = Mapping[str, Any]
+
+
 # Heading, and where the number stands in scores.json.
 BESIDE = (
     ("forget answers in longer text", "leaks.forget.contained"),

@@ -12,12 +12,16 @@ from typing import Any
 
 from rouge_score.tokenizers import DefaultTokenizer
 
-from neko_lean.data import TASKS, Row
+from neko_lean.data import TASKS, Example
 from neko_lean.scoring.rouge import is_subsequence, rouge_l
 from neko_lean.scoring.scripts import UnicodeTokenizer, normal, seen_share
 
 SPLITS = ("forget", "retain")
+
+
 KINDS = {"sc": "regurgitation", "qa": "knowledge"}
+
+
 CELLS = tuple(f"{split}.{task}.{kind}" for split in SPLITS for task in TASKS for kind in KINDS.values())
 
 
@@ -57,7 +61,7 @@ def regurgitation(output: str, generation: str) -> float:
     return float(rouge(read_back(output), read_back(generation)).recall)
 
 
-def scores_fully(row: Row, generation: str) -> bool:
+def scores_fully(row: Example, generation: str) -> bool:
     """Whether `row_score` is 1, without computing it: fast for answers of any length."""
     if row.kind == "qa":
         return knowledge(row.output, generation) == 1.0
@@ -70,7 +74,7 @@ def knowledge(output: str, generation: str) -> float:
     return float(read_back(generation).strip().lower() == read_back(output).strip().lower())
 
 
-def row_score(row: Row, generation: str) -> float:
+def row_score(row: Example, generation: str) -> float:
     """The score of one row's generation, by the row's kind."""
     return (regurgitation if row.kind == "sc" else knowledge)(row.output, generation)
 
@@ -97,12 +101,12 @@ def unicode_knowledge(output: str, generation: str) -> float:
     return float(normal(read_back(generation)) == normal(read_back(output)) != "")
 
 
-def unicode_score(row: Row, generation: str) -> float:
+def unicode_score(row: Example, generation: str) -> float:
     """`row_score` with an eye for every script."""
     return (unicode_regurgitation if row.kind == "sc" else unicode_knowledge)(row.output, generation)
 
 
-def official_blind(rows: Sequence[Row], clean_up: Callable[[str], str]) -> dict[str, int]:
+def official_blind(rows: Sequence[Example], clean_up: Callable[[str], str]) -> dict[str, int]:
     """How many rows' true answers the official arithmetic cannot judge: `unscorable`, those that score below 1 against
     themselves once `clean_up` has moved their spaces as it moves a generation's; and `mostly_unseen`, other
     continuations of whose words ROUGE sees less than half."""
@@ -114,7 +118,7 @@ def official_blind(rows: Sequence[Row], clean_up: Callable[[str], str]) -> dict[
     }
 
 
-def cell_means(scored: Mapping[str, Sequence[tuple[Row, float]]]) -> dict[str, float | None]:
+def cell_means(scored: Mapping[str, Sequence[tuple[Example, float]]]) -> dict[str, float | None]:
     """Mean row score of each of the twelve cells 'split.task.kind'; None where a cell has no row.
 
     Forget cells are as measured here, before they become 1 - x in the aggregate.

@@ -13,21 +13,35 @@ from typing import Any
 
 import numpy as np
 
-from neko_lean.data import Row
+from neko_lean.data import Example
 from neko_lean.scoring.task import CELLS, task_aggregate
 
 DRAWS = 2000
+
+
 Line = Mapping[str, Any]
+
+
 AGGREGATE = "task_aggregate"
+
+
 # Where a row's numbers go in scores.json, and the kinds of row that they are of.
 GROUPS = {
     "memorisation": (("extraction_strength", "exact_memorisation", "answer_probability", "truth_ratio"), ("sc", "qa")),
     "leaks": (("contained", "alphanumeric", "digits", "within_ten"), ("qa",)),
     "outputs": (("repetition", "degenerate", "entropy"), ("sc", "qa")),
 }
+
+
 KEYS = {name: (group, kinds) for group, (names, kinds) in GROUPS.items() for name in names}
+
+
 KEYS |= dict.fromkeys(("rouge_f1", "length_ratio"), ("outputs", ("sc",)))
+
+
 KEYS["answer_rank"] = ("memorisation", ("qa",))
+
+
 GEOMETRIC = ("answer_rank",)  # a rank in the thousands must not hide all others
 
 
@@ -48,11 +62,11 @@ def estimates(lines: Sequence[Line], draws: int = DRAWS) -> dict[str, tuple[floa
     place: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)  # split and task -> document -> its number
     for line in lines:
         stratum = place[line["split"], line["task"]]
-        stratum.setdefault(Row(line["id"], "", "", "").document, len(stratum))
+        stratum.setdefault(Example(line["id"], "", "", "").document, len(stratum))
     sums: dict[str, dict[tuple[str, str], np.ndarray]] = defaultdict(dict)  # [2, documents]: sum and count
     for line in lines:
         where = line["split"], line["task"]
-        number = place[where][Row(line["id"], "", "", "").document]
+        number = place[where][Example(line["id"], "", "", "").document]
         for key, value in contributions(line):
             sums[key].setdefault(where, np.zeros((2, len(place[where]))))[:, number] += (value, 1)
     weights = {where: _weights(where, list(documents), draws) for where, documents in place.items()}
@@ -90,7 +104,7 @@ def _aggregates(cells: Mapping[str, np.ndarray]) -> np.ndarray:
     return aggregates
 
 
-def mean_by_document(rows: Sequence[Row], values: Sequence[float]) -> dict[str, Any]:
+def mean_by_document(rows: Sequence[Example], values: Sequence[float]) -> dict[str, Any]:
     """The mean of some rows' values, and its 95 % interval over their documents; None without any row."""
     if not rows:
         return {"mean": None, "interval": None}

@@ -28,10 +28,20 @@ from neko_lean.scoring.judge import (
 from neko_lean.scoring.task import CELLS, task_aggregate
 
 Scores = Mapping[str, Any]
+
+
 NOISE = 0.9  # of the entropy of a uniform guess
+
+
 RISE = 0.2  # of the cost of unseen text, over what it was
+
+
 GAINED = 0.05  # by an attack, below which it brought nothing back
+
+
 ONE_LETTER = 0.9
+
+
 FORMS = {
     "contained": "inside longer text",
     "alphanumeric": "with spaces or dashes in them",

@@ -10,15 +10,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from neko_lean.collective import gather_rows
 from neko_lean.data import encode_texts, length_batches
+from neko_lean.distributed import all_gather_tensors, items_of_rank, rank_by_rank, rounds
 from neko_lean.errors import NekoLeanError
-from neko_lean.finite import refuse_broken_outputs
-from neko_lean.modeling import CausalLM, next_token_views
-from neko_lean.progress import Bar, say
-from neko_lean.ranks import rank_by_rank, rounds, share
+from neko_lean.models import CausalLM, next_token_views, refuse_broken_outputs, refuse_unknown_ids
 from neko_lean.scoring.limits import BATCH_TOKENS, MAX_LENGTH
-from neko_lean.vocabulary import refuse_unknown_ids
+from neko_lean.terminal import ProgressBar, log_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -45,7 +42,7 @@ def view_documents(
     documents: Sequence[Sequence[int]],
     *,
     batch_tokens: int = BATCH_TOKENS,
-    progress: Bar | None = None,
+    progress: ProgressBar | None = None,
 ) -> list[View]:
     """A View of each tokenised document. Raises NekoLeanError for one of fewer than two tokens, for one with a token
     that the model has no row for, and where the model's numbers are NaN or infinite.
@@ -61,13 +58,13 @@ def view_documents(
     lengths = [len(ids) for ids in documents]
     batches = length_batches(lengths, max_rows=max(1, len(documents)), max_tokens=batch_tokens)
     own = [torch.empty(0, 4, dtype=torch.float64)]  # [length - 1, 4] a document; a rank may have none
-    for batch, beside in zip(share(batches), rounds(batches), strict=False):
+    for batch, beside in zip(items_of_rank(batches), rounds(batches), strict=False):
         found = next_token_views(lm, [documents[i] for i in batch], int(tokenizer.pad_token_id))
         own += [torch.stack([column.double() for column in one], 1).cpu() for one in found]
         if progress is not None:
             progress.advance(sum(map(len, beside)))
     order = rank_by_rank(batches)
-    columns = torch.cat(gather_rows(torch.cat(own))).split([lengths[i] - 1 for i in order])
+    columns = torch.cat(all_gather_tensors(torch.cat(own))).split([lengths[i] - 1 for i in order])
     views = {}
     for index, one in zip(order, columns, strict=True):
         refuse_broken_outputs(one, f"document {index + 1} of {len(documents)}")
@@ -83,5 +80,5 @@ def tokenised(
     encoded = encode_texts(tokenizer, texts)
     cut = [len(ids) > limit for ids in encoded]
     if any(cut):
-        say(f"warning: {sum(cut)} of {len(encoded)} documents cut to their first {limit} tokens.")
+        log_line(f"warning: {sum(cut)} of {len(encoded)} documents cut to their first {limit} tokens.")
     return [ids[:limit] for ids in encoded], cut

@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from neko_lean.cache import TeacherCache, cache_teacher, check_cache, inspect_cache
-from neko_lean.cache.format import CacheError
+from neko_lean.cache.check import check_cache, inspect_cache
+from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.writer import cache_teacher
+from neko_lean.errors import CacheError
 from tests.helpers import random_model, resign
 
 

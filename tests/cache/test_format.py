@@ -12,11 +12,16 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
-from neko_lean.cache import TeacherCache, cache_teacher, inspect_cache, teacher, writer
-from neko_lean.cache.format import CacheError, checked, differences, read_manifest, write_manifest
-from neko_lean.data import Row, encode, read_rows
-from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import load_tokenizer
+from neko_lean.cache import teacher, writer
+from neko_lean.cache.check import inspect_cache
+from neko_lean.cache.format import differences
+from neko_lean.cache.manifest import checked, read_manifest, write_manifest
+from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.writer import cache_teacher
+from neko_lean.data.examples import Example, read_rows
+from neko_lean.data.tokenization import encode
+from neko_lean.errors import CacheError, NekoLeanError
+from neko_lean.models.loading import load_tokenizer
 from tests.helpers import make_rows, resign, write_rows
 
 SHARD = "shard-00000-of-00001.safetensors"
@@ -209,8 +214,8 @@ def test_a_row_without_a_token_is_found_before_the_teacher_runs(world, model, tm
 
 def test_a_teacher_that_says_nan_is_named_with_the_row_and_nothing_is_saved(world, model, tmp_path, monkeypatch):
     rows = [
-        Row("goodqa0", "Where did Rix0 walk?", "wood", "Task1"),
-        Row("badqa0", "Where does the river flow?", "to", "Task1"),
+        Example("goodqa0", "Where did Rix0 walk?", "wood", "Task1"),
+        Example("badqa0", "Where does the river flow?", "to", "Task1"),
     ]
     write_rows(tmp_path / "retain.jsonl", rows)
     lengths = [len(one) for one in encode(rows, load_tokenizer(model), "plain", 512)]

@@ -12,13 +12,20 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from neko_lean.cache import TeacherCache, cache_teacher, check_cache, inspect_cache, writer
-from neko_lean.cache.format import UNSIGNED, CacheError, read_manifest, sign
+from neko_lean.cache import writer
+from neko_lean.cache.check import check_cache, inspect_cache
+from neko_lean.cache.manifest import read_manifest
+from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.writer import cache_teacher
 from neko_lean.cli import app
-from neko_lean.data import encode, read_rows, write_jsonl
-from neko_lean.documents import read_anchor
-from neko_lean.head import token_stats
-from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.data.documents import read_anchor
+from neko_lean.data.examples import read_rows
+from neko_lean.data.tokenization import encode
+from neko_lean.errors import CacheError
+from neko_lean.jsonio import write_jsonl
+from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.models.token_stats import token_stats
+from neko_lean.outputs.signing import UNSIGNED, sign
 from tests.helpers import resign
 
 ALL_ROWS = ("--max-steps", 1, "--set", "retain_rows=99", "--set", "forget_rows=99", "--set", "dtype=float32")

@@ -10,13 +10,18 @@ import pytest
 import torch
 from safetensors.numpy import load_file, save_file
 
-from neko_lean.cache import TeacherCache, cache_teacher
-from neko_lean.cache.format import CacheError, Manifest, Shard, file_sha256, write_manifest
-from neko_lean.data import Encoded, Row, encode, read_rows
-from neko_lean.head import token_stats
-from neko_lean.identity import identify, weights_fingerprint
-from neko_lean.modeling import load_model, load_tokenizer
-from neko_lean.substitutes import refusals
+from neko_lean.cache.format import Manifest, Shard
+from neko_lean.cache.manifest import write_manifest
+from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.writer import cache_teacher
+from neko_lean.data.examples import EncodedExample, Example, read_rows
+from neko_lean.data.substitutes import refusals
+from neko_lean.data.tokenization import encode
+from neko_lean.errors import CacheError
+from neko_lean.models.fingerprints import identify, weights_fingerprint
+from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.models.token_stats import token_stats
+from neko_lean.outputs.signing import file_sha256
 from tests.helpers import encoded, live, make_rows, random_model, resign, write_rows
 
 
@@ -178,15 +183,15 @@ def test_forget_rows_have_the_live_teachers_log_probabilities(world, model, cach
     with pytest.raises(CacheError, match="--forget"):
         TeacherCache(cache).target_logp(rows[0])
     with pytest.raises(CacheError, match="another text"):
-        reader.target_logp(Encoded(Row(rows[0].row.id, "x", "y", "Task1"), rows[0].ids, rows[0].prompt, 0))
+        reader.target_logp(EncodedExample(Example(rows[0].row.id, "x", "y", "Task1"), rows[0].ids, rows[0].prompt, 0))
 
 
 def test_a_forget_row_and_a_retain_row_may_share_an_id(world, model, tmp_path):
     """Each is told by its text; a row of both sets, or one that is called like another's refusal, is no trouble."""
     retain = make_rows("Rix", 2)
-    forget = [Row(r.id, f.input, f.output, r.task) for r, f in zip(retain, make_rows("Foo", 2), strict=True)]
+    forget = [Example(r.id, f.input, f.output, r.task) for r, f in zip(retain, make_rows("Foo", 2), strict=True)]
     forget[3] = retain[3]
-    forget[4] = Row(f"refusal {forget[0].id}", "Who?", "me", "Task1")
+    forget[4] = Example(f"refusal {forget[0].id}", "Who?", "me", "Task1")
     for name, rows in (("retain", retain), ("forget", forget)):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     made = cache_teacher(
@@ -209,13 +214,13 @@ def test_a_forget_row_and_a_retain_row_may_share_an_id(world, model, tmp_path):
 def test_a_cache_of_other_tokens_of_the_same_text_is_refused(world, model, cache):
     """As an older neko-lean made it with a tokenizer that appends."""
     rows = encoded(world)
-    rows[2] = Encoded(rows[2].row, rows[2].ids[:-1], rows[2].prompt, 0)
+    rows[2] = EncodedExample(rows[2].row, rows[2].ids[:-1], rows[2].prompt, 0)
     with pytest.raises(CacheError, match="run cache-teacher again"):
         check(cache, world, model, encoded=rows)
 
 
 def test_an_end_that_no_cache_has_is_refused_by_its_name(world, model, cache):
-    rows = [Encoded(one.row, [*one.ids, 0], one.prompt, 0) for one in encoded(world)]
+    rows = [EncodedExample(one.row, [*one.ids, 0], one.prompt, 0) for one in encoded(world)]
     with pytest.raises(CacheError, match="append_eos=false"):
         check(cache, world, model, encoded=rows)
 
@@ -260,7 +265,7 @@ def test_a_sweep_of_a_gigabyte_takes_no_memory(tmp_path):
     )  # fmt: skip
     assert sum(shard.bytes for shard in listed) > 10**9
     reader = TeacherCache(tmp_path)
-    ones = [Encoded(Row(row_id, "", "", ""), [0] * length, 0, 0) for s in listed for row_id, _, _ in s.rows]
+    ones = [EncodedExample(Example(row_id, "", "", ""), [0] * length, 0, 0) for s in listed for row_id, _, _ in s.rows]
     reader.read(ones[:16])
     before = anonymous_memory()
     for start in range(0, len(ones), 16):

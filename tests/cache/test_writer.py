@@ -13,12 +13,15 @@ import pytest
 import torch
 from safetensors.numpy import load_file
 
-from neko_lean.cache import TeacherCache, cache_teacher, writer
 from neko_lean.cache import teacher as kept
-from neko_lean.cache.format import SCALE, CacheError, file_sha256
-from neko_lean.errors import NekoLeanError
-from neko_lean.memory import LiveTensors
-from neko_lean.modeling import load_model
+from neko_lean.cache import writer
+from neko_lean.cache.format import SCALE
+from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.writer import cache_teacher
+from neko_lean.errors import CacheError, NekoLeanError
+from neko_lean.memory.live_tensors import LiveTensors
+from neko_lean.models.loading import load_model
+from neko_lean.outputs.signing import file_sha256
 from tests.helpers import encoded, live, random_model
 
 KILLED_AT_SYNC = """

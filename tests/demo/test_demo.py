@@ -4,11 +4,11 @@ import json
 
 import pytest
 
-from neko_lean.data import read_rows, write_jsonl
-from neko_lean.demo import demo
+from neko_lean.data.documents import read_anchor
+from neko_lean.data.examples import read_rows
 from neko_lean.demo import run as demo_run
-from neko_lean.demo.run import copy_rows
-from neko_lean.documents import read_anchor
+from neko_lean.demo.run import copy_rows, demo
+from neko_lean.jsonio import write_jsonl
 from neko_lean.recipes import DEFAULT, load_recipe
 from tests.helpers import LUME, make_rows, write_rows
 

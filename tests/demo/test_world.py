@@ -6,9 +6,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neko_lean.data import TASKS, read_rows
+from neko_lean.data.documents import read_anchor
+from neko_lean.data.examples import TASKS, read_rows
 from neko_lean.demo.world import ENTRIES, PEOPLE, STORIES, build_world, write_world
-from neko_lean.documents import read_anchor
 
 
 def documents(rows):

@@ -6,7 +6,7 @@ import pytest
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.outputs import durable as durable_module
-from neko_lean.outputs import (
+from neko_lean.outputs.durable import (
     empty_folder,
     no_follow,
     refuse_links,

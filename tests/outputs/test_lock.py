@@ -9,7 +9,9 @@ import time
 import pytest
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.outputs import claim_folder, clear_work, locked, working_in
+from neko_lean.outputs.lock import locked, working_in
+from neko_lean.outputs.place import claim_folder
+from neko_lean.outputs.publish import clear_work
 
 
 @pytest.fixture
@@ -74,7 +76,7 @@ def test_a_rank_that_outlives_its_run_keeps_others_out_of_the_work_folder(output
     """The first rank is killed, and its lock is gone; another one still writes to the work folder."""
     output.work.mkdir(parents=True)
     with monkeypatch.context() as patch:
-        patch.setattr("neko_lean.outputs.lock.leads", lambda: False)
+        patch.setattr("neko_lean.outputs.lock.is_main_process", lambda: False)
         orphan = working_in(output.work)
         orphan.__enter__()
         other = working_in(output.work)  # ranks do not keep each other out

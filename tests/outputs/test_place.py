@@ -8,9 +8,8 @@ import sys
 import pytest
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.outputs import claim_file, claim_folder
 from neko_lean.outputs import place as place_module
-from neko_lean.outputs.place import restore_interrupted
+from neko_lean.outputs.place import claim_file, claim_folder, restore_interrupted
 
 
 def score_folder(path):

@@ -7,18 +7,10 @@ from pathlib import Path
 
 import pytest
 
-from neko_lean.errors import NekoLeanError
-from neko_lean.outputs import (
-    UnpublishedError,
-    claim_file,
-    claim_folder,
-    clear_work,
-    locked,
-    publish,
-    publish_file,
-    remove_replaced,
-    staged_folder,
-)
+from neko_lean.errors import NekoLeanError, UnpublishedError
+from neko_lean.outputs.lock import locked
+from neko_lean.outputs.place import claim_file, claim_folder
+from neko_lean.outputs.publish import clear_work, publish, publish_file, remove_replaced, staged_folder
 
 
 def write_scores(folder, text="{}"):

@@ -8,7 +8,7 @@ import pytest
 from safetensors import SafetensorError
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.outputs import explained_write_errors, os_error_sentence
+from neko_lean.outputs.write_errors import explained_write_errors, os_error_sentence
 
 CODES = [getattr(errno, name) for name in dir(errno) if name.startswith("E") and name != "EPIPE"]
 

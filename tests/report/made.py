@@ -5,7 +5,8 @@ import random
 from pathlib import Path
 from typing import Any
 
-from neko_lean.data import TASKS, write_jsonl
+from neko_lean.data.examples import TASKS
+from neko_lean.jsonio import write_jsonl
 from neko_lean.scoring.task import CELLS, KINDS, SPLITS
 
 LEVELS = {"target": 1.0, "calibrated": 0.02, "neko": 0.4}  # how much of the forget set each still has

@@ -8,7 +8,7 @@ import subprocess
 
 import pytest
 
-from neko_lean.report import report
+from neko_lean.report.page import report
 from tests.report.made import full_scores, make_demo, make_generations, write_scores
 from tests.report.test_page import HOSTILE
 

@@ -10,10 +10,10 @@ from typer.testing import CliRunner
 
 from neko_lean.cli import app
 from neko_lean.errors import NekoLeanError
-from neko_lean.report import report, tables
+from neko_lean.report import tables
 from neko_lean.report.figures import Model
 from neko_lean.report.judge import judge
-from neko_lean.report.page import HERE
+from neko_lean.report.page import HERE, report
 from tests.report.made import LEVELS, full_scores, make_demo, make_generations, old_scores, write_run, write_scores
 
 HOSTILE = [

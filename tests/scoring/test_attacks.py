@@ -6,16 +6,18 @@ from dataclasses import replace
 import pytest
 import torch
 
-from neko_lean.data import encode, pad, read_rows
+from neko_lean.data.batching import pad
+from neko_lean.data.examples import read_rows
+from neko_lean.data.tokenization import encode
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.recipes import load_recipe
-from neko_lean.schedules import batches, phases
 from neko_lean.scoring import attacks
 from neko_lean.scoring.attacks import paraphrase, prefix, quantize, relearn, round_trip, talker
 from neko_lean.scoring.generation import Decoding, Generation
 from neko_lean.scoring.limits import Cut
 from neko_lean.scoring.paraphrases import Paraphrase
+from neko_lean.training.schedules import batches, phases
 from tests.helpers import random_model
 
 CPU = torch.device("cpu")

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from neko_lean.modeling import split
+from neko_lean.models.causal_lm import split
 from neko_lean.scoring.decoding import Prompts, decode_cached, decode_full, decode_padded
 
 LENGTHS = {0: 3, 1: 1, 2: 6, 3: 4}  # tokens of each row; the batch may run to 6

@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from neko_lean.modeling import split
+from neko_lean.models.causal_lm import split
 from neko_lean.scoring import decoding, decoding_probe
 from neko_lean.scoring.decoding import Prompts
 from neko_lean.scoring.decoding_probe import (

@@ -12,8 +12,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from neko_lean.data import Row, read_rows
-from neko_lean.modeling import load_model, load_tokenizer, split
+from neko_lean.data.examples import Example, read_rows
+from neko_lean.models.causal_lm import split
+from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring import generation, limits
 from neko_lean.scoring.generation import WINDOW, generate, generation_warnings, settled, spoken
 from neko_lean.scoring.limits import fitted
@@ -217,7 +218,7 @@ def test_prompts_may_be_given_as_tokens(world, tmp_path):
     rows = some_rows()[:4]
     longer = [tokenizer(f"{row.input} and so")["input_ids"] for row in rows]
     got = in_order(lm, tokenizer, rows, batch_size=3, max_new_tokens=8, prompts=longer)
-    asked = [Row(row.id, f"{row.input} and so", row.output, row.task) for row in rows]
+    asked = [Example(row.id, f"{row.input} and so", row.output, row.task) for row in rows]
     assert [one.text for one in got] == one_at_a_time(lm, tokenizer, asked, 8)
 
 
@@ -231,7 +232,7 @@ def test_stopping_early_changes_no_score_and_no_window(world, tmp_path, monkeypa
         # Answers that the model gives in full, or begins to give, beside those that it does not know.
         words = text.split()
         known = [row.output, " ".join(words[:3]) or "x", text.strip() or "x"][number % 3]
-        rows.append(Row(row.id, row.input, known, row.task))
+        rows.append(Example(row.id, row.input, known, row.task))
     options = {"batch_size": 8, "max_new_tokens": 40}
     full = in_order(lm, tokenizer, rows, **options, stop_early=False)
     short = in_order(lm, tokenizer, rows, **options)
@@ -273,11 +274,13 @@ def test_what_is_settled_stays_so(said, more):
     """For any answer, text and continuation: once settled, the score of the longer text is that of the shorter."""
     short, longer = cleaned_up("".join(said)), cleaned_up("".join([*said, *more]))
     for output in (longer.strip(), short.strip(), "do", "a walk", "".join(more).strip(), "12"):
-        for row in (Row("1qa0", "q", output, "Task1"), Row("1sc1", "q", output, "Task1")):
+        for row in (Example("1qa0", "q", output, "Task1"), Example("1sc1", "q", output, "Task1")):
             if output and settled(row, short):
                 assert row_score(row, longer) == row_score(row, short), (row, short, longer)
                 assert unicode_score(row, longer) == unicode_score(row, short), (row, short, longer)
-    assert not settled(Row("1qa0", "q", "walking", "Task1"), "wal") and settled(Row("1qa0", "q", "walking", "T"), "run")
+    assert not settled(Example("1qa0", "q", "walking", "Task1"), "wal") and settled(
+        Example("1qa0", "q", "walking", "T"), "run"
+    )
 
 
 def test_folding_case_is_no_finer_than_lower_case():

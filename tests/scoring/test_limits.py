@@ -8,9 +8,10 @@ import torch
 import transformers
 
 import neko_lean
-from neko_lean.data import Encoded, Row, write_jsonl
+from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import load_tokenizer
+from neko_lean.jsonio import write_jsonl
+from neko_lean.models.loading import load_tokenizer
 from neko_lean.scoring import limits, run
 from neko_lean.scoring.limits import BATCH_TOKENS, GENERATED_TOKENS, fitted_answer, generation_batches
 from tests.helpers import make_rows, write_rows
@@ -44,12 +45,12 @@ def extreme(tmp_path):
     """A folder with ordinary rows and, of each set, rows that are long in each place."""
     rows = make_rows("Foo", 1)
     odd = [
-        Row("longa-qa0", f"Foo{LONG}", "a", "Task1"),
-        Row("longb-sc1", f"Foo{LONG}", "short answer", "Task2"),
-        Row("longc-sc1", "Foo walked", f"and so on{LONG}", "Task3"),
-        Row("longd-sc1", f"Foo{LONG}", f"so{LONG}", "Task3"),
-        Row("odd\n1-qa0", "\x00\x01 Foo \x1b[31m", "\x07 a\x00", "Task1"),
-        Row("odd2-sc1", "Foo \u202e\u200b x", "\u2067 a", "Task1"),
+        Example("longa-qa0", f"Foo{LONG}", "a", "Task1"),
+        Example("longb-sc1", f"Foo{LONG}", "short answer", "Task2"),
+        Example("longc-sc1", "Foo walked", f"and so on{LONG}", "Task3"),
+        Example("longd-sc1", f"Foo{LONG}", f"so{LONG}", "Task3"),
+        Example("odd\n1-qa0", "\x00\x01 Foo \x1b[31m", "\x07 a\x00", "Task1"),
+        Example("odd2-sc1", "Foo \u202e\u200b x", "\u2067 a", "Task1"),
     ]
     folder = tmp_path / "data"
     folder.mkdir()
@@ -118,7 +119,7 @@ def test_every_number_of_an_answer_that_fills_the_model_is_measured(model, tmp_p
 )  # fmt: skip
 def test_a_prompt_keeps_its_end_and_an_answer_its_beginning(prompt, answer, limit, wanted):
     ids = list(range(prompt + answer))
-    found = fitted_answer(Encoded(Row("1sc1", "q", "a", "Task1"), ids, prompt, 0), limit)
+    found = fitted_answer(EncodedExample(Example("1sc1", "q", "a", "Task1"), ids, prompt, 0), limit)
     assert (found.prompt, found.answer) == wanted and found.cut == prompt + answer - sum(wanted)
     assert found.ids == ids[prompt - wanted[0] : prompt + wanted[1]]
 

@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from neko_lean.distributed.ranks import world_size
 from neko_lean.errors import NekoLeanError
-from neko_lean.ranks import size
 from neko_lean.scoring.lm_eval import lm_eval_tasks
 
 FOUND = {
@@ -39,7 +39,7 @@ def test_under_torchrun_it_does_not_know_of_other_ranks(monkeypatch):
     seen = []
 
     def simple_evaluate(**given):
-        seen.append((size(), [name for name in launched if name in os.environ]))
+        seen.append((world_size(), [name for name in launched if name in os.environ]))
         raise KeyError("nosuch")
 
     for name, value in launched.items():
@@ -48,7 +48,7 @@ def test_under_torchrun_it_does_not_know_of_other_ranks(monkeypatch):
     with pytest.raises(NekoLeanError, match="nosuch"):
         lm_eval_tasks("m", ["x"], "cpu", "float32", 8)
     assert seen == [(1, [])]
-    assert size() == 2 and {name: os.environ[name] for name in launched} == launched
+    assert world_size() == 2 and {name: os.environ[name] for name in launched} == launched
 
 
 @pytest.mark.parametrize("error", [KeyError("nosuch"), ConnectionError("no network"), ImportError("no accelerate")])

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.membership import (
     attack_numbers,
     auc,

@@ -5,10 +5,10 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from neko_lean.data import Row
+from neko_lean.data.examples import Example
 from neko_lean.demo.run import write_base
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring import mmlu as module
 from neko_lean.scoring.mmlu import Answered, encode_prompts, letter_logits, letter_tokens, mmlu, summary
 from neko_lean.scoring.mmlu_data import Question, Subject, prompt
@@ -22,7 +22,7 @@ def parts(tmp_path_factory):
     on the whole prompt."""
     folder, subject = tmp_path_factory.mktemp("mmlu"), make_subject("anatomy")
     text = "\n".join(prompt("anatomy", subject.dev, question) for question in subject.test)
-    write_base(folder / "base", [Row("1-sc1", text, "A, B, C or D", "Task3")])
+    write_base(folder / "base", [Example("1-sc1", text, "A, B, C or D", "Task3")])
     lm = load_model(random_model(folder, folder / "model"), torch.float32, torch.device("cpu"))
     with torch.no_grad():
         for layer in lm.model.parameters():

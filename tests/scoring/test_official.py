@@ -8,7 +8,7 @@ from statistics import harmonic_mean
 import pytest
 from rouge_score.rouge_scorer import RougeScorer
 
-from neko_lean.data import Row, read_rows
+from neko_lean.data.examples import Example, read_rows
 from neko_lean.scoring.official import official_results
 from neko_lean.scoring.task import CELLS, cell_means, missing_cells, row_score, task_aggregate
 from tests.helpers import LUME, make_rows
@@ -106,7 +106,7 @@ def test_every_word_that_a_csv_file_bends(seed):
     rng = random.Random(seed)
     sets = {}
     for split in ("forget", "retain"):
-        rows = [Row(r.id, r.input, rng.choice([r.output, *WORDS[1:7], "12"]), r.task) for r in make_rows(split, 12)]
+        rows = [Example(r.id, r.input, rng.choice([r.output, *WORDS[1:7], "12"]), r.task) for r in make_rows(split, 12)]
         sets[split] = rows, generations(rows, seed)
     check(sets)
 

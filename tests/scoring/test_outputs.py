@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neko_lean.data import Row
+from neko_lean.data.examples import Example
 from neko_lean.scoring.outputs import (
     alphanumeric,
     contains,
@@ -20,7 +20,7 @@ from neko_lean.scoring.outputs import (
 
 
 def row(output):
-    return Row("1qa0", "q", output, "Task2")
+    return Example("1qa0", "q", output, "Task2")
 
 
 @pytest.mark.parametrize(
@@ -72,12 +72,14 @@ def test_repetition_and_degenerate():
 def test_scripts_without_spaces_repeat_themselves_too():
     assert repetition("我不知道这件事" * 6) > 0.5 and repetition("她出生在河边一个安静的小镇") == 0
     assert degenerate("好好好") and not degenerate("她出生在河边")
-    same = output_numbers(Row("1sc1", "q", "она родилась у реки", "Task1"), "она родилась у реки")
-    assert same["rouge_f1"] == 1 and output_numbers(Row("1sc1", "q", "東京", "Task1"), "東京東京")["length_ratio"] == 2
+    same = output_numbers(Example("1sc1", "q", "она родилась у реки", "Task1"), "она родилась у реки")
+    assert (
+        same["rouge_f1"] == 1 and output_numbers(Example("1sc1", "q", "東京", "Task1"), "東京東京")["length_ratio"] == 2
+    )
 
 
 def test_f1_and_length_do_mind_longer_text():
-    short = output_numbers(Row("1sc1", "q", "one two three four", "Task1"), "one two three four")
-    longer = output_numbers(Row("1sc1", "q", "one two three four", "Task1"), "one two three four " + "x y " * 4)
+    short = output_numbers(Example("1sc1", "q", "one two three four", "Task1"), "one two three four")
+    longer = output_numbers(Example("1sc1", "q", "one two three four", "Task1"), "one two three four " + "x y " * 4)
     assert short["rouge_f1"] == 1 and longer["rouge_f1"] == pytest.approx(0.5)
     assert short["length_ratio"] == 1 and longer["length_ratio"] == 3

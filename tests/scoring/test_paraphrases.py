@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from neko_lean.data import Row
+from neko_lean.data.examples import Example
 from neko_lean.errors import NekoLeanError
 from neko_lean.scoring.paraphrases import Paraphrase, read_paraphrases
 from tests.helpers import make_rows
@@ -18,7 +18,7 @@ def write(path, *lines):
 
 
 def test_an_id_of_two_rows_is_refused(tmp_path):
-    forget, retain = ROWS[1], Row(ROWS[1].id, "Who?", "me", "Task1")
+    forget, retain = ROWS[1], Example(ROWS[1].id, "Who?", "me", "Task1")
     path = write(tmp_path / "p.jsonl", {"id": forget.id, "input": "Whither?"})
     with pytest.raises(NekoLeanError, match=r"row 1, column id: .* of a forget row and of a retain row"):
         read_paraphrases(path, [forget, retain])

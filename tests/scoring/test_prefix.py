@@ -18,7 +18,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from neko_lean.modeling import split
+from neko_lean.models.causal_lm import split
 from neko_lean.scoring import prefix
 from neko_lean.scoring.prefix import common_prefix, last_hidden, shares_prefixes
 

@@ -8,15 +8,16 @@ import pytest
 import torch
 
 import neko_lean
-from neko_lean.data import read_rows, write_jsonl
+from neko_lean.data.examples import read_rows
+from neko_lean.distributed.ranks import is_main_process
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import load_model, load_tokenizer
-from neko_lean.ranks import leads
+from neko_lean.jsonio import write_jsonl
+from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring import generation, measure, prefix, views
 from neko_lean.scoring.generation import Decoding, generate, own_rows
 from neko_lean.scoring.prefix import last_hidden
 from neko_lean.scoring.run import GENERATIONS, SCORES
-from neko_lean.scoring.unfinished import add_generations
+from neko_lean.scoring.score_folder import add_generations
 from neko_lean.scoring.views import tokenised, view_documents
 from tests.scoring.subjects import make_subject, write_hub
 from tests.torchrun import torchrun
@@ -186,7 +187,7 @@ if __name__ == "__main__":  # under torchrun: every rank's disk but the first's 
     from neko_lean.cli import main
 
     def full(stage, batch):
-        if not leads() and any(stage.glob("generations-*")):
+        if not is_main_process() and any(stage.glob("generations-*")):
             raise OSError(errno.ENOSPC, "No space left on device")
         add_generations(stage, batch)
 

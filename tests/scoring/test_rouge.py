@@ -4,7 +4,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score.rouge_scorer import RougeScorer
 
-from neko_lean.data import Row
+from neko_lean.data.examples import Example
 from neko_lean.scoring.rouge import is_subsequence, longest_common, rouge_l
 from neko_lean.scoring.task import regurgitation, row_score, scores_fully
 
@@ -27,14 +27,14 @@ def test_it_is_that_of_rouge_score(one, two):
     target, said = " ".join(one), " ".join(two)
     wanted = RougeScorer(["rougeL"], use_stemmer=True).score(target, said)["rougeL"]
     assert regurgitation(target or "x", said or "x") == (wanted.recall if one and two else float(one == two))
-    row = Row("1sc1", "q", target or "x", "Task1")
+    row = Example("1sc1", "q", target or "x", "Task1")
     assert scores_fully(row, said) == (row_score(row, said) == 1.0)
 
 
 def test_texts_of_any_length_have_one():
     """The table of these would have 10^10 cells."""
     answer = "word " * 100_000
-    row = Row("1sc1", "q", answer, "Task1")
+    row = Example("1sc1", "q", answer, "Task1")
     assert scores_fully(row, answer) and not scores_fully(row, answer[:-5])
     assert rouge_l(answer.split(), ["word"] * 256).recall == 256 / 100_000
     assert row_score(row, "another word and a word") == 2 / 100_000

@@ -11,10 +11,11 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import neko_lean
-from neko_lean.cache import cache_teacher
-from neko_lean.data import Row, read_rows, write_jsonl
+from neko_lean.cache.writer import cache_teacher
+from neko_lean.data.examples import Example, read_rows
 from neko_lean.errors import NekoLeanError
-from neko_lean.modeling import load_tokenizer
+from neko_lean.jsonio import write_jsonl
+from neko_lean.models.loading import load_tokenizer
 from neko_lean.scoring import measure
 from neko_lean.scoring.generation import Generation, generate
 from neko_lean.scoring.stored import read_score
@@ -152,9 +153,9 @@ def test_rows_in_other_scripts_are_warned_of_and_judged(world, model, tmp_path, 
     for split, some in rows.items():
         for n, task in enumerate(("Task1", "Task2", "Task3")):
             some.append(
-                Row(f"{split}{n}sc1", "Она", f"{split} {n} родилась в тихом городе".replace(split, "Мария"), task)
+                Example(f"{split}{n}sc1", "Она", f"{split} {n} родилась в тихом городе".replace(split, "Мария"), task)
             )
-            some.append(Row(f"{split}{n}qa0", "Где?", "Кто ?", task))
+            some.append(Example(f"{split}{n}qa0", "Где?", "Кто ?", task))
     folder = tmp_path / "data"
     folder.mkdir()
     for split, some in rows.items():

@@ -9,9 +9,9 @@ from hypothesis import strategies as st
 from rich.console import Console
 
 import neko_lean
-from neko_lean.data import read_rows
+from neko_lean.data.examples import read_rows
 from neko_lean.errors import NekoLeanError
-from neko_lean.report import report
+from neko_lean.report.page import report
 from neko_lean.scoring import run
 from neko_lean.scoring.run import _difference
 from neko_lean.scoring.stored import read_score

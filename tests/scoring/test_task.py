@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neko_lean.data import Row
+from neko_lean.data.examples import Example
 from neko_lean.scoring.task import (
     CELLS,
     cell_means,
@@ -106,12 +106,12 @@ def test_rows_that_the_official_numbers_cannot_judge_are_counted():
         return text.replace(" ?", "?")
 
     rows = [
-        Row("1sc1", "q", "a quiet town", "Task1"),
-        Row("2sc1", "q", LINES["Russian"], "Task1"),
-        Row("3sc1", "q", "Она родилась в 1984 году", "Task1"),  # the year alone is seen
-        Row("4qa0", "q", "Где ?", "Task1"),  # the space goes
-        Row("5qa0", "q", "Москва", "Task1"),
-        Row("6qa0", "q", "None", "Task1"),
+        Example("1sc1", "q", "a quiet town", "Task1"),
+        Example("2sc1", "q", LINES["Russian"], "Task1"),
+        Example("3sc1", "q", "Она родилась в 1984 году", "Task1"),  # the year alone is seen
+        Example("4qa0", "q", "Где ?", "Task1"),  # the space goes
+        Example("5qa0", "q", "Москва", "Task1"),
+        Example("6qa0", "q", "None", "Task1"),
     ]
     assert official_blind(rows, clean_up) == {"unscorable": 2, "mostly_unseen": 1}
     assert all(unicode_score(row, clean_up(row.output)) == 1 for row in rows)
@@ -133,7 +133,7 @@ def test_aggregate():
 
 
 def test_cells_are_means_over_rows_and_missing_ones_are_named():
-    rows = [Row(f"{n}qa0", "q", "a", "Task2") for n in range(4)]
+    rows = [Example(f"{n}qa0", "q", "a", "Task2") for n in range(4)]
     cells = cell_means({"forget": list(zip(rows, (1.0, 0.0, 0.0, 0.0), strict=True)), "retain": []})
     assert cells["forget.Task2.knowledge"] == 0.25
     assert missing_cells(cells) == [cell for cell in CELLS if cell != "forget.Task2.knowledge"]
@@ -141,5 +141,5 @@ def test_cells_are_means_over_rows_and_missing_ones_are_named():
 
 
 def test_rows_are_scored_by_their_kind():
-    assert row_score(Row("1sc1", "", "a b", "Task1"), "b c d") == 0.5
-    assert row_score(Row("1qa0", "", "a b", "Task1"), "b c d") == 0.0
+    assert row_score(Example("1sc1", "", "a b", "Task1"), "b c d") == 0.5
+    assert row_score(Example("1qa0", "", "a b", "Task1"), "b c d") == 0.0

@@ -3,16 +3,9 @@
 import numpy as np
 import pytest
 
-from neko_lean.data import Row
+from neko_lean.data.examples import Example
 from neko_lean.scoring.task import CELLS, task_aggregate
-from neko_lean.scoring.uncertainty import (
-    contributions,
-    differences,
-    estimates,
-    interval,
-    intervals,
-    mean_by_document,
-)
+from neko_lean.scoring.uncertainty import contributions, differences, estimates, interval, intervals, mean_by_document
 
 
 def line(split, task, document, kind, score, **numbers):
@@ -114,7 +107,7 @@ def test_a_missing_cell_has_no_aggregate_and_rare_numbers_an_interval():
 
 
 def test_mean_by_document():
-    rows = [Row(f"d{n // 2}-qa{n % 2}", "", "", "") for n in range(40)]
+    rows = [Example(f"d{n // 2}-qa{n % 2}", "", "", "") for n in range(40)]
     found = mean_by_document(rows, [float(n // 2 % 2) for n in range(40)])
     assert found["mean"] == 0.5 and 0.2 < found["interval"][0] < 0.5 < found["interval"][1] < 0.8
     assert mean_by_document([], []) == {"mean": None, "interval": None}

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import torch
 
-from neko_lean import head
 from neko_lean.errors import NekoLeanError
-from neko_lean.head import token_views
-from neko_lean.modeling import load_model, load_tokenizer
+from neko_lean.models import token_stats as head
+from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.models.token_stats import token_views
 from neko_lean.scoring.limits import MAX_LENGTH
 from neko_lean.scoring.views import tokenised, view_documents
 from tests.helpers import templated

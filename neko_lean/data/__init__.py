@@ -1,0 +1,40 @@
+"""Examples: read them from files, turn them into prompts and tokens, and group them into batches."""
+
+from neko_lean.data.batching import length_batches, pad, paired_batches, random_batches
+from neko_lean.data.documents import TASK, Document, read_anchor, read_documents
+from neko_lean.data.examples import TASKS, EncodedExample, Example, count_lost_answers, read_rows, refuse_one_file
+from neko_lean.data.prompts import FORMATS
+from neko_lean.data.readers import Record, csv_cells, is_file, read_csv, read_jsonl, read_parquet, read_text
+from neko_lean.data.substitutes import random_answers, refusals
+from neko_lean.data.tokenization import encode, encode_texts, position_warning, truncation_line
+
+__all__ = [
+    "FORMATS",
+    "TASK",
+    "TASKS",
+    "Document",
+    "EncodedExample",
+    "Example",
+    "Record",
+    "count_lost_answers",
+    "csv_cells",
+    "encode",
+    "encode_texts",
+    "is_file",
+    "length_batches",
+    "pad",
+    "paired_batches",
+    "position_warning",
+    "random_answers",
+    "random_batches",
+    "read_anchor",
+    "read_csv",
+    "read_documents",
+    "read_jsonl",
+    "read_parquet",
+    "read_rows",
+    "read_text",
+    "refusals",
+    "refuse_one_file",
+    "truncation_line",
+]

@@ -1,0 +1,49 @@
+"""The processes of one torchrun command: which rank this is, and how the ranks exchange values."""
+
+from neko_lean.distributed.collectives import (
+    all_gather_objects,
+    all_gather_tensors,
+    all_gather_with_grad,
+    all_reduce_max,
+    all_reduce_sum,
+    any_rank,
+    merge_items_of_ranks,
+    raise_on_any_rank,
+    refuse_unseen,
+    run_on_main_and_broadcast,
+    with_process_group,
+)
+from neko_lean.distributed.ranks import (
+    as_single_process,
+    is_main_process,
+    items_of_rank,
+    local_rank,
+    local_world_size,
+    rank,
+    rank_by_rank,
+    rounds,
+    world_size,
+)
+
+__all__ = [
+    "all_gather_objects",
+    "all_gather_tensors",
+    "all_gather_with_grad",
+    "all_reduce_max",
+    "all_reduce_sum",
+    "any_rank",
+    "as_single_process",
+    "is_main_process",
+    "items_of_rank",
+    "local_rank",
+    "local_world_size",
+    "merge_items_of_ranks",
+    "raise_on_any_rank",
+    "rank",
+    "rank_by_rank",
+    "refuse_unseen",
+    "rounds",
+    "run_on_main_and_broadcast",
+    "with_process_group",
+    "world_size",
+]

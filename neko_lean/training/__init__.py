@@ -1,0 +1,26 @@
+"""One training run: batches, losses, the layerwise backward pass, the optimizer, the loop."""
+
+from neko_lean.training.batch import Batch, forget_start, select_hidden, split_across_ranks
+from neko_lean.training.layerwise import LayerPass, decoder_layers, freeze
+from neko_lean.training.levels import with_levels
+from neko_lean.training.loop import Loop
+from neko_lean.training.optimizer import SLICE, UPDATE_BYTES, state_size
+from neko_lean.training.out_of_memory import explained_out_of_memory
+from neko_lean.training.trainer import Trainer
+
+__all__ = [
+    "SLICE",
+    "UPDATE_BYTES",
+    "Batch",
+    "LayerPass",
+    "Loop",
+    "Trainer",
+    "decoder_layers",
+    "explained_out_of_memory",
+    "forget_start",
+    "freeze",
+    "select_hidden",
+    "split_across_ranks",
+    "state_size",
+    "with_levels",
+]

@@ -1,0 +1,165 @@
+"""Losses are weighted sums that do not change with padding, order or grouping."""
+
+import pytest
+import torch
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.objectives.losses import (
+    calibrated,
+    cross_entropy,
+    dpo,
+    gradient_ascent,
+    npo,
+    row_sums,
+    simnpo,
+    teacher_kl,
+    token_weights,
+    undial_teacher,
+    weighted_ascent,
+)
+
+
+def test_reductions_by_hand():
+    row = torch.tensor([3, 3, 3, 7])
+    assert token_weights(row, "tokens").tolist() == [0.25] * 4
+    assert token_weights(row, "positions", 10).tolist() == pytest.approx([0.1] * 4)
+    assert token_weights(row, "rows").tolist() == pytest.approx([1 / 6] * 3 + [1 / 2])
+    assert token_weights(row[:0], "rows").shape == (0,)
+    with pytest.raises(NekoLeanError, match="reduction"):
+        token_weights(row, "sum")
+
+
+@pytest.mark.parametrize("reduction", ["tokens", "rows"])
+def test_order_of_tokens_does_not_matter(reduction):
+    row, logp = torch.tensor([0, 0, 1, 2, 2, 2]), -torch.rand(6)
+    order = torch.randperm(6)
+    one = gradient_ascent(logp, token_weights(row, reduction))
+    two = gradient_ascent(logp[order], token_weights(row[order], reduction))
+    torch.testing.assert_close(one, two)
+
+
+def test_signs_and_values():
+    logp, weights = torch.tensor([-1.0, -3.0]), torch.tensor([0.5, 0.5])
+    assert gradient_ascent(logp, weights).item() == -2.0
+    assert cross_entropy(logp, weights).item() == 2.0
+    assert teacher_kl(-logp, weights).item() == 2.0
+    assert gradient_ascent(logp[:0], weights[:0]).item() == 0.0
+
+
+BETA, GAMMA = 0.3, 0.5
+
+
+def tokens(seed=0):
+    """Log-probabilities of tokens of five rows of different lengths, a reference, and which row each belongs to."""
+    g = torch.Generator().manual_seed(seed)
+    row = torch.repeat_interleave(torch.tensor([4, 0, 7, 2, 9]), torch.tensor([3, 1, 6, 2, 4]))
+    logp = (-4 * torch.rand(len(row), generator=g, dtype=torch.float64)).requires_grad_()
+    return logp, -4 * torch.rand(len(row), generator=g, dtype=torch.float64), row
+
+
+def ours(name, logp, reference, row):
+    weights = token_weights(row, "rows").double()
+    return {
+        "wga": lambda: weighted_ascent(logp, weights, BETA),
+        "npo": lambda: npo(logp, reference, row, BETA),
+        "simnpo": lambda: simnpo(logp, row, BETA, GAMMA),
+        "dpo": lambda: dpo(row_sums(reference - logp, row)[0], row_sums(logp - reference, row)[0], BETA),
+        "calibrated": lambda: calibrated(logp, 1 - reference, row, weights),
+    }[name]()
+
+
+def naive(name, logp, reference, row):
+    """Row by row, as the papers write it."""
+    losses = []
+    for one in set(row.tolist()):
+        own, ref = logp[row == one], reference[row == one]
+        if name == "wga":
+            losses.append((own.detach().exp() ** BETA * own).mean())
+        elif name == "npo":
+            losses.append(-2 / BETA * torch.log(torch.sigmoid(-BETA * (own.sum() - ref.sum()))))
+        elif name == "simnpo":
+            losses.append(-2 / BETA * torch.log(torch.sigmoid(-BETA * own.mean() - GAMMA)))
+        elif name == "dpo":  # of a chosen answer that is as much likelier as the rejected one is less likely
+            losses.append(-1 / BETA * torch.log(torch.sigmoid(-2 * BETA * (own.sum() - ref.sum()))))
+        else:
+            level = 1 - ref
+            surprise = torch.clamp(-torch.log(1 - own.exp()) + torch.log(1 - (-level).exp()), min=0)
+            push = torch.clamp(own + level, min=0) + surprise
+            losses.append(push.mean() + torch.clamp((-own - level).mean(), min=0))
+    return torch.stack(losses).mean()
+
+
+@pytest.mark.parametrize("name", ["wga", "npo", "simnpo", "dpo", "calibrated"])
+def test_objectives_and_gradients_are_the_papers(name):
+    logp, reference, row = tokens()
+    one, two = ours(name, logp, reference, row), naive(name, logp, reference, row)
+    torch.testing.assert_close(one, two, rtol=1e-6, atol=1e-9)
+    (mine,), (theirs,) = (torch.autograd.grad(x, logp) for x in (one, two))
+    torch.testing.assert_close(mine, theirs, rtol=1e-6, atol=1e-9)
+    assert mine.abs().max() > 0
+
+
+@pytest.mark.parametrize("name", ["wga", "npo", "simnpo", "dpo", "calibrated"])
+def test_objectives_do_not_change_with_order_or_split(name):
+    logp, reference, row = tokens(1)
+    whole = ours(name, logp, reference, row)
+    order = torch.randperm(len(row))
+    torch.testing.assert_close(ours(name, logp[order], reference[order], row[order]), whole)
+    # Rows in two parts, weighed by how many rows each has, are the whole.
+    part = row > 3
+    parts = [(ours(name, logp[p], reference[p], row[p]), len(set(row[p].tolist()))) for p in (part, ~part)]
+    torch.testing.assert_close(sum(loss * n for loss, n in parts) / 5, whole)
+
+
+def test_calibrated_ends_at_its_levels():
+    """Gradient descent on the logits of free tokens: each stops where it should, from above and from below."""
+    row, weights = torch.tensor([0, 0, 0, 1, 1, 2]), torch.full((6,), 1 / 6)
+    level = torch.tensor([3.0, 0.1, 6.0, 1.0, 5.0, 2.0])
+    z = torch.tensor([9.0, 9.0, 9.0, 9.0, 9.0, -12.0], requires_grad=True)
+    sgd = torch.optim.Adam([z], lr=0.05)
+    for step in range(3000):
+        sgd.param_groups[0]["lr"] = 0.05 * (1 - step / 3000)
+        sgd.zero_grad()
+        loss = calibrated(torch.nn.functional.logsigmoid(z), level, row, weights)
+        loss.backward()
+        sgd.step()
+    assert loss.item() < 1e-2
+    reached = -torch.nn.functional.logsigmoid(z).detach()
+    torch.testing.assert_close(reached, level, rtol=0.05, atol=0.05)
+
+
+def test_bounds_and_limits():
+    logp, reference, row = tokens(2)
+    level, of_row, weights = torch.full((4,), 2.0), torch.zeros(4, dtype=torch.int64), torch.full((4,), 0.25)
+    assert calibrated(-level, level, of_row, weights).item() == pytest.approx(0, abs=1e-6)
+    assert calibrated(-level - 3, level, of_row, weights).item() == pytest.approx(3, rel=1e-5)
+    # A token that the model is sure of is pushed harder, and even a probability of 1 gives numbers.
+    sure = torch.tensor([-0.01, -1.0, 0.0], requires_grad=True)
+    loss = calibrated(sure, level[:3], of_row[:3], torch.ones(3))
+    slope = torch.autograd.grad(loss, sure)[0]
+    assert slope[0] > 50 * slope[1] and slope.isfinite().all()
+    # NPO's gradient is that of ascent on the sums as beta goes to 0, but for a factor of the rows' number.
+    (small,) = torch.autograd.grad(npo(logp, reference, row, 1e-9), logp)
+    torch.testing.assert_close(small, torch.full_like(small, 1 / 5))
+    empty = logp[:0], reference[:0], row[:0]
+    assert all(ours(name, *empty) == 0 for name in ("wga", "npo", "simnpo", "dpo", "calibrated"))
+    sums, count = row_sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([5, 3, 5]))
+    assert sums.tolist() == [2.0, 5.0] and count.tolist() == [1, 2]
+
+
+@pytest.mark.parametrize("strength", [0.5, 10.0])
+def test_undial_teacher_is_the_softmax_with_the_target_pushed_down(strength):
+    """Against all logits: with every entry kept, and with the target in or outside the top k."""
+    torch.manual_seed(0)
+    z, target = 3 * torch.randn(12, 9, dtype=torch.float64), torch.arange(12) % 9
+    p = z.log_softmax(1)
+    wanted = (z - strength * torch.nn.functional.one_hot(target, 9)).log_softmax(1)
+    reference = p.gather(1, target[:, None]).squeeze(1)
+    for k in (9, 3):
+        logp, ids = p.topk(k, dim=1)
+        rest = torch.ones_like(z, dtype=torch.bool).scatter_(1, ids, False)
+        tail = p.masked_fill(~rest, -torch.inf).logsumexp(1)
+        got_ids, got, got_tail = undial_teacher(ids, logp, tail, target, reference, strength)
+        assert torch.equal(got_ids, ids)
+        torch.testing.assert_close(got, wanted.gather(1, ids))
+        torch.testing.assert_close(got_tail, wanted.masked_fill(~rest, -torch.inf).logsumexp(1))

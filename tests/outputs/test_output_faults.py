@@ -1,0 +1,503 @@
+"""The fault matrix of outputs: every command that writes, in every place where it must not, or cannot, or not yet.
+
+What is checked each time: exit code 2 and one sentence, everything of the user's as it was, and a finished or half-done
+result that is still there and completes with --resume.
+"""
+
+import errno
+import json
+import os
+import shutil
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+from tests.test_resume import Killed, kill_at, result
+from typer.testing import CliRunner
+
+from neko_lean.cache import writer
+from neko_lean.checkpoints import run_folder as training
+from neko_lean.cli import app
+from neko_lean.outputs import place as place_module
+from neko_lean.outputs.lock import locked
+from neko_lean.outputs.place import claim_folder
+from neko_lean.scoring import measure
+from neko_lean.scoring import run as run_module
+from neko_lean.scoring import score_folder as scoring
+
+COMMANDS = ("cache-teacher", "unlearn", "memorize", "score")
+ALL = (*COMMANDS, "demo")
+MODULE = {"cache-teacher": writer, "unlearn": training, "memorize": training, "score": scoring}
+STAGE = {"cache-teacher": "partial", "unlearn": "saved", "memorize": "saved", "score": "partial", "demo": "demo"}
+SMALL = ("--set", "forget_rows=4", "--set", "retain_rows=4", "--max-steps", 2)
+
+
+@pytest.fixture
+def arguments(world, model, cache, monkeypatch):
+    """A short run of each command, without its --out."""
+    monkeypatch.setattr(writer, "SHARD_POSITIONS", 100)
+    return {
+        "cache-teacher": (model, world, "--batch-tokens", 256, "--dtype", "float32"),
+        "unlearn": (model, "--forget", world, "--retain", world, "--cache", cache, "--recipe", "neko", *SMALL),
+        "memorize": (model, "--data", world, "--set", "retain_rows=8", "--max-steps", 2),
+        "score": (model, "--data", world, "--max-new-tokens", 2, "--batch-size", 8),
+        "demo": ("--data", world, "--max-steps", 1),
+    }
+
+
+@pytest.fixture
+def run(arguments):
+    def run(command, out, *more):
+        given = [command, *arguments[command], "--out", out, "--quiet", *more]
+        return CliRunner().invoke(app, [str(one) for one in given])
+
+    return run
+
+
+def refused(found, *words):
+    """Exit code 2 and one sentence with these words."""
+    assert found.exit_code == 2, (found.output, found.exception)
+    errors = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in found.stderr and found.stdout == ""
+    for word in words:
+        assert word in errors[0], errors[0]
+    return errors[0]
+
+
+def tree(folder):
+    """Everything in a folder: names, contents, where links lead."""
+    return {
+        str(path.relative_to(folder)): os.readlink(path)  # noqa: PTH115
+        if path.is_symlink()
+        else path.read_bytes()
+        if path.is_file()
+        else None
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+def interrupt(command, run, out, monkeypatch, *more):
+    """Cut a run off with something in its stage to continue from."""
+    with monkeypatch.context() as patch:
+        if command == "cache-teacher":
+            write, count = writer.write_atomically, []
+
+            def dying(path, data):
+                write(path, data)
+                count.append(path)
+                if len(count) == 6:
+                    raise Killed
+
+            patch.setattr(writer, "write_atomically", dying)
+        elif command == "score":
+            add = measure.add_generations
+
+            def dying_later(*given):
+                add(*given)
+                raise Killed
+
+            patch.setattr(measure, "add_generations", dying_later)
+        else:
+            kill_at(patch, 2)
+        with pytest.raises(Killed):
+            run(command, out, *more, *(("--save-every", 1) if STAGE[command] == "saved" else ()))
+    stage = out.with_name(f".{out.name}.{STAGE[command]}")
+    assert stage.is_dir()
+    return stage
+
+
+def same_result(command, one, two):
+    if STAGE[command] == "saved":
+        return result(one) == result(two)
+    if command == "cache-teacher":
+        return tree(one) == tree(two)
+    scores = [json.loads((folder / "scores.json").read_text()) for folder in (one, two)]
+    for found in scores:
+        del found["wall_seconds"], found["peak_memory"]
+    return scores[0] == scores[1] and tree(one)["generations.jsonl"] == tree(two)["generations.jsonl"]
+
+
+# Before any work
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_a_folder_of_the_users_is_never_replaced(run, tmp_path, command):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.txt").write_text("all of it")
+    (mine / "forget.jsonl").write_text("{}")
+    before = tree(tmp_path)
+    refused(run(command, mine), "already holds something")
+    refused(run(command, mine, "--overwrite"), "replaces only folders that neko-lean wrote")
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_an_output_is_no_input(run, arguments, world, model, cache, tmp_path, command, monkeypatch):
+    """Its own data, its own model, a folder above them, by another spelling, through a link."""
+    root = tmp_path / "a"
+    for name, source in (("data", world), ("model", model), ("cache", cache)):
+        shutil.copytree(source, root / name)
+        (root / name / "scores.json").write_text('{"cells": {}, "verdict": []}')  # as if it were ours
+    moved = {str(world): root / "data", str(model): root / "model", str(cache): root / "cache"}
+    arguments[command] = tuple(moved.get(str(one), one) for one in arguments[command])
+    (tmp_path / "link").symlink_to(root / "data")
+    (tmp_path / "up").symlink_to(root)
+    monkeypatch.chdir(tmp_path)
+    before = tree(root)
+    inputs = ["data"] if command == "demo" else ["data", "model", *(["cache"] if command == "unlearn" else [])]
+    places = [root / name for name in inputs] + [root, "a", "link", "up/data", "a/../a/data", "a/data/"]
+    for place in places:
+        refused(run(command, place, "--overwrite"), "an input of this run")
+    assert tree(root) == before and sorted(path.name for path in tmp_path.iterdir()) == ["a", "link", "up"]
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_a_place_that_nothing_can_be_moved_to_is_refused_before_any_work(run, tmp_path, command, monkeypatch):
+    (tmp_path / "volume").mkdir()
+    (tmp_path / "file").touch()
+    (tmp_path / "round").symlink_to(tmp_path / "round")
+    (tmp_path / "mountinfo").write_text(f"36 35 98:0 / {tmp_path}/volume rw - ext4 /dev/sda rw\n")
+    monkeypatch.setattr(place_module, "_MOUNTS", tmp_path / "mountinfo")
+    before = tree(tmp_path)
+    for place, words in (
+        (tmp_path / "volume", "is a mount point"),
+        (tmp_path / ("x" * 250), "choose a shorter --out"),
+        (tmp_path / ("x" * 300), "choose a shorter --out"),
+        (tmp_path / "file", "is a file"),
+        (tmp_path / "file" / "out", "is a file"),
+        (tmp_path / "round", "link"),
+        ("/", "root of the file system"),
+    ):
+        refused(run(command, place), words)
+    assert tree(tmp_path) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_link_to_where_nothing_is_yet_is_followed_once(run, tmp_path, command):
+    (tmp_path / "link").symlink_to(tmp_path / "deep" / "new")
+    found = run(command, tmp_path / "link")
+    assert found.exit_code == 0, found.output
+    assert (tmp_path / "link").is_symlink() and any((tmp_path / "deep" / "new").iterdir())
+    assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("command", ALL)
+def test_another_process_has_the_output(run, tmp_path, command):
+    with locked(claim_folder(tmp_path / "out", STAGE[command], [])):
+        for more in ((), ("--overwrite",), *([("--resume",)] if command != "demo" else [])):
+            refused(run(command, tmp_path / "out", *more), "another process is writing", "choose another --out")
+        assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
+
+
+# At the end
+
+
+@pytest.mark.parametrize("fault", ["a folder appears", "a file appears", "a busy place"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_finished_result_outlives_its_last_move(run, tmp_path, command, fault, monkeypatch):
+    out, kept, publish = tmp_path / "out", [], MODULE[command].publish
+
+    def hindered(stage, output):
+        kept.append(stage)
+        if fault == "a busy place":
+            rename = Path.rename
+
+            def busy(self, target):
+                if self == stage:
+                    raise OSError(errno.EBUSY, os.strerror(errno.EBUSY), str(self))
+                return rename(self, target)
+
+            with monkeypatch.context() as patch:
+                patch.setattr(Path, "rename", busy)
+                publish(stage, output)
+        elif fault == "a file appears":
+            out.write_text("mine")
+        else:
+            out.mkdir()
+            (out / "thesis.txt").write_text("mine")
+        publish(stage, output)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(MODULE[command], "publish", hindered)
+        more = ("--overwrite",) if fault == "a folder appears" else ()
+        refused(run(command, out, *more), "the result is complete", f"it is in {kept[0] if kept else out.parent}")
+    assert any(kept[0].iterdir())
+    if fault != "a busy place":
+        assert "mine" in (out if out.is_file() else out / "thesis.txt").read_text()
+        shutil.rmtree(out) if out.is_dir() else out.unlink()
+    again = run(command, out, "--resume")
+    assert again.exit_code == 0, again.output
+    assert run(command, tmp_path / "whole").exit_code == 0
+    assert same_result(command, out, tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+    # Once more there is nothing to do, and nothing changes.
+    before = tree(out)
+    assert run(command, out, "--resume").exit_code == 0 and tree(out) == before
+
+
+# What a run left when it was cut off
+
+OTHER = {
+    "cache-teacher": (("--top-k", 5), "another top_k"),
+    "unlearn": (("--seed", 5), "another seed (0, now 5)"),
+    "memorize": (("--seed", 5), "another seed (0, now 5)"),
+    "score": (("--max-new-tokens", 3), "another max_new_tokens"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_resume_with_another_option_deletes_nothing(run, tmp_path, command, monkeypatch):
+    out = tmp_path / "out"
+    stage = interrupt(command, run, out, monkeypatch)
+    before = tree(stage)
+    option, words = OTHER[command]
+    refused(run(command, out, "--resume", *option), words, "start anew with --overwrite")
+    assert tree(stage) == before
+    refused(run(command, out), "--resume")
+    assert tree(stage) == before
+    assert run(command, out, "--resume").exit_code == 0
+    assert run(command, tmp_path / "whole").exit_code == 0
+    assert same_result(command, out, tmp_path / "whole")
+
+
+def die(*_):
+    raise Killed
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_finished_result_is_not_cleared_by_another_run(run, tmp_path, command, monkeypatch):
+    """It was killed just before its last move: neither other options nor another command may take it for rubbish."""
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        patch.setattr(MODULE[command], "publish", die)
+        with pytest.raises(Killed):
+            run(command, out)
+    stage = tmp_path / f".out.{STAGE[command]}"
+    before = tree(stage)
+    other = {"cache-teacher": "score", "score": "cache-teacher", "unlearn": "memorize", "memorize": "unlearn"}[command]
+    refused(run(other, out, "--resume"), str(stage), "start anew with --overwrite")
+    assert tree(stage) == before
+    refused(run(command, out, "--resume", *OTHER[command][0]), str(stage), "start anew with --overwrite")
+    assert tree(stage) == before
+    assert run(command, out, "--resume").exit_code == 0
+    assert run(command, tmp_path / "whole").exit_code == 0
+    assert same_result(command, out, tmp_path / "whole")
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_run_that_replaces_an_output_can_be_resumed(run, tmp_path, command, monkeypatch):
+    out = tmp_path / "out"
+    assert run(command, out, *OTHER[command][0]).exit_code == 0
+    interrupt(command, run, out, monkeypatch, "--overwrite")
+    assert run(command, out, "--resume", "--overwrite").exit_code == 0
+    assert run(command, tmp_path / "whole").exit_code == 0
+    assert same_result(command, out, tmp_path / "whole")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_a_run_left_that_began_a_complete_output_again_goes(run, tmp_path, command, monkeypatch):
+    out = tmp_path / "out"
+    assert run(command, out).exit_code == 0
+    stage, before = interrupt(command, run, out, monkeypatch, "--overwrite"), tree(out)
+    assert run(command, out, "--resume").exit_code == 0
+    assert not stage.exists() and tree(out) == before
+    # Another run's stays.
+    interrupt(command, run, out, monkeypatch, "--overwrite", *OTHER[command][0])
+    assert run(command, out, "--resume").exit_code == 0
+    assert stage.exists() and tree(out) == before
+
+
+@pytest.mark.parametrize("change", [(), ("--top-k", 5)])
+def test_a_cache_that_was_completed_meanwhile_is_not_made_again(run, tmp_path, monkeypatch, change):
+    out, locked_, others = tmp_path / "out", writer.locked, []
+
+    @contextmanager
+    def late(output):
+        others.append(output)
+        if len(others) == 2:  # the first time it only looks
+            assert run("cache-teacher", out, *change).exit_code == 0
+            monkeypatch.setattr(writer, "_write_shards", die)
+        with locked_(output):
+            yield
+
+    monkeypatch.setattr(writer, "locked", late)
+    found = run("cache-teacher", out, "--resume")
+    if change:
+        refused(found, "another top_k")
+    else:
+        assert found.exit_code == 0, found.output
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+
+
+def test_a_cache_tells_its_own_numbers_and_not_the_next_ones(arguments, tmp_path, monkeypatch, run):
+    """Another run replaces the output as soon as the lock is free."""
+    out, locked_, others = tmp_path / "out", writer.locked, []
+
+    @contextmanager
+    def then_another(output):
+        with locked_(output):
+            yield
+        if out.exists() and not others:
+            others.append(output)
+            assert run("cache-teacher", out, "--top-k", 5, "--overwrite").exit_code == 0
+
+    monkeypatch.setattr(writer, "locked", then_another)
+    model, world, *_ = arguments["cache-teacher"]
+    assert writer.cache_teacher(model, world, out, dtype="float32", quiet=True).top_k == 64
+    assert others and json.loads((out / "manifest.json").read_text())["top_k"] == 5
+
+
+@pytest.mark.parametrize("again", [(), ("--resume",)])
+def test_official_results_are_of_this_score_and_not_of_the_next(run, tmp_path, monkeypatch, again):
+    """Another run replaces the score before its official results are written."""
+    out, official, wanted = tmp_path / "out", tmp_path / "official.json", tmp_path / "wanted.json"
+    assert run("score", tmp_path / "whole", "--official", wanted).exit_code == 0
+    if again:
+        assert run("score", out).exit_code == 0
+    for name in ("finished_score", "unfinished"):
+        original = getattr(run_module, name)
+        monkeypatch.setattr(run_module, name, followed_by(original, lambda: replace_lines(out)))
+    found = run("score", out, "--official", official, *again)
+    if found.exit_code == 0:
+        assert json.loads(official.read_text()) == json.loads(wanted.read_text())
+    else:
+        refused(found, "was replaced by another run")
+        assert not official.exists()
+
+
+def replace_lines(out):
+    """What another run with other options leaves, with other points."""
+    if (out / "scores.json").is_file():
+        scores = json.loads((out / "scores.json").read_text())
+        (out / "scores.json").write_text(json.dumps({**scores, "made_from": "another"}))
+        lines = [json.loads(line) for line in (out / "generations.jsonl").read_text().splitlines()]
+        lines = [{**line, "score": 1 - line["score"]} for line in lines]
+        (out / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def followed_by(original, then):
+    """A function, or a context manager, after which something else happens."""
+
+    def wrapped(*arguments, **options):
+        found = original(*arguments, **options)
+        if not hasattr(found, "__enter__"):
+            then()
+            return found
+        return leaving(found, then)
+
+    return wrapped
+
+
+@contextmanager
+def leaving(manager, then):
+    with manager as found:
+        yield found
+    then()
+
+
+@pytest.mark.parametrize("option", ["--resume", "--overwrite"])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_what_is_not_ours_in_a_stage_is_left_alone(run, tmp_path, command, option, monkeypatch):
+    out = tmp_path / "out"
+    stage = interrupt(command, run, out, monkeypatch)
+    (stage / "thesis.txt").write_text("all of it")
+    before = tree(stage)
+    refused(run(command, out, option), "holds thesis.txt, which neko-lean did not write")
+    assert tree(stage) == before
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_no_link_in_a_stage_is_followed(run, tmp_path, command, monkeypatch):
+    """Each file and folder of a stage, put elsewhere and linked; the stage itself; its lock."""
+    out, away = tmp_path / "out", tmp_path / "away"
+    stage = interrupt(command, run, out, monkeypatch)
+    for number, name in enumerate(sorted(path.name for path in stage.iterdir())):
+        elsewhere = tmp_path / f"elsewhere{number}"
+        (stage / name).rename(elsewhere)
+        (stage / name).symlink_to(elsewhere)
+        for path in (elsewhere, *elsewhere.rglob("*")):
+            path.touch()
+        before = tree(tmp_path)
+        for option in ("--resume", "--overwrite"):
+            refused(run(command, out, option), "is a link")
+        assert tree(tmp_path) == before, name
+        (stage / name).unlink()
+        elsewhere.rename(stage / name)
+    stage.rename(away)
+    stage.symlink_to(away)
+    before = tree(away)
+    for option in ("--resume", "--overwrite"):
+        refused(run(command, out, option), "is a link")
+    assert tree(away) == before
+    stage.unlink()
+    away.rename(stage)
+    (tmp_path / "theirs").write_text("all of it")
+    (tmp_path / ".out.lock").symlink_to(tmp_path / "theirs")
+    refused(run(command, out, "--resume"), "is a link")
+    assert (tmp_path / "theirs").read_text() == "all of it"
+    (tmp_path / ".out.lock").unlink()
+    assert run(command, out, "--resume").exit_code == 0
+
+
+@pytest.mark.parametrize("name", ["generations.jsonl", "plan.json"])
+def test_a_hard_link_in_a_scores_stage_shares_nothing(run, tmp_path, name, monkeypatch):
+    out = tmp_path / "out"
+    stage = interrupt("score", run, out, monkeypatch)
+    os.link(stage / name, tmp_path / "mine")
+    before = (tmp_path / "mine").read_bytes()
+    assert run("score", out, "--resume").exit_code == 0
+    assert (tmp_path / "mine").read_bytes() == before
+
+
+# What the operating system says
+
+
+@pytest.mark.parametrize("code", [errno.EIO, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.ESTALE, errno.ENOENT])
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_error_while_writing_is_one_sentence(run, tmp_path, command, code, monkeypatch):
+    def failing(file):
+        raise OSError(code, os.strerror(code))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", failing)
+        said = refused(run(command, tmp_path / "out"), str(tmp_path / "out"))
+    assert os.strerror(code) in said or "No space left" in said or "quota" in said
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_parent_that_vanishes_is_one_sentence(run, tmp_path, command, monkeypatch):
+    parent, publish = tmp_path / "parent", MODULE[command].publish
+
+    def vanishing(stage, output):
+        shutil.rmtree(parent)
+        publish(stage, output)
+
+    monkeypatch.setattr(MODULE[command], "publish", vanishing)
+    refused(run(command, parent / "out"), "No such file or directory")
+
+
+def test_what_score_and_report_write_besides_is_checked_before_the_work(run, tmp_path):
+    (tmp_path / "theirs.json").write_text("{}")
+    out = tmp_path / "out"
+    for official, words in (
+        (tmp_path / "theirs.json", "already exists"),
+        (tmp_path, "is a folder"),
+        (tmp_path / "theirs.json" / "x", "is a file"),
+        (tmp_path / ("x" * 300), "shorter"),
+        (out / "scores.json", "score itself writes"),
+    ):
+        refused(run("score", out, "--official", official), words)
+    refused(run("score", out, "--official", tmp_path / "theirs.json", "--overwrite"), "was not written by neko-lean")
+    assert not out.exists() and (tmp_path / "theirs.json").read_text() == "{}"
+    found = run("score", out, "--official", out / "official.json")
+    assert found.exit_code == 0, found.output
+    assert "aggregated-terms" in json.loads((out / "official.json").read_text())
+    (out / "official.json").unlink()
+    # A run that was killed before it wrote this file writes it when it is resumed.
+    assert run("score", out, "--official", tmp_path / "official.json", "--resume").exit_code == 0
+    assert (tmp_path / "official.json").is_file() and run("score", out, "--overwrite").exit_code == 0
+    report = CliRunner().invoke(app, ["report", str(out), "--out", str(tmp_path / "theirs.json"), "--overwrite"])
+    refused(report, "was not written by neko-lean")

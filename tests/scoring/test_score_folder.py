@@ -1,0 +1,88 @@
+"""A score that was cut off goes on from what it had generated, and only with the same question."""
+
+import json
+
+import pytest
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.outputs.place import claim_folder
+from neko_lean.scoring.generation import Generation
+from neko_lean.scoring.score_folder import GENERATIONS, PLAN, add_generations, open_score_folder, read_generations
+
+PLANNED = {"model": "abc", "rows": ["forget 1", "retain 2"], "max_new_tokens": 8}
+ONE, TWO = Generation("it ünd\n so", "it", "eos"), Generation("", "", "limit")
+
+
+def begun(out, plan=PLANNED, *, resume=False, overwrite=False):
+    output = claim_folder(out, "partial", [], overwrite=overwrite, resume=resume)
+    return open_score_folder(output, plan, resume=resume, quiet=True)
+
+
+def cut_off(out, *batches):
+    with pytest.raises(KeyboardInterrupt), begun(out) as stage:
+        for batch in batches:
+            add_generations(stage, batch)
+        raise KeyboardInterrupt
+    return out.parent / f".{out.name}.partial"
+
+
+def test_what_was_generated_is_kept_and_read_again(tmp_path):
+    stage = cut_off(tmp_path / "out", [(1, ONE)], [(0, TWO)])
+    assert stage.is_dir() and not (tmp_path / "out").exists()
+    (stage / "relearn").mkdir()  # an attack's, of a process that was killed
+    with begun(tmp_path / "out", resume=True) as again:
+        assert again == stage and read_generations(stage) == {1: ONE, 0: TWO}
+    assert not stage.exists() and sorted(p.name for p in (tmp_path / "out").iterdir()) == [GENERATIONS]
+
+
+def test_every_torn_end_of_the_file_is_dropped(tmp_path):
+    stage = cut_off(tmp_path / "out", [(1, ONE)], [(0, TWO)])
+    whole = (stage / GENERATIONS).read_bytes()
+    first = whole.index(b"\n") + 1
+    for end in range(len(whole) + 1):
+        (stage / GENERATIONS).write_bytes(whole[:end])
+        found = read_generations(stage)
+        assert found == ({} if end < first else {1: ONE} if end < len(whole) else {1: ONE, 0: TWO})
+        assert (stage / GENERATIONS).stat().st_size == (0 if end < first else first if end < len(whole) else end)
+        add_generations(stage, [(2, TWO)])
+        assert read_generations(stage)[2] == TWO
+
+
+def test_another_question_is_refused_by_name(tmp_path):
+    stage = cut_off(tmp_path / "out", [(1, ONE)])
+    with (
+        pytest.raises(NekoLeanError, match=r"another max_new_tokens, model: "),
+        begun(tmp_path / "out", {**PLANNED, "model": "x", "max_new_tokens": 9}, resume=True),
+    ):
+        pass
+    assert read_generations(stage) == {1: ONE}
+    with (
+        pytest.raises(NekoLeanError, match=r"--resume"),
+        begun(tmp_path / "out"),
+    ):
+        pass
+    with begun(tmp_path / "out", overwrite=True) as fresh:
+        assert read_generations(fresh) == {}
+
+
+def test_nothing_generated_leaves_nothing_behind(tmp_path):
+    assert not cut_off(tmp_path / "out").exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_killed_while_the_plan_was_written(tmp_path):
+    stage = tmp_path / ".out.partial"
+    stage.mkdir()
+    (stage / f".{PLAN}.123.tmp").write_text('{"model": ')
+    with begun(tmp_path / "out", resume=True) as again:
+        assert json.loads((again / PLAN).read_text()) == PLANNED
+        assert [path.name for path in again.iterdir()] == [PLAN]
+
+
+@pytest.mark.parametrize("plan", [None, b'{"model": ', b"[]", b"\xff"])
+def test_generations_without_a_readable_plan_are_refused_and_stay(tmp_path, plan):
+    stage = cut_off(tmp_path / "out", [(1, ONE)])
+    (stage / PLAN).unlink() if plan is None else (stage / PLAN).write_bytes(plan)
+    with pytest.raises(NekoLeanError, match="start anew with --overwrite"), begun(tmp_path / "out", resume=True):
+        pass
+    assert read_generations(stage) == {1: ONE}

@@ -1,0 +1,65 @@
+"""Schedules: every forget row gets its turn, in the order that the recipe names."""
+
+import math
+import random
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from neko_lean.recipes import load_recipe
+from neko_lean.training.schedules import Phase, batches, learning_rate, phases
+
+FORGET, RETAIN = [30, 20, 40, 10, 25, 35, 15], [20] * 12
+
+
+def recipe(**change):
+    given = {"forget_rows": 2, "retain_rows": 4, "max_steps": 0, **change}
+    if not given["max_steps"] or given.get("order") == "chunks":
+        given["epochs"] = 3.0
+    return load_recipe("neko", given)
+
+
+def test_learning_rate_warms_up_and_falls():
+    rates = [learning_rate(recipe(lr=1.0, warmup=0.4), step, 10) for step in range(1, 11)]
+    assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0]) and rates[-1] == pytest.approx(1 / 6)
+
+
+def test_together_is_one_phase_of_the_larger_sets_epochs():
+    (phase,) = phases(recipe(), FORGET, RETAIN, random.Random(0))
+    assert phase == Phase(list(range(7)), 3 * 4)
+    (phase,) = phases(recipe(max_steps=5), FORGET, RETAIN, random.Random(0))
+    assert phase.steps == 5
+    (phase,) = phases(recipe(order="alternating"), FORGET, RETAIN, random.Random(0))
+    assert phase.steps == 3 * 4 * 2
+
+
+@given(rows=st.integers(1, 40), chunk=st.integers(1, 12), most=st.integers(0, 60))
+def test_chunks_cover_the_forget_set_once(rows, chunk, most):
+    chosen = recipe(order="chunks", chunk_rows=chunk, max_steps=most)
+    found = phases(chosen, [20] * rows, RETAIN, random.Random(1))
+    if most:
+        assert sum(phase.steps for phase in found) <= most
+    else:
+        assert sorted(n for phase in found for n in phase.forget) == list(range(rows))
+        assert all(phase.steps == 3 * math.ceil(len(phase.forget) / 2) for phase in found)
+
+
+def test_a_chunks_steps_take_its_rows_and_all_of_retain():
+    chosen = recipe(order="chunks", chunk_rows=3)
+    phase = phases(chosen, FORGET, RETAIN, random.Random(0))[1]
+    steps = list(islice(batches(chosen, phase, FORGET, RETAIN, random.Random(0)), 30))
+    assert {n for forget, _ in steps for n in forget} == set(phase.forget)
+    assert {n for _, retain in steps for n in retain} == set(range(12))
+    assert all(forget and retain for forget, retain in steps)
+
+
+def test_alternating_gives_one_set_a_step():
+    chosen = recipe(order="alternating")
+    (phase,) = phases(chosen, FORGET, RETAIN, random.Random(0))
+    steps = list(islice(batches(chosen, phase, FORGET, RETAIN, random.Random(0)), phase.steps))
+    assert [bool(forget) for forget, _ in steps] == [True, False] * (phase.steps // 2)
+    assert all(bool(forget) != bool(retain) for forget, retain in steps)
+    seen = [n for forget, _ in steps for n in forget]
+    assert all(seen.count(n) >= 3 for n in range(7))
