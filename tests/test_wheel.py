@@ -54,12 +54,12 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
 
 
 @pytest.mark.slow
-def test_the_installed_wheel_runs_the_demo(installed, tmp_path):
+def test_the_installed_wheel_runs_the_demo(installed, world, tmp_path):
+    """On the small data set of the tests, from an empty folder, so that nothing of the checkout is imported."""
     home = python(installed, tmp_path, "-c", "import neko_lean; print(neko_lean.__file__)").strip()
     assert home == str(installed / "neko_lean" / "__init__.py")
 
-    demo = python(
-        installed, tmp_path, "-m", "neko_lean", "demo", "--out", "out", "--max-steps", "1", "--json", "--quiet"
-    )
-    assert set(json.loads(demo)["scores"]) == {"before", "calibrated", "neko"}
+    demo = ["demo", "--data", str(world), "--out", "out", "--max-steps", "1", "--json", "--quiet"]
+    result = json.loads(python(installed, tmp_path, "-m", "neko_lean", *demo))
+    assert set(result["scores"]) == {"before", "calibrated", "neko"}
     assert (tmp_path / "out" / "report.html").is_file()
