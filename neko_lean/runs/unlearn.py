@@ -383,7 +383,7 @@ def _substitutes(
     """What the recipe puts in the place of each forget row's answer."""
     if recipe.substitute == "none":
         return None
-    rows, others = [one.row for one in forget], [one.row for one in retain]
+    rows, others = [one.example for one in forget], [one.example for one in retain]
     chosen = refusals(rows) if recipe.substitute == "refusal" else random_answers(rows, others, seed)
     return encode(chosen, tokenizer, recipe.format, limit)
 

@@ -116,7 +116,7 @@ class Loop:
             "seed": self.seed,
             "forget_rows": len(trainer.forget),
             "retain_rows": len(trainer.retain),
-            "rows_truncated": sum(one.cut > 0 for one in [*trainer.forget, *trainer.retain]),
+            "rows_truncated": sum(one.num_truncated > 0 for one in [*trainer.forget, *trainer.retain]),
             "steps": state.step,
             "weights_of_step": of_step if self.output else state.step,
             "ended": ended,
