@@ -39,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int, when: str) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} {when}")
         self.number = number
-        self.kept: str | None = None
+        self.saved_state: str | None = None
 
 
 class PartialStepError(Exception):

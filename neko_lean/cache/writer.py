@@ -30,13 +30,13 @@ from neko_lean.data import (
     read_anchor,
     read_rows,
     refusals,
-    truncation_line,
+    truncation_summary,
 )
 from neko_lean.distributed import (
     is_main_process,
     items_of_rank,
     raise_on_any_rank,
-    refuse_unseen,
+    require_shared_folder,
     run_on_main_and_broadcast,
     with_process_group,
 )
@@ -192,7 +192,7 @@ def cache_teacher(
     )
     plan = checked(plan)
     everything = [*sets["shard"], *sets["forget"]]
-    log_line(truncation_line(everything, limit), quiet)
+    log_line(truncation_summary(everything, limit), quiet)
     if warning := position_warning(everything, limit, max_length):
         log_line(warning)
     with _stage(output, plan, resume) as stage:
@@ -320,7 +320,7 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None
         if run_on_main_and_broadcast(begin):
             yield None
             return
-        refuse_unseen(stage)
+        require_shared_folder(stage)
         held.enter_context(working_in(stage))
         try:
             yield stage

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from neko_lean.data.readers import Record, is_file, read_csv, read_jsonl, read_parquet
 
 
-def refuse_one_file(data: str | Path, option: str, sets: Sequence[str], split: str | None) -> None:
+def require_folder(data: str | Path, option: str, sets: Sequence[str], split: str | None) -> None:
     """Raise NekoLeanError where `data` is a file: it would be read for every set, whatever its name and `split`."""
     if Path(data).is_file() and (len(sets) > 1 or split is not None):
         raise NekoLeanError(

@@ -140,7 +140,7 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
     return whole[len(lead) :] if whole[: len(lead)] == lead else alone
 
 
-def truncation_line(encoded: Sequence[EncodedExample], max_length: int) -> str:
+def truncation_summary(encoded: Sequence[EncodedExample], max_length: int) -> str:
     """How many rows the length limit cut, in words."""
     cut = sum(e.num_truncated > 0 for e in encoded)
     return (
@@ -155,6 +155,6 @@ def position_warning(encoded: Sequence[EncodedExample], limit: int, max_length: 
     """
     if limit >= max_length or not any(one.num_truncated for one in encoded):
         return None
-    return f"warning: the model has {limit} positions, fewer than the {max_length} asked for: " + truncation_line(
+    return f"warning: the model has {limit} positions, fewer than the {max_length} asked for: " + truncation_summary(
         encoded, limit
     )

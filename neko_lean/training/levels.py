@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import numpy as np
 
-from neko_lean.data import TASK, EncodedExample
+from neko_lean.data import ANCHOR_TASK, EncodedExample
 from neko_lean.errors import NekoLeanError
 
 ORDERS = (1, 2, 3)  # tokens of context, the token itself among them, that an estimate looks at
@@ -76,7 +76,7 @@ def with_levels(
         by_task[anchor[number].example.task].append(number)
     leveled: dict[int, EncodedExample] = {}
     for task in sorted({one.example.task for one in forget}):
-        pool = by_task.get(task) or by_task.get(TASK) or usable
+        pool = by_task.get(task) or by_task.get(ANCHOR_TASK) or usable
         rows = {n: one for n, one in enumerate(forget) if one.example.task == task}
         leveled |= _of_task(rows, [anchor[i] for i in pool], [losses[i] for i in pool])
     return [leveled[n] for n in range(len(forget))]

@@ -32,7 +32,7 @@ from neko_lean.checkpoints import (
 )
 from neko_lean.distributed import all_reduce_max, is_main_process
 from neko_lean.errors import Interrupted, NekoLeanError, NonFiniteError, PartialStepError
-from neko_lean.jsonio import or_null
+from neko_lean.jsonio import nan_to_null
 from neko_lean.models import CausalLM, peak_memory, reset_peak, save_checkpoint
 from neko_lean.outputs import MANIFEST, no_follow, write_in_place
 from neko_lean.recipes import Recipe
@@ -272,7 +272,7 @@ class Loop:
         line["wait_seconds"] = waited
         line["seconds"] = time.monotonic() - start
         line["peak_memory"] = peak_memory(self.device)
-        metrics.write(json.dumps(or_null(line), allow_nan=False) + "\n")
+        metrics.write(json.dumps(nan_to_null(line), allow_nan=False) + "\n")
         metrics.flush()
         return values
 
