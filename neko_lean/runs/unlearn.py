@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neko_lean.cache import TeacherCache, cache_teacher
+from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
 from neko_lean.checkpoints import digests, finished_run, handle_signals, open_run_folder, rows_digest, versions
 from neko_lean.data import (
     EncodedExample,
@@ -53,6 +53,7 @@ from neko_lean.models import (
     warn_emulated_bfloat16,
     weights_fingerprint,
 )
+from neko_lean.options import OutputOptions
 from neko_lean.outputs import MANIFEST, RUN, claim_folder, explained_write_errors, file_sha256, write_atomically
 from neko_lean.recipes import (
     DEFAULT,
@@ -174,13 +175,13 @@ def unlearn(
                 work.cache,
                 anchor=anchor,
                 forget=forget if chosen.forget_objective in NEED_FORGET_CACHE else None,
-                format=chosen.format,
-                max_length=chosen.max_length,
-                batch_tokens=chosen.batch_tokens,
-                device=device,
-                dtype=chosen.dtype,
-                resume=resume,
-                quiet=quiet,
+                cache=CacheOptions(
+                    format=chosen.format,
+                    max_length=chosen.max_length,
+                    batch_tokens=chosen.batch_tokens,
+                    dtype=chosen.dtype,
+                ),
+                run=OutputOptions(device=device, resume=resume, quiet=quiet),
             )
             teacher = TeacherCache(work.cache)
         if teacher is not None:

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import neko_lean
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import or_null, strict_json
 from neko_lean.models.finite import likeliest
@@ -19,7 +18,7 @@ from neko_lean.scoring.mmlu import mmlu
 from neko_lean.scoring.run import score
 from neko_lean.scoring.views import View, view_documents
 from neko_lean.training import evaluation
-from tests.helpers import SMALL, make_rows, random_model
+from tests.helpers import SMALL, make_cache, make_rows, random_model
 from tests.scoring.subjects import make_subject
 
 CPU = torch.device("cpu")
@@ -53,7 +52,7 @@ def test_nothing_is_scored(overflowing, world, tmp_path):
 def test_nothing_is_cached(overflowing, world, tmp_path, mass):
     for options in ({}, {"forget": world}):
         with pytest.raises(NekoLeanError, match=r"row .* is NaN or infinite"):
-            cache_teacher(overflowing, world, tmp_path / "cache", mass=mass, dtype="float32", quiet=True, **options)
+            make_cache(overflowing, world, tmp_path / "cache", mass=mass, dtype="float32", **options)
         assert not list(tmp_path.iterdir())
 
 

@@ -7,7 +7,6 @@ import torch
 import transformers
 
 from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import NekoLeanError
@@ -18,7 +17,7 @@ from neko_lean.recipes import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
 from neko_lean.training.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.training.losses import batch_losses
-from tests.helpers import random_model, tiny
+from tests.helpers import make_cache, random_model, tiny
 
 CPU = torch.device("cpu")
 SMALL = {"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 8}
@@ -146,7 +145,7 @@ def two_term(world, tmp_path_factory):
     """Teacher cache and rows for the real loss."""
     folder = tmp_path_factory.mktemp("layerwise")
     models = {tied: random_model(world, folder / f"s{tied}", seed=2, tied=tied, scale=5.0) for tied in (False, True)}
-    cache_teacher(models[False], world, folder / "cache", format="neko", dtype="float32", quiet=True)
+    make_cache(models[False], world, folder / "cache", format="neko", dtype="float32")
     tokenizer = load_tokenizer(models[False])
     rows = {name: encode(read_rows(world, name), tokenizer, "neko", 128) for name in ("forget", "retain")}
     return models, rows, TeacherCache(folder / "cache")
