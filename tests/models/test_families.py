@@ -7,7 +7,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.causal_lm import as_causal_lm, next_token_logp
-from neko_lean.models.families import backbone_of, linear_head, logit_transform
+from neko_lean.models.families import find_backbone, linear_head, logit_transform
 from neko_lean.models.loading import usable_length
 from neko_lean.models.positions import embeddable_positions
 from tests.helpers import SIZES
@@ -161,7 +161,7 @@ def test_no_row_is_long_enough_to_change_the_positions_of_its_neighbours(scaling
 def test_the_parts_are_found_without_storage():
     with FakeTensorMode():
         model = transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES))
-        assert backbone_of(model) is model.model
+        assert find_backbone(model) is model.model
 
 
 def test_a_scale_near_one_is_not_taken_for_one():
