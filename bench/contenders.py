@@ -31,7 +31,7 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.prediction import predict
 from neko_lean.memory.two_models import LEAN, PUBLISHED, Way, two_model_loss
 from neko_lean.models.causal_lm import checkpoint_activations
-from neko_lean.models.devices import pick_device, resident
+from neko_lean.models.devices import pick_device, resident_memory
 from neko_lean.models.loading import load_model
 from neko_lean.options import OutputOptions
 from neko_lean.recipes import Recipe, load_recipe
@@ -105,12 +105,12 @@ class Resident(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.start_bytes = self.peak = resident()
+        self.start_bytes = self.peak = resident_memory()
         self.limit = int(LIMIT * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
     def run(self) -> None:
         while True:
-            self.peak = max(self.peak, resident())
+            self.peak = max(self.peak, resident_memory())
             if self.peak > self.limit:
                 print(json.dumps({"out_of_memory": True, "peak": self.peak - self.start_bytes}), flush=True)
                 os._exit(0)
@@ -170,7 +170,7 @@ def two_models(work: Path, passes: int, device: torch.device, way: Way) -> dict[
 
     def one_pass(number: int) -> float:
         start = clock(device)
-        batches = [_padded([one.ids for one in some], way, device) for some in rows[number % STEPS]]
+        batches = [_padded([one.input_ids for one in some], way, device) for some in rows[number % STEPS]]
         two_model_loss(student, teacher, *batches, 0.2).backward()
         return clock(device) - start
 

@@ -20,7 +20,7 @@ from neko_lean.checkpoints import RunState
 from neko_lean.data import EncodedExample
 from neko_lean.distributed import any_rank, run_on_main_and_broadcast, world_size
 from neko_lean.errors import NonFiniteError, PartialStepError
-from neko_lean.models import CausalLM, refuse_unknown_rows, supports_packing
+from neko_lean.models import CausalLM, refuse_unknown_examples, supports_packing
 from neko_lean.recipes import Recipe
 from neko_lean.terminal import log_line
 from neko_lean.training.backward import select_backward
@@ -75,7 +75,7 @@ class Trainer:
         substitutes: list[EncodedExample] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        refuse_unknown_rows([*forget, *retain, *(substitutes or [])], student)
+        refuse_unknown_examples([*forget, *retain, *(substitutes or [])], student)
         self.student, self.pad_id = student, pad_id
         self.packed = supports_packing(student)
         # Asked for while the student is whole and has its own forward.
@@ -201,7 +201,7 @@ class Trainer:
         while True:
             batch = self.batch(sample)
             try:
-                with nullcontext() if self.walk is None or self.walk.shards is None else self.walk.shards.whole():
+                with nullcontext() if self.walk is None or self.walk.shards is None else self.walk.shards.unsharded():
                     values = self._look(batch, sample)
                 break
             except torch.OutOfMemoryError:
@@ -219,7 +219,7 @@ class Trainer:
             values["eval_retain_kl"] = values["eval_retain_loss"]
         for name, rows, chosen in zip(SETS, (self.forget, self.retain), sample, strict=True):
             # An anchor's documents have no prompt, so all of them would be answer.
-            asked = [rows[i] for i in chosen if rows[i].prompt]
+            asked = [rows[i] for i in chosen if rows[i].prompt_length]
             found = answers(self.student, asked, self.pad_id, self.recipe.micro_tokens)
             values |= {f"eval_{name}_{key}": value for key, value in found.items()}
         values["eval_quality"] = quality(values)

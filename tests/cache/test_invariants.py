@@ -22,8 +22,8 @@ from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import CacheError
 from neko_lean.jsonio import write_jsonl
+from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.models.token_stats import token_stats
 from neko_lean.outputs.signing import UNSIGNED, sign
 from tests.helpers import make_cache, resign
 
@@ -348,7 +348,7 @@ def test_what_underflows_belongs_to_the_tail(world, model, tmp_path, stored):
     rng = torch.Generator().manual_seed(0)
     for one in rows[:6]:
         with torch.no_grad():
-            hidden = teacher.hidden(torch.tensor([one.ids]))[0].double()
+            hidden = teacher.hidden(torch.tensor([one.input_ids]))[0].double()
         logp = (hidden @ teacher.head.detach().double().T).log_softmax(1)
         moved = hidden + 0.05 * torch.randn(hidden.shape, generator=rng).double()
         moved.requires_grad_()

@@ -9,8 +9,8 @@ from safetensors.torch import load_file, save_file
 
 import neko_lean
 from neko_lean.errors import NekoLeanError
-from neko_lean.jsonio import or_null, strict_json
-from neko_lean.models.finite import likeliest
+from neko_lean.jsonio import nan_to_null, strict_json
+from neko_lean.models.finite import greedy_tokens
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.generation import generate
 from neko_lean.scoring.memorisation import LARGEST_RATIO, truth_ratio
@@ -64,21 +64,21 @@ def test_nothing_is_trained(overflowing, world, tmp_path):
 
 def test_json_is_json():
     fine = {"a": [1.0, {"b": None, "c": True}], "d": "NaN"}
-    assert json.loads(strict_json(fine, "scores.json")) == fine == or_null(fine)
+    assert json.loads(strict_json(fine, "scores.json")) == fine == nan_to_null(fine)
     for value in (math.nan, math.inf, -math.inf):
         with pytest.raises(NekoLeanError, match=r"scores.json would say .* for a\[1\].b"):
             strict_json({"a": [1.0, {"b": value}]}, "scores.json")
-        assert or_null({"a": (1, {"b": value}), "c": 2.5}) == {"a": [1, {"b": None}], "c": 2.5}
+        assert nan_to_null({"a": (1, {"b": value}), "c": 2.5}) == {"a": [1, {"b": None}], "c": 2.5}
 
 
 def test_likeliest_is_argmax_or_nothing():
     logits = torch.randn(5, 7)
     logits[0, 3] = -torch.inf  # a token that cannot be
-    assert torch.equal(likeliest(logits, "x"), logits.argmax(1))
+    assert torch.equal(greedy_tokens(logits, "x"), logits.argmax(1))
     for value in (torch.nan, torch.inf):
         logits[2, 4] = value
         with pytest.raises(NekoLeanError):
-            likeliest(logits, "x")
+            greedy_tokens(logits, "x")
 
 
 def test_a_ratio_of_underflowing_probabilities_is_a_number():
