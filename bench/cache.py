@@ -28,18 +28,19 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
 from neko_lean.cache.teacher import hidden_states, keep
-from neko_lean.cache.writer import cache_teacher, teacher_batches
+from neko_lean.cache.writer import teacher_batches
 from neko_lean.data.batching import pad
 from neko_lean.data.examples import EncodedExample, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.models.causal_lm import CausalLM, split
+from neko_lean.models.causal_lm import CausalLM, as_causal_lm
+from neko_lean.models.chunked_head import CHUNK_ELEMENTS, token_stats
 from neko_lean.models.devices import peak_memory
 from neko_lean.models.loading import load_model, load_tokenizer, new_model
-from neko_lean.models.token_stats import CHUNK_ELEMENTS, token_stats
+from neko_lean.options import OutputOptions
 
 CPU = torch.device("cpu")
 MOVES = {"little": 0.03, "lot": 0.3}  # standard deviation of the noise over that of each weight tensor
@@ -130,11 +131,8 @@ def measure(folder: Path, retain: Path, style: str) -> list[dict[str, Any]]:
                 folder,
                 retain,
                 Path(scratch) / "c",
-                top_k=top_k or 10**6,
-                mass=mass,
-                format=style,
-                dtype="float32",
-                quiet=True,
+                cache=CacheOptions(top_k=top_k or 10**6, mass=mass, format=style, dtype="float32"),
+                run=OutputOptions(quiet=True),
             )
             cache = TeacherCache(Path(scratch) / "c")
             size = sum(shard.bytes for shard in made.shards) / made.positions
@@ -263,7 +261,7 @@ def main() -> None:
     teacher.model.eval()
     quick = {"target": speed(teacher, rows)}
     if options.large:
-        quick["OLMo-1B-0724 geometry"] = speed(split(random_olmo_1b().eval()), rows[:: len(rows) // 8], rounds=3)
+        quick["OLMo-1B-0724 geometry"] = speed(as_causal_lm(random_olmo_1b().eval()), rows[:: len(rows) // 8], rounds=3)
     print(json.dumps({"device": "CPU", "threads": torch.get_num_threads(), "speed": quick}))
     torch.set_num_threads(1)  # row by row there is little to share
     results = {}

@@ -22,8 +22,7 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
-from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.writer import cache_teacher
+from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
 from neko_lean.data.batching import pad
 from neko_lean.data.examples import EncodedExample, read_rows
 from neko_lean.data.tokenization import encode
@@ -32,8 +31,9 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.prediction import predict
 from neko_lean.memory.two_models import LEAN, PUBLISHED, Way, two_model_loss
 from neko_lean.models.causal_lm import checkpoint_activations
-from neko_lean.models.devices import pick_device, resident
+from neko_lean.models.devices import pick_device, resident_memory
 from neko_lean.models.loading import load_model
+from neko_lean.options import OutputOptions
 from neko_lean.recipes import Recipe, load_recipe
 from neko_lean.training.batch import Batch, make_batch
 from neko_lean.training.determinism import deterministic
@@ -91,7 +91,11 @@ def prepare(work: Path, lume: Path, device: torch.device) -> None:
         write_jsonl(work / f"{name}.jsonl", map(asdict, rows[:: len(rows) // count][:count]))
     random_olmo_1b().save_pretrained(work / "model")
     cache_teacher(
-        work / "model", work, work / "cache", max_length=128, device=str(device), overwrite=True, format="neko"
+        work / "model",
+        work,
+        work / "cache",
+        cache=CacheOptions(max_length=128, format="neko"),
+        run=OutputOptions(device=str(device), overwrite=True),
     )
     (work / "ready").touch()
 
@@ -101,12 +105,12 @@ class Resident(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.start_bytes = self.peak = resident()
+        self.start_bytes = self.peak = resident_memory()
         self.limit = int(LIMIT * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
     def run(self) -> None:
         while True:
-            self.peak = max(self.peak, resident())
+            self.peak = max(self.peak, resident_memory())
             if self.peak > self.limit:
                 print(json.dumps({"out_of_memory": True, "peak": self.peak - self.start_bytes}), flush=True)
                 os._exit(0)

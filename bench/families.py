@@ -49,12 +49,13 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import neko_lean
-from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache import CacheOptions, TeacherCache
 from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import CausalLM, next_token_logp
 from neko_lean.models.loading import load_model
+from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.scoring.generation import generate
 from neko_lean.training import loop
@@ -299,8 +300,9 @@ class Bench:
         """Loss and gradients of one step of `unlearn`, by the way that its Trainer takes for this model."""
         recipe = load_recipe("neko", {**RECIPE, "dtype": "float32"})
         neko_lean.cache_teacher(
-            self.teacher, self.work / "data", self.work / "cache", top_k=self.vocab_size, mass=1.0,
-            dtype="float32", stored_dtype="float32", device="cpu", quiet=True,
+            self.teacher, self.work / "data", self.work / "cache",
+            cache=CacheOptions(top_k=self.vocab_size, mass=1.0, dtype="float32", stored_dtype="float32"),
+            run=OutputOptions(device="cpu", quiet=True),
         )  # fmt: skip
         lm = load_model(self.student, torch.float32, CPU)
         trainer = Trainer(lm, 2, self.forget, self.retain, TeacherCache(self.work / "cache"), recipe)
@@ -434,7 +436,13 @@ class Bench:
         before = dict(self.reference.named_parameters())
         moved = sum(not torch.equal(one, before[name]) for name, one in trained.items())
         self.found.numbers["parameters that learned"] = moved / len(trained)
-        neko_lean.cache_teacher(out, data, self.work / "cache-2", dtype="float32", device="cpu", quiet=True)
+        neko_lean.cache_teacher(
+            out,
+            data,
+            self.work / "cache-2",
+            cache=CacheOptions(dtype="float32"),
+            run=OutputOptions(device="cpu", quiet=True),
+        )
         scores = neko_lean.score(
             out, data, self.work / "scores", batch_size=6, max_new_tokens=NEW_TOKENS, device="cpu", quiet=True
         )

@@ -26,6 +26,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import neko_lean
+from neko_lean.cache import CacheOptions
+from neko_lean.options import OutputOptions
 from neko_lean.training import optimizer as optim
 from neko_lean.training import trainer
 
@@ -99,7 +101,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "teacher"
         neko_lean.cache_teacher(
-            options.run / "target", options.run / "data", cache, max_length=128, quiet=True, format="neko"
+            options.run / "target",
+            options.run / "data",
+            cache,
+            cache=CacheOptions(max_length=128, format="neko"),
+            run=OutputOptions(quiet=True),
         )
         results = {name: [run(name, options.run, cache, options.steps, seed) for seed in seeds] for name in NAMES}
     table = Table(title=f"recipe neko, {options.steps} steps, {options.seeds} seeds; CPU", title_justify="left")

@@ -25,14 +25,14 @@ from transformers.utils.logging import disable_progress_bar
 
 import neko_lean.demo.run as demo_module
 from neko_lean import scoring
-from neko_lean.cache import writer
-from neko_lean.cache.writer import cache_teacher
+from neko_lean.cache import CacheOptions, cache_teacher, writer
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.demo import world as demo_world
 from neko_lean.demo.run import demo, write_base
 from neko_lean.demo.world import World, build_world, write_world
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_tokenizer, new_model
+from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe, reads_cache
 from neko_lean.report.page import report
 from neko_lean.runs.unlearn import memorize, unlearn
@@ -91,9 +91,14 @@ def make_world(root: Path) -> None:
     tokenizer = load_tokenizer(root / "model")
     new_model(root / "model", torch.bfloat16, torch.device("cpu"), 0).model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    cache_teacher(root / "model", root / "data", root / "cache", max_length=64, format="neko", quiet=True)
+    quiet = OutputOptions(quiet=True)
+    cache_teacher(
+        root / "model", root / "data", root / "cache", cache=CacheOptions(max_length=64, format="neko"), run=quiet
+    )
     anchor = root / "data" / "anchor.jsonl"
-    cache_teacher(root / "model", root / "data", root / "anchored", anchor=anchor, max_length=64, quiet=True)
+    cache_teacher(
+        root / "model", root / "data", root / "anchored", anchor=anchor, cache=CacheOptions(max_length=64), run=quiet
+    )
     score(root / "model", root / "data", root / "scores", max_new_tokens=3, quiet=True)
 
 
@@ -131,8 +136,10 @@ def jobs(root: Path) -> dict[str, list[Job]]:
     model, data, cache = root / "model", root / "data", root / "cache"
 
     def caching(out: Path, *, change: dict[str, Any], **flags: bool) -> dict[str, Any]:
-        given = {"top_k": 8, "max_length": 64, "batch_tokens": 128, "forget": data, "quiet": True}
-        return asdict(cache_teacher(model, data, out, **{**given, **change}, **flags))
+        options = CacheOptions(**{"top_k": 8, "max_length": 64, "batch_tokens": 128, **change})
+        return asdict(
+            cache_teacher(model, data, out, forget=data, cache=options, run=OutputOptions(quiet=True, **flags))
+        )
 
     def unlearning(out: Path, *, change: dict[str, Any], seed: int = 3, own_cache: bool = False, **flags: bool) -> Any:
         given = {"recipe": "neko", "overrides": {**SHORT, **change}, "save_every": 2, "quiet": True}

@@ -1,18 +1,22 @@
 """Rows and random models that tests make for themselves."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
 from tokenizers.processors import TemplateProcessing
 
+from neko_lean.cache import CacheOptions, cache_teacher
+from neko_lean.cache.format import Manifest
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import OutputOptions
 from neko_lean.outputs.signing import file_sha256, sign
 
 # A run of ten steps, as overrides of a recipe.
@@ -57,6 +61,13 @@ def resign(folder: Path, **change: object) -> None:
             shard |= {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     manifest["checksum"] = "0" * 64
     path.write_bytes(sign(json.dumps(manifest, indent=1, ensure_ascii=False).encode()))
+
+
+def make_cache(model: Path, retain: Path, out: Path, **options: Any) -> Manifest:
+    """`cache_teacher`, quietly, with the fields of CacheOptions and OutputOptions as keywords."""
+    groups = {kind: {field.name for field in fields(kind)} & options.keys() for kind in (CacheOptions, OutputOptions)}
+    cache, run = (kind(**{name: options.pop(name) for name in names}) for kind, names in groups.items())
+    return cache_teacher(model, retain, out, cache=cache, run=replace(run, quiet=True), **options)
 
 
 def random_model(world: Path, out: Path, *, seed: int = 0, tied: bool = False, scale: float = 1.0) -> Path:

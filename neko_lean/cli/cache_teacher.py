@@ -9,6 +9,7 @@ import typer
 
 from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, Revision, command, emit, pinned
 from neko_lean.distributed import is_main_process
+from neko_lean.options import OutputOptions
 from neko_lean.terminal import print_lines
 
 
@@ -46,8 +47,8 @@ def cache_teacher(
 
     Example: neko-lean cache-teacher allenai/OLMo-1B-0724-hf data/ --out cache/
     """
+    from neko_lean.cache import CacheOptions, check_cache, inspect_cache
     from neko_lean.cache import cache_teacher as run
-    from neko_lean.cache import check_cache, inspect_cache
 
     made = run(
         pinned(model, revision),
@@ -55,17 +56,16 @@ def cache_teacher(
         out,
         forget=forget,
         anchor=anchor,
-        top_k=top_k,
-        mass=mass,
-        format=format,
-        max_length=max_length,
-        batch_tokens=batch_tokens,
-        device=device,
-        dtype=dtype,
-        stored_dtype=stored_dtype,
-        resume=resume,
-        overwrite=overwrite,
-        quiet=quiet,
+        cache=CacheOptions(
+            top_k=top_k,
+            mass=mass,
+            format=format,
+            max_length=max_length,
+            batch_tokens=batch_tokens,
+            dtype=dtype,
+            stored_dtype=stored_dtype,
+        ),
+        run=OutputOptions(device=device, resume=resume, overwrite=overwrite, quiet=quiet),
     )
     if not is_main_process():
         return

@@ -9,12 +9,13 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from neko_lean.cache import cache_teacher
+from neko_lean.cache import CacheOptions, cache_teacher
 from neko_lean.data import Example, read_anchor, read_rows, require_folder
 from neko_lean.demo.world import anchor_documents, build_world, task3_documents, write_world
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models import check_seed, has_bfloat16, pick_device
+from neko_lean.options import OutputOptions
 from neko_lean.outputs import staged_folder, write_atomically
 from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, forgets, load_recipe, reads_cache, uses_anchor
 from neko_lean.report import report
@@ -110,7 +111,8 @@ def demo(
                 cache_teacher(
                     stage / "target", rows, stage / cache, anchor=held,
                     forget=rows if one.forget_objective in NEED_FORGET_CACHE else None,
-                    format=one.format, max_length=one.max_length, **dtype, **common,
+                    cache=CacheOptions(format=one.format, max_length=one.max_length, **dtype),
+                    run=OutputOptions(**common),
                 )  # fmt: skip
             run = unlearn(
                 stage / "target", stage / unlearned, rows, rows, cache=stage / cache if asks else None, anchor=held,

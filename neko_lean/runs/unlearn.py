@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neko_lean.cache import TeacherCache, cache_teacher
+from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
 from neko_lean.checkpoints import digests, finished_run, handle_signals, open_run_folder, rows_digest, versions
 from neko_lean.data import (
     EncodedExample,
@@ -46,13 +46,14 @@ from neko_lean.models import (
     pick_device,
     pick_dtype,
     read_config,
-    resident,
-    settle,
+    resident_memory,
     tokenizer_fingerprint,
+    trim_memory,
     usable_length,
     warn_emulated_bfloat16,
     weights_fingerprint,
 )
+from neko_lean.options import OutputOptions
 from neko_lean.outputs import MANIFEST, RUN, claim_folder, explained_write_errors, file_sha256, write_atomically
 from neko_lean.recipes import (
     DEFAULT,
@@ -174,13 +175,13 @@ def unlearn(
                 work.cache,
                 anchor=anchor,
                 forget=forget if chosen.forget_objective in NEED_FORGET_CACHE else None,
-                format=chosen.format,
-                max_length=chosen.max_length,
-                batch_tokens=chosen.batch_tokens,
-                device=device,
-                dtype=chosen.dtype,
-                resume=resume,
-                quiet=quiet,
+                cache=CacheOptions(
+                    format=chosen.format,
+                    max_length=chosen.max_length,
+                    batch_tokens=chosen.batch_tokens,
+                    dtype=chosen.dtype,
+                ),
+                run=OutputOptions(device=device, resume=resume, quiet=quiet),
             )
             teacher = TeacherCache(work.cache)
         if teacher is not None:
@@ -205,8 +206,8 @@ def unlearn(
                 f"warning: the length limit of {limit} removes the whole answer of {lost} of "
                 f"{len(forget_rows)} forget rows; they get no forget loss."
             )
-        settle()
-        before = resident()
+        trim_memory()
+        before = resident_memory()
         warn_emulated_bfloat16(chosen.dtype, place, quiet)
         student = partial(load_model, folder, pick_dtype(chosen.dtype))
         lm = student(_whole_on(place))
@@ -288,8 +289,8 @@ def memorize(
         explained_write_errors(output.path),
         explained_out_of_memory(),
     ):
-        settle()
-        before = resident()
+        trim_memory()
+        before = resident_memory()
         warn_emulated_bfloat16(chosen.dtype, place, quiet)
         trainer = Trainer(student(_whole_on(place)), pad_id, [], encoded, None, chosen, device=place)
         loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)

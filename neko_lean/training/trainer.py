@@ -20,7 +20,7 @@ from neko_lean.checkpoints import RunState
 from neko_lean.data import EncodedExample
 from neko_lean.distributed import any_rank, run_on_main_and_broadcast, world_size
 from neko_lean.errors import NonFiniteError, PartialStepError
-from neko_lean.models import CausalLM, refuse_unknown_rows, supports_packing
+from neko_lean.models import CausalLM, refuse_unknown_examples, supports_packing
 from neko_lean.recipes import Recipe
 from neko_lean.terminal import log_line
 from neko_lean.training.backward import select_backward
@@ -75,7 +75,7 @@ class Trainer:
         substitutes: list[EncodedExample] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        refuse_unknown_rows([*forget, *retain, *(substitutes or [])], student)
+        refuse_unknown_examples([*forget, *retain, *(substitutes or [])], student)
         self.student, self.pad_id = student, pad_id
         self.packed = supports_packing(student)
         # Asked for while the student is whole and has its own forward.
@@ -201,7 +201,7 @@ class Trainer:
         while True:
             batch = self.batch(sample)
             try:
-                with nullcontext() if self.walk is None or self.walk.shards is None else self.walk.shards.whole():
+                with nullcontext() if self.walk is None or self.walk.shards is None else self.walk.shards.unsharded():
                     values = self._look(batch, sample)
                 break
             except torch.OutOfMemoryError:

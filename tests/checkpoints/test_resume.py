@@ -11,7 +11,6 @@ import pytest
 import torch
 
 import neko_lean
-from neko_lean import cache as caching
 from neko_lean.checkpoints import run_folder as unfinished
 from neko_lean.checkpoints import signals
 from neko_lean.errors import NekoLeanError
@@ -19,7 +18,7 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.outputs.place import claim_folder
 from neko_lean.outputs.signing import file_sha256
 from neko_lean.training import loop
-from tests.helpers import SMALL, make_rows, random_model, write_rows
+from tests.helpers import SMALL, make_cache, make_rows, random_model, write_rows
 
 LOOKING = {**SMALL, "eval_every": 2, "choose": "quality"}
 TIMES = ("wait_seconds", "seconds", "peak_memory")
@@ -67,7 +66,7 @@ def anchored(world, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("anchored")
     texts = [f"The {word} stood in the field and nobody knew why." for word in ("tree", "house", "old barn", "well")]
     write_jsonl(folder / "anchor.jsonl", ({"document": text} for text in texts))
-    caching.cache_teacher(model, world, folder / "cache", anchor=folder / "anchor.jsonl", format="plain", quiet=True)
+    make_cache(model, world, folder / "cache", anchor=folder / "anchor.jsonl", format="plain")
     return folder
 
 
@@ -157,8 +156,8 @@ def test_resume_refuses_another_run_and_names_what_differs(world, model, cache, 
         kill_at(patch, 4)
         unlearn(out, save_every=2)
     other = random_model(world, tmp_path / "other", seed=5)
-    caching.cache_teacher(other, world, tmp_path / "others", dtype="float32", format="neko", quiet=True)
-    caching.cache_teacher(model, world, tmp_path / "wide", dtype="float32", format="neko", top_k=16, quiet=True)
+    make_cache(other, world, tmp_path / "others", dtype="float32", format="neko")
+    make_cache(model, world, tmp_path / "wide", dtype="float32", format="neko", top_k=16)
     fewer = tmp_path / "fewer"
     fewer.mkdir()
     write_rows(fewer / "forget.jsonl", make_rows("Foo", 3))

@@ -9,6 +9,7 @@ from neko_lean.cache.reader import TeacherCache
 from neko_lean.data.documents import read_anchor
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
+from tests.helpers import make_cache
 
 
 @pytest.fixture
@@ -21,7 +22,7 @@ def anchor(tmp_path):
 def test_anchor_rows_join_the_retain_rows(world, model, anchor, tmp_path):
     rows = read_anchor(anchor)
     assert [row.task for row in rows] == ["anchor"] * 3 and rows[2].output.startswith("The old red barn")
-    made = neko_lean.cache_teacher(model, world, tmp_path / "cache", anchor=anchor, quiet=True, format="neko")
+    made = make_cache(model, world, tmp_path / "cache", anchor=anchor, format="neko")
     assert made.rows == 36 + 3
     change = {"max_steps": 2, "forget_rows": 4, "retain_rows": 4, "eval_every": 0}
     run = neko_lean.unlearn(

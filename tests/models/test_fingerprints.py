@@ -6,12 +6,10 @@ import shutil
 import pytest
 import torch
 import transformers
-from tests.test_resume import Killed, kill_at
 
 import neko_lean
 from neko_lean.cache.check import check_cache
 from neko_lean.cache.manifest import read_manifest
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.checkpoints.saves import seal
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.fingerprints import (
@@ -22,7 +20,8 @@ from neko_lean.models.fingerprints import (
     weights_fingerprint,
 )
 from neko_lean.models.loading import load_model, load_tokenizer
-from tests.helpers import SMALL, resign
+from tests.checkpoints.test_resume import Killed, kill_at
+from tests.helpers import SMALL, make_cache, resign
 
 
 def change(folder, **values):
@@ -67,7 +66,7 @@ def test_every_place_refuses_another_function_of_the_same_weights(world, model, 
     other = changed(model, tmp_path, **values)
     assert weights_fingerprint(other) == weights_fingerprint(model)
     cache, quiet = tmp_path / "cache", {"quiet": True}
-    cache_teacher(model, world, cache, dtype="float32", format="neko", **quiet)
+    make_cache(model, world, cache, dtype="float32", format="neko", **quiet)
 
     def unlearn(folder, out, **options):
         given = {"cache": cache, "recipe": "neko", "overrides": SMALL, **quiet}
@@ -75,7 +74,7 @@ def test_every_place_refuses_another_function_of_the_same_weights(world, model, 
 
     refusals = [
         lambda: unlearn(other, "out"),
-        lambda: cache_teacher(other, world, cache, dtype="float32", format="neko", resume=True, **quiet),
+        lambda: make_cache(other, world, cache, dtype="float32", format="neko", resume=True, **quiet),
         lambda: check_cache(cache, other, world, 1),
     ]
     # A run of the one, resumed with the other.
@@ -192,7 +191,7 @@ def test_a_cache_of_format_1_is_read_and_warned_about(world, model, cache, tmp_p
     neko_lean.unlearn(model, tmp_path / "out", world, world, cache=old, recipe="neko", overrides=SMALL, quiet=True)
     said = capsys.readouterr().err
     assert said.count("warning: ") == 1 and "run cache-teacher again to be sure" in said
-    cache_teacher(model, world, old, dtype="float32", format="neko", resume=True, quiet=True)
+    make_cache(model, world, old, dtype="float32", format="neko", resume=True)
     assert "taken as complete by its weights alone" in capsys.readouterr().err
 
 

@@ -8,10 +8,9 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import neko_lean
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import nan_to_null, strict_json
-from neko_lean.models.finite import likeliest
+from neko_lean.models.finite import greedy_tokens
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.generation import generate
 from neko_lean.scoring.memorisation import LARGEST_RATIO, truth_ratio
@@ -19,7 +18,7 @@ from neko_lean.scoring.mmlu import mmlu
 from neko_lean.scoring.run import score
 from neko_lean.scoring.views import View, view_documents
 from neko_lean.training import evaluation
-from tests.helpers import SMALL, make_rows, random_model
+from tests.helpers import SMALL, make_cache, make_rows, random_model
 from tests.scoring.subjects import make_subject
 
 CPU = torch.device("cpu")
@@ -53,7 +52,7 @@ def test_nothing_is_scored(overflowing, world, tmp_path):
 def test_nothing_is_cached(overflowing, world, tmp_path, mass):
     for options in ({}, {"forget": world}):
         with pytest.raises(NekoLeanError, match=r"row .* is NaN or infinite"):
-            cache_teacher(overflowing, world, tmp_path / "cache", mass=mass, dtype="float32", quiet=True, **options)
+            make_cache(overflowing, world, tmp_path / "cache", mass=mass, dtype="float32", **options)
         assert not list(tmp_path.iterdir())
 
 
@@ -75,11 +74,11 @@ def test_json_is_json():
 def test_likeliest_is_argmax_or_nothing():
     logits = torch.randn(5, 7)
     logits[0, 3] = -torch.inf  # a token that cannot be
-    assert torch.equal(likeliest(logits, "x"), logits.argmax(1))
+    assert torch.equal(greedy_tokens(logits, "x"), logits.argmax(1))
     for value in (torch.nan, torch.inf):
         logits[2, 4] = value
         with pytest.raises(NekoLeanError):
-            likeliest(logits, "x")
+            greedy_tokens(logits, "x")
 
 
 def test_a_ratio_of_underflowing_probabilities_is_a_number():

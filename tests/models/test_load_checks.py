@@ -9,14 +9,13 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import neko_lean
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
-from neko_lean.models.causal_lm import split
+from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.load_checks import is_finite
 from neko_lean.models.loading import load_model, load_tokenizer, model_folder
 from neko_lean.models.weight_files import stored_tensors
 from neko_lean.scoring.run import score
-from tests.helpers import SMALL, random_model
+from tests.helpers import SMALL, make_cache, random_model
 
 CPU = torch.device("cpu")
 # Diverse in their names, in what is tied, in experts that are fused, and in buffers.
@@ -83,7 +82,7 @@ def tied(world, tmp_path_factory):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_what_transformers_saves_loads_as_it_is(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "neko_lean.models.causal_lm.split", lambda model: model
+        "neko_lean.models.loading.as_causal_lm", lambda model: model
     )  # which of them can be trained is another test
     model = build(kind)
     model.save_pretrained(tmp_path)
@@ -133,7 +132,7 @@ def test_every_command_refuses_them_and_writes_nothing(model, world, tmp_path, c
     folder, out = rewrite(model, tmp_path / "changed", change), tmp_path / "out" / "x"
     for run in (
         lambda: score(folder, world, out, max_new_tokens=4, quiet=True),
-        lambda: cache_teacher(folder, world, out, quiet=True),
+        lambda: make_cache(folder, world, out),
         lambda: neko_lean.memorize(folder, world, out, overrides=SMALL, quiet=True),
         lambda: neko_lean.unlearn(folder, out, world, world, recipe="neko", overrides=SMALL, quiet=True),
     ):
@@ -335,7 +334,7 @@ def test_experts_that_are_missing_or_too_many_are_a_sentence(tmp_path):
 
 
 def test_a_save_of_this_tool_loads(model, tmp_path):
-    lm = split(load(model).model)
+    lm = as_causal_lm(load(model).model)
     lm.model.save_pretrained(tmp_path / "saved")
     assert torch.equal(load(tmp_path / "saved").head, lm.head)
 

@@ -10,7 +10,7 @@ from transformers import AutoTokenizer
 
 import neko_lean
 from neko_lean.models.loading import load_model
-from tests.helpers import make_rows, write_rows
+from tests.helpers import make_cache, make_rows, write_rows
 
 TWO_STEPS = {"max_steps": 2, "forget_rows": 4, "retain_rows": 4, "dtype": "float32"}
 GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4}
@@ -73,7 +73,7 @@ MODELS = {
 def test_every_command_runs(build, world, tmp_path, name):
     family, model, config, sizes = MODELS[name]
     folder = build(family, model, config, **sizes)
-    neko_lean.cache_teacher(folder, world, tmp_path / "cache", dtype="float32", quiet=True)
+    make_cache(folder, world, tmp_path / "cache", dtype="float32")
     options = {"cache": tmp_path / "cache", "recipe": "neko", "overrides": {**TWO_STEPS, "format": "plain"}}
     options["overrides"] |= {"max_length": 512}
     neko_lean.unlearn(folder, tmp_path / "out", world, world, quiet=True, **options)
@@ -89,7 +89,7 @@ def test_rows_longer_than_the_learned_positions_are_cut_with_a_count(build, worl
         first, *others = make_rows(name)
         write_rows(tmp_path / f"{stem}.jsonl", [replace(first, output="word " * 100), *others])
 
-    neko_lean.cache_teacher(folder, tmp_path, tmp_path / "cache", dtype="float32", quiet=True)
+    make_cache(folder, tmp_path, tmp_path / "cache", dtype="float32")
     said = capsys.readouterr().err
     assert "warning: the model has 48 positions, fewer than the 512 asked for: 1 of 24 rows cut to 48 tokens" in said
 
@@ -106,7 +106,7 @@ def test_rows_longer_than_the_learned_positions_are_cut_with_a_count(build, worl
 @pytest.mark.parametrize("way", ["layerwise", "checkpointed", "plain"])
 def test_a_student_is_its_own_teacher_whatever_the_configs_dropout(build, world, tmp_path, way):
     folder = build("GPT2", "GPT2LMHeadModel", n_positions=256, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, **GPT2)
-    neko_lean.cache_teacher(folder, world, tmp_path / "cache", dtype="float32", top_k=4096, mass=1, quiet=True)
+    make_cache(folder, world, tmp_path / "cache", dtype="float32", top_k=4096, mass=1)
     change = {**TWO_STEPS, "max_steps": 1, "format": "plain", "max_length": 512, "backward": way}
 
     def first_kl(**more):

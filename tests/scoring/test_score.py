@@ -11,7 +11,6 @@ from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
 import neko_lean
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
@@ -21,7 +20,7 @@ from neko_lean.scoring.generation import Generation, generate
 from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.table import score_table
 from neko_lean.scoring.task import CELLS, task_aggregate
-from tests.helpers import make_rows, write_rows
+from tests.helpers import make_cache, make_rows, write_rows
 from tests.scoring.subjects import make_subject, write_hub
 
 LOOSE = ("wall_seconds", "peak_memory")
@@ -90,7 +89,7 @@ def test_everything_at_once(world, model, tmp_path):
     """MMLU, held-out text, other wordings, the reference attack, before and after, the official file: all in one."""
     cache = tmp_path / "cache"
     nonmembers = world / "mia" / "nonmember.jsonl"
-    cache_teacher(model, world, cache, forget=world, anchor=nonmembers, dtype="float32", quiet=True)
+    make_cache(model, world, cache, forget=world, anchor=nonmembers, dtype="float32")
     asked = next(row for row in read_rows(world, "forget") if row.kind == "qa")
     write_jsonl(tmp_path / "other.jsonl", [{"id": asked.id, "input": "Well?", "output": "a wood", "wrong": ["a sea"]}])
     write_hub(tmp_path / "mmlu", [make_subject("anatomy", 6)])

@@ -11,7 +11,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import read_rows
 from neko_lean.data.substitutes import random_answers, refusals
 from neko_lean.data.tokenization import encode
@@ -22,7 +21,7 @@ from neko_lean.training import batch as step
 from neko_lean.training.batch import OVERHEAD, _sent, make_batch, micro_batches, select_hidden, split_across_ranks
 from neko_lean.training.layerwise import LayerPass, decoder_layers
 from neko_lean.training.losses import batch_losses
-from tests.helpers import random_model, tiny
+from tests.helpers import make_cache, random_model, tiny
 
 CPU = torch.device("cpu")
 
@@ -33,9 +32,7 @@ def pieces(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pieces")
     teacher = random_model(world, folder / "teacher", seed=1, scale=10.0)
     student = random_model(world, folder / "student", seed=2, scale=10.0)
-    cache_teacher(
-        teacher, world, folder / "cache", forget=world, top_k=10**6, mass=1, dtype="float32", quiet=True, format="neko"
-    )
+    make_cache(teacher, world, folder / "cache", forget=world, top_k=10**6, mass=1, dtype="float32", format="neko")
     tokenizer = load_tokenizer(teacher)
     rows = {name: encode(read_rows(world, name), tokenizer, "neko", 128) for name in ("forget", "retain")}
     return teacher, student, rows, TeacherCache(folder / "cache")

@@ -23,7 +23,7 @@ from neko_lean.training import backward, trainer
 from neko_lean.training.levels import with_levels
 from neko_lean.training.schedules import learning_rate
 from neko_lean.training.trainer import prefetched
-from tests.helpers import SMALL, random_model
+from tests.helpers import SMALL, make_cache, random_model
 
 FAST = {"max_steps": 6, "forget_rows": 8, "retain_rows": 8, "eval_every": 2, "eval_rows": 4, "lr": 1e-3}
 
@@ -95,7 +95,7 @@ def test_four_arguments_cache_and_train_and_the_teacher_is_never_loaded_beside_t
     neko_lean.unlearn(str(model), str(tmp_path / "out"), str(world), str(world), recipe="neko")
     assert (tmp_path / "out" / "config.json").is_file() and len(loads) == 2
     loads.clear()
-    cache.cache_teacher(model, world, tmp_path / "cache", max_length=128, quiet=True, format="neko")
+    make_cache(model, world, tmp_path / "cache", max_length=128, format="neko")
     loads.clear()
     neko_lean.unlearn(model, tmp_path / "two", world, world, cache=tmp_path / "cache", recipe="neko", quiet=True)
     assert len(loads) == 1
@@ -254,9 +254,7 @@ def anchored(world, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("anchored")
     texts = [f"The {word} stood in the field and nobody knew why." for word in ("tree", "house", "old barn", "well")]
     write_jsonl(folder / "anchor.jsonl", ({"document": text} for text in texts))
-    cache.cache_teacher(
-        model, world, folder / "cache", anchor=folder / "anchor.jsonl", forget=world, format="plain", quiet=True
-    )
+    make_cache(model, world, folder / "cache", anchor=folder / "anchor.jsonl", forget=world, format="plain")
     return folder
 
 
@@ -337,7 +335,7 @@ def test_levels_come_from_the_anchor_or_are_all_the_same(world, model, anchored,
 def test_levels_can_be_those_of_the_model_before(world, model, anchored, tmp_path, monkeypatch):
     """Another model stands for the one that never saw the forget rows: its losses, token by token, are the levels."""
     base = random_model(world, tmp_path / "base", seed=9)
-    cache.cache_teacher(base, world, tmp_path / "base-cache", forget=world, dtype="float32", quiet=True)
+    make_cache(base, world, tmp_path / "base-cache", forget=world, dtype="float32")
     seen = []
     original = trainer.make_batch
     monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append((args[0], original(*args))) or seen[-1][1])
@@ -351,7 +349,7 @@ def test_levels_can_be_those_of_the_model_before(world, model, anchored, tmp_pat
         start = 0 if one.example.kind == "sc" else one.prompt_length - 1
         torch.testing.assert_close(batch.level[batch.row == number].cpu(), loss[start:], rtol=1e-4, atol=1e-4)
     with pytest.raises(NekoLeanError, match="--forget"):
-        cache.cache_teacher(base, world, tmp_path / "bare", quiet=True)
+        make_cache(base, world, tmp_path / "bare")
         options["base_cache"] = tmp_path / "bare"
         neko_lean.unlearn(model, tmp_path / "no", world, world, quiet=True, **options)
 
