@@ -12,8 +12,8 @@ import time
 from pathlib import Path
 
 from bench.processes import forked
-from neko_lean import checkpoints
 from neko_lean.checkpoints import run_folder as unfinished
+from neko_lean.checkpoints import saves as checkpoints
 from neko_lean.runs.unlearn import unlearn
 
 CHANGE = {

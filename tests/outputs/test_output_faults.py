@@ -12,7 +12,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from tests.test_resume import Killed, kill_at, result
 from typer.testing import CliRunner
 
 from neko_lean.cache import writer
@@ -24,6 +23,7 @@ from neko_lean.outputs.place import claim_folder
 from neko_lean.scoring import measure
 from neko_lean.scoring import run as run_module
 from neko_lean.scoring import score_folder as scoring
+from tests.checkpoints.test_resume import Killed, kill_at, result
 
 COMMANDS = ("cache-teacher", "unlearn", "memorize", "score")
 ALL = (*COMMANDS, "demo")
