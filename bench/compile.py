@@ -20,7 +20,8 @@ from transformers import OlmoConfig, OlmoForCausalLM
 from neko_lean.models.causal_lm import CausalLM, split
 from neko_lean.models.devices import pick_device, pick_dtype
 from neko_lean.models.token_stats import token_stats
-from neko_lean.training.layerwise import LayerPass, compile_layers, decoder_layers
+from neko_lean.training.layers import compile_layers, decoder_layers
+from neko_lean.training.layerwise import LayerPass
 
 VOCABULARY = 4096
 

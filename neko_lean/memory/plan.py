@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neko_lean.errors import NekoLeanError, first_line
-from neko_lean.memory.two_models import WAYS
+from neko_lean.memory.two_models import TWO_MODEL_BASELINES
 from neko_lean.models import (
     model_folder,
     model_name,
@@ -46,9 +46,9 @@ def plan_run(
     length = micro[0][1]
     rows = sum(one[0] for one in micro)
     needs = {"neko-lean": _need(*held, chosen.offload_state, chosen.offload_activations)}
-    for way in WAYS:
+    for baseline in TWO_MODEL_BASELINES:
         with suppress(Exception):  # of the family's code in a dtype that it does not predict, as experts in float32
-            needs[way.name] = predict_two_models(folder, way, max(1, rows // 2), length)
+            needs[baseline.name] = predict_two_models(folder, baseline, max(1, rows // 2), length)
     found: dict[str, Any] = {
         "title": f"{model_name(model)}, recipe {chosen.name}: {rows} rows of {length} tokens a step, all used{note}",
         "ways": {name: dataclasses.asdict(need) for name, need in needs.items()},

@@ -22,13 +22,13 @@ from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.memory.prediction import Need, _bytes, _silent_fake_tensors, fake_model
 
 
-def predict_two_models(config: Path, way: Way, rows: int, length: int) -> Need:
+def predict_two_models(config: Path, baseline: TwoModelBaseline, rows: int, length: int) -> Need:
     """What one step of the two-model way needs, with `rows` rows of `length` tokens of each set; on a GPU."""
-    shape = (rows, way.max_length or length)
+    shape = (rows, baseline.max_length or length)
     with FakeTensorMode(), _silent_fake_tensors():
-        lm = fake_model(config, way.dtype)
-        teacher = fake_model(config, way.dtype)
-        if way.checkpointing:
+        lm = fake_model(config, baseline.dtype)
+        teacher = fake_model(config, baseline.dtype)
+        if baseline.checkpointing:
             checkpoint_activations(lm.model)
         ids = torch.zeros(shape, dtype=torch.int64)
         with LiveTensors() as live:
@@ -47,7 +47,7 @@ def predict_two_models(config: Path, way: Way, rows: int, length: int) -> Need:
 
 
 @dataclass(frozen=True)
-class Way:
+class TwoModelBaseline:
     """How somebody without a teacher cache would train."""
 
     name: str
@@ -56,13 +56,13 @@ class Way:
     max_length: int | None  # every row is padded to this; None: to the longest of its batch
 
 
-LEAN = Way("two bfloat16 models, AdamW, checkpointing", torch.bfloat16, True, None)
+LEAN_BASELINE = TwoModelBaseline("two bfloat16 models, AdamW, checkpointing", torch.bfloat16, True, None)
 
 
-PUBLISHED = Way("two float32 models, AdamW, padded to 128", torch.float32, False, 128)
+PUBLISHED_BASELINE = TwoModelBaseline("two float32 models, AdamW, padded to 128", torch.float32, False, 128)
 
 
-WAYS = (LEAN, PUBLISHED)
+TWO_MODEL_BASELINES = (LEAN_BASELINE, PUBLISHED_BASELINE)
 
 
 def two_model_loss(

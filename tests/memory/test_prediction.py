@@ -16,13 +16,14 @@ from neko_lean.cli import app
 from neko_lean.memory.live_tensors import OWN_MAPPING, LiveTensors
 from neko_lean.memory.plan import plan_run
 from neko_lean.memory.prediction import CONTEXT, FIRST_USE, WORKSPACES, fake_model, full_step, predict
-from neko_lean.memory.two_models import LEAN, PUBLISHED, predict_two_models
+from neko_lean.memory.two_models import LEAN_BASELINE, PUBLISHED_BASELINE, predict_two_models
 from neko_lean.models.causal_lm import checkpoint_activations, split
 from neko_lean.models.devices import peak_memory, reset_peak, resident, settle
 from neko_lean.models.token_stats import token_stats
 from neko_lean.recipes import Recipe, load_recipe, parse_override
 from neko_lean.training import out_of_memory as shrink
-from neko_lean.training.layerwise import LayerPass, decoder_layers, freeze
+from neko_lean.training.layers import decoder_layers, freeze
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.optimizer import InBackwardAdam8bit
 from neko_lean.training.schedules import batches, phases
 
@@ -86,7 +87,7 @@ def test_a_prediction_on_a_cpu_counts_the_heads_gradient_in_float32():
     offloaded = predict(MIDDLE, load_recipe("neko", {"offload_state": True}), [(4, 128)])
     plain = predict(MIDDLE, load_recipe("neko"), [(4, 128)])
     assert offloaded.on(cpu) == plain.on(cpu)  # host memory is the CPU's own
-    assert predict_two_models(MIDDLE, LEAN, 4, 128).cpu == 0
+    assert predict_two_models(MIDDLE, LEAN_BASELINE, 4, 128).cpu == 0
 
 
 def test_the_process_peak_can_be_reset_and_is_not_the_parents():
@@ -241,8 +242,8 @@ def test_each_option_is_worth_what_it_says():
 
 def test_two_models_hold_two_models():
     ours = predict(MIDDLE, load_recipe("neko"), full_step(load_recipe("neko")))
-    for way, size in ((LEAN, 2), (PUBLISHED, 4)):
-        need = predict_two_models(MIDDLE, way, 32, 128)
+    for baseline, size in ((LEAN_BASELINE, 2), (PUBLISHED_BASELINE, 4)):
+        need = predict_two_models(MIDDLE, baseline, 32, 128)
         parameters = ours.lines["student weights"] // 2
         assert need.lines["student weights"] == need.lines["teacher weights"] == size * parameters
         assert need.lines["Adam state"] == 2 * size * parameters
