@@ -153,7 +153,7 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
         "seconds": seconds,
         "tokens": [batches[number % STEPS].tokens for number in range(passes)],
         "floor": weights + optimizer.state_bytes(),
-        "predicted": predicted.on(device),
+        "predicted": predicted.peak_on(device),
     }
 
 
