@@ -41,9 +41,8 @@ def test_every_suggested_option_exists(one_layer):
                 options = plan_run(one_layer, name, change, peak + CONTEXT - missing)["options"] or []
                 suggested.append(options)
                 assert set(re.findall(r"--[a-z-]+", " ".join(options))) <= command_options(command)
-                values = dict(
-                    parse_override(text.removeprefix("--set ")) for text in options if text.startswith("--set")
-                )
+                changes = [text.removeprefix("--set ") for text in options if text.startswith("--set")]
+                load_recipe(name, {**change, **dict(map(parse_override, changes))})
     assert any(suggested)
 
 
