@@ -32,7 +32,7 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.prediction import predict
 from neko_lean.memory.two_models import LEAN_BASELINE, PUBLISHED_BASELINE, TwoModelBaseline, two_model_loss
 from neko_lean.models.causal_lm import checkpoint_activations
-from neko_lean.models.devices import pick_device, resident
+from neko_lean.models.devices import pick_device, resident_memory
 from neko_lean.models.loading import load_model
 from neko_lean.recipes import Recipe, load_recipe
 from neko_lean.training.batch import Batch, make_batch
@@ -102,12 +102,12 @@ class Resident(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.start_bytes = self.peak = resident()
+        self.start_bytes = self.peak = resident_memory()
         self.limit = int(LIMIT * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
     def run(self) -> None:
         while True:
-            self.peak = max(self.peak, resident())
+            self.peak = max(self.peak, resident_memory())
             if self.peak > self.limit:
                 print(json.dumps({"out_of_memory": True, "peak": self.peak - self.start_bytes}), flush=True)
                 os._exit(0)

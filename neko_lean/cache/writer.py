@@ -51,8 +51,8 @@ from neko_lean.models import (
     next_token_logp,
     pick_device,
     pick_dtype,
-    refuse_broken_outputs,
-    refuse_unknown_rows,
+    refuse_non_finite_outputs,
+    refuse_unknown_examples,
     usable_length,
 )
 from neko_lean.outputs import (
@@ -165,7 +165,7 @@ def cache_teacher(
     sets = {"shard": _distinct(kept + anchors + forgotten), "forget": _distinct(forgotten + refused + anchors)}
     teacher = load_model(folder, precision, place)
     teacher.model.eval()
-    refuse_unknown_rows([*sets["shard"], *sets["forget"]], teacher)
+    refuse_unknown_examples([*sets["shard"], *sets["forget"]], teacher)
     jobs = {kind: _into_shards(teacher_batches(encoded, batch_tokens)) for kind, encoded in sets.items()}
     identity = identify(folder, tokenizer)
     plan = Manifest(
@@ -491,6 +491,6 @@ def _forget_tensors(teacher: CausalLM, batches: Sequence[Batch], plan: Manifest,
     for batch in batches:
         logp = next_token_logp(teacher, [one.input_ids for one in batch], pad_id).cpu()  # [sum of (length - 1)]
         for one, own in zip(batch, logp.split([len(one) - 1 for one in batch]), strict=True):
-            refuse_broken_outputs(own, f"row {one.example.id}")
+            refuse_non_finite_outputs(own, f"row {one.example.id}")
         parts.append(logp.numpy())
     return {"target_logp": np.concatenate(parts)}

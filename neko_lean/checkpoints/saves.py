@@ -26,7 +26,7 @@ from torch import Tensor
 
 from neko_lean.distributed import is_main_process, raise_on_any_rank, rank, run_on_main_and_broadcast, world_size
 from neko_lean.errors import NekoLeanError, first_line
-from neko_lean.models import is_inside, local
+from neko_lean.models import is_inside, local_shard
 from neko_lean.outputs import (
     MANIFEST,
     UNSIGNED,
@@ -177,7 +177,7 @@ def _write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> No
         if pieces[-1] and size > room:
             pieces.append({})
             room = PIECE
-        pieces[-1][name] = local(tensor.detach()).contiguous()
+        pieces[-1][name] = local_shard(tensor.detach()).contiguous()
         room -= size
     for number, piece in enumerate(pieces):
         save_file(piece, folder / f"{stem}-{number:03d}.safetensors")
@@ -289,7 +289,7 @@ def _was_changed(file: Path) -> bool:
 def load_weights(parameters: Mapping[str, Tensor], stored: Mapping[str, Tensor]) -> None:
     """Copy stored tensors into these parameters, by name."""
     for name, parameter in parameters.items():
-        local(parameter).copy_(stored[name])
+        local_shard(parameter).copy_(stored[name])
 
 
 def random_states(device: torch.device) -> dict[str, Tensor]:

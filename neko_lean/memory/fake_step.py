@@ -18,10 +18,10 @@ from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.models import (
     CHUNK_ELEMENTS,
     CausalLM,
-    backbone_of,
     checkpoint_activations,
+    find_backbone,
     load_config,
-    plain_outputs,
+    reset_output_switches,
     stated_softcap,
 )
 from neko_lean.recipes import Recipe
@@ -61,9 +61,9 @@ def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
 
     model_config = load_config(config) if isinstance(config, Path) else config
     model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False).eval()
-    plain_outputs(model)
+    reset_output_switches(model)
     try:
-        backbone = backbone_of(model)
+        backbone = find_backbone(model)
     except NekoLeanError as error:
         raise NekoLeanError(f"memory cannot be predicted from the config alone in {dtype}: {error}") from error
     return CausalLM(model, backbone, softcap=stated_softcap(model_config))

@@ -16,12 +16,12 @@ from torch.utils.checkpoint import checkpoint
 
 from neko_lean.data import pad
 from neko_lean.errors import NekoLeanError
-from neko_lean.models.families import backbone_of, linear_head, logit_transform, plain_outputs
+from neko_lean.models.chunked_head import LogitTransform, PredictionStats, logits, prediction_stats, token_stats
+from neko_lean.models.families import find_backbone, linear_head, logit_transform, reset_output_switches
 from neko_lean.models.positions import (
     embeddable_positions,
     refuse_sight_of_later_tokens,
 )
-from neko_lean.models.token_stats import LogitTransform, TokenViews, logits, token_stats, token_views
 from neko_lean.models.trust import reason
 
 if TYPE_CHECKING:
@@ -109,29 +109,29 @@ def next_token_logp(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) ->
 
 
 @torch.no_grad()
-def next_token_views(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) -> list[TokenViews]:
+def next_token_stats(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) -> list[PredictionStats]:
     """What the model thinks of every token but the first of each row: one TokenViews a row, [length - 1] each."""
     input_ids, mask = pad(rows, pad_id, lm.device)
     real = mask[:, 1:].bool()  # [B, L - 1]
     hidden = lm.hidden(input_ids)[:, :-1][real]
-    views = token_views(hidden, lm.head, input_ids[:, 1:][real], lm.transform)
+    views = prediction_stats(hidden, lm.head, input_ids[:, 1:][real], lm.transform)
     columns = [column.split([len(row) - 1 for row in rows]) for column in views]
-    return [TokenViews(*one) for one in zip(*columns, strict=True)]
+    return [PredictionStats(*one) for one in zip(*columns, strict=True)]
 
 
 @torch.no_grad()
-def split(model: PreTrainedModel) -> CausalLM:
+def as_causal_lm(model: PreTrainedModel) -> CausalLM:
     """Find how a model's logits follow from its hidden states, and check that they do and that its attention is causal.
 
     Raises NekoLeanError for families of which either is not so.
     """
     family = type(model).__name__
     linear_head(model)
-    plain_outputs(model)
+    reset_output_switches(model)
     was_training = model.training
     model.eval()
     try:
-        backbone = backbone_of(model)
+        backbone = find_backbone(model)
         scale, softcap = logit_transform(model, backbone)
         lm = CausalLM(model, backbone, scale, softcap, embeddable_positions(model, model.config))
         probe = torch.arange(4, device=lm.device)[None] % len(lm.head)  # [1, 4]

@@ -96,7 +96,7 @@ def pick_dtype(name: str) -> torch.dtype:
     return DTYPES[name]
 
 
-def reset_peak(device: torch.device) -> None:
+def reset_peak_memory(device: torch.device) -> None:
     """Start counting the peak afresh: the GPU's, and the process's where the system lets it be reset (Linux)."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -104,7 +104,7 @@ def reset_peak(device: torch.device) -> None:
         Path("/proc/self/clear_refs").write_text("5")
 
 
-def settle() -> None:
+def trim_memory() -> None:
     """Give back what the allocator keeps of freed blocks, so that what is measured from here on is growth and not the
     reuse of leftovers. Only glibc can be asked."""
     gc.collect()
@@ -112,7 +112,7 @@ def settle() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
-def resident() -> int:
+def resident_memory() -> int:
     """Bytes of this process in memory now, mapped files among them; its peak so far where the system does not say."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()

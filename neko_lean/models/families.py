@@ -46,7 +46,7 @@ class HeadCall:
     logits: Tensor  # [n, V]
 
 
-def plain_outputs(model: PreTrainedModel) -> None:
+def reset_output_switches(model: PreTrainedModel) -> None:
     """Have every forward pass return named outputs and nothing extra, whatever config.json asks for."""
     configs = {id(m.config): m.config for m in model.modules() if hasattr(m, "config")}
     for config in configs.values():
@@ -69,7 +69,7 @@ def linear_head(model: PreTrainedModel) -> nn.Linear:
     return head
 
 
-def backbone_of(model: PreTrainedModel) -> nn.Module:
+def find_backbone(model: PreTrainedModel) -> nn.Module:
     """The part of a model whose `last_hidden_state` is what its head takes: the base model, or in some families the
     decoder in it. Tensors without storage do.
 

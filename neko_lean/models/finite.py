@@ -11,7 +11,7 @@ from torch import Tensor
 from neko_lean.errors import NekoLeanError
 
 
-def refuse_broken_outputs(values: Tensor, what: str) -> None:
+def refuse_non_finite_outputs(values: Tensor, what: str) -> None:
     """Raise NekoLeanError when a model's outputs hold NaN or infinite values; `what` says which, in the singular."""
     if not bool(torch.isfinite(values).all()):
         raise NekoLeanError(
@@ -20,8 +20,8 @@ def refuse_broken_outputs(values: Tensor, what: str) -> None:
         )
 
 
-def likeliest(logits: Tensor, what: str) -> Tensor:
+def greedy_tokens(logits: Tensor, what: str) -> Tensor:
     """The likeliest token of each row of logits [N, V]: [N] int64. NaN would win every comparison, and is refused."""
     best, token = logits.max(1)
-    refuse_broken_outputs(best, what)
+    refuse_non_finite_outputs(best, what)
     return token

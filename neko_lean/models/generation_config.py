@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 GENERATION_CONFIG = "generation_config.json"
 
 
-def end_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def eos_token_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end a generation: the tokenizer's EOS token and those of the model's generation config.
 
     Instruct models end a turn with another token than the tokenizer's. transformers derives the generation config from
@@ -31,7 +31,7 @@ def end_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     return frozenset([*_listed(lm)[0], *([] if eos is None else [int(eos)])])
 
 
-def unknown_ends(lm: CausalLM) -> list[object]:
+def unknown_eos_token_ids(lm: CausalLM) -> list[object]:
     """Entries of the generation config's eos_token_id that are no tokens of the model."""
     return _listed(lm)[1]
 
@@ -54,7 +54,7 @@ def _listed(lm: CausalLM) -> tuple[list[int], list[object]]:
     return ids, unknown
 
 
-def listed_ends(folder: Path) -> Any:
+def stated_eos_token_id(folder: Path) -> Any:
     """What a checkpoint's generation_config.json says of `eos_token_id`, as it stands there; None without such a file.
 
     Raises NekoLeanError where the file is not a JSON object. transformers passes over such a file without a word, and

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.models.generation_config import listed_ends
+from neko_lean.models.generation_config import stated_eos_token_id
 from neko_lean.models.load_checks import check_loaded
 from neko_lean.models.positions import (
     embeddable_positions,
@@ -23,7 +23,7 @@ from neko_lean.models.weight_files import refuse_packed, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from neko_lean.models.causal_lm import CausalLM, split
+from neko_lean.models.causal_lm import CausalLM, as_causal_lm
 
 # A commit, branch or tag; it must not lead out of the hub's cache, where it becomes a file's name.
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>(?!.*\.\.)[\w-][\w./-]*))?")
@@ -116,7 +116,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Causal
     """
     from transformers import AutoModelForCausalLM
 
-    listed_ends(folder)  # transformers passes over a generation config that it cannot read
+    stated_eos_token_id(folder)  # transformers passes over a generation config that it cannot read
     stored, method = stored_tensors(folder), quantization_method(folder)
     if method is None:
         refuse_packed(stored)
@@ -141,7 +141,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Causal
     model, info = loaded
     model = dequantized(model, method, dtype)
     check_loaded(model, folder, stored, info, packed=method is not None)
-    return split(model.to(device))  # type: ignore[arg-type]
+    return as_causal_lm(model.to(device))  # type: ignore[arg-type]
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -166,9 +166,9 @@ def new_model(config_folder: Path, dtype: torch.dtype, device: torch.device, see
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    if listed_ends(config_folder) is not None:
+    if stated_eos_token_id(config_folder) is not None:
         model.generation_config = GenerationConfig.from_pretrained(config_folder, local_files_only=True)
-    return split(model.to(device=device, dtype=dtype))
+    return as_causal_lm(model.to(device=device, dtype=dtype))
 
 
 def usable_length(folder: Path, max_length: int) -> int:

@@ -27,12 +27,12 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def local(tensor: Tensor) -> Tensor:
+def local_shard(tensor: Tensor) -> Tensor:
     """This rank's part of a tensor that is spread over the ranks: its rows, the first rank's first. Else itself."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class Shards:
+class ShardedModel:
     """Spread `lm`, which lies whole on the CPU, over the ranks' devices of type `device`.
 
     Its layers are groups of their own, an untied head is one, and the rest, embedding and final norm, is one more,
@@ -52,15 +52,15 @@ class Shards:
             lm.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
         self.root = cast(FSDPModule, lm.model)
         self.parts: dict[nn.Module, dict[str, nn.Parameter]] = {}
-        self.release()
+        self.reset()
         for module in (*layers, lm.model):
             self.parts[module] = dict(module.named_parameters())
 
-    def gather(self) -> None:
+    def unshard(self) -> None:
         """Have embedding and final norm whole, for `lm.hidden`; each layer gathers itself when it is called."""
         self.root.unshard()
 
-    def gather_head(self) -> None:
+    def unshard_head(self) -> None:
         """Have the head whole, too."""
         if self.head is not None:
             self.head.unshard()
@@ -71,38 +71,38 @@ class Shards:
         if self.head is not None:
             self.head.reshard()
 
-    def release(self) -> None:
+    def reset(self) -> None:
         """Keep no more than this rank's part of anything; forget what FSDP noted down of a forward pass."""
         self.root.reset_iter_state()
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
+    def unsharded(self) -> Iterator[None]:
         """Embedding, final norm and head are whole while it lasts."""
-        self.gather()
-        self.gather_head()
+        self.unshard()
+        self.unshard_head()
         try:
             yield
         finally:
-            self.release()
+            self.reset()
 
     @contextmanager
-    def whole_layer(self, layer: nn.Module) -> Iterator[None]:
+    def unsharded_layer(self, layer: nn.Module) -> Iterator[None]:
         """One layer is whole while it lasts, for `layer.forward`; then its gradients are `reduce`d."""
         group = cast(FSDPModule, layer)
         group.unshard()
         yield
-        self.reduce(layer)
+        self.reduce_scatter_grads(layer)
         group.reshard()
 
-    def reduce(self, module: nn.Module, leave: Tensor | None = None) -> None:
+    def reduce_scatter_grads(self, module: nn.Module, skip: Tensor | None = None) -> None:
         """Add up the ranks' gradients of a module whose weights are whole, and give each rank its rows of the sum as
-        the gradient of its part. `leave` is a parameter whose gradient is to stay for later."""
+        the gradient of its part. `skip` is a parameter whose gradient is to stay for later."""
         for name, full in module.named_parameters():
             part = self.parts[module][name]
-            if full is not part and full is not leave:
-                self.reduce_one(full, part)
+            if full is not part and full is not skip:
+                self.reduce_scatter_grad(full, part)
 
-    def reduce_one(self, full: Tensor, part: Tensor) -> None:
+    def reduce_scatter_grad(self, full: Tensor, part: Tensor) -> None:
         """`reduce` of one parameter, which need no longer be whole."""
         if full.grad is not None:
             summed = DTensor.from_local(full.grad, self.mesh, [Partial()], run_check=False)

@@ -46,9 +46,9 @@ from neko_lean.models import (
     pick_device,
     pick_dtype,
     read_config,
-    resident,
-    settle,
+    resident_memory,
     tokenizer_fingerprint,
+    trim_memory,
     usable_length,
     warn_emulated_bfloat16,
     weights_fingerprint,
@@ -205,8 +205,8 @@ def unlearn(
                 f"warning: the length limit of {limit} removes the whole answer of {lost} of "
                 f"{len(forget_rows)} forget rows; they get no forget loss."
             )
-        settle()
-        before = resident()
+        trim_memory()
+        before = resident_memory()
         warn_emulated_bfloat16(chosen.dtype, place, quiet)
         student = partial(load_model, folder, pick_dtype(chosen.dtype))
         lm = student(_whole_on(place))
@@ -289,8 +289,8 @@ def memorize(
         explained_write_errors(output.path),
         explained_out_of_memory(),
     ):
-        settle()
-        before = resident()
+        trim_memory()
+        before = resident_memory()
         warn_emulated_bfloat16(chosen.dtype, place, quiet)
         trainer = Trainer(student(_whole_on(place)), pad_id, TrainingExamples(retain=encoded), None, chosen, place)
         loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)

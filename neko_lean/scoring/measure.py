@@ -20,7 +20,7 @@ from neko_lean.distributed import (
 )
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import strict_json, write_jsonl
-from neko_lean.models import CausalLM, position_limit, refuse_unknown_rows, tokenizer_fingerprint
+from neko_lean.models import CausalLM, position_limit, refuse_unknown_examples, tokenizer_fingerprint
 from neko_lean.scoring import membership
 from neko_lean.scoring.generation import Decoding, Generation, generate, generation_warnings, method_line, own_rows
 from neko_lean.scoring.limits import MAX_LENGTH, Cut, fitted_answer
@@ -100,7 +100,7 @@ def row_numbers(
         log_line(f"warning: answers are measured within the length limit: {truncation_summary(encoded, limit)}")
     if cut.empty_answers:
         log_line(f"warning: {cut.empty_answers} of {len(rows)} rows have an answer of no tokens: it is not measured.")
-    refuse_unknown_rows(encoded, lm)
+    refuse_unknown_examples(encoded, lm)
 
     with progress_bar("answers", len(answered), "rows", quiet) as progress:
         views = view_documents(lm, tokenizer, [one.input_ids for one in answered], progress=progress)

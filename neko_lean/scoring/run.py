@@ -19,7 +19,6 @@ from neko_lean.jsonio import jsonl_text, strict_json
 from neko_lean.models import (
     check_seed,
     identify,
-    listed_ends,
     load_model,
     load_tokenizer,
     model_folder,
@@ -28,6 +27,7 @@ from neko_lean.models import (
     pick_device,
     pick_dtype,
     quantization_method,
+    stated_eos_token_id,
     usable_length,
 )
 from neko_lean.outputs import MANIFEST, Output, claim_file, claim_folder, file_sha256, locked, publish_file
@@ -192,7 +192,7 @@ def score(
         "rows": [f"{name} {row.digest}" for name, row in rows],
         "max_new_tokens": max_new_tokens,
         "dtype": precision,
-        "eos_token_id": listed_ends(folder),
+        "eos_token_id": stated_eos_token_id(folder),
     }
     options = {
         "mia": digest(documents),

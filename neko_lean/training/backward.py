@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from neko_lean.distributed import world_size
 from neko_lean.errors import NekoLeanError, first_line
-from neko_lean.models import CausalLM, Shards, checkpoint_activations
+from neko_lean.models import CausalLM, ShardedModel, checkpoint_activations
 from neko_lean.recipes import Recipe
 from neko_lean.terminal import log_line
 from neko_lean.training.layers import decoder_layers, freeze
@@ -56,7 +56,7 @@ def select_backward(student: CausalLM, recipe: Recipe, device: torch.device) -> 
         try:
             layers = decoder_layers(student)
             verify_layer_pass(student, layers, wanted)
-            shards = Shards(student, layers, device) if world_size() > 1 else None
+            shards = ShardedModel(student, layers, device) if world_size() > 1 else None
             return recipe, LayerPass(student, layers, offload=recipe.offload_activations, shards=shards)
         except NekoLeanError as error:
             if world_size() > 1:

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neko_lean.models import CausalLM, Shards
+from neko_lean.models import CausalLM, ShardedModel
 
 
 @dataclass
@@ -45,7 +45,7 @@ class LayerPass:
     """
 
     def __init__(
-        self, lm: CausalLM, layers: nn.ModuleList, *, offload: bool = False, shards: Shards | None = None
+        self, lm: CausalLM, layers: nn.ModuleList, *, offload: bool = False, shards: ShardedModel | None = None
     ) -> None:
         self.lm, self.layers, self.offload, self.shards = lm, layers, offload, shards
         # As they are outside a step: within one, those of a model in shards are others.
@@ -71,13 +71,13 @@ class LayerPass:
         """
         self.clear()
         if self.shards is not None:
-            self.shards.gather()
+            self.shards.unshard()
         rows = []
         for ids, wanted, place in zip(micro, index, position_ids or [None] * len(micro), strict=True):
             with self._caught(wanted):
                 rows.append(self.lm.hidden(ids, place)[0])  # [n, d]
         if self.shards is not None:
-            self.shards.gather_head()
+            self.shards.unshard_head()
         return torch.cat(rows)
 
     def clear(self) -> None:
@@ -85,7 +85,7 @@ class LayerPass:
         for kept in (self.calls, self.embedded, self.ends):
             kept.clear()
         if self.shards is not None:
-            self.shards.release()
+            self.shards.reset()
 
     def pending_grads(self) -> Iterator[tuple[str, Tensor]]:
         """The gradients that the loss's own `backward()` has left, with names: what can be looked at before anything is
@@ -102,7 +102,7 @@ class LayerPass:
         # A tied head's gradient is complete only with the embedding's.
         embedding = self.lm.embedding
         if self.shards is not None:
-            self.shards.reduce(self.lm.model, leave=embedding)
+            self.shards.reduce_scatter_grads(self.lm.model, skip=embedding)
             self.shards.reshard()  # the embedding's gradient can do without its weight
         for parameter in self.outside:
             if parameter is not self.embedding:
@@ -116,7 +116,7 @@ class LayerPass:
         self.ends.clear()
         for number in range(len(self.layers) - 1, self.first - 1, -1):
             layer = self.layers[number]
-            with nullcontext() if self.shards is None else self.shards.whole_layer(layer):
+            with nullcontext() if self.shards is None else self.shards.unsharded_layer(layer):
                 run = layer if self.shards is None else layer.forward  # without the hooks that would gather it again
                 for m, calls in enumerate(self.calls):
                     call = calls.pop()
@@ -134,8 +134,8 @@ class LayerPass:
             torch.autograd.backward(edge, flowing.pop(0))
         self.embedded.clear()
         if self.shards is not None:
-            self.shards.reduce_one(embedding, self.embedding)
-            self.shards.release()
+            self.shards.reduce_scatter_grad(embedding, self.embedding)
+            self.shards.reset()
         for parameter in self.outside:
             complete(parameter)
 

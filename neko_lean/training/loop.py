@@ -33,7 +33,7 @@ from neko_lean.checkpoints import (
 from neko_lean.distributed import all_reduce_max, is_main_process
 from neko_lean.errors import Interrupted, NekoLeanError, NonFiniteError, PartialStepError
 from neko_lean.jsonio import nan_to_null
-from neko_lean.models import CausalLM, peak_memory, reset_peak, save_checkpoint
+from neko_lean.models import CausalLM, peak_memory, reset_peak_memory, save_checkpoint
 from neko_lean.outputs import MANIFEST, no_follow, write_in_place
 from neko_lean.recipes import Recipe
 from neko_lean.terminal import log_line, progress_bar
@@ -93,7 +93,7 @@ class Loop:
         Interrupted, everything saved, when a signal asked for the end of the run.
         """
         device, trainer = self.device, self.trainer
-        reset_peak(device)
+        reset_peak_memory(device)
         failure = None
         with torch.random.fork_rng([device] if device.type == "cuda" else []), deterministic(trainer.deterministic_on):
             self._restore(self.work.found)

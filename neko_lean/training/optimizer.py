@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor
 
 from neko_lean.distributed import all_reduce_sum, any_rank, rank
 from neko_lean.errors import NekoLeanError, NonFiniteError
-from neko_lean.models import local
+from neko_lean.models import local_shard
 
 BLOCK = 256  # elements that share one quantisation scale in bitsandbytes' blockwise Adam
 
@@ -134,7 +134,7 @@ class InBackwardAdam8bit:
         self._copies = torch.cuda.Stream(self.device) if offload and self.device.type == "cuda" else None
         # All of it before the first step: made during backward it would lie scattered among gradients that are freed,
         # and the holes they leave cost a third of the whole (7.05 GiB instead of 5.45 resident at 1.28 billion).
-        self._states = {name: self._new_state(local(p).numel(), p.numel()) for name, p in self.parameters.items()}
+        self._states = {name: self._new_state(local_shard(p).numel(), p.numel()) for name, p in self.parameters.items()}
 
     def attach(self) -> None:
         """Have autograd call `update` for each parameter as soon as `loss.backward()` has completed its gradient."""
@@ -156,7 +156,7 @@ class InBackwardAdam8bit:
         if parameter.grad is None:
             return
         name = self._names[id(parameter)]
-        weight, gradient = local(parameter).view(-1), local(parameter.grad).reshape(-1)
+        weight, gradient = local_shard(parameter).view(-1), local_shard(parameter.grad).reshape(-1)
         sharded = isinstance(parameter, DTensor)
         refuse_not_finite(name, gradient)
         self.updated += 1

@@ -19,7 +19,7 @@ from neko_lean.cache import TeacherCache
 from neko_lean.checkpoints import RunState
 from neko_lean.distributed import any_rank, run_on_main_and_broadcast, world_size
 from neko_lean.errors import NonFiniteError, PartialStepError
-from neko_lean.models import CausalLM, refuse_unknown_rows, supports_packing
+from neko_lean.models import CausalLM, refuse_unknown_examples, supports_packing
 from neko_lean.recipes import Recipe
 from neko_lean.terminal import log_line
 from neko_lean.training.backward import select_backward
@@ -73,7 +73,7 @@ class Trainer:
         recipe: Recipe,
         device: torch.device | None = None,
     ) -> None:
-        refuse_unknown_rows([*examples.forget, *examples.retain, *examples.substitutes], student)
+        refuse_unknown_examples([*examples.forget, *examples.retain, *examples.substitutes], student)
         self.student, self.pad_id = student, pad_id
         self.packed = supports_packing(student)
         # Asked for while the student is whole and has its own forward.
@@ -200,7 +200,7 @@ class Trainer:
         while True:
             batch = self.batch(sample)
             try:
-                with nullcontext() if self.walk is None or self.walk.shards is None else self.walk.shards.whole():
+                with nullcontext() if self.walk is None or self.walk.shards is None else self.walk.shards.unsharded():
                     values = self._look(batch, sample)
                 break
             except torch.OutOfMemoryError:

@@ -23,8 +23,8 @@ from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import CacheError
 from neko_lean.jsonio import write_jsonl
+from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.models.token_stats import token_stats
 from neko_lean.outputs.signing import UNSIGNED, sign
 from tests.helpers import resign
 

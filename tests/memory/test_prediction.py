@@ -11,9 +11,9 @@ from neko_lean.memory.estimate import FIRST_USE, WORKSPACES
 from neko_lean.memory.largest_step import largest_step
 from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.memory.prediction import predict
-from neko_lean.models.causal_lm import checkpoint_activations, split
-from neko_lean.models.devices import peak_memory, reset_peak, resident, settle
-from neko_lean.models.token_stats import token_stats
+from neko_lean.models.causal_lm import as_causal_lm, checkpoint_activations
+from neko_lean.models.chunked_head import token_stats
+from neko_lean.models.devices import peak_memory, reset_peak_memory, resident_memory, trim_memory
 from neko_lean.recipes import load_recipe
 from neko_lean.training.layers import decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass
@@ -43,18 +43,18 @@ def test_the_process_peak_can_be_reset_and_is_not_the_parents():
     before = peak_memory(torch.device("cpu"))["process"]
     assert before >= block.nbytes
     del block
-    settle()
-    reset_peak(torch.device("cpu"))
+    trim_memory()
+    reset_peak_memory(torch.device("cpu"))
     after = peak_memory(torch.device("cpu"))["process"]
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("this system cannot reset a process's peak")
-    assert after < before - 2**27 and after >= resident() - 2**24
+    assert after < before - 2**27 and after >= resident_memory() - 2**24
 
 
 def real_step(recipe, micro):
     """Peak bytes of the tensors that one real step creates, without Adam's state."""
     torch.manual_seed(0)
-    lm = split(OlmoForCausalLM(MIDDLE).to(getattr(torch, recipe.dtype)))
+    lm = as_causal_lm(OlmoForCausalLM(MIDDLE).to(getattr(torch, recipe.dtype)))
     if recipe.train_last:
         freeze(lm, recipe.train_last)
     optimizer = InBackwardAdam8bit(lm.model.named_parameters())

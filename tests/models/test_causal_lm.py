@@ -11,10 +11,10 @@ from torch.nn.attention import flex_attention
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.causal_lm import keeps_packed_rows_apart, supports_packing
+from neko_lean.models.chunked_head import logits
 from neko_lean.models.devices import pick_device, pick_dtype, warn_emulated_bfloat16
 from neko_lean.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
 from neko_lean.models.loading import load_model, load_tokenizer, model_folder, new_model
-from neko_lean.models.token_stats import logits
 from tests.helpers import random_model, tiny
 
 CPU = torch.device("cpu")

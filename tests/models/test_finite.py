@@ -11,7 +11,7 @@ import neko_lean
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import nan_to_null, strict_json
-from neko_lean.models.finite import likeliest
+from neko_lean.models.finite import greedy_tokens
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.generation import generate
 from neko_lean.scoring.memorisation import LARGEST_RATIO, truth_ratio
@@ -75,11 +75,11 @@ def test_json_is_json():
 def test_likeliest_is_argmax_or_nothing():
     logits = torch.randn(5, 7)
     logits[0, 3] = -torch.inf  # a token that cannot be
-    assert torch.equal(likeliest(logits, "x"), logits.argmax(1))
+    assert torch.equal(greedy_tokens(logits, "x"), logits.argmax(1))
     for value in (torch.nan, torch.inf):
         logits[2, 4] = value
         with pytest.raises(NekoLeanError):
-            likeliest(logits, "x")
+            greedy_tokens(logits, "x")
 
 
 def test_a_ratio_of_underflowing_probabilities_is_a_number():

@@ -82,7 +82,7 @@ def test_two_processes_end_in_the_weights_of_one(world, model, cache, tmp_path, 
 def test_other_ways_back_are_refused(world, model, cache, tmp_path, monkeypatch, value):
     from neko_lean.training import backward
 
-    monkeypatch.setattr(backward, "size", lambda: 2)
+    monkeypatch.setattr(backward, "world_size", lambda: 2)
     with pytest.raises(NekoLeanError, match=f"backward={value} is for one process"):
         unlearn(
             model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides={"backward": value}, quiet=True

@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.models import token_stats as head
-from neko_lean.models.token_stats import IDENTITY, LogitTransform, logits, token_stats, token_views
+from neko_lean.models import chunked_head
+from neko_lean.models.chunked_head import IDENTITY, LogitTransform, logits, prediction_stats, token_stats
 
 N, D, V = 13, 8, 29
 
@@ -75,7 +75,7 @@ def test_bias_scale_and_soft_cap_with_gradients(bias, scale, softcap, k):
     wanted_logp, wanted_kl = dense(hidden, weight, target, teacher, transform)
     logp, kl = stats(*leaves)
     torch.testing.assert_close(logp, wanted_logp, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(token_views(hidden, weight, target.clamp(min=0), transform).logp[target >= 0],
+    torch.testing.assert_close(prediction_stats(hidden, weight, target.clamp(min=0), transform).logp[target >= 0],
                                wanted_logp[target >= 0].detach(), rtol=1e-10, atol=1e-12)  # fmt: skip
     if k < V:
         return
@@ -182,7 +182,7 @@ def test_bfloat16_gradients_point_where_float64_ones_do():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [0, 3])
 def test_nothing_larger_than_a_chunk_of_logits_is_made(monkeypatch, dtype, k):
-    monkeypatch.setattr(head, "WEIGHT_SLICE", 100)
+    monkeypatch.setattr(chunked_head, "WEIGHT_SLICE", 100)
     rows, width, vocabulary, chunk = 60, 8, 1000, 4
     torch.manual_seed(0)
     hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
@@ -207,7 +207,7 @@ def test_rows_that_need_nothing_never_meet_the_weight(monkeypatch):
         seen.append(len(rows))
         return rows @ weight.T
 
-    monkeypatch.setattr(head, "logits", counted)
+    monkeypatch.setattr(chunked_head, "logits", counted)
     target_logp, kl = token_stats(hidden, weight, target, ids, logp, tail, chunk=2)
     assert sum(seen) == N - 2
     assert (target_logp[[0, 3, 4]] == 0).all() and (kl[[0, 4, 6]] == 0).all() and kl[3] > 0 and target_logp[6] < 0

@@ -1,7 +1,7 @@
 """The one numerical primitive: what an objective needs of the vocabulary, without logits for all rows at once.
 
 `token_stats` is the only code that touches logits in training. It walks over chunks of rows, so at most
-`chunk x V` float32 logits exist at a time, keeps none of them for backward, and recomputes them there. `token_views` is
+`chunk x V` float32 logits exist at a time, keeps none of them for backward, and recomputes them there. `prediction_stats` is
 its sister without a gradient: what the score asks of a token.
 
 Logits are `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`; most families have neither bias, scale nor
@@ -119,7 +119,7 @@ def token_stats(
     return both
 
 
-class TokenViews(NamedTuple):
+class PredictionStats(NamedTuple):
     """What a model thinks of each of N tokens, [N] each, in nats where that applies."""
 
     logp: Tensor  # log-probability of the token
@@ -129,7 +129,9 @@ class TokenViews(NamedTuple):
 
 
 @torch.no_grad()
-def token_views(hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform = IDENTITY) -> TokenViews:
+def prediction_stats(
+    hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform = IDENTITY
+) -> PredictionStats:
     """Views of the tokens `target` [N] from last hidden states [N, d] and head [V, d], a chunk of rows at a time."""
     parts = []
     chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
@@ -142,7 +144,7 @@ def token_views(hidden: Tensor, weight: Tensor, target: Tensor, transform: Logit
         mean = torch.where(p > 0, p * logp, 0).sum(1, keepdim=True)  # [c, 1]
         spread = torch.where(p > 0, p * (logp - mean) ** 2, 0).sum(1).sqrt()
         parts.append((own[:, 0], -mean[:, 0], spread, rank))
-    return TokenViews(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return PredictionStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
 
 
 @torch.no_grad()
