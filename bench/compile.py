@@ -21,7 +21,8 @@ from transformers import OlmoConfig, OlmoForCausalLM
 from neko_lean.models.causal_lm import CausalLM, as_causal_lm
 from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.devices import pick_device, pick_dtype
-from neko_lean.training.layerwise import LayerPass, compile_layers, decoder_layers
+from neko_lean.training.layers import compile_layers, decoder_layers
+from neko_lean.training.layerwise import LayerPass
 
 VOCABULARY = 4096
 

@@ -29,7 +29,7 @@ from neko_lean.data.tokenization import encode
 from neko_lean.demo.run import write_base
 from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.prediction import predict
-from neko_lean.memory.two_models import LEAN, PUBLISHED, Way, two_model_loss
+from neko_lean.memory.two_models import LEAN_BASELINE, PUBLISHED_BASELINE, TwoModelBaseline, two_model_loss
 from neko_lean.models.causal_lm import checkpoint_activations
 from neko_lean.models.devices import pick_device, resident_memory
 from neko_lean.models.loading import load_model
@@ -37,15 +37,16 @@ from neko_lean.options import OutputOptions
 from neko_lean.recipes import Recipe, load_recipe
 from neko_lean.training.batch import Batch, make_batch
 from neko_lean.training.determinism import deterministic
-from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.layers import decoder_layers
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 from neko_lean.training.optimizer import InBackwardAdam8bit
 
 NAMES = {
     "lean": "neko-lean",
     "lean-offloaded": "neko-lean, --offload-state --offload-activations",
-    "two-bf16": LEAN.name,
-    "two-fp32": PUBLISHED.name,
+    "two-bf16": LEAN_BASELINE.name,
+    "two-fp32": PUBLISHED_BASELINE.name,
 }
 STEPS = 3  # different sets of rows; each pass takes the next
 LIMIT = 0.93  # share of the machine's memory at which a contender on a CPU is stopped rather than the machine
@@ -156,21 +157,21 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
         "seconds": seconds,
         "tokens": [batches[number % STEPS].tokens for number in range(passes)],
         "floor": weights + optimizer.state_bytes(),
-        "predicted": predicted.on(device),
+        "predicted": predicted.peak_on(device),
     }
 
 
-def two_models(work: Path, passes: int, device: torch.device, way: Way) -> dict[str, Any]:
-    student = load_model(work / "model", way.dtype, device).model.train()
-    teacher = load_model(work / "model", way.dtype, device).model.eval()
-    if way.checkpointing:
+def two_models(work: Path, passes: int, device: torch.device, baseline: TwoModelBaseline) -> dict[str, Any]:
+    student = load_model(work / "model", baseline.dtype, device).model.train()
+    teacher = load_model(work / "model", baseline.dtype, device).model.eval()
+    if baseline.checkpointing:
         checkpoint_activations(student)
     rows = step_rows(work, device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5)
 
     def one_pass(number: int) -> float:
         start = clock(device)
-        batches = [_padded([one.input_ids for one in some], way, device) for some in rows[number % STEPS]]
+        batches = [_padded([one.input_ids for one in some], baseline, device) for some in rows[number % STEPS]]
         two_model_loss(student, teacher, *batches, 0.2).backward()
         return clock(device) - start
 
@@ -192,9 +193,11 @@ def two_models(work: Path, passes: int, device: torch.device, way: Way) -> dict[
     }
 
 
-def _padded(rows: list[list[int]], way: Way, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(
+    rows: list[list[int]], baseline: TwoModelBaseline, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     ids, mask = pad(rows, 1, device)
-    missing = (way.max_length or 0) - ids.shape[1]
+    missing = (baseline.max_length or 0) - ids.shape[1]
     if missing > 0:
         ids, mask = (torch.nn.functional.pad(t, (0, missing), value=v) for t, v in ((ids, 1), (mask, 0)))
     return ids, mask
@@ -254,8 +257,8 @@ def main() -> None:
             with deterministic(device):  # as `unlearn` does
                 result = lean(options.work, options.passes, device, options.name == "lean-offloaded")
         else:
-            way = LEAN if options.name == "two-bf16" else PUBLISHED
-            result = two_models(options.work, options.passes, device, way)
+            baseline = LEAN_BASELINE if options.name == "two-bf16" else PUBLISHED_BASELINE
+            result = two_models(options.work, options.passes, device, baseline)
     except torch.OutOfMemoryError:
         result = {"out_of_memory": True}
     result["peak"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else sampler.peak

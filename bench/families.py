@@ -58,7 +58,7 @@ from neko_lean.models.loading import load_model
 from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.scoring.generation import generate
-from neko_lean.training import loop
+from neko_lean.training import TrainingExamples, loop
 from neko_lean.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -305,7 +305,8 @@ class Bench:
             run=OutputOptions(device="cpu", quiet=True),
         )  # fmt: skip
         lm = load_model(self.student, torch.float32, CPU)
-        trainer = Trainer(lm, 2, self.forget, self.retain, TeacherCache(self.work / "cache"), recipe)
+        examples = TrainingExamples(self.forget, self.retain)
+        trainer = Trainer(lm, 2, examples, TeacherCache(self.work / "cache"), recipe)
         self.found.backward = trainer.recipe.backward
         trainer.ready()
         recorder = Recorder(lm)

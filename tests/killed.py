@@ -12,8 +12,7 @@ import time
 from pathlib import Path
 
 from bench.processes import forked
-from neko_lean import checkpoints
-from neko_lean.checkpoints import run_folder as unfinished
+from neko_lean.checkpoints import open_run, run_folder, saves, tensors
 from neko_lean.runs.unlearn import unlearn
 
 CHANGE = {
@@ -33,7 +32,7 @@ def die(*_):
 
 def in_the_second_save():
     """After the weights of the save were written and before its state."""
-    original, count = checkpoints.save_file, [0]
+    original, count = tensors.save_file, [0]
 
     def dying(*arguments):
         count[0] += 1
@@ -41,25 +40,25 @@ def in_the_second_save():
             die()
         original(*arguments)
 
-    checkpoints.save_file = dying
+    tensors.save_file = dying
 
 
 def before_the_rename():
-    original, count = checkpoints.write_folder, [0]
+    original, count = saves.write_folder, [0]
 
     def dying(target, fill):
         count[0] += 1
         original(target, lambda folder: (fill(folder), die() if count[0] == 3 else None))
 
-    checkpoints.write_folder = dying
+    saves.write_folder = dying
 
 
 def before_the_output_moves():
-    unfinished.publish = die
+    run_folder.publish = die
 
 
 def behind_the_output():
-    unfinished._clear = lambda folder: die()
+    open_run.remove_work_folder = lambda folder: die()
 
 
 KILLS = {

@@ -22,7 +22,8 @@ from neko_lean.models.loading import load_tokenizer
 from neko_lean.models.sharding import ShardedModel
 from neko_lean.recipes import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
-from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.layers import decoder_layers
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 
 # Heads of 7 rows a rank and less: 355 rows of the vocabulary do not split evenly either.

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import neko_lean
 from neko_lean.cache.manifest import read_manifest
-from neko_lean.checkpoints.saves import damage, seal
+from neko_lean.checkpoints.sealing import find_damage, seal
 from neko_lean.cli import app
 from neko_lean.data.documents import read_documents
 from neko_lean.data.examples import read_rows
@@ -180,12 +180,12 @@ def test_a_save_names_files_of_its_folder(tmp_path, name):
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "state.json").write_text("{}")
     seal(folder)
-    assert damage(folder) is None
+    assert find_damage(folder) is None
     (folder / "link").symlink_to(tmp_path / "x")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest |= {"files": {name: manifest["files"]["sub/state.json"]}, "checksum": "0" * 64}
     (folder / "manifest.json").write_bytes(sign(json.dumps(manifest).encode()))
-    assert "lies elsewhere" in damage(folder)
+    assert "outside the folder" in find_damage(folder)
 
 
 @pytest.mark.parametrize("name", ["scores.json", "generations.jsonl"])

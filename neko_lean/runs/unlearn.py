@@ -66,7 +66,7 @@ from neko_lean.recipes import (
     uses_anchor,
 )
 from neko_lean.terminal import log_line
-from neko_lean.training import Loop, Trainer, explained_out_of_memory, forget_start, with_levels
+from neko_lean.training import Loop, Trainer, TrainingExamples, explained_out_of_memory, forget_start, with_levels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -213,7 +213,8 @@ def unlearn(
         lm = student(_whole_on(place))
         if teacher is not None:
             teacher.check_vocabulary(len(lm.head))
-        trainer = Trainer(lm, pad_id, forget_rows, retain_rows, teacher, chosen, substitutes, place)
+        examples = TrainingExamples(forget_rows, retain_rows, substitutes or ())
+        trainer = Trainer(lm, pad_id, examples, teacher, chosen, place)
         loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)
         run = _train(loop, before, {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost})
     _raise_failure(run, output.path)
@@ -292,7 +293,7 @@ def memorize(
         trim_memory()
         before = resident_memory()
         warn_emulated_bfloat16(chosen.dtype, place, quiet)
-        trainer = Trainer(student(_whole_on(place)), pad_id, [], encoded, None, chosen, device=place)
+        trainer = Trainer(student(_whole_on(place)), pad_id, TrainingExamples(retain=encoded), None, chosen, place)
         loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)
         about = {"command": "memorize", "model": model_name(model), "random_start": not trained}
         run = _train(loop, before, {**about, "sets": list(sets)})

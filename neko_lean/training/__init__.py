@@ -1,7 +1,9 @@
 """One training run: batches, losses, the layerwise backward pass, the optimizer, the loop."""
 
 from neko_lean.training.batch import Batch, forget_start, select_hidden, split_across_ranks
-from neko_lean.training.layerwise import LayerPass, decoder_layers, freeze
+from neko_lean.training.examples import TrainingExamples
+from neko_lean.training.layers import decoder_layers, freeze
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.levels import with_levels
 from neko_lean.training.loop import Loop
 from neko_lean.training.optimizer import SLICE, UPDATE_BYTES, state_size
@@ -15,6 +17,7 @@ __all__ = [
     "LayerPass",
     "Loop",
     "Trainer",
+    "TrainingExamples",
     "decoder_layers",
     "explained_out_of_memory",
     "forget_start",

@@ -19,7 +19,8 @@ from neko_lean.errors import NekoLeanError, first_line
 from neko_lean.models import CausalLM, ShardedModel, checkpoint_activations
 from neko_lean.recipes import Recipe
 from neko_lean.terminal import log_line
-from neko_lean.training.layerwise import LayerPass, decoder_layers, freeze
+from neko_lean.training.layers import decoder_layers, freeze
+from neko_lean.training.layerwise import LayerPass
 
 VERIFIED_TOKENS = 8
 

@@ -96,7 +96,7 @@ class Loop:
         reset_peak_memory(device)
         failure = None
         with torch.random.fork_rng([device] if device.type == "cuda" else []), deterministic(trainer.deterministic_on):
-            self._restore(self.work.found)
+            self._restore(self.work.resume_from)
             try:
                 ended = self._run()
             except NonFiniteError as error:
@@ -104,9 +104,9 @@ class Loop:
         state = self.state
         early = state.step < self.steps or trainer.recipe.choose != "last"
         if early and state.best_step:
-            self.output = self.work.best(state.best_step)
+            self.output = self.work.best_checkpoint(state.best_step)
         elif failure:
-            self.output = self.work.newest()
+            self.output = self.work.latest_save()
             if self.output is None:
                 self.work.unrecoverable = True
                 raise NekoLeanError(f"{failure}; nothing was written: lower lr and run again.")
@@ -195,7 +195,7 @@ class Loop:
             except PartialStepError:
                 pass
             # Out here, where the exception has let go of the step's tensors.
-            self._restore(self.work.newest(), torn=self.state)
+            self._restore(self.work.latest_save(), torn=self.state)
 
     def _all_phases(self) -> None:
         rng = random.Random(self.seed)
@@ -283,7 +283,7 @@ class Loop:
         merit = values["eval_quality"] if self.trainer.recipe.choose == "quality" else -values["eval_loss"]
         if math.isfinite(merit) and (state.best is None or merit > state.best):
             state.best, state.best_step, state.worse = merit, state.step, 0
-            self.work.keep_best(state.step, self.trainer.student, self.tokenizer)
+            self.work.save_best_checkpoint(state.step, self.trainer.student, self.tokenizer)
         else:
             state.worse += 1
         return values

@@ -17,7 +17,6 @@ import torch
 
 from neko_lean.cache import TeacherCache
 from neko_lean.checkpoints import RunState
-from neko_lean.data import EncodedExample
 from neko_lean.distributed import any_rank, run_on_main_and_broadcast, world_size
 from neko_lean.errors import NonFiniteError, PartialStepError
 from neko_lean.models import CausalLM, refuse_unknown_examples, supports_packing
@@ -27,7 +26,8 @@ from neko_lean.training.backward import select_backward
 from neko_lean.training.batch import Batch, make_batch, select_hidden
 from neko_lean.training.determinism import deterministic_device
 from neko_lean.training.evaluation import answers, quality
-from neko_lean.training.layerwise import compile_layers, decoder_layers
+from neko_lean.training.examples import TrainingExamples
+from neko_lean.training.layers import compile_layers, decoder_layers
 from neko_lean.training.losses import batch_losses
 from neko_lean.training.optimizer import InBackwardAdam8bit, refuse_not_finite
 from neko_lean.training.out_of_memory import shrink
@@ -68,20 +68,19 @@ class Trainer:
         self,
         student: CausalLM,
         pad_id: int,
-        forget: list[EncodedExample],
-        retain: list[EncodedExample],
+        examples: TrainingExamples,
         teacher: TeacherCache | None,
         recipe: Recipe,
-        substitutes: list[EncodedExample] | None = None,
         device: torch.device | None = None,
     ) -> None:
-        refuse_unknown_examples([*forget, *retain, *(substitutes or [])], student)
+        refuse_unknown_examples([*examples.forget, *examples.retain, *examples.substitutes], student)
         self.student, self.pad_id = student, pad_id
         self.packed = supports_packing(student)
         # Asked for while the student is whole and has its own forward.
         self.deterministic_on = deterministic_device(student)
         self.recipe, self.walk = select_backward(student, recipe, device or student.device)
-        self.forget, self.retain, self.teacher, self.substitutes = forget, retain, teacher, substitutes
+        self.forget, self.retain, self.substitutes = examples.forget, examples.retain, examples.substitutes
+        self.teacher = teacher
         self.learning = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
         self.state = RunState(recipe.micro_tokens)
         if recipe.compile:

@@ -309,7 +309,7 @@ def test_a_second_signal_stops_at_once_and_what_is_saved_is_whole(unlearn, tmp_p
     original = unfinished.write_save
 
     def struck(*arguments):
-        patched.setattr("neko_lean.checkpoints.seal", lambda folder: os.kill(os.getpid(), signal.SIGTERM))
+        patched.setattr("neko_lean.checkpoints.saves.seal", lambda folder: os.kill(os.getpid(), signal.SIGTERM))
         original(*arguments)
 
     with monkeypatch.context() as patched, pytest.raises(neko_lean.Interrupted, match="at once"):
@@ -349,7 +349,7 @@ def test_signals_wait_only_while_it_trains_and_only_in_the_main_thread():
 
 
 def test_large_tensors_are_saved_in_pieces(tmp_path, monkeypatch):
-    from neko_lean import checkpoints
+    from neko_lean.checkpoints import saves as checkpoints
 
     monkeypatch.setattr(checkpoints, "PIECE", 100)
     tensors = {f"t{n}": torch.full((n,), float(n)) for n in (1, 20, 30, 3, 2)}

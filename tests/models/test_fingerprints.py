@@ -10,7 +10,7 @@ import transformers
 import neko_lean
 from neko_lean.cache.check import check_cache
 from neko_lean.cache.manifest import read_manifest
-from neko_lean.checkpoints.saves import seal
+from neko_lean.checkpoints.sealing import seal
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.fingerprints import (
     config_differences,
@@ -162,7 +162,7 @@ def test_rates_of_dropout_count_where_training_draws_from_it(world, model, tmp_p
     for path in (tmp_path / ".out.saved").glob("step-*"):
         (path / "manifest.json").unlink()
         seal(path)
-    with pytest.raises(NekoLeanError, match="did not write it down"):
+    with pytest.raises(NekoLeanError, match="not recorded by the version"):
         neko_lean.unlearn(model, out, world, world, resume=True, **given)
 
 

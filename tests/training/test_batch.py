@@ -19,7 +19,8 @@ from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.recipes import load_recipe
 from neko_lean.training import batch as step
 from neko_lean.training.batch import OVERHEAD, _sent, make_batch, micro_batches, select_hidden, split_across_ranks
-from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.layers import decoder_layers
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 from tests.helpers import make_cache, random_model, tiny
 

@@ -1,6 +1,7 @@
 """The fault matrix: each thing that can go wrong in a long run is made to, and the run ends as docs/running.md says."""
 
 import errno
+import importlib
 import json
 import shutil
 import subprocess
@@ -8,16 +9,16 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.test_resume import LOOKING, Killed, kill_at, metrics, result, saved, steps_saved
 
 import neko_lean
-from neko_lean import checkpoints, runs
+from neko_lean.checkpoints import saves as checkpoints
 from neko_lean.checkpoints.saves import read_save
 from neko_lean.errors import NekoLeanError
 from neko_lean.recipes import load_recipe
 from neko_lean.training import layerwise, loop, trainer
 from neko_lean.training import optimizer as optim
 from neko_lean.training.out_of_memory import FEW_ROWS
+from tests.checkpoints.test_resume import LOOKING, Killed, kill_at, metrics, result, saved, steps_saved
 from tests.helpers import SMALL
 
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
@@ -139,7 +140,7 @@ def test_memory_that_runs_out_in_the_middle_of_an_update_goes_back_to_where_the_
             state.head_chunk = int(said.split("chunks of ")[1].split()[0])
             original(self, state)
 
-        monkeypatch.setattr(trainer.Trainer, "go_on", smaller)
+        monkeypatch.setattr(trainer.Trainer, "load_state", smaller)
         unlearn(tmp_path / "small")
         assert result(tmp_path / "small") == result(tmp_path / "out")
         return
@@ -166,7 +167,7 @@ def test_memory_that_runs_out_in_an_evaluation_or_while_loading(unlearn, tmp_pat
     fail(monkeypatch, trainer, "answers", {1, 2, 5})
     run = unlearn(tmp_path / "out", LOOKING)
     assert run["steps"] == 10 and sum("eval_quality" in line for line in metrics(tmp_path / "out")) == 5
-    fail(monkeypatch, runs, "load_model", {1})
+    fail(monkeypatch, importlib.import_module("neko_lean.runs.unlearn"), "load_model", {1})
     with pytest.raises(NekoLeanError, match="does not hold the model and Adam's state"):
         unlearn(tmp_path / "no")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]

@@ -15,7 +15,8 @@ from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.recipes import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
-from neko_lean.training.layerwise import LayerPass, decoder_layers, freeze
+from neko_lean.training.layers import decoder_layers, freeze
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 from tests.helpers import make_cache, random_model, tiny
 

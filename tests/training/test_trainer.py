@@ -1,5 +1,6 @@
 """The loop and the two functions over it: what is written, when it stops, and that it learns."""
 
+import importlib
 import itertools
 import json
 import math
@@ -10,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 import neko_lean
-from neko_lean import cache, runs
+from neko_lean import cache
 from neko_lean.data.documents import read_anchor
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
@@ -25,6 +26,7 @@ from neko_lean.training.schedules import learning_rate
 from neko_lean.training.trainer import prefetched
 from tests.helpers import SMALL, make_cache, random_model
 
+runs = importlib.import_module("neko_lean.runs.unlearn")
 FAST = {"max_steps": 6, "forget_rows": 8, "retain_rows": 8, "eval_every": 2, "eval_rows": 4, "lr": 1e-3}
 
 
@@ -374,7 +376,7 @@ def test_levels_follow_what_unseen_text_costs_the_student(world, model, anchored
         [-teacher.target_logp(one) for one in documents],
     )
     batch = trainer.make_batch([forget], documents, teacher, recipe, 1, torch.device("cpu"))
-    hidden = trainer.chosen_hidden(lm, batch.micro, batch.index)
+    hidden = trainer.select_hidden(lm, batch.micro, batch.index)
     losses = trainer.batch_losses(hidden, lm, batch, recipe)
     logp = next_token_logp(lm, [one.input_ids for one in documents], 1)
     assert losses["anchor_nll"].item() == pytest.approx(-logp.sum().item(), rel=1e-4)
@@ -419,7 +421,7 @@ def test_compiled_layers_train_as_plain_ones(unlearn, tmp_path, monkeypatch, bac
 def test_a_run_with_packed_rows_has_the_losses_of_a_padded_one(unlearn, tmp_path, monkeypatch):
     change = {**SMALL, "dtype": "float32", "max_steps": 3, "micro_tokens": 256, "eval_every": 3}
     assert unlearn(tmp_path / "padded", change)["padding"] > 0
-    monkeypatch.setattr(trainer, "packs", lambda student: True)
+    monkeypatch.setattr(trainer, "supports_packing", lambda student: True)
     run = unlearn(tmp_path / "packed", change)
     assert run["padding"] == 0 and run["predicted_peak"] > 0
     for before, after in zip(metrics(tmp_path / "padded"), metrics(tmp_path / "packed"), strict=True):
