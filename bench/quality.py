@@ -33,7 +33,7 @@ import torch
 from neko_lean.data.batching import pad
 from neko_lean.data.documents import read_anchor
 from neko_lean.data.examples import TASKS, EncodedExample, read_rows
-from neko_lean.data.readers import read_jsonl
+from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.tokenization import encode
 from neko_lean.demo.run import write_base
 from neko_lean.demo.world import anchor_documents, task3_documents

@@ -26,6 +26,15 @@ SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+# The special tokens before and after a text. They may also occur inside it.
+TEMPLATES = [
+    ([], []),
+    (["<s>"], []),
+    ([], ["</s>"]),
+    (["<s>"], ["</s>"]),
+    (["</s>"], ["</s>"]),
+    (["<s>", "<s>"], ["</s>", "<s>"]),
+]
 LUME = Path(__file__).parents[2] / "shared" / "data" / "lume"
 
 

@@ -91,15 +91,16 @@ def test_rows_longer_than_the_learned_positions_are_cut_with_a_count(build, worl
 
     make_cache(folder, tmp_path, tmp_path / "cache", dtype="float32")
     said = capsys.readouterr().err
-    assert "warning: the model has 48 positions, fewer than the 512 asked for: 1 of 24 rows cut to 48 tokens" in said
+    assert "warning: 1 of 24 rows truncated to 48 tokens" in said
+    assert "the model has only 48 positions, fewer than the requested 512" in said
 
     change = {**TWO_STEPS, "format": "plain", "max_length": 512}
     options = {"cache": tmp_path / "cache", "recipe": "neko", "overrides": change, "quiet": True}
     neko_lean.unlearn(folder, tmp_path / "out", tmp_path, tmp_path, **options)
-    assert "the model has 48 positions" in capsys.readouterr().err
+    assert "the model has only 48 positions" in capsys.readouterr().err
 
     neko_lean.memorize(folder, tmp_path, tmp_path / "learned", overrides={"max_steps": 1}, quiet=True)
-    assert "the model has 48 positions" in capsys.readouterr().err
+    assert "the model has only 48 positions" in capsys.readouterr().err
     neko_lean.score(folder, world, tmp_path / "scores", quiet=True)
 
 

@@ -201,7 +201,7 @@ def test_bad_input_writes_nothing(world, model, tmp_path):
     write_rows(other / "retain.jsonl", make_rows("Rix", 1))
     cases = [
         ({"mia": tmp_path}, r"member\.jsonl"),
-        ({"data": tmp_path}, r"holds no forget"),
+        ({"data": tmp_path}, r"contains no forget"),
         ({"batch_size": 0}, "batch-size"),
         ({"attacks": ["bribe"]}, "'bribe' is not one of relearn"),
         ({"attacks": ["paraphrase"]}, "--paraphrases"),
