@@ -18,8 +18,8 @@ from contenders import clock, device_name
 from transformers import OlmoConfig, OlmoForCausalLM
 
 from neko_lean.models.causal_lm import CausalLM, as_causal_lm
-from neko_lean.models.devices import pick_device, pick_dtype
 from neko_lean.models.chunked_head import token_stats
+from neko_lean.models.devices import pick_device, pick_dtype
 from neko_lean.training.layerwise import LayerPass, compile_layers, decoder_layers
 
 VOCABULARY = 4096

@@ -24,10 +24,10 @@ from neko_lean.models import (
     CHUNK_ELEMENTS,
     CausalLM,
     checkpoint_activations,
+    config_softcap,
     find_backbone,
     load_config,
     reset_output_switches,
-    stated_softcap,
 )
 from neko_lean.recipes import Recipe, forgets
 from neko_lean.training import (
@@ -205,7 +205,7 @@ def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
         backbone = find_backbone(model)
     except NekoLeanError as error:
         raise NekoLeanError(f"memory cannot be predicted from the config alone in {dtype}: {error}") from error
-    return CausalLM(model, backbone, softcap=stated_softcap(shape))
+    return CausalLM(model, backbone, softcap=config_softcap(shape))
 
 
 def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor], live: LiveTensors) -> int:

@@ -135,5 +135,5 @@ def test_what_is_for_one_process_says_so(world, model, tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
     found = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out")])
     assert found.exit_code == 2 and "run it without torchrun" in found.stderr
-    with pytest.raises(NekoLeanError, match="a GPU of its own"):
+    with pytest.raises(NekoLeanError, match="each rank uses its own GPU"):
         pick_device("cuda:1")

@@ -19,7 +19,7 @@ from neko_lean.memory.prediction import CONTEXT, FIRST_USE, WORKSPACES, fake_mod
 from neko_lean.memory.two_models import LEAN, PUBLISHED, predict_two_models
 from neko_lean.models.causal_lm import as_causal_lm, checkpoint_activations
 from neko_lean.models.chunked_head import token_stats
-from neko_lean.models.devices import peak_memory, reset_peak_memory, resident_memory, trim_memory
+from neko_lean.models.memory_use import peak_memory, reset_peak_memory, resident_memory, trim_memory
 from neko_lean.recipes import Recipe, load_recipe, parse_override
 from neko_lean.training import out_of_memory as shrink
 from neko_lean.training.layerwise import LayerPass, decoder_layers, freeze
