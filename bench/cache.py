@@ -41,6 +41,10 @@ from neko_lean.models.chunked_head import CHUNK_ELEMENTS, token_stats
 from neko_lean.models.devices import peak_memory
 from neko_lean.models.loading import load_model, load_tokenizer, new_model
 from neko_lean.options import OutputOptions
+from neko_lean.models.chunked_head import token_stats
+from neko_lean.models.lm_head import CHUNK_ELEMENTS
+from neko_lean.models.loading import load_model, load_tokenizer, new_model
+from neko_lean.models.memory_use import peak_memory
 
 CPU = torch.device("cpu")
 CHANGES = {"little": 0.03, "lot": 0.3}  # standard deviation of the noise, relative to that of each weight tensor

@@ -31,9 +31,10 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.prediction import predict
 from neko_lean.memory.two_models import LEAN_BASELINE, PUBLISHED_BASELINE, TwoModelBaseline, two_model_loss
 from neko_lean.models.causal_lm import checkpoint_activations
-from neko_lean.models.devices import pick_device, resident_memory
+from neko_lean.models.devices import pick_device
 from neko_lean.models.loading import load_model
 from neko_lean.options import OutputOptions
+from neko_lean.models.memory_use import resident_memory
 from neko_lean.recipes import Recipe, load_recipe
 from neko_lean.training.batch import Batch, make_batch
 from neko_lean.training.determinism import deterministic

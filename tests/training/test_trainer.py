@@ -17,8 +17,8 @@ from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
-from neko_lean.models.causal_lm import next_token_logp
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.models.predictions import next_token_logp
 from neko_lean.recipes import load_recipe, reads_cache, recipe_names
 from neko_lean.training import backward, trainer
 from neko_lean.training.levels import with_levels
