@@ -55,7 +55,9 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import CausalLM, next_token_logp
 from neko_lean.models.loading import load_model
+from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe
+from neko_lean.scoring import ScoreSettings
 from neko_lean.scoring.generation import generate
 from neko_lean.training import loop
 from neko_lean.training.trainer import Trainer
@@ -436,8 +438,9 @@ class Bench:
         self.found.numbers["parameters that learned"] = moved / len(trained)
         neko_lean.cache_teacher(out, data, self.work / "cache-2", dtype="float32", device="cpu", quiet=True)
         scores = neko_lean.score(
-            out, data, self.work / "scores", batch_size=6, max_new_tokens=NEW_TOKENS, device="cpu", quiet=True
-        )
+            out, data, self.work / "scores", settings=ScoreSettings(batch_size=6, max_new_tokens=NEW_TOKENS),
+            run=OutputOptions(device="cpu", quiet=True),
+        )  # fmt: skip
         if not scores["cells"]:
             raise Differs("no cell was scored")
 

@@ -15,8 +15,8 @@ from neko_lean.models.causal_lm import split
 from neko_lean.models.load_checks import is_finite
 from neko_lean.models.loading import load_model, load_tokenizer, model_folder
 from neko_lean.models.weight_files import stored_tensors
-from neko_lean.scoring.run import score
 from tests.helpers import SMALL, random_model
+from tests.scoring.calls import score_with
 
 CPU = torch.device("cpu")
 # Diverse in their names, in what is tied, in experts that are fused, and in buffers.
@@ -132,7 +132,7 @@ def test_every_command_refuses_them_and_writes_nothing(model, world, tmp_path, c
     (tmp_path / "out").mkdir()
     folder, out = rewrite(model, tmp_path / "changed", change), tmp_path / "out" / "x"
     for run in (
-        lambda: score(folder, world, out, max_new_tokens=4, quiet=True),
+        lambda: score_with(folder, world, out, max_new_tokens=4, quiet=True),
         lambda: cache_teacher(folder, world, out, quiet=True),
         lambda: neko_lean.memorize(folder, world, out, overrides=SMALL, quiet=True),
         lambda: neko_lean.unlearn(folder, out, world, world, recipe="neko", overrides=SMALL, quiet=True),
