@@ -199,7 +199,7 @@ def speed(teacher: CausalLM, rows: list[EncodedExample], rounds: int = 5) -> dic
 
 @torch.no_grad()
 def bare_forward(teacher: CausalLM, batch: list[EncodedExample]) -> None:
-    input_ids, mask = pad([one.ids for one in batch], 0, CPU)
+    input_ids, mask = pad([one.input_ids for one in batch], 0, CPU)
     teacher.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
 
 

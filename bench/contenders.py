@@ -166,7 +166,7 @@ def two_models(work: Path, passes: int, device: torch.device, way: Way) -> dict[
 
     def one_pass(number: int) -> float:
         start = clock(device)
-        batches = [_padded([one.ids for one in some], way, device) for some in rows[number % STEPS]]
+        batches = [_padded([one.input_ids for one in some], way, device) for some in rows[number % STEPS]]
         two_model_loss(student, teacher, *batches, 0.2).backward()
         return clock(device) - start
 

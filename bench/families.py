@@ -204,7 +204,7 @@ class Bench:
         self.vocab_size = len(model.get_output_embeddings().weight)
         self.found.numbers["parameters"] = sum(p.numel() for p in model.parameters())
         self.forget, self.retain = (tokenised(self.tokenizer, rows) for rows in (FORGET, RETAIN))
-        self.rows = [one.ids for one in (*self.forget, *self.retain)] + [self.forget[0].ids[:2]]
+        self.rows = [one.input_ids for one in (*self.forget, *self.retain)] + [self.forget[0].input_ids[:2]]
         # Past the 64 tokens in which many recurrent layers take a row.
         self.rows.append([token for ids in self.rows[:8] for token in ids][:90])
         (work / "data").mkdir()
@@ -337,11 +337,11 @@ class Bench:
         student, teacher = plain(self.student), plain(self.teacher)
         pushed, held = [], []
         for one in self.forget:
-            logp = plain_logits(student, torch.tensor([one.ids]))[0].log_softmax(1)
-            place = torch.arange(one.prompt - 1, len(one.ids) - 1)
-            pushed.append(logp[place, torch.tensor(one.ids)[place + 1]])
+            logp = plain_logits(student, torch.tensor([one.input_ids]))[0].log_softmax(1)
+            place = torch.arange(one.prompt_length - 1, len(one.input_ids) - 1)
+            pushed.append(logp[place, torch.tensor(one.input_ids)[place + 1]])
         for one in self.retain:
-            ids = torch.tensor([one.ids])
+            ids = torch.tensor([one.input_ids])
             logp = plain_logits(student, ids)[0].log_softmax(1)
             with torch.no_grad():
                 known = plain_logits(teacher, ids)[0].log_softmax(1)

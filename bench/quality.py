@@ -168,8 +168,8 @@ def distance(lm: CausalLM, gold: CausalLM, encoded: Sequence[EncodedExample], pa
     chances: list[list[float]] = [[], []]
     with torch.no_grad():
         for one in encoded:
-            ids, _ = pad([one.ids], pad_id, lm.device)
-            place = slice(max(1, one.prompt) - 1, len(one) - 1)
+            ids, _ = pad([one.input_ids], pad_id, lm.device)
+            place = slice(max(1, one.prompt_length) - 1, len(one) - 1)
             target = ids[0, place.start + 1 :]
             p, q = (m.model(input_ids=ids).logits[0, place].log_softmax(1) for m in (gold, lm))
             divergences += (p.exp() * (p - q)).sum(1).tolist()

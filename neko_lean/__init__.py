@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 __all__ = ["Interrupted", "cache_teacher", "memorize", "score", "unlearn"]
 
 _HOME = {
-    "Interrupted": "neko_lean.signals",
+    "Interrupted": "neko_lean.errors",
     "cache_teacher": "neko_lean.cache",
     "memorize": "neko_lean.runs",
     "score": "neko_lean.scoring",

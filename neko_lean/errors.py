@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import difflib
 import signal
+from collections.abc import Iterable
 
 
 class NekoLeanError(Exception):
@@ -12,6 +14,16 @@ class NekoLeanError(Exception):
 def first_line(error: Exception) -> str:
     """The first line of an error's message, or its type where it has no message."""
     return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+    """The end of an error message about an unknown name.
+
+    Returns:
+        `"; did you mean 'lr'?"` if one of `names` is similar to `name`, otherwise an empty string.
+    """
+    matches = difflib.get_close_matches(name, list(names), n=1)
+    return f"; did you mean '{matches[0]}'?" if matches else ""
 
 
 class NonFiniteError(Exception):
@@ -27,7 +39,7 @@ class Interrupted(KeyboardInterrupt):
     def __init__(self, number: int, when: str) -> None:
         super().__init__(f"stopped by {signal.Signals(number).name} {when}")
         self.number = number
-        self.kept: str | None = None
+        self.saved_state: str | None = None
 
 
 class PartialStepError(Exception):

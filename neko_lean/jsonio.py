@@ -44,12 +44,12 @@ def strict_json(value: Any, what: str, indent: int | None = None) -> str:
     return json.dumps(value, indent=indent, allow_nan=False)
 
 
-def or_null(value: Any) -> Any:
+def nan_to_null(value: Any) -> Any:
     """`value` with None in the place of every number that is NaN or infinite, for JSON that only informs."""
     if isinstance(value, Mapping):
-        return {key: or_null(one) for key, one in value.items()}
+        return {key: nan_to_null(one) for key, one in value.items()}
     if isinstance(value, list | tuple):
-        return [or_null(one) for one in value]
+        return [nan_to_null(one) for one in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 

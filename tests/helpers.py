@@ -100,4 +100,4 @@ def live(folder, one, dtype=torch.float32):
     """Logits [n, V] of one row alone, by transformers' own forward."""
     model = load_model(folder, dtype, torch.device("cpu")).model.eval()
     with torch.no_grad():
-        return model(input_ids=torch.tensor([one.ids])).logits[0]
+        return model(input_ids=torch.tensor([one.input_ids])).logits[0]

@@ -30,13 +30,13 @@ from neko_lean.data import (
     read_anchor,
     read_rows,
     refusals,
-    truncation_line,
+    truncation_summary,
 )
 from neko_lean.distributed import (
     is_main_process,
     items_of_rank,
     raise_on_any_rank,
-    refuse_unseen,
+    require_shared_folder,
     run_on_main_and_broadcast,
     with_process_group,
 )
@@ -185,14 +185,14 @@ def cache_teacher(
         rows=len(sets["shard"]),
         positions=sum(map(len, sets["shard"])),
         entries=0,
-        truncated=sum(e.cut > 0 for e in sets["shard"]),
+        truncated=sum(e.num_truncated > 0 for e in sets["shard"]),
         mean_mass=0.0,
         shards=_planned("shard", jobs["shard"]),
         forget_shards=_planned("forget", jobs["forget"]),
     )
     plan = checked(plan)
     everything = [*sets["shard"], *sets["forget"]]
-    log_line(truncation_line(everything, limit), quiet)
+    log_line(truncation_summary(everything, limit), quiet)
     if warning := position_warning(everything, limit, max_length):
         log_line(warning)
     with _stage(output, plan, resume) as stage:
@@ -218,7 +218,7 @@ def teacher_batches(encoded: Sequence[EncodedExample], batch_tokens: int) -> lis
 
 def _distinct(encoded: Sequence[EncodedExample]) -> list[EncodedExample]:
     """Rows that differ in id or text: one that is in both sets is cached once."""
-    return list({(one.row.id, one.row.digest): one for one in encoded}.values())
+    return list({(one.example.id, one.example.digest): one for one in encoded}.values())
 
 
 def _into_shards(batches: Sequence[Batch]) -> list[list[Batch]]:
@@ -246,7 +246,7 @@ def _planned(kind: str, jobs: Sequence[Sequence[Batch]]) -> list[Shard]:
             file=shard_name(kind, number, len(jobs)),
             bytes=0,
             sha256="",
-            rows=[(one.row.id, len(one) - less, one.row.digest) for one in _rows(batches)],
+            rows=[(one.example.id, len(one) - less, one.example.digest) for one in _rows(batches)],
         )
         for number, batches in enumerate(jobs)
     ]
@@ -320,7 +320,7 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None
         if run_on_main_and_broadcast(begin):
             yield None
             return
-        refuse_unseen(stage)
+        require_shared_folder(stage)
         held.enter_context(working_in(stage))
         try:
             yield stage
@@ -489,8 +489,8 @@ def _retain_tensors(teacher: CausalLM, batches: Sequence[Batch], plan: Manifest,
 def _forget_tensors(teacher: CausalLM, batches: Sequence[Batch], plan: Manifest, pad_id: int) -> dict[str, np.ndarray]:
     parts = []
     for batch in batches:
-        logp = next_token_logp(teacher, [one.ids for one in batch], pad_id).cpu()  # [sum of (length - 1)]
+        logp = next_token_logp(teacher, [one.input_ids for one in batch], pad_id).cpu()  # [sum of (length - 1)]
         for one, own in zip(batch, logp.split([len(one) - 1 for one in batch]), strict=True):
-            refuse_broken_outputs(own, f"row {one.row.id}")
+            refuse_broken_outputs(own, f"row {one.example.id}")
         parts.append(logp.numpy())
     return {"target_logp": np.concatenate(parts)}

@@ -31,7 +31,7 @@ from neko_lean.checkpoints.saves import (
     write_folder,
     write_save,
 )
-from neko_lean.distributed import is_main_process, rank, refuse_unseen, run_on_main_and_broadcast
+from neko_lean.distributed import is_main_process, rank, require_shared_folder, run_on_main_and_broadcast
 from neko_lean.errors import Interrupted, NekoLeanError, UnpublishedError
 from neko_lean.jsonio import json_object
 from neko_lean.models import CausalLM, save_checkpoint
@@ -223,7 +223,7 @@ def open_run_folder(
                 sync(run.folder.parent)
 
         run_on_main_and_broadcast(begin)
-        refuse_unseen(run.folder)
+        require_shared_folder(run.folder)
         held.enter_context(working_in(run.folder))
         # Nothing is removed before the saves were compared with this run.
         run.found = run.newest() if resume else None
@@ -276,7 +276,7 @@ def _leave(run: RunFolder, error: BaseException) -> None:
         if not any(run.folder.glob(f"{DAMAGED}*")):
             _clear(run.folder)
     elif isinstance(error, Interrupted):
-        error.kept = kept
+        error.saved_state = kept
     elif isinstance(error, NekoLeanError):
         error.args = (f"{error} {kept}: continue with --resume.",)
     else:

@@ -9,11 +9,11 @@ from neko_lean.data.examples import TASKS, Example
 from neko_lean.data.readers import is_file, read_jsonl
 from neko_lean.errors import NekoLeanError
 
-TASK = "anchor"
+ANCHOR_TASK = "anchor"
 
 
 class Document(NamedTuple):
-    """A text, and which task's it is like; TASK where that was not said."""
+    """A text, and which task's it is like; ANCHOR_TASK where that was not said."""
 
     text: str
     task: str
@@ -29,8 +29,8 @@ def read_documents(path: Path, hint: str) -> list[Document]:
         text = values.get("document")
         if not isinstance(text, str) or not text.strip():
             raise NekoLeanError(f"{where}, column document: expected text.")
-        task = values.get("task", TASK)
-        if task not in (TASK, *TASKS):
+        task = values.get("task", ANCHOR_TASK)
+        if task not in (ANCHOR_TASK, *TASKS):
             raise NekoLeanError(f"{where}, column task: is not one of {', '.join(TASKS)}.")
         documents.append(Document(text, task))
     if not documents:
@@ -44,4 +44,6 @@ def read_anchor(path: str | Path) -> list[Example]:
     An optional column `task` says which forget rows a document is like.
     """
     documents = read_documents(Path(path), "an anchor is a jsonl file with a column document")
-    return [Example(f"{TASK} {number}", "", text, task) for number, (text, task) in enumerate(documents, start=1)]
+    return [
+        Example(f"{ANCHOR_TASK} {number}", "", text, task) for number, (text, task) in enumerate(documents, start=1)
+    ]

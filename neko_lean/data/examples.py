@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 from neko_lean.data.readers import Record, is_file, read_csv, read_jsonl, read_parquet
 
 
-def refuse_one_file(data: str | Path, option: str, sets: Sequence[str], split: str | None) -> None:
+def require_folder(data: str | Path, option: str, sets: Sequence[str], split: str | None) -> None:
     """Raise NekoLeanError where `data` is a file: it would be read for every set, whatever its name and `split`."""
     if Path(data).is_file() and (len(sets) > 1 or split is not None):
         raise NekoLeanError(
@@ -35,7 +35,7 @@ def refuse_one_file(data: str | Path, option: str, sets: Sequence[str], split: s
 
 def count_lost_answers(encoded: Sequence[EncodedExample]) -> int:
     """Rows whose whole answer the length limit removed."""
-    return sum(one.answer == 0 for one in encoded)
+    return sum(one.answer_length == 0 for one in encoded)
 
 
 COLUMNS = ("id", "input", "output", "task")
@@ -78,24 +78,30 @@ class Example:
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """A tokenised row. `ids` holds the prompt's `prompt` tokens, then the answer's; `cut` tokens were dropped.
+    """A tokenized example: `prompt_length` prompt tokens, then the answer's tokens.
 
-    `levels`, where an objective wants them, are the nats at which each token but the first counts as forgotten.
+    Attributes:
+        example: The example that was tokenized.
+        input_ids: The token ids of prompt and answer, after truncation.
+        prompt_length: How many of `input_ids` belong to the prompt.
+        num_truncated: How many tokens the length limit removed from the end.
+        levels: For each token after the first, the loss in nats at which it counts as forgotten. Only set for
+            objectives that use it.
     """
 
-    row: Example
-    ids: list[int]
-    prompt: int
-    cut: int
+    example: Example
+    input_ids: list[int]
+    prompt_length: int
+    num_truncated: int
     levels: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.input_ids)
 
     @property
-    def answer(self) -> int:
-        """Answer tokens left within the length limit."""
-        return max(0, len(self.ids) - self.prompt)
+    def answer_length(self) -> int:
+        """How many answer tokens the length limit left."""
+        return max(0, len(self.input_ids) - self.prompt_length)
 
 
 def _split_id(row_id: str) -> tuple[str, str]:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from neko_lean.cache import cache_teacher
-from neko_lean.data import Example, read_anchor, read_rows, refuse_one_file
+from neko_lean.data import Example, read_anchor, read_rows, require_folder
 from neko_lean.demo.world import anchor_documents, build_world, task3_documents, write_world
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
@@ -81,7 +81,7 @@ def demo(
     if split is not None and data is None:
         raise NekoLeanError("--split has no effect without --data: the made-up world has no splits; leave it out.")
     if data is not None:
-        refuse_one_file(data, "--data", ("forget", "retain"), split)
+        require_folder(data, "--data", ("forget", "retain"), split)
     start = time.monotonic()
     inputs = [data, recipe if str(recipe).endswith(".toml") else None]
     with staged_folder(out, "demo", inputs, overwrite=overwrite) as stage:

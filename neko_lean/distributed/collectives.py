@@ -111,7 +111,7 @@ def run_on_main_and_broadcast(work: Callable[[], T]) -> T:
     return raise_on_any_rank(lambda: work() if is_main_process() else None)[0]  # type: ignore[return-value]
 
 
-def refuse_unseen(folder: Path) -> None:
+def require_shared_folder(folder: Path) -> None:
     """Raise NekoLeanError on all ranks where one does not see a folder that the first has made."""
 
     def look() -> None:

@@ -59,11 +59,11 @@ def items_of_rank(items: Sequence[T]) -> Sequence[T]:
     return items[rank() :: world_size()]
 
 
-def rounds(items: Sequence[T]) -> list[Sequence[T]]:
+def group_by_round(items: Sequence[T]) -> list[Sequence[T]]:
     """For each item of the first rank's share, what all ranks are at meanwhile: it and those beside it."""
     return [items[start : start + world_size()] for start in range(0, len(items), world_size())]
 
 
-def rank_by_rank(batches: Sequence[Sequence[T]]) -> list[T]:
+def flatten_in_rank_order(batches: Sequence[Sequence[T]]) -> list[T]:
     """What is in the batches, in the order in which the ranks' shares of the batches follow one another."""
     return [one for number in range(world_size()) for batch in batches[number :: world_size()] for one in batch]

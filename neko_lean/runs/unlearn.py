@@ -21,7 +21,7 @@ from neko_lean.data import (
     read_anchor,
     read_rows,
     refusals,
-    truncation_line,
+    truncation_summary,
 )
 from neko_lean.distributed import (
     all_gather_objects,
@@ -31,7 +31,7 @@ from neko_lean.distributed import (
     world_size,
 )
 from neko_lean.errors import NekoLeanError
-from neko_lean.jsonio import or_null
+from neko_lean.jsonio import nan_to_null
 from neko_lean.memory import predicted_peak
 from neko_lean.models import (
     check_seed,
@@ -69,7 +69,7 @@ from neko_lean.training import Loop, Trainer, explained_out_of_memory, forget_st
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
-from neko_lean.data import count_lost_answers, refuse_one_file
+from neko_lean.data import count_lost_answers, require_folder
 
 
 @with_process_group()
@@ -197,7 +197,7 @@ def unlearn(
             forget_rows = _leveled(forget_rows, anchors, teacher, before_learning, tokenizer, chosen)
         for name, encoded in (("forget", forget_rows), ("retain", retain_rows)):
             if encoded:
-                log_line(f"{name}: {truncation_line(encoded, limit)}", quiet)
+                log_line(f"{name}: {truncation_summary(encoded, limit)}", quiet)
         lost = count_lost_answers(forget_rows)
         if lost:
             # Even --quiet does not hide that part of the forget set will not be forgotten.
@@ -252,14 +252,14 @@ def memorize(
         raise NekoLeanError(
             f"recipe {chosen.name} is not for memorize: it needs retain_objective ce, no forget one and no substitute."
         )
-    refuse_one_file(data, "--data", sets, split)
+    require_folder(data, "--data", sets, split)
     folder, place = model_folder(model), pick_device(device)
     output = claim_folder(out, "saved", [folder, data, _recipe_file(recipe)], overwrite=overwrite, resume=resume)
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
     limit = usable_length(folder, chosen.max_length)
     encoded = [one for name in sets for one in _encode(data, name, tokenizer, chosen, limit, split)]
-    log_line(truncation_line(encoded, limit), quiet)
+    log_line(truncation_summary(encoded, limit), quiet)
     if warning := position_warning(encoded, limit, chosen.max_length):
         log_line(warning)
     # Without weights the model follows from config.json and the seed.
@@ -383,7 +383,7 @@ def _substitutes(
     """What the recipe puts in the place of each forget row's answer."""
     if recipe.substitute == "none":
         return None
-    rows, others = [one.row for one in forget], [one.row for one in retain]
+    rows, others = [one.example for one in forget], [one.example for one in retain]
     chosen = refusals(rows) if recipe.substitute == "refusal" else random_answers(rows, others, seed)
     return encode(chosen, tokenizer, recipe.format, limit)
 
@@ -434,7 +434,7 @@ def _train(loop: Loop, before: int, about: dict[str, Any]) -> dict[str, Any]:
             if is_main_process():
                 # By these names --overwrite tells a folder that this run wrote from one that holds more.
                 run["files"] = sorted([*(path.name for path in stage.iterdir()), RUN])
-                write_atomically(stage / RUN, json.dumps(or_null(run), indent=1, allow_nan=False) + "\n")
+                write_atomically(stage / RUN, json.dumps(nan_to_null(run), indent=1, allow_nan=False) + "\n")
     return run
 
 

@@ -114,14 +114,16 @@ def prefix(
     encoded = encode(rows, tokenizer, "plain", sys.maxsize)  # generate cuts the prompts
     curve = [{"tokens": 0, **base_point(rows, base)}]
     for count in PREFIXES:
-        asked = [one for one in encoded if one.answer > count]
-        prompts = [one.ids[: one.prompt + count] for one in asked]
+        asked = [one for one in encoded if one.answer_length > count]
+        prompts = [one.input_ids[: one.prompt_length + count] for one in asked]
         rest = [
-            cast(str, tokenizer.decode(one.ids[one.prompt + count :], skip_special_tokens=True)).strip()
+            cast(str, tokenizer.decode(one.input_ids[one.prompt_length + count :], skip_special_tokens=True)).strip()
             for one in asked
         ]
         left = [
-            (replace(one.row, output=text), ids) for one, text, ids in zip(asked, rest, prompts, strict=True) if text
+            (replace(one.example, output=text), ids)
+            for one, text, ids in zip(asked, rest, prompts, strict=True)
+            if text
         ]
         targets = [row for row, _ in left]
         said = say(lm, targets, [ids for _, ids in left], f"prefix of {count}") if left else []

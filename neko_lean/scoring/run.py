@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from neko_lean.cache import TeacherCache
 from neko_lean.checkpoints import versions
-from neko_lean.data import Document, Example, encode_texts, read_documents, read_rows, refuse_one_file
+from neko_lean.data import Document, Example, encode_texts, read_documents, read_rows, require_folder
 from neko_lean.distributed import run_on_main_and_broadcast, with_process_group
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import jsonl_text, strict_json
@@ -126,7 +126,7 @@ def score(
     if seed is not None:
         check_seed(seed)
     place = pick_device(device)
-    refuse_one_file(data, "--data", SPLITS, split)
+    require_folder(data, "--data", SPLITS, split)
     rows = [(name, row) for name in SPLITS for row in read_rows(data, name, split)]
     documents = [] if mia is None else [(s, d) for s in SIDES for d in read_documents(Path(mia) / f"{s}.jsonl", MIA)]
     unseen = [] if held is None else read_documents(Path(held), "--held wants a jsonl file with a column document")

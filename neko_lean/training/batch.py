@@ -137,7 +137,7 @@ def make_batch(
     kl = recipe.retain_objective == "kl"
     spans = [(forget_start(one, recipe), len(one) - 1) for one in forget]
     spans += [(0, len(one) - (not kl)) for one in retain]
-    spans += [(max(1, one.prompt) - 1, len(one) - 1) for one in substitutes]
+    spans += [(max(1, one.prompt_length) - 1, len(one) - 1) for one in substitutes]
     is_retain = [len(forget) <= n < len(forget) + len(retain) for n in range(len(rows))]
     # The losses on an anchor's documents tell what unseen text costs the student now.
     known_to = teacher.has_target_logp if teacher is not None and recipe.forget_objective == "calibrated" else None
@@ -202,9 +202,9 @@ def _micro(
     """Micro-batches and the places in them, as Batch has them."""
     host = torch.device("cpu")
     if not packed:
-        padded = [pad([rows[i].ids for i in group] or [[pad_id]], pad_id, host)[0] for group in groups]
+        padded = [pad([rows[i].input_ids for i in group] or [[pad_id]], pad_id, host)[0] for group in groups]
         return [_sent(ids, device) for ids in padded], [None] * len(groups)
-    ids = [torch.tensor([[token for i in group for token in rows[i].ids] or [pad_id]]) for group in groups]
+    ids = [torch.tensor([[token for i in group for token in rows[i].input_ids] or [pad_id]]) for group in groups]
     position_ids = [torch.tensor([[place for i in group for place in range(len(rows[i]))] or [0]]) for group in groups]
     return [_sent(one, device) for one in ids], [_sent(one, device) for one in position_ids]
 
@@ -229,15 +229,15 @@ def _laid_out(
             start, stop = spans[number]
             wanted += [first + i for i in range(start, stop)]
             row += [number] * max(0, stop - start)
-            following += [*rows[number].ids[1:], -1][start:stop]
+            following += [*rows[number].input_ids[1:], -1][start:stop]
         index.append(_sent(torch.tensor(wanted, dtype=torch.int64), device))
     return index, torch.tensor(row, dtype=torch.int64), torch.tensor(following, dtype=torch.int64)
 
 
 def forget_start(one: EncodedExample, recipe: Recipe) -> int:
     """First position of a forget row whose next token is pushed."""
-    whole = recipe.forget_span == "all" or (recipe.forget_span == "documents" and one.row.kind == "sc")
-    return 0 if whole else max(1, one.prompt + recipe.answer_skip) - 1
+    whole = recipe.forget_span == "all" or (recipe.forget_span == "documents" and one.example.kind == "sc")
+    return 0 if whole else max(1, one.prompt_length + recipe.answer_skip) - 1
 
 
 def _teacher_targets(

@@ -32,7 +32,7 @@ from neko_lean.checkpoints import (
 )
 from neko_lean.distributed import all_reduce_max, is_main_process
 from neko_lean.errors import Interrupted, NekoLeanError, NonFiniteError, PartialStepError
-from neko_lean.jsonio import or_null
+from neko_lean.jsonio import nan_to_null
 from neko_lean.models import CausalLM, peak_memory, reset_peak, save_checkpoint
 from neko_lean.outputs import MANIFEST, no_follow, write_in_place
 from neko_lean.recipes import Recipe
@@ -116,7 +116,7 @@ class Loop:
             "seed": self.seed,
             "forget_rows": len(trainer.forget),
             "retain_rows": len(trainer.retain),
-            "rows_truncated": sum(one.cut > 0 for one in [*trainer.forget, *trainer.retain]),
+            "rows_truncated": sum(one.num_truncated > 0 for one in [*trainer.forget, *trainer.retain]),
             "steps": state.step,
             "weights_of_step": of_step if self.output else state.step,
             "ended": ended,
@@ -272,7 +272,7 @@ class Loop:
         line["wait_seconds"] = waited
         line["seconds"] = time.monotonic() - start
         line["peak_memory"] = peak_memory(self.device)
-        metrics.write(json.dumps(or_null(line), allow_nan=False) + "\n")
+        metrics.write(json.dumps(nan_to_null(line), allow_nan=False) + "\n")
         metrics.flush()
         return values
 

@@ -219,7 +219,7 @@ class Trainer:
             values["eval_retain_kl"] = values["eval_retain_loss"]
         for name, rows, chosen in zip(SETS, (self.forget, self.retain), sample, strict=True):
             # An anchor's documents have no prompt, so all of them would be answer.
-            asked = [rows[i] for i in chosen if rows[i].prompt]
+            asked = [rows[i] for i in chosen if rows[i].prompt_length]
             found = answers(self.student, asked, self.pad_id, self.recipe.micro_tokens)
             values |= {f"eval_{name}_{key}": value for key, value in found.items()}
         values["eval_quality"] = quality(values)

@@ -203,7 +203,8 @@ def test_a_row_without_a_token_is_found_before_the_teacher_runs(world, model, tm
 
     def without(rows, *arguments, **options):
         return [
-            replace(one, ids=[]) if one.row.id == rows[1].id else one for one in encode(rows, *arguments, **options)
+            replace(one, input_ids=[]) if one.example.id == rows[1].id else one
+            for one in encode(rows, *arguments, **options)
         ]
 
     monkeypatch.setattr(writer, "encode", without)
@@ -226,7 +227,7 @@ def test_a_teacher_that_says_nan_is_named_with_the_row_and_nothing_is_saved(worl
         hidden = original(model, batch, pad_id)
         start = 0
         for one in batch:
-            hidden[start] += float("nan") if one.row.id == "badqa0" else 0
+            hidden[start] += float("nan") if one.example.id == "badqa0" else 0
             start += len(one)
         return hidden
 

@@ -350,7 +350,7 @@ def test_what_underflows_belongs_to_the_tail(world, model, tmp_path, stored):
     rng = torch.Generator().manual_seed(0)
     for one in rows[:6]:
         with torch.no_grad():
-            hidden = teacher.hidden(torch.tensor([one.ids]))[0].double()
+            hidden = teacher.hidden(torch.tensor([one.input_ids]))[0].double()
         logp = (hidden @ teacher.head.detach().double().T).log_softmax(1)
         moved = hidden + 0.05 * torch.randn(hidden.shape, generator=rng).double()
         moved.requires_grad_()

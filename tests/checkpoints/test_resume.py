@@ -227,7 +227,7 @@ def test_a_signal_while_the_teacher_is_cached_keeps_its_shards(unlearn, tmp_path
     with monkeypatch.context() as patch, pytest.raises(neko_lean.Interrupted, match="SIGTERM at once") as raised:
         patch.setattr(writer, "_retain_tensors", struck)
         unlearn(tmp_path / "out", {**SMALL, "batch_tokens": 256}, cache=None)
-    assert raised.value.kept == f"{saved(tmp_path / 'out')} keeps what the teacher's cache has so far"
+    assert raised.value.saved_state == f"{saved(tmp_path / 'out')} keeps what the teacher's cache has so far"
     unlearn(tmp_path / "out", {**SMALL, "batch_tokens": 256}, cache=None, resume=True)
     unlearn(tmp_path / "whole", {**SMALL, "batch_tokens": 256}, cache=None)
     assert result(tmp_path / "out") == result(tmp_path / "whole")
@@ -271,7 +271,7 @@ def test_a_signal_finishes_the_step_and_saves(unlearn, tmp_path, monkeypatch, nu
         signal_at(patch, 3, number)
         unlearn(tmp_path / "out", LOOKING)
     assert raised.value.number == number and "after step 3 of 10" in str(raised.value)
-    assert raised.value.kept == f"{saved(tmp_path / 'out')} keeps the run as of step 3"
+    assert raised.value.saved_state == f"{saved(tmp_path / 'out')} keeps the run as of step 3"
     assert signal.getsignal(number) == before
     assert steps_saved(tmp_path / "out") == [3] and not (tmp_path / "out").exists()
     unlearn(tmp_path / "out", LOOKING, resume=True)
@@ -288,7 +288,7 @@ def test_hangups_of_a_closing_terminal_do_not_stop_the_save(unlearn, tmp_path, m
         with pytest.raises(neko_lean.Interrupted, match="SIGHUP after step 3 of 10") as raised:
             signal_at(monkeypatch, 3, signal.SIGHUP, signal.SIGHUP)
             unlearn(tmp_path / "out")
-        assert raised.value.kept is not None and steps_saved(tmp_path / "out") == [3]
+        assert raised.value.saved_state is not None and steps_saved(tmp_path / "out") == [3]
         with (
             signals.handle_signals() as arrived,
             pytest.raises(neko_lean.Interrupted, match="SIGTERM"),
@@ -306,7 +306,7 @@ def test_a_second_signal_stops_at_once_and_what_is_saved_is_whole(unlearn, tmp_p
     with monkeypatch.context() as patch, pytest.raises(neko_lean.Interrupted, match="SIGTERM at once") as raised:
         signal_at(patch, 4, signal.SIGINT, signal.SIGTERM)
         unlearn(out, save_every=2)
-    assert raised.value.kept is not None and steps_saved(out) == [2]
+    assert raised.value.saved_state is not None and steps_saved(out) == [2]
     original = unfinished.write_save
 
     def struck(*arguments):

@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 import neko_lean
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
-from neko_lean.jsonio import or_null, strict_json
+from neko_lean.jsonio import nan_to_null, strict_json
 from neko_lean.models.finite import likeliest
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.generation import generate
@@ -65,11 +65,11 @@ def test_nothing_is_trained(overflowing, world, tmp_path):
 
 def test_json_is_json():
     fine = {"a": [1.0, {"b": None, "c": True}], "d": "NaN"}
-    assert json.loads(strict_json(fine, "scores.json")) == fine == or_null(fine)
+    assert json.loads(strict_json(fine, "scores.json")) == fine == nan_to_null(fine)
     for value in (math.nan, math.inf, -math.inf):
         with pytest.raises(NekoLeanError, match=r"scores.json would say .* for a\[1\].b"):
             strict_json({"a": [1.0, {"b": value}]}, "scores.json")
-        assert or_null({"a": (1, {"b": value}), "c": 2.5}) == {"a": [1, {"b": None}], "c": 2.5}
+        assert nan_to_null({"a": (1, {"b": value}), "c": 2.5}) == {"a": [1, {"b": None}], "c": 2.5}
 
 
 def test_likeliest_is_argmax_or_nothing():

@@ -120,8 +120,8 @@ def test_every_number_of_an_answer_that_fills_the_model_is_measured(model, tmp_p
 def test_a_prompt_keeps_its_end_and_an_answer_its_beginning(prompt, answer, limit, wanted):
     ids = list(range(prompt + answer))
     found = fitted_answer(EncodedExample(Example("1sc1", "q", "a", "Task1"), ids, prompt, 0), limit)
-    assert (found.prompt, found.answer) == wanted and found.cut == prompt + answer - sum(wanted)
-    assert found.ids == ids[prompt - wanted[0] : prompt + wanted[1]]
+    assert (found.prompt_length, found.answer_length) == wanted and found.num_truncated == prompt + answer - sum(wanted)
+    assert found.input_ids == ids[prompt - wanted[0] : prompt + wanted[1]]
 
 
 def test_batches_of_generations_are_bounded_and_the_same_for_what_is_left():

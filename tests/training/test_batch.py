@@ -46,12 +46,12 @@ def naive(teacher, student, forget, retain, recipe):
     logp, rows, kl, padded = [], [], [], 0
     longest = max(len(one) for one in retain)
     for number, one in enumerate(forget):
-        logq = student(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(1)
-        for i in range(one.prompt + recipe.answer_skip, len(one)):
-            logp.append(logq[i - 1, one.ids[i]])
+        logq = student(input_ids=torch.tensor([one.input_ids])).logits[0].log_softmax(1)
+        for i in range(one.prompt_length + recipe.answer_skip, len(one)):
+            logp.append(logq[i - 1, one.input_ids[i]])
             rows.append(number)
     for one in retain:
-        ids = torch.tensor([one.ids])
+        ids = torch.tensor([one.input_ids])
         with torch.no_grad():
             p = teacher(input_ids=ids).logits[0].log_softmax(1)
         q = student(input_ids=ids).logits[0].log_softmax(1)
@@ -165,7 +165,7 @@ def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batc
         change |= {"substitute": "refusal"} if objective == "dpo" else {}
         recipe = load_recipe("neko", change)
         tokenizer = load_tokenizer(student_folder)
-        others = encode(refusals([one.row for one in forget]), tokenizer, "neko", 128) if objective == "dpo" else []
+        others = encode(refusals([one.example for one in forget]), tokenizer, "neko", 128) if objective == "dpo" else []
         batch = make_batch(forget, retain, cache, recipe, pad_id, CPU, others)
         with torch.no_grad():
             return batch_losses(select_hidden(lm, batch.micro, batch.index), lm, batch, recipe)["forget_loss"].item()
@@ -177,19 +177,19 @@ def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batc
     # Against two live models, row by row.
     teacher, student = load_model(teacher_folder, torch.float32, CPU).model.eval(), lm.model.eval()
     tokenizer = load_tokenizer(student_folder)
-    refused = encode(refusals([row.row for row in forget]), tokenizer, "neko", 128)
+    refused = encode(refusals([row.example for row in forget]), tokenizer, "neko", 128)
 
     def ratio(row):
-        ids = torch.tensor([row.ids])
+        ids = torch.tensor([row.input_ids])
         with torch.no_grad():
             logs = [m(input_ids=ids).logits[0].log_softmax(1) for m in (student, teacher)]
-        return sum((logs[0] - logs[1])[i - 1, row.ids[i]].item() for i in range(row.prompt, len(row)))
+        return sum((logs[0] - logs[1])[i - 1, row.input_ids[i]].item() for i in range(row.prompt_length, len(row)))
 
     def distilled(row):
-        ids = torch.tensor([row.ids])
+        ids = torch.tensor([row.input_ids])
         with torch.no_grad():
             q, z = student(input_ids=ids).logits[0].log_softmax(1), teacher(input_ids=ids).logits[0]
-        place, following = torch.arange(row.prompt - 1, len(row) - 1), ids[0, row.prompt :]
+        place, following = torch.arange(row.prompt_length - 1, len(row) - 1), ids[0, row.prompt_length :]
         z[place, following] -= 3.0
         p = z.log_softmax(1)
         return (p.exp() * (p - q)).sum(1)[place].mean().item()
@@ -210,16 +210,16 @@ def test_substitutes_take_the_answers_place(pieces):
     lm = load_model(student_folder, torch.float32, CPU)
     forget, retain = rows["forget"][:3], rows["retain"][:2]
     tokenizer = load_tokenizer(student_folder)
-    others = encode(random_answers([o.row for o in forget], [o.row for o in retain], 0), tokenizer, "neko", 128)
+    others = encode(random_answers([o.example for o in forget], [o.example for o in retain], 0), tokenizer, "neko", 128)
     recipe = load_recipe("neko", {"substitute": "random", "substitute_weight": 0.5})
     batch = make_batch(forget, retain, cache, recipe, 0, CPU, others)
-    assert batch.rows == 8 and batch.substitute.sum() == sum(one.answer for one in others)
+    assert batch.rows == 8 and batch.substitute.sum() == sum(one.answer_length for one in others)
     assert not (batch.substitute & (batch.forget | batch.retain)).any()
     losses = batch_losses(select_hidden(lm, batch.micro, batch.index), lm, batch, recipe)
     means = []
     for one in others:
-        logq = lm.model(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(1)
-        means.append(-torch.stack([logq[i - 1, one.ids[i]] for i in range(one.prompt, len(one))]).mean())
+        logq = lm.model(input_ids=torch.tensor([one.input_ids])).logits[0].log_softmax(1)
+        means.append(-torch.stack([logq[i - 1, one.input_ids[i]] for i in range(one.prompt_length, len(one))]).mean())
     assert losses["substitute_loss"].item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
     bare = load_recipe("neko")
     plain = batch_losses(
@@ -249,7 +249,7 @@ def test_all_tokens_of_forget_rows_can_count(pieces):
     assert batch.forget.sum() == sum(len(one) - 1 for one in rows["forget"][:3])
     documents = load_recipe("neko", {"forget_span": "documents"})
     batch = make_batch(rows["forget"][:4], rows["retain"][:2], cache, documents, 0, CPU)
-    wanted = [len(one) - 1 if one.row.kind == "sc" else one.answer for one in rows["forget"][:4]]
+    wanted = [len(one) - 1 if one.example.kind == "sc" else one.answer_length for one in rows["forget"][:4]]
     assert batch.forget.sum() == sum(wanted)
 
 
@@ -277,7 +277,7 @@ def test_positions(pieces):
     recipe = load_recipe("neko", {"micro_tokens": 200})
     forget, retain = rows["forget"][:3], rows["retain"][:2]
     batch = make_batch(forget, retain, cache, recipe, 0, CPU)
-    assert batch.forget.sum() == sum(one.answer for one in forget)
+    assert batch.forget.sum() == sum(one.answer_length for one in forget)
     assert len(batch.row) == batch.forget.sum() + sum(len(one) for one in retain) == sum(map(len, batch.index))
     assert batch.rows == 5 and batch.tokens == sum(len(one) for one in [*forget, *retain])
     assert batch.positions == sum(ids.numel() for ids in batch.micro) >= batch.tokens
@@ -294,7 +294,7 @@ def test_positions(pieces):
         assert torch.equal(batch.teacher[1][here][:, :width], logp)
         assert torch.equal(batch.teacher[0][here][:, :width][logp > -torch.inf], ids[logp > -torch.inf])
     # Rows whose answer was cut off whole give no forget position, and the loss stays a number.
-    cut = [dataclasses.replace(one, ids=one.ids[: one.prompt]) for one in forget]
+    cut = [dataclasses.replace(one, input_ids=one.input_ids[: one.prompt_length]) for one in forget]
     assert not make_batch(cut, retain, cache, recipe, 0, CPU).forget.any()
     # Cross-entropy looks at every next token there is.
     memorize = load_recipe("memorize")
@@ -312,7 +312,7 @@ def test_a_mean_over_positions_is_of_a_sets_own_rectangle(pieces):
     by_length = sorted(rows["retain"], key=len)
     forget, short, long = rows["forget"][:5], by_length[:2], by_length[-8:]
     substituted = load_recipe("neko", {**change, "substitute": "refusal", "substitute_weight": 1.0})
-    refused = encode(refusals([one.row for one in forget]), load_tokenizer(student_folder), "neko", 128)
+    refused = encode(refusals([one.example for one in forget]), load_tokenizer(student_folder), "neko", 128)
 
     def losses(forget, retain, recipe, others=()):
         batch = make_batch(forget, retain, cache, recipe, 0, CPU, others)
@@ -322,8 +322,8 @@ def test_a_mean_over_positions_is_of_a_sets_own_rectangle(pieces):
     total = 0.0
     with torch.no_grad():
         for one in forget:
-            logq = lm.model(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(1)
-            total += sum(logq[i - 1, one.ids[i]].item() for i in range(one.prompt, len(one)))
+            logq = lm.model(input_ids=torch.tensor([one.input_ids])).logits[0].log_softmax(1)
+            total += sum(logq[i - 1, one.input_ids[i]].item() for i in range(one.prompt_length, len(one)))
     wanted = total / (len(forget) * max(len(one) for one in forget))
     for found in (
         losses(forget, short, recipe),

@@ -15,7 +15,7 @@ def row(number, ids, task="Task1", kind="sc", prompt=0):
 
 
 def unseen(number, ids, task="Task1"):
-    return replace(row(number, ids), row=Example(f"anchor {number}", "", "text", task))
+    return replace(row(number, ids), example=Example(f"anchor {number}", "", "text", task))
 
 
 def test_phrases_cost_little_and_unknown_tokens_much():

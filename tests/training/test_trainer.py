@@ -345,10 +345,10 @@ def test_levels_can_be_those_of_the_model_before(world, model, anchored, tmp_pat
     neko_lean.unlearn(model, tmp_path / "out", world, world, overrides={"max_steps": 1}, quiet=True, **options)
     rows, batch = seen[0]
     lm = load_model(base, torch.float32, torch.device("cpu"))
-    losses = -next_token_logp(lm, [one.ids for one in rows], 1)
+    losses = -next_token_logp(lm, [one.input_ids for one in rows], 1)
     wanted = [loss for one, loss in zip(rows, losses.split([len(one) - 1 for one in rows]), strict=True)]
     for number, (one, loss) in enumerate(zip(rows, wanted, strict=True)):
-        start = 0 if one.row.kind == "sc" else one.prompt - 1
+        start = 0 if one.example.kind == "sc" else one.prompt_length - 1
         torch.testing.assert_close(batch.level[batch.row == number].cpu(), loss[start:], rtol=1e-4, atol=1e-4)
     with pytest.raises(NekoLeanError, match="--forget"):
         cache.cache_teacher(base, world, tmp_path / "bare", quiet=True)
@@ -378,7 +378,7 @@ def test_levels_follow_what_unseen_text_costs_the_student(world, model, anchored
     batch = trainer.make_batch([forget], documents, teacher, recipe, 1, torch.device("cpu"))
     hidden = trainer.chosen_hidden(lm, batch.micro, batch.index)
     losses = trainer.batch_losses(hidden, lm, batch, recipe)
-    logp = next_token_logp(lm, [one.ids for one in documents], 1)
+    logp = next_token_logp(lm, [one.input_ids for one in documents], 1)
     assert losses["anchor_nll"].item() == pytest.approx(-logp.sum().item(), rel=1e-4)
     wanted = -sum(teacher.target_logp(one).sum() for one in documents)
     assert losses["anchor_teacher_nll"].item() == pytest.approx(wanted, rel=1e-5)
