@@ -36,7 +36,7 @@ from neko_lean.data.examples import EncodedExample, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.models.causal_lm import CausalLM, split
+from neko_lean.models.causal_lm import CausalLM, as_causal_lm
 from neko_lean.models.devices import peak_memory
 from neko_lean.models.loading import load_model, load_tokenizer, new_model
 from neko_lean.models.token_stats import CHUNK_ELEMENTS, token_stats
@@ -263,7 +263,7 @@ def main() -> None:
     teacher.model.eval()
     quick = {"target": speed(teacher, rows)}
     if options.large:
-        quick["OLMo-1B-0724 geometry"] = speed(split(random_olmo_1b().eval()), rows[:: len(rows) // 8], rounds=3)
+        quick["OLMo-1B-0724 geometry"] = speed(as_causal_lm(random_olmo_1b().eval()), rows[:: len(rows) // 8], rounds=3)
     print(json.dumps({"device": "CPU", "threads": torch.get_num_threads(), "speed": quick}))
     torch.set_num_threads(1)  # row by row there is little to share
     results = {}

@@ -17,7 +17,7 @@ from neko_lean.data.substitutes import refusals
 from neko_lean.data.tokenization import encode
 from neko_lean.distributed.collectives import raise_on_any_rank, with_process_group
 from neko_lean.distributed.ranks import as_single_process, is_main_process
-from neko_lean.models.causal_lm import split
+from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_tokenizer
 from neko_lean.models.sharding import Shards
 from neko_lean.recipes import load_recipe
@@ -41,7 +41,7 @@ RECIPES = [
 def student(vocabulary: int, tied: bool):
     torch.manual_seed(1)
     config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, attn_implementation="eager", **SHAPE)
-    return split(LlamaForCausalLM(config).double())
+    return as_causal_lm(LlamaForCausalLM(config).double())
 
 
 def compare(root: Path, name: str, change: dict, tied: bool) -> float:

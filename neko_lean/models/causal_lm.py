@@ -120,7 +120,7 @@ def next_token_views(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) -
 
 
 @torch.no_grad()
-def split(model: PreTrainedModel) -> CausalLM:
+def as_causal_lm(model: PreTrainedModel) -> CausalLM:
     """Find how a model's logits follow from its hidden states, and check that they do and that its attention is causal.
 
     Raises NekoLeanError for families of which either is not so.

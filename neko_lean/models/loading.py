@@ -23,7 +23,7 @@ from neko_lean.models.weight_files import refuse_packed, stored_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase
-from neko_lean.models.causal_lm import CausalLM, split
+from neko_lean.models.causal_lm import CausalLM, as_causal_lm
 
 # A commit, branch or tag; it must not lead out of the hub's cache, where it becomes a file's name.
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>(?!.*\.\.)[\w-][\w./-]*))?")
@@ -141,7 +141,7 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Causal
     model, info = loaded
     model = dequantized(model, method, dtype)
     check_loaded(model, folder, stored, info, packed=method is not None)
-    return split(model.to(device))  # type: ignore[arg-type]
+    return as_causal_lm(model.to(device))  # type: ignore[arg-type]
 
 
 def load_config(folder: Path) -> PreTrainedConfig:
@@ -168,7 +168,7 @@ def new_model(config_folder: Path, dtype: torch.dtype, device: torch.device, see
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if listed_ends(config_folder) is not None:
         model.generation_config = GenerationConfig.from_pretrained(config_folder, local_files_only=True)
-    return split(model.to(device=device, dtype=dtype))
+    return as_causal_lm(model.to(device=device, dtype=dtype))
 
 
 def usable_length(folder: Path, max_length: int) -> int:

@@ -17,7 +17,7 @@ from neko_lean.memory.live_tensors import OWN_MAPPING, LiveTensors
 from neko_lean.memory.plan import plan_run
 from neko_lean.memory.prediction import CONTEXT, FIRST_USE, WORKSPACES, fake_model, full_step, predict
 from neko_lean.memory.two_models import LEAN, PUBLISHED, predict_two_models
-from neko_lean.models.causal_lm import checkpoint_activations, split
+from neko_lean.models.causal_lm import as_causal_lm, checkpoint_activations
 from neko_lean.models.devices import peak_memory, reset_peak, resident, settle
 from neko_lean.models.token_stats import token_stats
 from neko_lean.recipes import Recipe, load_recipe, parse_override
@@ -105,7 +105,7 @@ def test_the_process_peak_can_be_reset_and_is_not_the_parents():
 def real_step(recipe, micro):
     """Peak bytes of the tensors that one real step makes, Adam's state left out."""
     torch.manual_seed(0)
-    lm = split(OlmoForCausalLM(MIDDLE).to(getattr(torch, recipe.dtype)))
+    lm = as_causal_lm(OlmoForCausalLM(MIDDLE).to(getattr(torch, recipe.dtype)))
     if recipe.train_last:
         freeze(lm, recipe.train_last)
     optimizer = InBackwardAdam8bit(lm.model.named_parameters())

@@ -13,7 +13,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from neko_lean.data.batching import pad
 from neko_lean.data.examples import Example
-from neko_lean.models.causal_lm import next_token_logp, split
+from neko_lean.models.causal_lm import as_causal_lm, next_token_logp
 from neko_lean.models.token_stats import token_stats
 from neko_lean.recipes import load_recipe
 from neko_lean.scoring.generation import generate
@@ -78,11 +78,11 @@ def following(logp, row):
 def test_log_probabilities(name):
     model = family(name)
     wanted = torch.cat([following(logits(model, row).log_softmax(1), row) for row in ROWS])
-    torch.testing.assert_close(next_token_logp(split(model), ROWS, PAD), wanted, atol=2e-4, rtol=1e-4)
+    torch.testing.assert_close(next_token_logp(as_causal_lm(model), ROWS, PAD), wanted, atol=2e-4, rtol=1e-4)
     # In bfloat16 both round; a forgotten bias, scale or cap is far above that.
     rounded = model.to(torch.bfloat16)
     own = torch.cat([following(logits(rounded, row).log_softmax(1), row) for row in ROWS])
-    got = next_token_logp(split(rounded), ROWS, PAD)
+    got = next_token_logp(as_causal_lm(rounded), ROWS, PAD)
     assert (got - own).abs().median() < 0.05
 
 
@@ -100,7 +100,7 @@ def test_gradients_of_a_step(name):
     gradients = {n: p.grad for n, p in model.named_parameters() if p.grad is not None}
     model.zero_grad()
 
-    lm = split(model)
+    lm = as_causal_lm(model)
     recipe, walk = select_backward(lm, load_recipe("neko", {"dtype": "float32"}), CPU)
     model.train(recipe.dropout)
     ids, mask = pad(ROWS, PAD, CPU)
@@ -163,7 +163,7 @@ def test_generations(name):
     rows = [Example(f"r{n}-sc1", " ".join(map(str, ids)), "1", "Task1") for n, ids in enumerate(ROWS)]
     tokenizer = number_tokenizer(end)
     batches = generate(
-        split(model),
+        as_causal_lm(model),
         tokenizer,
         rows,
         batch_size=3,

@@ -6,7 +6,7 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.models.causal_lm import next_token_logp, split
+from neko_lean.models.causal_lm import as_causal_lm, next_token_logp
 from neko_lean.models.families import backbone_of, linear_head, logit_transform
 from neko_lean.models.loading import usable_length
 from neko_lean.models.positions import embeddable_positions
@@ -53,7 +53,7 @@ def family(name, dtype=torch.float32, **more):
 def test_log_probabilities_are_those_of_the_models_own_forward(name, dtype):
     _, scale, softcap, biased = TRANSFORMS[name]
     model = family(name, dtype)
-    lm = split(model)
+    lm = as_causal_lm(model)
     assert (lm.scale, lm.softcap, lm.transform.bias is not None) == (pytest.approx(scale), softcap, biased)
     rows = [[5, 9, 2, 7, 11, 30], [8, 3, 90]]
     got = next_token_logp(lm, rows, 0)
@@ -76,13 +76,13 @@ def test_an_unknown_change_of_the_logits_is_refused_in_every_dtype():
     for dtype in (torch.float32, torch.bfloat16):
         model = Odd(family("Llama").config).to(dtype)
         with pytest.raises(NekoLeanError, match="changes its logits by something else than a bias"):
-            split(model)
+            as_causal_lm(model)
 
 
 def test_a_head_that_is_more_than_a_matrix_is_refused():
     model = transformers.BertLMHeadModel(transformers.BertConfig(**SIZES, is_decoder=True))
     with pytest.raises(NekoLeanError, match="takes something else than the backbone's last hidden states"):
-        split(model)
+        as_causal_lm(model)
     model = family("Llama")
     model.set_output_embeddings(torch.nn.Sequential(torch.nn.Linear(32, 96)))
     with pytest.raises(NekoLeanError, match="not a Linear"):
@@ -92,14 +92,14 @@ def test_a_head_that_is_more_than_a_matrix_is_refused():
 def test_config_switches_that_change_what_a_forward_returns_change_nothing():
     plain, switched = family("Llama"), family("Llama", return_dict=False, output_attentions=True)
     rows = [[5, 9, 2, 7], [3, 4]]
-    assert torch.equal(next_token_logp(split(plain), rows, 0), next_token_logp(split(switched), rows, 0))
+    assert torch.equal(next_token_logp(as_causal_lm(plain), rows, 0), next_token_logp(as_causal_lm(switched), rows, 0))
 
 
 def test_attention_that_is_not_causal_is_refused():
     config = transformers.BertGenerationConfig(**SIZES, is_decoder=False)
     with pytest.raises(NekoLeanError, match="its attention is not causal"):
-        split(transformers.BertGenerationDecoder(config))
-    split(transformers.BertGenerationDecoder(transformers.BertGenerationConfig(**SIZES, is_decoder=True)))
+        as_causal_lm(transformers.BertGenerationDecoder(config))
+    as_causal_lm(transformers.BertGenerationDecoder(transformers.BertGenerationConfig(**SIZES, is_decoder=True)))
 
 
 def test_a_model_that_sees_its_padding_is_refused():
@@ -108,7 +108,7 @@ def test_a_model_that_sees_its_padding_is_refused():
         prompt_length=4, prompt_types=2, segment_types=2, position_bias_num_buckets=8, position_bias_max_distance=16,
     )  # fmt: skip
     with pytest.raises(NekoLeanError, match="CpmAntForCausalLM is not supported"):
-        split(transformers.CpmAntForCausalLM(config))
+        as_causal_lm(transformers.CpmAntForCausalLM(config))
 
 
 @pytest.mark.parametrize(
@@ -129,7 +129,7 @@ def test_a_model_that_sees_its_padding_is_refused():
 def test_positions_end_where_a_longer_row_fails(name, more, limit, tmp_path, monkeypatch):
     monkeypatch.setitem(MODELS, "GPT2", "GPT2LMHeadModel")
     model = family(name, **{"max_position_embeddings": 64, **more})
-    lm = split(model)
+    lm = as_causal_lm(model)
     assert lm.max_positions == limit == embeddable_positions(model, model.config)
     length = 80
     row = torch.ones(1, limit or length, dtype=torch.int64)
@@ -148,7 +148,7 @@ def test_no_row_is_long_enough_to_change_the_positions_of_its_neighbours(scaling
     factors = {"short_factor": [1.0] * 4, "long_factor": [9.0] * 4} if scaling == "longrope" else {}
     rope = {"rope_type": scaling, "rope_theta": 1e4, "factor": 4.0, "original_max_position_embeddings": 32, **factors}
     model = family("Llama", max_position_embeddings=128, rope_parameters=rope)
-    lm = split(model)
+    lm = as_causal_lm(model)
     model.config.save_pretrained(tmp_path)
     assert lm.max_positions == 32 and usable_length(tmp_path, 100) == 32
 
@@ -176,4 +176,4 @@ def test_a_model_that_sees_padding_beyond_one_chunk_is_refused():
     torch.manual_seed(0)
     model = transformers.ReformerModelWithLMHead(transformers.ReformerConfig(vocab_size=96, **sizes))
     with pytest.raises(NekoLeanError, match="ReformerModelWithLMHead is not supported"):
-        split(model)
+        as_causal_lm(model)

@@ -6,7 +6,6 @@ import shutil
 import pytest
 import torch
 import transformers
-from tests.test_resume import Killed, kill_at
 
 import neko_lean
 from neko_lean.cache.check import check_cache
@@ -22,6 +21,7 @@ from neko_lean.models.fingerprints import (
     weights_fingerprint,
 )
 from neko_lean.models.loading import load_model, load_tokenizer
+from tests.checkpoints.test_resume import Killed, kill_at
 from tests.helpers import SMALL, resign
 from tests.scoring.calls import score_with
 

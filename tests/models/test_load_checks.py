@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 import neko_lean
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
-from neko_lean.models.causal_lm import split
+from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.load_checks import is_finite
 from neko_lean.models.loading import load_model, load_tokenizer, model_folder
 from neko_lean.models.weight_files import stored_tensors
@@ -83,7 +83,7 @@ def tied(world, tmp_path_factory):
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_what_transformers_saves_loads_as_it_is(kind, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        "neko_lean.models.causal_lm.split", lambda model: model
+        "neko_lean.models.loading.as_causal_lm", lambda model: model
     )  # which of them can be trained is another test
     model = build(kind)
     model.save_pretrained(tmp_path)
@@ -335,7 +335,7 @@ def test_experts_that_are_missing_or_too_many_are_a_sentence(tmp_path):
 
 
 def test_a_save_of_this_tool_loads(model, tmp_path):
-    lm = split(load(model).model)
+    lm = as_causal_lm(load(model).model)
     lm.model.save_pretrained(tmp_path / "saved")
     assert torch.equal(load(tmp_path / "saved").head, lm.head)
 

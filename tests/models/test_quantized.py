@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.test_loading import build, configure
 
 import neko_lean
 from neko_lean.errors import NekoLeanError
@@ -15,6 +14,7 @@ from neko_lean.models import quantized
 from neko_lean.models.fingerprints import weights_fingerprint
 from neko_lean.models.loading import load_config, load_model, model_folder
 from neko_lean.models.quantized import quantization_method
+from tests.models.test_load_checks import build, configure
 
 CPU = torch.device("cpu")
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -61,7 +61,7 @@ def mxfp4(tmp_path):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_mxfp4_becomes_plain_weights_that_save_and_load(mxfp4, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("neko_lean.models.causal_lm.split", lambda model: model)
+    monkeypatch.setattr("neko_lean.models.loading.as_causal_lm", lambda model: model)
     folder, meant = mxfp4
     model = load_model(model_folder(folder), dtype, CPU)
     for name, tensor in model.state_dict().items():

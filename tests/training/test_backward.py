@@ -8,7 +8,7 @@ import transformers
 from torch import nn
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.models.causal_lm import checkpoint_activations, split
+from neko_lean.models.causal_lm import as_causal_lm, checkpoint_activations
 from neko_lean.recipes import load_recipe
 from neko_lean.training import backward
 from neko_lean.training.backward import plain_gradients, select_backward, verify_layer_pass
@@ -22,18 +22,18 @@ GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions"
 
 def llama(**more):
     torch.manual_seed(0)
-    return split(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **more)))
+    return as_causal_lm(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **more)))
 
 
 def gpt2():
     torch.manual_seed(0)
-    return split(transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)))
+    return as_causal_lm(transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)))
 
 
 def opt():
     sizes = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 16, "max_position_embeddings": 64, "dropout": 0.5}
     torch.manual_seed(0)
-    return split(transformers.OPTForCausalLM(transformers.OPTConfig(**sizes)))
+    return as_causal_lm(transformers.OPTForCausalLM(transformers.OPTConfig(**sizes)))
 
 
 def test_the_recipes_way_is_used_where_it_is_exact(capsys):

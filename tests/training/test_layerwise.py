@@ -12,7 +12,7 @@ from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import NekoLeanError
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.models.causal_lm import split
+from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.recipes import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
@@ -31,7 +31,7 @@ def small(family, tied=False, attention=None, **more):
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3).add_(0.1 * torch.randn_like(p))
-    return split(model)
+    return as_causal_lm(model)
 
 
 def micro_batches(lm, seed=0, count=3):
@@ -114,7 +114,7 @@ def test_no_activation_is_kept_for_frozen_layers():
 def test_families_that_cannot_be_walked_are_refused():
     config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)
     with pytest.raises(NekoLeanError, match="GPT2LMHeadModel has no list of decoder layers"):
-        decoder_layers(split(transformers.GPT2LMHeadModel(config)))
+        decoder_layers(as_causal_lm(transformers.GPT2LMHeadModel(config)))
     lm = small("Olmo")
     lm.backbone.layers[0], lm.backbone.layers[1] = lm.backbone.layers[1], lm.backbone.layers[0]
     decoder_layers(lm)  # any order is one's own
@@ -204,7 +204,7 @@ def test_two_term_loss_keeps_one_layers_gradients_alive(two_term, tied):
 def test_more_rows_raise_the_peak_by_little_more_than_layer_inputs():
     """12 layers, one position in eight wanted: beyond the inputs only what is kept of the wanted positions grows."""
     sizes = {**SMALL, "num_hidden_layers": 12, "hidden_size": 64, "intermediate_size": 256}
-    lm = split(tiny("Olmo", dtype=torch.float32, **sizes).model)
+    lm = as_causal_lm(tiny("Olmo", dtype=torch.float32, **sizes).model)
     walk = LayerPass(lm, decoder_layers(lm))
 
     def free(p):
