@@ -58,6 +58,7 @@ from neko_lean.models.loading import load_model
 from neko_lean.options import OutputOptions
 from neko_lean.models.predictions import next_token_logp
 from neko_lean.recipes import load_recipe
+from neko_lean.scoring import ScoreSettings
 from neko_lean.scoring.generation import generate
 from neko_lean.training import TrainingExamples, loop
 from neko_lean.training.trainer import Trainer
@@ -446,8 +447,9 @@ class Bench:
             run=OutputOptions(device="cpu", quiet=True),
         )
         scores = neko_lean.score(
-            out, data, self.work / "scores", batch_size=6, max_new_tokens=NEW_TOKENS, device="cpu", quiet=True
-        )
+            out, data, self.work / "scores", settings=ScoreSettings(batch_size=6, max_new_tokens=NEW_TOKENS),
+            run=OutputOptions(device="cpu", quiet=True),
+        )  # fmt: skip
         if not scores["cells"]:
             raise Differs("no cell was scored")
 

@@ -41,9 +41,12 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.outputs import staged_folder
+from neko_lean.options import OutputOptions
+from neko_lean.outputs.publish import staged_folder
 from neko_lean.recipes import load_recipe, parse_override, reads_cache, recipe_names
 from neko_lean.runs.unlearn import memorize, unlearn
 from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
+from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import score
 from neko_lean.scoring.task import CELLS
 
@@ -117,7 +120,10 @@ def forget_with(data: Path, target: Path, out: Path, recipe: str, change: dict[s
 
 def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dict[str, Any]:
     """The task's score, membership by task, and what it did to text outside both sets."""
-    scored = score(model, data, out, mia=data / "mia", batch_size=64, quiet=True, overwrite=True)
+    scored = score(
+        model, data, out, inputs=ScoreInputs(mia=data / "mia"), settings=ScoreSettings(batch_size=64),
+        run=OutputOptions(quiet=True, overwrite=True),
+    )  # fmt: skip
     lines = [record.values for record in read_jsonl(out / "generations.jsonl")]
     kept = [line for line in lines if line["split"] == "retain"]
     exact = statistics.mean(line["generation"].strip().lower() == line["output"].strip().lower() for line in kept)

@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -26,6 +26,8 @@ from transformers.utils.logging import disable_progress_bar
 import neko_lean.demo.run as demo_module
 from neko_lean import scoring
 from neko_lean.cache import CacheOptions, cache_teacher, writer
+from neko_lean.cache import writer
+from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.demo import world as demo_world
 from neko_lean.demo.run import demo, write_base
@@ -36,6 +38,7 @@ from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe, reads_cache
 from neko_lean.report.page import report
 from neko_lean.runs.unlearn import memorize, unlearn
+from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import score
 from neko_lean.training import loop
 
@@ -49,6 +52,7 @@ SHAPE: dict[str, Any] = {
     "attention_dropout": 0.1,
 }
 SHORT = {"forget_rows": 4, "retain_rows": 4, "max_length": 64, "eval_rows": 4, "lr": 1e-3, "max_steps": 6}
+QUIET = OutputOptions(quiet=True)
 ROWS = {"forget": 6, "retain": 10}
 COMMANDS = ("cache-teacher", "unlearn", "memorize", "score", "report", "demo")
 
@@ -117,7 +121,7 @@ def make_small() -> None:
     writer.SHARD_POSITIONS = 100
     demo_module.MEMORIZE = {"retain_rows": 4, "max_steps": 2, "backward": "plain", "max_length": 64}
     demo_module.VOCABULARY = 300
-    demo_module.score = partial(scoring.score, max_new_tokens=2)
+    demo_module.ScoreSettings = partial(ScoreSettings, max_new_tokens=2)
     base = demo_module.write_base
 
     def small_world(seed: int) -> World:
@@ -149,8 +153,9 @@ def jobs(root: Path) -> dict[str, list[Job]]:
         given = {"overrides": {**SHORT, **change}, "save_every": 2, "quiet": True}
         return memorize(model, data, out, seed=seed, **given, **flags)
 
-    def scoring_(out: Path, **given: Any) -> Any:
-        return score(model, data, out, batch_size=4, quiet=True, **given)
+    def scoring_(out: Path, *, max_new_tokens: int, inputs: ScoreInputs = ScoreInputs(), **flags: bool) -> Any:
+        settings = ScoreSettings(batch_size=4, max_new_tokens=max_new_tokens)
+        return score(model, data, out, inputs=inputs, settings=settings, run=replace(QUIET, **flags))
 
     def reporting(out: Path, **given: Any) -> Any:
         return report([root / "scores"], out, **given)
@@ -175,7 +180,7 @@ def jobs(root: Path) -> dict[str, list[Job]]:
         "score": [
             partial(scoring_, max_new_tokens=3),
             partial(scoring_, max_new_tokens=2),
-            partial(scoring_, max_new_tokens=3, mia=data / "mia"),
+            partial(scoring_, max_new_tokens=3, inputs=ScoreInputs(mia=data / "mia")),
         ],
         "report": [partial(reporting, title="One"), partial(reporting, title="Two"), partial(reporting, texts=False)],
         "demo": [partial(demoing, seed=seed) for seed in (0, 1)],

@@ -28,7 +28,9 @@ class OutputOptions:
 
     device: str | None = option(None, "cpu, cuda or cuda:N.  [default: the GPU if there is one]")
     resume: bool = option(False, "Continue an interrupted run.")
-    overwrite: bool = option(False, "Replace an output that neko-lean wrote, or an unfinished run; never anything else.")
+    overwrite: bool = option(
+        False, "Replace an output that neko-lean wrote, or an unfinished run; never anything else."
+    )
     quiet: bool = option(False, "Print no progress and no tables.")
 
 

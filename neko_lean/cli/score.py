@@ -67,34 +67,32 @@ def score(
 
     Was it forgotten or hidden? neko-lean score unlearned/ --data data/ --attack relearn --attack quantize --out scores/
     """
+    from neko_lean.options import OutputOptions
+    from neko_lean.scoring import ScoreInputs, ScoreSettings, score_table
     from neko_lean.scoring import score as run
-    from neko_lean.scoring import score_table
 
-    result = run(
-        pinned(model, revision),
-        data,
-        out,
+    inputs = ScoreInputs(
         mia=mia,
         split=split,
         held=held,
         reference=reference,
         paraphrases=paraphrases,
         mmlu=mmlu,
-        shots=shots,
-        lm_eval=lm_eval or (),
-        attacks=attack or (),
-        relearn_lr=relearn_lr,
         before=before,
         official=official,
+    )
+    settings = ScoreSettings(
+        shots=shots,
+        lm_eval=tuple(lm_eval or ()),
+        attacks=tuple(attack or ()),
+        relearn_lr=relearn_lr,
         batch_size=batch_size,
         max_new_tokens=max_new_tokens,
         seed=seed,
-        device=device,
         dtype=dtype,
-        resume=resume,
-        overwrite=overwrite,
-        quiet=quiet,
     )
+    output = OutputOptions(device=device, resume=resume, overwrite=overwrite, quiet=quiet)
+    result = run(pinned(model, revision), data, out, inputs=inputs, settings=settings, run=output)
     if not is_main_process():
         return
     if json:

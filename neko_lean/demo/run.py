@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,7 @@ from neko_lean.outputs import staged_folder, write_atomically
 from neko_lean.recipes import DEFAULT, NEED_FORGET_CACHE, forgets, load_recipe, reads_cache, uses_anchor
 from neko_lean.report import report
 from neko_lean.runs import memorize, unlearn
-from neko_lean.scoring import score
+from neko_lean.scoring import ScoreInputs, ScoreSettings, score
 from neko_lean.terminal import log_line
 
 VOCABULARY = 2048
@@ -98,8 +98,9 @@ def demo(
         write_base(stage / "base", [*forget, *retain])
         memorize(stage / "base", rows, stage / "target", overrides={**MEMORIZE, **dtype}, seed=seed, **common)
         mia = rows / "mia" if (rows / "mia").is_dir() else None
-        scored: dict[str, Any] = {"mia": mia, "batch_size": 64, **common}
-        scores = {"before": score(stage / "target", rows, stage / "scores-before", **scored)}
+        measured, settings, output = ScoreInputs(mia=mia), ScoreSettings(batch_size=64), OutputOptions(**common)
+        base = score(stage / "target", rows, stage / "scores-before", inputs=measured, settings=settings, run=output)
+        scores = {"before": base}
         files, told = ["data", "target", "scores-before"], []
         anchor = rows / "anchor.jsonl" if (rows / "anchor.jsonl").is_file() else None
         for path, change, one in zip(recipes, changes, chosen, strict=True):
@@ -119,7 +120,8 @@ def demo(
                 recipe=path, overrides={**dtype, **change}, seed=seed, **common,
             )  # fmt: skip
             scores[one.name] = score(
-                stage / unlearned, rows, stage / result, before=stage / "scores-before", **scored
+                stage / unlearned, rows, stage / result, settings=settings, run=output,
+                inputs=replace(measured, before=stage / "scores-before"),
             )  # fmt: skip
             told.append(verdict(one.name, run, scores["before"], scores[one.name]))
             files += [*([cache] if asks else []), unlearned, result]

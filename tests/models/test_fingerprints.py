@@ -22,6 +22,8 @@ from neko_lean.models.fingerprints import (
 from neko_lean.models.loading import load_model, load_tokenizer
 from tests.checkpoints.test_resume import Killed, kill_at
 from tests.helpers import SMALL, make_cache, resign
+from tests.helpers import SMALL, resign
+from tests.scoring.calls import score_with
 
 
 def change(folder, **values):
@@ -86,9 +88,9 @@ def test_every_place_refuses_another_function_of_the_same_weights(world, model, 
     stage = tmp_path / ".scores.partial"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("neko_lean.scoring.run.row_numbers", lambda *_: (_ for _ in ()).throw(Killed))
-        neko_lean.score(model, world, tmp_path / "scores", max_new_tokens=2, **quiet)
+        score_with(model, world, tmp_path / "scores", max_new_tokens=2, **quiet)
     assert stage.is_dir()
-    refusals.append(lambda: neko_lean.score(other, world, tmp_path / "scores", max_new_tokens=2, resume=True, **quiet))
+    refusals.append(lambda: score_with(other, world, tmp_path / "scores", max_new_tokens=2, resume=True, **quiet))
     for refusal in refusals:
         with pytest.raises(NekoLeanError) as caught:
             refusal()
@@ -207,5 +209,5 @@ def test_a_reference_with_another_tokenizer_is_refused(world, model, cache, tmp_
     other = shutil.copytree(cache, tmp_path / "other")
     resign(other, tokenizer="0" * 64)
     with pytest.raises(NekoLeanError, match="another tokenizer"):
-        neko_lean.score(model, world, tmp_path / "s", mia=world / "mia", reference=other, max_new_tokens=2, quiet=True)
+        score_with(model, world, tmp_path / "s", mia=world / "mia", reference=other, max_new_tokens=2, quiet=True)
     assert tokenizer_fingerprint(load_tokenizer(model)) != "0" * 64

@@ -11,6 +11,8 @@ from transformers import AutoTokenizer
 import neko_lean
 from neko_lean.models.loading import load_model
 from tests.helpers import make_cache, make_rows, write_rows
+from tests.helpers import make_rows, write_rows
+from tests.scoring.calls import score_with
 
 TWO_STEPS = {"max_steps": 2, "forget_rows": 4, "retain_rows": 4, "dtype": "float32"}
 GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4}
@@ -79,7 +81,7 @@ def test_every_command_runs(build, world, tmp_path, name):
     neko_lean.unlearn(folder, tmp_path / "out", world, world, quiet=True, **options)
     first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["retain_loss"] < 1e-4  # a student is its own teacher
-    scores = neko_lean.score(tmp_path / "out", world, tmp_path / "scores", max_new_tokens=4, quiet=True)
+    scores = score_with(tmp_path / "out", world, tmp_path / "scores", max_new_tokens=4, quiet=True)
     assert scores["rows"] == {"forget": 24, "retain": 36}
 
 

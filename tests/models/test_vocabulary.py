@@ -10,9 +10,10 @@ import neko_lean
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.mmlu import mmlu
-from neko_lean.scoring.run import score
 from neko_lean.scoring.views import tokenised, view_documents
 from tests.helpers import SMALL, make_cache, make_rows, write_rows
+from tests.helpers import SMALL, make_rows, write_rows
+from tests.scoring.calls import score_with
 from tests.scoring.subjects import make_subject
 
 EXTRA = "<image>"
@@ -42,8 +43,8 @@ def unknown(tmp_path):
 
 def test_without_the_token_all_is_as_ever(larger, model, world, tmp_path):
     options = {"max_new_tokens": 4, "quiet": True}
-    more = score(larger, world, tmp_path / "more", **options)
-    plain = score(model, world, tmp_path / "plain", **options)
+    more = score_with(larger, world, tmp_path / "more", **options)
+    plain = score_with(model, world, tmp_path / "plain", **options)
     for key in ("cells", "memorisation", "leaks", "outputs"):
         assert more[key] == plain[key]
     make_cache(larger, world, tmp_path / "cache")
@@ -61,7 +62,7 @@ def test_with_the_token_the_row_is_named(larger, unknown, tmp_path):
     with pytest.raises(NekoLeanError, match=said):
         neko_lean.unlearn(larger, tmp_path / "out", unknown, unknown, recipe="neko", overrides=SMALL, quiet=True)
     with pytest.raises(NekoLeanError, match="row forget0b-qa0 holds token"):
-        score(larger, unknown, tmp_path / "scores", max_new_tokens=4, quiet=True)
+        score_with(larger, unknown, tmp_path / "scores", max_new_tokens=4, quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
