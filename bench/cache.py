@@ -37,14 +37,11 @@ from neko_lean.data.tokenization import encode
 from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.models.causal_lm import CausalLM, as_causal_lm
-from neko_lean.models.chunked_head import CHUNK_ELEMENTS, token_stats
-from neko_lean.models.devices import peak_memory
-from neko_lean.models.loading import load_model, load_tokenizer, new_model
-from neko_lean.options import OutputOptions
 from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.lm_head import CHUNK_ELEMENTS
 from neko_lean.models.loading import load_model, load_tokenizer, new_model
 from neko_lean.models.memory_use import peak_memory
+from neko_lean.options import OutputOptions
 
 CPU = torch.device("cpu")
 CHANGES = {"little": 0.03, "lot": 0.3}  # standard deviation of the noise, relative to that of each weight tensor

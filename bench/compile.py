@@ -23,7 +23,6 @@ from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.devices import pick_device, pick_dtype
 from neko_lean.training.layers import compile_layers, decoder_layers
 from neko_lean.training.layerwise import LayerPass
-from neko_lean.training.layerwise import LayerPass, compile_layers, decoder_layers
 
 VOCABULARY = 4096
 

@@ -33,8 +33,8 @@ from neko_lean.memory.two_models import LEAN_BASELINE, PUBLISHED_BASELINE, TwoMo
 from neko_lean.models.causal_lm import checkpoint_activations
 from neko_lean.models.devices import pick_device
 from neko_lean.models.loading import load_model
-from neko_lean.options import OutputOptions
 from neko_lean.models.memory_use import resident_memory
+from neko_lean.options import OutputOptions
 from neko_lean.recipes import Recipe, load_recipe
 from neko_lean.training.batch import Batch, make_batch
 from neko_lean.training.determinism import deterministic

@@ -55,8 +55,8 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model
-from neko_lean.options import OutputOptions
 from neko_lean.models.predictions import next_token_logp
+from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.scoring import ScoreSettings
 from neko_lean.scoring.generation import generate

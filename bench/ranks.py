@@ -28,7 +28,6 @@ from safetensors.torch import load_file
 from neko_lean.cache import CacheOptions, cache_teacher
 from neko_lean.demo.run import write_base
 from neko_lean.demo.world import build_world, write_world
-from neko_lean.models.chunked_head import CHUNK_ELEMENTS
 from neko_lean.models.devices import pick_device
 from neko_lean.models.lm_head import CHUNK_ELEMENTS
 from neko_lean.models.loading import load_tokenizer, new_model

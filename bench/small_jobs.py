@@ -24,9 +24,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.logging import disable_progress_bar
 
 import neko_lean.demo.run as demo_module
-from neko_lean import scoring
 from neko_lean.cache import CacheOptions, cache_teacher, writer
-from neko_lean.cache import writer
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.demo import world as demo_world

@@ -13,14 +13,10 @@ from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.memory.prediction import predict
 from neko_lean.models.causal_lm import as_causal_lm, checkpoint_activations
 from neko_lean.models.chunked_head import token_stats
-from neko_lean.models.devices import peak_memory, reset_peak_memory, resident_memory, trim_memory
+from neko_lean.models.memory_use import peak_memory, reset_peak_memory, resident_memory, trim_memory
 from neko_lean.recipes import load_recipe
 from neko_lean.training.layers import decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass
-from neko_lean.models.memory_use import peak_memory, reset_peak_memory, resident_memory, trim_memory
-from neko_lean.recipes import Recipe, load_recipe, parse_override
-from neko_lean.training import out_of_memory as shrink
-from neko_lean.training.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.training.optimizer import InBackwardAdam8bit
 from tests.memory.configs import MIDDLE, OLMO_1B
 

@@ -22,7 +22,6 @@ from neko_lean.models.fingerprints import (
 from neko_lean.models.loading import load_model, load_tokenizer
 from tests.checkpoints.test_resume import Killed, kill_at
 from tests.helpers import SMALL, make_cache, resign
-from tests.helpers import SMALL, resign
 from tests.scoring.calls import score_with
 
 

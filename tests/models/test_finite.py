@@ -18,7 +18,6 @@ from neko_lean.scoring.mmlu import mmlu
 from neko_lean.scoring.views import View, view_documents
 from neko_lean.training import evaluation
 from tests.helpers import SMALL, make_cache, make_rows, random_model
-from tests.helpers import SMALL, make_rows, random_model
 from tests.scoring.calls import score_with
 from tests.scoring.subjects import make_subject
 

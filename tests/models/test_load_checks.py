@@ -16,8 +16,6 @@ from neko_lean.models.loading import load_model, load_tokenizer, model_folder
 from neko_lean.models.weight_files import stored_tensors
 from neko_lean.scoring.run import score
 from tests.helpers import SMALL, make_cache, random_model
-from tests.helpers import SMALL, random_model
-from tests.scoring.calls import score_with
 
 CPU = torch.device("cpu")
 # Diverse in their names, in what is tied, in experts that are fused, and in buffers.

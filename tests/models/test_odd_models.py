@@ -11,7 +11,6 @@ from transformers import AutoTokenizer
 import neko_lean
 from neko_lean.models.loading import load_model
 from tests.helpers import make_cache, make_rows, write_rows
-from tests.helpers import make_rows, write_rows
 from tests.scoring.calls import score_with
 
 TWO_STEPS = {"max_steps": 2, "forget_rows": 4, "retain_rows": 4, "dtype": "float32"}

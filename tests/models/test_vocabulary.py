@@ -12,7 +12,6 @@ from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.mmlu import mmlu
 from neko_lean.scoring.views import tokenised, view_documents
 from tests.helpers import SMALL, make_cache, make_rows, write_rows
-from tests.helpers import SMALL, make_rows, write_rows
 from tests.scoring.calls import score_with
 from tests.scoring.subjects import make_subject
 

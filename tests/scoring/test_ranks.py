@@ -15,8 +15,8 @@ from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring import generation, measure, prefix, views
 from neko_lean.scoring.generation import Decoding, generate, own_rows
 from neko_lean.scoring.prefix import last_hidden
-from neko_lean.scoring.run import GENERATIONS, SCORES
-from neko_lean.scoring.score_folder import add_generations
+from neko_lean.scoring.run import SCORES
+from neko_lean.scoring.score_folder import GENERATIONS, add_generations
 from neko_lean.scoring.views import tokenised, view_documents
 from tests.scoring.calls import score_with
 from tests.scoring.subjects import make_subject, write_hub

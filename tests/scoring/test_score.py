@@ -10,8 +10,6 @@ from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-import neko_lean
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
@@ -22,7 +20,6 @@ from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.table import score_table
 from neko_lean.scoring.task import CELLS, task_aggregate
 from tests.helpers import make_cache, make_rows, write_rows
-from tests.helpers import make_rows, write_rows
 from tests.scoring.calls import score_with
 from tests.scoring.subjects import make_subject, write_hub
 
