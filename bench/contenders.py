@@ -26,7 +26,7 @@ from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
 from neko_lean.data.batching import pad
 from neko_lean.data.examples import EncodedExample, read_rows
 from neko_lean.data.tokenization import encode
-from neko_lean.demo.run import write_base
+from neko_lean.demo.base_model import write_base
 from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.prediction import predict
 from neko_lean.memory.two_models import LEAN_BASELINE, PUBLISHED_BASELINE, TwoModelBaseline, two_model_loss
@@ -140,7 +140,7 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
     def one_pass(number: int, complete: Callable[[torch.nn.Parameter], None]) -> float:
         start = clock(device)
         batch = batches[number % STEPS]
-        losses = batch_losses(walk.forward(batch.micro, batch.index), lm, batch, recipe)
+        losses = batch_losses(walk.forward(batch.micro), lm, batch, recipe)
         losses["loss"].backward()
         walk.backward(complete)
         return clock(device) - start
@@ -149,7 +149,10 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
     whole = one_pass(0, update)
     seconds = [one_pass(number, forget_gradient) for number in range(passes)]
     predicted = predict(
-        lm.model.config, recipe, [tuple(ids.shape) for ids in batches[0].micro], [len(i) for i in batches[0].index]
+        lm.model.config,
+        recipe,
+        [tuple(ids.shape) for ids in batches[0].micro.input_ids],
+        [len(i) for i in batches[0].micro.index],
     )
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     return {

@@ -56,7 +56,7 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model
 from neko_lean.models.predictions import next_token_logp
-from neko_lean.options import OutputOptions
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.scoring import ScoreSettings
 from neko_lean.scoring.generation import generate
@@ -417,9 +417,14 @@ class Bench:
             out = self.work / f"unlearned-{dtype}"
             with kept_weights() as trained:
                 neko_lean.unlearn(
-                    self.student, out, data, data, recipe="neko", device="cpu", quiet=True,
+                    self.student,
+                    out,
+                    data,
+                    data,
+                    recipe="neko",
                     overrides={**RECIPE, "dtype": dtype, "max_steps": steps},
-                )  # fmt: skip
+                    run=RunOptions(device="cpu", quiet=True),
+                )
             line = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
             kl = self.found.numbers[f"own KL, {dtype}"] = line["retain_loss"]
             if not abs(kl) < SELF_KL[dtype]:

@@ -70,7 +70,7 @@ def step_flops(lm: CausalLM, layers: nn.ModuleList, batch: Batch, lengths: list[
     """Model and hardware FLOPs of a step, and their parts. The backward of a matmul is two matmuls of the same size."""
     head = 2.0 * lm.head.numel() * len(batch.row)
     needed = sum(flops(lm, layers, lengths, batch.tokens).values())
-    padded = [ids.shape[1] for ids in batch.micro for _ in range(ids.shape[0])]
+    padded = [ids.shape[1] for ids in batch.micro.input_ids for _ in range(ids.shape[0])]
     computed = sum(flops(lm, layers, padded, batch.positions).values())
     parts = {"forward": needed, "backward": 2 * needed, "head": 3 * head}
     extra = {"padding": 3 * (computed - needed), "layers again": computed, "head again": head}
@@ -109,7 +109,7 @@ def take_step(
 
     optimizer.begin_step(1e-5)
     marks = [clock(device)]
-    hidden = walk.forward(batch.micro, batch.index, batch.position_ids)
+    hidden = walk.forward(batch.micro)
     marks.append(clock(device))
     batch_losses(hidden, walk.lm, batch, recipe)["loss"].backward()
     marks.append(clock(device))

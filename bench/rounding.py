@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 import neko_lean
 from neko_lean.cache import CacheOptions
-from neko_lean.options import OutputOptions
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.training import optimizer as optim
 from neko_lean.training import trainer
 
@@ -80,9 +80,15 @@ def run(name: str, folder: Path, cache: Path, steps: int, seed: int) -> dict[str
     try:
         with tempfile.TemporaryDirectory() as scratch:
             neko_lean.unlearn(
-                folder / "target", Path(scratch) / "out", folder / "data", folder / "data",
-                cache=cache, recipe="neko", overrides=change, seed=seed, quiet=True,
-            )  # fmt: skip
+                folder / "target",
+                Path(scratch) / "out",
+                folder / "data",
+                folder / "data",
+                cache=cache,
+                recipe="neko",
+                overrides=change,
+                run=RunOptions(seed=seed, quiet=True),
+            )
             lines = (Path(scratch) / "out" / "metrics.jsonl").read_text().splitlines()
     finally:
         trainer.InBackwardAdam8bit, optim.round_stochastically = originals  # type: ignore[misc]

@@ -15,10 +15,11 @@ from neko_lean.checkpoints import run_folder as unfinished
 from neko_lean.checkpoints import signals
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
+from neko_lean.options import RunOptions
 from neko_lean.outputs.place import claim_folder
 from neko_lean.outputs.signing import file_sha256
 from neko_lean.training import loop
-from tests.helpers import SMALL, make_cache, make_rows, random_model, write_rows
+from tests.helpers import SMALL, flat, make_cache, make_rows, random_model, write_rows
 
 LOOKING = {**SMALL, "eval_every": 2, "choose": "quality"}
 TIMES = ("wait_seconds", "seconds", "peak_memory")
@@ -109,8 +110,8 @@ def test_a_run_cut_off_twice_ends_in_the_same_bytes(world, model, cache, anchore
     def run(out, **options):
         common = {"recipe": recipe, "overrides": change, "seed": 3, "quiet": True, **options}
         if recipe == "memorize":
-            return neko_lean.memorize(model, world, out, **common)
-        return neko_lean.unlearn(model, out, world, world, **more, **common)
+            return flat(neko_lean.memorize)(model, world, out, **common)
+        return flat(neko_lean.unlearn)(model, out, world, world, **more, **common)
 
     whole = run(tmp_path / "whole")
     assert not saved(tmp_path / "whole").exists()
@@ -172,7 +173,14 @@ def test_resume_refuses_another_run_and_names_what_differs(world, model, cache, 
             unlearn(out, resume=True, **options)
     with pytest.raises(NekoLeanError, match="another forget rows:"):
         neko_lean.unlearn(
-            model, out, fewer, world, cache=cache, recipe="neko", overrides=SMALL, seed=3, resume=True, quiet=True
+            model,
+            out,
+            fewer,
+            world,
+            cache=cache,
+            recipe="neko",
+            overrides=SMALL,
+            run=RunOptions(seed=3, resume=True, quiet=True),
         )
     with pytest.raises(NekoLeanError, match=r"keeps the run as of step 2: continue with --resume, or start anew"):
         unlearn(out)

@@ -17,6 +17,7 @@ from neko_lean.models.memory_use import peak_memory, reset_peak_memory, resident
 from neko_lean.recipes import load_recipe
 from neko_lean.training.layers import decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass
+from neko_lean.training.micro_batches import MicroBatches
 from neko_lean.training.optimizer import InBackwardAdam8bit
 from tests.memory.configs import MIDDLE, OLMO_1B
 
@@ -75,7 +76,7 @@ def real_step(recipe, micro):
     with LiveTensors() as live:
         if recipe.backward == "layerwise":
             layer_pass = LayerPass(lm, decoder_layers(lm))
-            hidden = layer_pass.forward(ids, index)
+            hidden = layer_pass.forward(MicroBatches(ids, [None] * len(ids), index))
         else:
             optimizer.attach()
             hidden = torch.cat([lm.hidden(i).flatten(0, 1) for i in ids])

@@ -20,8 +20,9 @@ from neko_lean.models.fingerprints import (
     weights_fingerprint,
 )
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import RunOptions
 from tests.checkpoints.test_resume import Killed, kill_at
-from tests.helpers import SMALL, make_cache, resign
+from tests.helpers import SMALL, flat, make_cache, resign
 from tests.scoring.calls import score_with
 
 
@@ -71,7 +72,7 @@ def test_every_place_refuses_another_function_of_the_same_weights(world, model, 
 
     def unlearn(folder, out, **options):
         given = {"cache": cache, "recipe": "neko", "overrides": SMALL, **quiet}
-        return neko_lean.unlearn(folder, tmp_path / out, world, world, **{**given, **options})
+        return flat(neko_lean.unlearn)(folder, tmp_path / out, world, world, **{**given, **options})
 
     refusals = [
         lambda: unlearn(other, "out"),
@@ -153,9 +154,9 @@ def test_rates_of_dropout_count_where_training_draws_from_it(world, model, tmp_p
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 4)
-        neko_lean.unlearn(model, out, world, world, save_every=2, **given)
+        flat(neko_lean.unlearn)(model, out, world, world, save_every=2, **given)
     with pytest.raises(NekoLeanError, match="attention_dropout"):
-        neko_lean.unlearn(other, out, world, world, resume=True, **given)
+        flat(neko_lean.unlearn)(other, out, world, world, resume=True, **given)
     state = tmp_path / ".out.saved" / "step-00000002" / "state.json"
     written = json.loads(state.read_text())
     del written["identity"]["config"]
@@ -164,20 +165,22 @@ def test_rates_of_dropout_count_where_training_draws_from_it(world, model, tmp_p
         (path / "manifest.json").unlink()
         seal(path)
     with pytest.raises(NekoLeanError, match="not recorded by the version"):
-        neko_lean.unlearn(model, out, world, world, resume=True, **given)
+        flat(neko_lean.unlearn)(model, out, world, world, resume=True, **given)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_checkpoint_saved_again_is_the_same_model(world, tmp_path, dtype):
     """What memorize writes, what a plain load and save makes of it, and what unlearn makes of that."""
     first = tmp_path / "first"
-    neko_lean.memorize(world / "base", world, first, overrides={"max_steps": 1, "dtype": dtype}, quiet=True)
+    neko_lean.memorize(
+        world / "base", world, first, overrides={"max_steps": 1, "dtype": dtype}, run=RunOptions(quiet=True)
+    )
     assert config_differences(model_config(world / "base"), model_config(first)) == []
     lm, tokenizer = load_model(first, getattr(torch, dtype), torch.device("cpu")), load_tokenizer(first)
     lm.model.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
     assert identify(tmp_path / "again", load_tokenizer(tmp_path / "again")) == identify(first, tokenizer)
-    neko_lean.unlearn(first, tmp_path / "out", world, world, recipe="neko", overrides=SMALL, quiet=True)
+    neko_lean.unlearn(first, tmp_path / "out", world, world, recipe="neko", overrides=SMALL, run=RunOptions(quiet=True))
     assert model_config(tmp_path / "out") == model_config(first)
 
 
@@ -189,7 +192,9 @@ def test_a_cache_of_format_1_is_read_and_warned_about(world, model, cache, tmp_p
     (old / "manifest.json").write_text(json.dumps(manifest))
     resign(old, format_version=1)
     assert read_manifest(old / "manifest.json").config is None
-    neko_lean.unlearn(model, tmp_path / "out", world, world, cache=old, recipe="neko", overrides=SMALL, quiet=True)
+    neko_lean.unlearn(
+        model, tmp_path / "out", world, world, cache=old, recipe="neko", overrides=SMALL, run=RunOptions(quiet=True)
+    )
     said = capsys.readouterr().err
     assert said.count("warning: ") == 1 and "run cache-teacher again to be sure" in said
     make_cache(model, world, old, dtype="float32", format="neko", resume=True)

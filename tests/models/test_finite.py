@@ -12,6 +12,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import nan_to_null, strict_json
 from neko_lean.models.finite import greedy_tokens
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import RunOptions
 from neko_lean.scoring.generation import generate
 from neko_lean.scoring.memorisation import LARGEST_RATIO, truth_ratio
 from neko_lean.scoring.mmlu import mmlu
@@ -58,7 +59,9 @@ def test_nothing_is_cached(overflowing, world, tmp_path, mass):
 
 def test_nothing_is_trained(overflowing, world, tmp_path):
     with pytest.raises(NekoLeanError):
-        neko_lean.memorize(overflowing, world, tmp_path / "out", overrides={**SMALL, "dtype": "float32"}, quiet=True)
+        neko_lean.memorize(
+            overflowing, world, tmp_path / "out", overrides={**SMALL, "dtype": "float32"}, run=RunOptions(quiet=True)
+        )
     assert not (tmp_path / "out").exists()
 
 

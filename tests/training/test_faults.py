@@ -19,7 +19,7 @@ from neko_lean.training import layerwise, loop, trainer
 from neko_lean.training import optimizer as optim
 from neko_lean.training.out_of_memory import FEW_ROWS
 from tests.checkpoints.test_resume import LOOKING, Killed, kill_at, metrics, result, saved, steps_saved
-from tests.helpers import SMALL
+from tests.helpers import SMALL, flat
 
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -167,7 +167,7 @@ def test_memory_that_runs_out_in_an_evaluation_or_while_loading(unlearn, tmp_pat
     fail(monkeypatch, trainer, "answers", {1, 2, 5})
     run = unlearn(tmp_path / "out", LOOKING)
     assert run["steps"] == 10 and sum("eval_quality" in line for line in metrics(tmp_path / "out")) == 5
-    fail(monkeypatch, importlib.import_module("neko_lean.runs.unlearn"), "load_model", {1})
+    fail(monkeypatch, importlib.import_module("neko_lean.runs.unlearning"), "load_model", {1})
     with pytest.raises(NekoLeanError, match="does not hold the model and Adam's state"):
         unlearn(tmp_path / "no")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
@@ -329,11 +329,11 @@ def broken(world, model, cache, tmp_path_factory):
     """A run that was killed behind two saves, and how it ends."""
     folder = tmp_path_factory.mktemp("broken")
     given = {"cache": cache, "recipe": "neko", "overrides": LOOKING, "seed": 3, "quiet": True}
-    neko_lean.unlearn(model, folder / "whole", world, world, **given)
+    flat(neko_lean.unlearn)(model, folder / "whole", world, world, **given)
     patch = pytest.MonkeyPatch()
     with patch.context() as patched, pytest.raises(Killed):
         kill_at(patched, 7)
-        neko_lean.unlearn(model, folder / "out", world, world, save_every=3, **given)
+        flat(neko_lean.unlearn)(model, folder / "out", world, world, save_every=3, **given)
     return folder
 
 
