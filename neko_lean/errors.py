@@ -58,7 +58,8 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
     """The end of an error message about an unknown name.
 
     Returns:
-        "; did you mean 'lr'?" if one of `names` is similar to `name`, otherwise an empty string.
+        "; did you mean 'lr'?" with the most similar of `names`, or "; choose from a, b." if none is similar.
     """
-    matches = difflib.get_close_matches(name, list(names), n=1)
-    return f"; did you mean '{matches[0]}'?" if matches else ""
+    names = list(names)
+    matches = difflib.get_close_matches(name, names, n=1)
+    return f"; did you mean {matches[0]!r}?" if matches else f"; choose from {', '.join(names)}."

@@ -7,7 +7,11 @@ from neko_lean.errors import Interrupted, did_you_mean, first_line
 
 @pytest.mark.parametrize(
     ("name", "hint"),
-    [("lrr", "; did you mean 'lr'?"), ("max_step", "; did you mean 'max_steps'?"), ("zebra", "")],
+    [
+        ("lrr", "; did you mean 'lr'?"),
+        ("max_step", "; did you mean 'max_steps'?"),
+        ("zebra", "; choose from lr, max_steps, seed."),
+    ],
 )
 def test_a_similar_name_is_suggested(name, hint):
     assert did_you_mean(name, ["lr", "max_steps", "seed"]) == hint

@@ -69,9 +69,8 @@ def fitted_answer(one: EncodedExample, limit: int) -> EncodedExample:
     room = min(one.answer_length, ROOM, max(1, limit // 2))
     prompt = one.input_ids[: one.prompt_length][-max(1, limit - room) :]
     ids = [*prompt, *one.input_ids[one.prompt_length :]][:limit]
-    return replace(
-        one, input_ids=ids, prompt_length=min(len(prompt), limit), num_truncated=one.num_truncated + len(one) - len(ids)
-    )
+    removed = len(one) - len(ids)
+    return replace(one, input_ids=ids, prompt_length=min(len(prompt), limit), num_truncated=one.num_truncated + removed)
 
 
 def generation_batches(

@@ -6,7 +6,6 @@ of the rows follows from the seed. So a run that was cut off goes on from a save
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -112,7 +111,7 @@ class Loop:
                 raise NekoLeanError(f"{failure}; nothing was written: lower lr and run again.")
         of_step = self.output.state.step if isinstance(self.output, Save) else state.best_step
         return {
-            "recipe": dataclasses.asdict(trainer.recipe),
+            "recipe": trainer.recipe.values(),
             "seed": self.seed,
             "forget_rows": len(trainer.forget),
             "retain_rows": len(trainer.retain),

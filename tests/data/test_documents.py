@@ -6,9 +6,11 @@ import pytest
 
 import neko_lean
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.data.documents import read_anchor
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
+from neko_lean.options import OutputOptions, RunOptions
 
 
 @pytest.fixture
@@ -23,7 +25,14 @@ def test_anchor_documents_are_cached_and_trained_on_like_retain_examples(world, 
     assert [document.task for document in documents] == ["anchor"] * 3
     assert documents[2].output.startswith("The old red barn")
 
-    manifest = neko_lean.cache_teacher(model, world, tmp_path / "cache", anchor=anchor, quiet=True, format="neko")
+    manifest = neko_lean.cache_teacher(
+        model,
+        world,
+        tmp_path / "cache",
+        anchor=anchor,
+        settings=CacheSettings(format="neko"),
+        options=OutputOptions(quiet=True),
+    )
     assert manifest.rows == 36 + 3
     run = neko_lean.unlearn(
         model,
@@ -34,7 +43,7 @@ def test_anchor_documents_are_cached_and_trained_on_like_retain_examples(world, 
         anchor=anchor,
         recipe="neko",
         overrides={"max_steps": 2, "forget_rows": 4, "retain_rows": 4, "eval_every": 0},
-        quiet=True,
+        options=RunOptions(quiet=True),
     )
     assert run["retain_rows"] == 39
     # Prompt formats do not apply to anchor documents, so any format of the cache fits.
@@ -43,7 +52,16 @@ def test_anchor_documents_are_cached_and_trained_on_like_retain_examples(world, 
 
 def test_an_anchor_that_is_not_in_the_cache_is_refused(world, model, cache, anchor, tmp_path):
     with pytest.raises(NekoLeanError, match="lacks row 'anchor 1'"):
-        neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, anchor=anchor, recipe="neko", quiet=True)
+        neko_lean.unlearn(
+            model,
+            tmp_path / "out",
+            world,
+            world,
+            cache=cache,
+            anchor=anchor,
+            recipe="neko",
+            options=RunOptions(quiet=True),
+        )
     assert not (tmp_path / "out").exists()
 
 
