@@ -50,6 +50,5 @@ def prompt_and_answer(example: Example, format_name: str) -> tuple[str, str]:
         NekoLeanError: If there is no such prompt format.
     """
     if format_name not in _REGISTRY:
-        hint = did_you_mean(format_name, FORMATS)
-        raise NekoLeanError(f"unknown prompt format {format_name!r}, expected {' or '.join(FORMATS)}{hint or '.'}")
+        raise NekoLeanError(f"unknown prompt format {format_name!r}{did_you_mean(format_name, FORMATS)}")
     return _REGISTRY[format_name](example)

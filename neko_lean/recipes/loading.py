@@ -6,7 +6,7 @@ import dataclasses
 import math
 import sys
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def _find(name: str | Path, folder: Path) -> Path:
     if not path.is_file() or path == FOLDER / f"{BASE}.toml":
         if str(name).endswith(".toml"):
             raise NekoLeanError(f"recipe file {path} does not exist.")
-        raise NekoLeanError(f"unknown recipe {str(name)!r}{_hint(str(name), recipe_names())}")
+        raise NekoLeanError(f"unknown recipe {str(name)!r}{did_you_mean(str(name), recipe_names())}")
     return path
 
 
@@ -108,7 +108,7 @@ def _typed_values(recipe: str, values: Mapping[str, Any]) -> dict[str, Any]:
     types |= dict.fromkeys(hyperparameter_names(), "float") | {"base": "str"}
     for key in values:
         if key not in types:
-            raise NekoLeanError(f"recipe {recipe}: unknown key {key!r}{_hint(key, types)}")
+            raise NekoLeanError(f"recipe {recipe}: unknown key {key!r}{did_you_mean(key, types)}")
     return {key: _typed(recipe, key, value, types[key]) for key, value in values.items()}
 
 
@@ -145,9 +145,3 @@ def _reset_without_effect(recipe: Recipe) -> Recipe:
     """The recipe with base.toml's value for every key that has no effect, so that run.json does not suggest one."""
     base = _typed_values(BASE, _toml(FOLDER / f"{BASE}.toml"))
     return dataclasses.replace(recipe, **{key: value for key, value in base.items() if not has_effect(key, recipe)})
-
-
-def _hint(name: str, known: Iterable[str]) -> str:
-    """The end of an error message about an unknown name: the closest known one, or all of them."""
-    names = list(known)
-    return did_you_mean(name, names) or f"; choose from {', '.join(names)}."

@@ -10,7 +10,6 @@ from neko_lean.data.documents import read_anchor
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.options import RunOptions
-from tests.helpers import make_cache
 
 
 @pytest.fixture
@@ -25,7 +24,14 @@ def test_anchor_documents_are_cached_and_trained_on_like_retain_examples(world, 
     assert [document.task for document in documents] == ["anchor"] * 3
     assert documents[2].output.startswith("The old red barn")
 
-    manifest = make_cache(model, world, tmp_path / "cache", anchor=anchor, format="neko")
+    manifest = neko_lean.cache_teacher(
+        model,
+        world,
+        tmp_path / "cache",
+        anchor=anchor,
+        cache=CacheOptions(format="neko"),
+        run=OutputOptions(quiet=True),
+    )
     assert manifest.rows == 36 + 3
     run = neko_lean.unlearn(
         model,

@@ -17,7 +17,7 @@ def test_templates():
 
 def test_an_unknown_format_is_refused_with_the_nearest_name():
     example = Example("1sc1", "Once", "upon.", "Task1")
-    with pytest.raises(NekoLeanError, match=r"unknown prompt format 'chat', expected plain or neko\.$"):
+    with pytest.raises(NekoLeanError, match=r"unknown prompt format 'chat'; choose from plain, neko\.$"):
         prompt_and_answer(example, "chat")
     with pytest.raises(NekoLeanError, match=r"; did you mean 'plain'\?$"):
         prompt_and_answer(example, "plian")
