@@ -21,6 +21,7 @@ from neko_lean.models.causal_lm import CausalLM, as_causal_lm
 from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.devices import pick_device, pick_dtype
 from neko_lean.training.layerwise import LayerPass, compile_layers, decoder_layers
+from neko_lean.training.micro_batches import MicroBatches
 
 VOCABULARY = 4096
 
@@ -53,7 +54,8 @@ def step(walk: LayerPass, micro: list[torch.Tensor]) -> tuple[float, float, dict
             parameter.grad = None
 
     start = clock(walk.lm.device)
-    hidden = walk.forward(micro, [torch.arange(0, ids.numel(), 8, device=ids.device) for ids in micro])
+    index = [torch.arange(0, ids.numel(), 8, device=ids.device) for ids in micro]
+    hidden = walk.forward(MicroBatches(micro, [None] * len(micro), index))
     target = torch.cat([ids.flatten()[::8] for ids in micro])
     loss = -token_stats(hidden, walk.lm.head, target)[0].mean()
     loss.backward()

@@ -4,10 +4,10 @@
 
 A trial is killed one to three times, each time at a random time or before a random operation on a file, and then left
 to end: the same bytes except for times, and nothing left next to them. The runs are small but differ in all that a
-resume has to bring back: three ways through the backward pass, phases with an optimizer of their own, early stopping and a
-chosen checkpoint, levels that follow the anchor, dropout, a teacher cache on the way, membership. Of two ranks one is
-killed, or both; the other one has some seconds to notice, then it is killed, as torchrun does. A demo or a report is
-made anew in place of being resumed. Needs Linux or macOS (fork).
+resume has to bring back: three ways through the backward pass, phases with an optimizer of their own, early stopping
+and a chosen checkpoint, levels that follow the anchor, dropout, a teacher cache on the way, membership. Of two ranks
+one is killed, or both; the other one has some seconds to notice, then it is killed, as torchrun does. A demo or a
+report is made anew in place of being resumed. Needs Linux or macOS (fork).
 """
 
 from __future__ import annotations

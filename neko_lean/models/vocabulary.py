@@ -31,4 +31,4 @@ def refuse_unknown_ids(named_ids: Iterable[tuple[str, Sequence[int]]], lm: Causa
 
 def refuse_unknown_examples(examples: Iterable[EncodedExample], lm: CausalLM) -> None:
     """`refuse_unknown_ids` for encoded examples, which are named by their id."""
-    refuse_unknown_ids(((f"row {example.row.id}", example.ids) for example in examples), lm)
+    refuse_unknown_ids(((f"row {example.example.id}", example.input_ids) for example in examples), lm)

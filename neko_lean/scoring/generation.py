@@ -173,8 +173,8 @@ def generate(
 
     Prompts go in raw: no template, no BOS that the tokenizer does not add itself; or `prompts`, tokenised, in their
     place. A generation stops at one of `eos_token_ids`, after `max_new_tokens`, where the model's positions end, or,
-    with `stop_early`, when it is settled. Questions go with questions and prompts with those of like length. In float32 the
-    tokens are those of decoding each row alone, whatever the model's state: see `decoding_probe`.
+    with `stop_early`, when it is settled. Questions go with questions and prompts with those of like length. In
+    float32 the tokens are those of decoding each row alone, whatever the model's state: see `decoding_probe`.
     """
     lm.model.eval()
     encoded = _prompts(tokenizer, rows) if prompts is None else prompts

@@ -21,6 +21,7 @@ from neko_lean.recipes import load_recipe
 from neko_lean.scoring.generation import generate
 from neko_lean.training.backward import select_backward
 from neko_lean.training.batch import select_hidden
+from neko_lean.training.micro_batches import MicroBatches
 from tests.helpers import SIZES
 
 CPU = torch.device("cpu")
@@ -99,13 +100,14 @@ def test_gradients_of_a_step(name):
     recipe, layer_pass = select_backward(lm, load_recipe("neko", {"dtype": "float32"}), CPU)
     model.train(recipe.dropout)
     input_ids, mask = pad(SEQUENCES, PAD, CPU)
-    index = [mask.flatten().nonzero()[:, 0]]  # every real position, sequence after sequence
+    # Every real position, sequence after sequence.
+    micro_batches = MicroBatches([input_ids], [None], [mask.flatten().nonzero()[:, 0]])
     target = torch.cat([torch.tensor([*ids[1:], -1]) for ids in SEQUENCES])
     topk_ids = torch.arange(V).expand(len(target), V)
     tail_logp = torch.full((len(target),), -torch.inf)
     for is_self_teacher in (True, False):
         topk_logp = torch.cat(student_logp if is_self_teacher else teacher_logp)
-        hidden = layer_pass.forward([input_ids], index) if layer_pass else select_hidden(lm, [input_ids], index)
+        hidden = layer_pass.forward(micro_batches) if layer_pass else select_hidden(lm, micro_batches)
         logp, kl = token_stats(hidden, lm.head, target, topk_ids, topk_logp, tail_logp, transform=lm.transform)
         if is_self_teacher:  # whatever dropout the config states
             assert kl.abs().max() < 1e-5

@@ -12,7 +12,7 @@ from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.load_checks import is_finite
 from neko_lean.scoring.run import score
-from tests.helpers import SMALL, random_model
+from tests.helpers import SMALL, flat, random_model
 from tests.models.checkpoints import build, configure, load, prefixed, renamed, rewrite, without
 
 
@@ -26,10 +26,10 @@ def test_every_command_refuses_wrong_weights_and_writes_nothing(model, world, tm
     (tmp_path / "out").mkdir()
     folder, out = rewrite(model, tmp_path / "changed", change), tmp_path / "out" / "x"
     for run in (
-        lambda: score(folder, world, out, max_new_tokens=4, quiet=True),
-        lambda: cache_teacher(folder, world, out, quiet=True),
-        lambda: neko_lean.memorize(folder, world, out, overrides=SMALL, quiet=True),
-        lambda: neko_lean.unlearn(folder, out, world, world, recipe="neko", overrides=SMALL, quiet=True),
+        lambda: flat(score)(folder, world, out, max_new_tokens=4, quiet=True),
+        lambda: flat(cache_teacher)(folder, world, out, quiet=True),
+        lambda: flat(neko_lean.memorize)(folder, world, out, overrides=SMALL, quiet=True),
+        lambda: flat(neko_lean.unlearn)(folder, out, world, world, recipe="neko", overrides=SMALL, quiet=True),
     ):
         with pytest.raises(NekoLeanError, match=r"are not those of the OlmoForCausalLM that its config.json describes"):
             run()

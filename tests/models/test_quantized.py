@@ -14,6 +14,7 @@ from neko_lean.models import quantized
 from neko_lean.models.fingerprints import weights_fingerprint
 from neko_lean.models.loading import load_config, load_model, model_folder
 from neko_lean.models.quantized import quantization_method
+from tests.helpers import flat
 from tests.models.checkpoints import build, configure
 
 CPU = torch.device("cpu")
@@ -81,7 +82,7 @@ def test_other_methods_are_refused(model, world, tmp_path, method, nested):
     value = {"quantization_config": {"quant_method": method, "bits": 4}}
     configure(folder, **({"text_config": value} if nested else value))
     with pytest.raises(NekoLeanError, match=rf"quantised \({method}\)"):
-        neko_lean.memorize(folder, world, tmp_path / "out")
+        flat(neko_lean.memorize)(folder, world, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 

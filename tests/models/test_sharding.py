@@ -9,9 +9,10 @@ from safetensors.torch import load_file
 
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
-from neko_lean.runs.unlearn import unlearn
+from neko_lean.runs import unlearn
 from neko_lean.training import optimizer as optim
 from tests import sharded
+from tests.helpers import flat
 from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -26,7 +27,7 @@ def weights(folder):
 def test_gradients_are_those_of_plain_autograd(world, model, tmp_path):
     """For two-term losses, several micro-batches per rank, uneven shards, and tied and untied heads."""
     (tmp_path / "world").symlink_to(world)
-    cache_teacher(model, world, tmp_path / "cache", forget=world, format="neko", dtype="float32", quiet=True)
+    flat(cache_teacher)(model, world, tmp_path / "cache", forget=world, format="neko", dtype="float32", quiet=True)
     result = torchrun(tmp_path, script=sharded.__file__)
     assert result.returncode == 0, result.stderr
     errors = json.loads(result.stdout)
@@ -48,7 +49,7 @@ def test_two_processes_train_the_weights_of_one(world, model, cache, tmp_path, m
 
     def run(name, **kwargs):
         options = {"cache": cache, "recipe": "neko", "overrides": CHANGE, "quiet": True}
-        return unlearn(model, tmp_path / name, world, world, **{**options, **kwargs})
+        return flat(unlearn)(model, tmp_path / name, world, world, **{**options, **kwargs})
 
     run("one")
     original = optim.round_stochastically
@@ -85,6 +86,6 @@ def test_other_backward_modes_are_refused(world, model, cache, tmp_path, monkeyp
 
     monkeypatch.setattr(backward, "world_size", lambda: 2)
     with pytest.raises(NekoLeanError, match=f"backward={value} is for one process"):
-        unlearn(
+        flat(unlearn)(
             model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides={"backward": value}, quiet=True
         )

@@ -13,7 +13,7 @@ from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.mmlu import mmlu
 from neko_lean.scoring.run import score
 from neko_lean.scoring.views import tokenised, view_documents
-from tests.helpers import SMALL, make_rows, write_rows
+from tests.helpers import SMALL, flat, make_rows, write_rows
 from tests.scoring.subjects import make_subject
 
 EXTRA = "<image>"
@@ -44,26 +44,26 @@ def unknown(tmp_path):
 @pytest.mark.slow
 def test_without_the_token_scores_are_unchanged(larger, model, world, tmp_path):
     options = {"max_new_tokens": 4, "quiet": True}
-    actual = score(larger, world, tmp_path / "larger", **options)
-    expected = score(model, world, tmp_path / "plain", **options)
+    actual = flat(score)(larger, world, tmp_path / "larger", **options)
+    expected = flat(score)(model, world, tmp_path / "plain", **options)
     for key in ("cells", "memorisation", "leaks", "outputs"):
         assert actual[key] == expected[key]
-    cache_teacher(larger, world, tmp_path / "cache", quiet=True)
+    flat(cache_teacher)(larger, world, tmp_path / "cache", quiet=True)
     overrides = {**SMALL, "format": "plain", "max_length": 512, "max_steps": 1}
-    neko_lean.unlearn(larger, tmp_path / "out", world, world, cache=tmp_path / "cache", recipe="neko",
+    flat(neko_lean.unlearn)(larger, tmp_path / "out", world, world, cache=tmp_path / "cache", recipe="neko",
                       overrides=overrides, quiet=True)  # fmt: skip
 
 
 def test_an_example_with_the_token_is_named(larger, unknown, tmp_path):
     message = "row retain0b-qa0 holds token"
     with pytest.raises(NekoLeanError, match=message):
-        cache_teacher(larger, unknown, tmp_path / "cache", quiet=True)
+        flat(cache_teacher)(larger, unknown, tmp_path / "cache", quiet=True)
     with pytest.raises(NekoLeanError, match="row forget0b-qa0 holds token"):
-        neko_lean.memorize(larger, unknown, tmp_path / "out", overrides=SMALL, quiet=True)
+        flat(neko_lean.memorize)(larger, unknown, tmp_path / "out", overrides=SMALL, quiet=True)
     with pytest.raises(NekoLeanError, match=message):
-        neko_lean.unlearn(larger, tmp_path / "out", unknown, unknown, recipe="neko", overrides=SMALL, quiet=True)
+        flat(neko_lean.unlearn)(larger, tmp_path / "out", unknown, unknown, recipe="neko", overrides=SMALL, quiet=True)
     with pytest.raises(NekoLeanError, match="row forget0b-qa0 holds token"):
-        score(larger, unknown, tmp_path / "scores", max_new_tokens=4, quiet=True)
+        flat(score)(larger, unknown, tmp_path / "scores", max_new_tokens=4, quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 
