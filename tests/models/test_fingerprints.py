@@ -162,10 +162,11 @@ FAMILIES = {
 def test_decisive_values_of_other_families(tmp_path, name):
     family, values, message = FAMILIES[name]
     sizes = {"vocab_size": 64, "hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    getattr(transformers, f"{family}Config")(**sizes).save_pretrained(tmp_path / "one")
-    two = shutil.copytree(tmp_path / "one", tmp_path / "two")
-    assert model_config(tmp_path / "one") == model_config(two)
-    (difference,) = config_differences(model_config(tmp_path / "one"), model_config(change(two, **values)))
+    getattr(transformers, f"{family}Config")(**sizes).save_pretrained(tmp_path / "original")
+    copy = shutil.copytree(tmp_path / "original", tmp_path / "copy")
+    original = model_config(tmp_path / "original")
+    assert original == model_config(copy)
+    (difference,) = config_differences(original, model_config(change(copy, **values)))
     assert message in difference
 
 

@@ -51,15 +51,15 @@ def test_two_processes_train_the_weights_of_one(world, model, cache, tmp_path, m
         options = {"cache": cache, "recipe": "neko", "overrides": CHANGE, "quiet": True}
         return flat(unlearn)(model, tmp_path / name, world, world, **{**options, **kwargs})
 
-    run("one")
+    run("single")
     original = optim.round_stochastically
     other_bits = torch.Generator().manual_seed(99)
     monkeypatch.setattr(optim, "round_stochastically", lambda value, _: original(value, other_bits))
     run("again")
-    one, again, two = (weights(tmp_path / name) for name in ("one", "again", "two"))
+    single, again, two = (weights(tmp_path / name) for name in ("single", "again", "two"))
     start = weights(model)
-    assert two.keys() == one.keys()
-    for name, weight in one.items():
+    assert two.keys() == single.keys()
+    for name, weight in single.items():
         change, noise, difference = (
             (other.float() - weight.float()).abs().mean() for other in (start[name], again[name], two[name])
         )
