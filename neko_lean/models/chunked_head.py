@@ -1,4 +1,4 @@
-"""The one numerical primitive of training: target log-probability and teacher KL, without materialising all logits.
+"""The numerical core of training: target log-probability and teacher KL, without materialising all logits.
 
 Like Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989), `token_stats` multiplies by the head one chunk of
 rows at a time. It keeps no logits for the backward pass and recomputes them there.
@@ -127,6 +127,8 @@ class _Context(FunctionCtx):
 
 
 class _TokenStats(torch.autograd.Function):
+    """`token_stats` with its own backward pass, which recomputes the logits chunk by chunk."""
+
     @staticmethod
     def forward(
         ctx: _Context,

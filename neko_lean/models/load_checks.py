@@ -1,7 +1,7 @@
 """Checks after loading: every tensor of the checkpoint is in the model, has the right shape and is finite.
 
-transformers initialises a tensor that it does not find at random, and drops one that it does not know. Here both are
-errors.
+transformers initialises tensors that it does not find at random, and drops tensors that it does not know. Here both
+are errors.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def check_loaded(
         dequantized: whether the weights were stored quantised, as config.json declares, and have been dequantised.
 
     Raises:
-        NekoLeanError: they are not; the message names the tensors.
+        NekoLeanError: the weights differ or are not finite; the message names the tensors.
     """
     base_prefix = model.base_model_prefix
     differences = Differences(

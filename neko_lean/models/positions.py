@@ -65,7 +65,7 @@ def refuse_non_causal(model: PreTrainedModel, hidden_of: Callable[[Tensor], Tens
         hidden_of: function from ids [1, L] to hidden states [1, L, d].
 
     Raises:
-        NekoLeanError: they do.
+        NekoLeanError: hidden states depend on later tokens or on padding.
     """
     config, family = model.config.get_text_config(), type(model).__name__
     vocab_size = len(linear_head(model).weight)

@@ -73,4 +73,4 @@ def reason(error: Exception) -> str:
     """Why transformers failed, in one line, without its advice to enable trust_remote_code."""
     if "trust_remote_code" in str(error):
         return "it requires custom modeling code, and neko-lean never runs code that comes with a checkpoint"
-    return first_line(error)
+    return first_line(error).rstrip(".")

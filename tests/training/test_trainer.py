@@ -20,6 +20,7 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.models.predictions import next_token_logp
 from neko_lean.options import RunOptions
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.recipes import load_recipe, reads_cache, recipe_names
 from neko_lean.training import backward, trainer
 from neko_lean.training.levels import with_levels
