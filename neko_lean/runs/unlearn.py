@@ -53,6 +53,7 @@ from neko_lean.models import (
     warn_emulated_bfloat16,
     weights_fingerprint,
 )
+from neko_lean.options import RunOptions
 from neko_lean.outputs import MANIFEST, RUN, claim_folder, explained_write_errors, file_sha256, write_atomically
 from neko_lean.recipes import (
     DEFAULT,
@@ -214,7 +215,8 @@ def unlearn(
             teacher.check_vocabulary(len(lm.head))
         examples = TrainingExamples(forget_rows, retain_rows, substitutes or ())
         trainer = Trainer(lm, pad_id, examples, teacher, chosen, place)
-        loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)
+        options = RunOptions(seed=seed, quiet=quiet)
+        loop = Loop(trainer, tokenizer, work, signals, partial(student, torch.device("cpu")), options)
         run = _train(loop, before, {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost})
     _raise_failure(run, output.path)
     return run
@@ -293,7 +295,8 @@ def memorize(
         before = resident_memory()
         warn_emulated_bfloat16(chosen.dtype, place, quiet)
         trainer = Trainer(student(_whole_on(place)), pad_id, TrainingExamples(retain=encoded), None, chosen, place)
-        loop = Loop(trainer, tokenizer, seed, work, signals, partial(student, torch.device("cpu")), quiet)
+        options = RunOptions(seed=seed, quiet=quiet)
+        loop = Loop(trainer, tokenizer, work, signals, partial(student, torch.device("cpu")), options)
         about = {"command": "memorize", "model": model_name(model), "random_start": not trained}
         run = _train(loop, before, {**about, "sets": list(sets)})
     _raise_failure(run, output.path)

@@ -178,7 +178,7 @@ def test_memory_that_runs_out_in_an_evaluation_or_while_loading(unlearn, tmp_pat
 
 def spoil(monkeypatch, at, words):
     """Let the gradient of a parameter in whose name `words` is found be infinite at step `at`."""
-    original = optim.refuse_not_finite
+    original = optim.refuse_non_finite
     seen = []
 
     def spoiled(name, gradient):
@@ -188,7 +188,7 @@ def spoil(monkeypatch, at, words):
                 gradient.view(-1)[3] = torch.inf
         original(name, gradient)
 
-    monkeypatch.setattr(optim, "refuse_not_finite", spoiled)
+    monkeypatch.setattr(optim, "refuse_non_finite", spoiled)
 
 
 @pytest.mark.parametrize("backward", ["layerwise", "checkpointed", "plain"])

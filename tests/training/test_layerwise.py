@@ -109,7 +109,7 @@ def test_no_activation_is_kept_for_frozen_layers():
     freeze(lm, 1)
     walk = LayerPass(lm, decoder_layers(lm))
     walk.forward(*micro_batches(lm))
-    assert [len(calls) for calls in walk.calls] == [1, 1, 1] and not walk.embedded
+    assert [len(calls) for calls in walk.calls] == [1, 1, 1] and not walk.embedding_edges
 
 
 def test_families_that_cannot_be_walked_are_refused():
