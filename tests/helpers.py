@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
 from neko_lean.data.examples import Example, read_rows
@@ -101,3 +102,8 @@ def live(folder, one, dtype=torch.float32):
     model = load_model(folder, dtype, torch.device("cpu")).model.eval()
     with torch.no_grad():
         return model(input_ids=torch.tensor([one.input_ids])).logits[0]
+
+
+def model_weights(folder):
+    """The tensors of a checkpoint in one file."""
+    return load_file(folder / "model.safetensors")

@@ -21,7 +21,7 @@ from neko_lean.models.fingerprints import (
     weights_fingerprint,
 )
 from neko_lean.models.loading import load_model, load_tokenizer
-from tests.checkpoints.test_resume import Killed, kill_at
+from tests.checkpoints.interrupted import Killed, kill_at
 from tests.helpers import SMALL, resign
 
 
