@@ -49,13 +49,16 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel, PreTrainedTokenizerFast
 
 import neko_lean
-from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache import CacheOptions, TeacherCache
 from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
-from neko_lean.models.causal_lm import CausalLM, next_token_logp
+from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model
+from neko_lean.models.predictions import next_token_logp
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.recipes import load_recipe
+from neko_lean.scoring import ScoreSettings
 from neko_lean.scoring.generation import generate
 from neko_lean.training import TrainingExamples, loop
 from neko_lean.training.trainer import Trainer
@@ -299,8 +302,9 @@ class Bench:
         """Loss and gradients of one step of `unlearn`, by the way that its Trainer takes for this model."""
         recipe = load_recipe("neko", {**RECIPE, "dtype": "float32"})
         neko_lean.cache_teacher(
-            self.teacher, self.work / "data", self.work / "cache", top_k=self.vocab_size, mass=1.0,
-            dtype="float32", stored_dtype="float32", device="cpu", quiet=True,
+            self.teacher, self.work / "data", self.work / "cache",
+            cache=CacheOptions(top_k=self.vocab_size, mass=1.0, dtype="float32", stored_dtype="float32"),
+            run=OutputOptions(device="cpu", quiet=True),
         )  # fmt: skip
         lm = load_model(self.student, torch.float32, CPU)
         examples = TrainingExamples(self.forget, self.retain)
@@ -413,9 +417,14 @@ class Bench:
             out = self.work / f"unlearned-{dtype}"
             with kept_weights() as trained:
                 neko_lean.unlearn(
-                    self.student, out, data, data, recipe="neko", device="cpu", quiet=True,
+                    self.student,
+                    out,
+                    data,
+                    data,
+                    recipe="neko",
                     overrides={**RECIPE, "dtype": dtype, "max_steps": steps},
-                )  # fmt: skip
+                    run=RunOptions(device="cpu", quiet=True),
+                )
             line = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
             kl = self.found.numbers[f"own KL, {dtype}"] = line["retain_loss"]
             if not abs(kl) < SELF_KL[dtype]:
@@ -435,10 +444,17 @@ class Bench:
         before = dict(self.reference.named_parameters())
         moved = sum(not torch.equal(one, before[name]) for name, one in trained.items())
         self.found.numbers["parameters that learned"] = moved / len(trained)
-        neko_lean.cache_teacher(out, data, self.work / "cache-2", dtype="float32", device="cpu", quiet=True)
-        scores = neko_lean.score(
-            out, data, self.work / "scores", batch_size=6, max_new_tokens=NEW_TOKENS, device="cpu", quiet=True
+        neko_lean.cache_teacher(
+            out,
+            data,
+            self.work / "cache-2",
+            cache=CacheOptions(dtype="float32"),
+            run=OutputOptions(device="cpu", quiet=True),
         )
+        scores = neko_lean.score(
+            out, data, self.work / "scores", settings=ScoreSettings(batch_size=6, max_new_tokens=NEW_TOKENS),
+            run=OutputOptions(device="cpu", quiet=True),
+        )  # fmt: skip
         if not scores["cells"]:
             raise Differs("no cell was scored")
 

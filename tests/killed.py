@@ -13,7 +13,8 @@ from pathlib import Path
 
 from bench.processes import forked
 from neko_lean.checkpoints import open_run, run_folder, saves, tensors
-from neko_lean.runs.unlearn import unlearn
+from neko_lean.runs import unlearn
+from tests.helpers import flat
 
 CHANGE = {
     "max_steps": 12,
@@ -75,7 +76,7 @@ def main(root):
         if spoil is not None:
             spoil()
         more = {"cache": root / "cache", "recipe": "neko", "overrides": CHANGE, "seed": 3, "quiet": True}
-        unlearn(root / "model", root / out, root / "world", root / "world", save_every=3, resume=resume, **more)
+        flat(unlearn)(root / "model", root / out, root / "world", root / "world", save_every=3, resume=resume, **more)
 
     start = time.monotonic()
     assert forked(lambda: run("whole", False)) == 0

@@ -19,6 +19,7 @@ from safetensors.numpy import save
 from neko_lean import __version__
 from neko_lean.cache.format import STORED, Manifest, Shard, differences, shard_name
 from neko_lean.cache.manifest import checked, read_manifest, write_manifest
+from neko_lean.cache.options import CacheOptions
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.teacher import keep
 from neko_lean.data import (
@@ -55,6 +56,7 @@ from neko_lean.models import (
     refuse_unknown_examples,
     usable_length,
 )
+from neko_lean.options import OutputOptions
 from neko_lean.outputs import (
     MANIFEST,
     Output,
@@ -104,17 +106,8 @@ def cache_teacher(
     *,
     forget: str | Path | None = None,
     anchor: str | Path | None = None,
-    top_k: int = 64,
-    mass: float = 0.999,
-    format: str = "plain",
-    max_length: int = 512,
-    batch_tokens: int = 8192,
-    device: str | None = None,
-    dtype: str = "bfloat16",
-    stored_dtype: str = "float16",
-    resume: bool = False,
-    overwrite: bool = False,
-    quiet: bool = False,
+    cache: CacheOptions = CacheOptions(),
+    run: OutputOptions = OutputOptions(),
 ) -> Manifest:
     """Write the teacher cache of `model` over the rows of `retain` to the folder `out`.
 
@@ -126,47 +119,40 @@ def cache_teacher(
             of every token of these rows and of a refusal in each one's place.
         anchor: jsonl file of neutral documents to hold still; they join the retain rows, without a template, and the
             teacher's log-probability of each of their tokens is added.
-        top_k: most entries a position keeps; at V or more, and with a mass of 1, all are kept.
-        mass: a position keeps its fewest likeliest tokens whose probability reaches this, at most `top_k` of them; 1
-            keeps `top_k` everywhere.
-        format: prompt format, 'plain' or 'neko'; the recipe that reads the cache must use the same.
-        max_length: tokens a row is cut to.
-        batch_tokens: positions of one forward pass, padding included.
-        device: 'cpu', 'cuda', 'cuda:N'; by default the GPU where there is one.
-        dtype: 'bfloat16' or 'float32', what the teacher runs in.
-        stored_dtype: 'float16' (relative error of p at most 2^-11) or 'float32', what the probabilities are stored in.
-        resume: go on with a run that was cut off; with a complete cache of the same settings there is nothing to do.
+        cache: what the teacher runs in and how much of its output is stored.
+        run: device, and what to do with an existing output or an unfinished run. Resuming a complete cache that has the
+            same settings does nothing.
 
     Under torchrun the ranks share the shards out; the bytes are those of one process. Returns the manifest. Raises
     NekoLeanError for bad input, a full disk, or an `out` that holds something.
     """
-    if top_k < 1 or max_length < 1 or batch_tokens < 1:
+    if cache.top_k < 1 or cache.max_length < 1 or cache.batch_tokens < 1:
         raise NekoLeanError("top_k, max_length and batch_tokens must be at least 1.")
-    if not 0 < mass <= 1:
-        raise NekoLeanError(f"mass is {mass}: it must be above 0 and at most 1.")
-    if stored_dtype not in STORED:
-        raise NekoLeanError(f"stored_dtype {stored_dtype!r} is not one of {', '.join(STORED)}.")
-    if format not in FORMATS:
-        raise NekoLeanError(f"format {format!r} is not one of {', '.join(FORMATS)}.")
+    if not 0 < cache.mass <= 1:
+        raise NekoLeanError(f"mass is {cache.mass}: it must be above 0 and at most 1.")
+    if cache.stored_dtype not in STORED:
+        raise NekoLeanError(f"stored_dtype {cache.stored_dtype!r} is not one of {', '.join(STORED)}.")
+    if cache.format not in FORMATS:
+        raise NekoLeanError(f"format {cache.format!r} is not one of {', '.join(FORMATS)}.")
     rows = read_rows(retain, "retain")
     anchor_rows = read_anchor(anchor) if anchor is not None else []
     forget_rows = read_rows(forget, "forget") if forget is not None else []
-    place, precision, folder = pick_device(device), pick_dtype(dtype), model_folder(model)
+    place, precision, folder = pick_device(run.device), pick_dtype(cache.dtype), model_folder(model)
     inputs = [folder, retain, forget, anchor]
-    output = claim_folder(out, "partial", inputs, overwrite=overwrite, resume=resume)
-    run_on_main_and_broadcast(lambda: _refuse_what_is_there(output, resume))
+    output = claim_folder(out, "partial", inputs, overwrite=run.overwrite, resume=run.resume)
+    run_on_main_and_broadcast(lambda: _refuse_what_is_there(output, run.resume))
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
-    limit = usable_length(folder, max_length)
-    kept = encode(rows, tokenizer, format, limit)
+    limit = usable_length(folder, cache.max_length)
+    kept = encode(rows, tokenizer, cache.format, limit)
     anchors = encode(anchor_rows, tokenizer, "plain", limit)
-    forgotten = encode(forget_rows, tokenizer, format, limit)
-    refused = encode(refusals(forget_rows), tokenizer, format, limit)
+    forgotten = encode(forget_rows, tokenizer, cache.format, limit)
+    refused = encode(refusals(forget_rows), tokenizer, cache.format, limit)
     sets = {"shard": _distinct(kept + anchors + forgotten), "forget": _distinct(forgotten + refused + anchors)}
     teacher = load_model(folder, precision, place)
     teacher.model.eval()
     refuse_unknown_examples([*sets["shard"], *sets["forget"]], teacher)
-    jobs = {kind: _into_shards(teacher_batches(encoded, batch_tokens)) for kind, encoded in sets.items()}
+    jobs = {kind: _into_shards(teacher_batches(encoded, cache.batch_tokens)) for kind, encoded in sets.items()}
     identity = identify(folder, tokenizer)
     plan = Manifest(
         written_by=__version__,
@@ -174,14 +160,14 @@ def cache_teacher(
         weights=identity.weights,
         tokenizer=identity.tokenizer,
         config=identity.config,
-        format=format,
-        max_length=max_length,
-        top_k=top_k,
-        mass=float(mass),
+        format=cache.format,
+        max_length=cache.max_length,
+        top_k=cache.top_k,
+        mass=float(cache.mass),
         vocab_size=teacher.head.shape[0],
-        teacher_dtype=dtype,
-        batch_tokens=batch_tokens,
-        stored_dtype=stored_dtype,
+        teacher_dtype=cache.dtype,
+        batch_tokens=cache.batch_tokens,
+        stored_dtype=cache.stored_dtype,
         rows=len(sets["shard"]),
         positions=sum(map(len, sets["shard"])),
         entries=0,
@@ -192,19 +178,19 @@ def cache_teacher(
     )
     plan = checked(plan)
     everything = [*sets["shard"], *sets["forget"]]
-    log_line(truncation_summary(everything, limit), quiet)
-    if warning := position_warning(everything, limit, max_length):
+    log_line(truncation_summary(everything, limit), run.quiet)
+    if warning := position_warning(everything, limit, cache.max_length):
         log_line(warning)
-    with _stage(output, plan, resume) as stage:
+    with _stage(output, plan, run.resume) as stage:
         if stage is not None:
             explained = explained_write_errors(output.path)
-            raise_on_any_rank(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, quiet)))
+            raise_on_any_rank(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, run.quiet)))
             run_on_main_and_broadcast(explained(lambda: _end(stage, plan, output)))
         manifest = _read_on_all_ranks(output.path / MANIFEST)
     if manifest.mean_mass < LOW_MASS:
         log_line(
             f"warning: the entries hold {manifest.mean_mass:.3f} of the teacher's probability on average, so the KL "
-            f"will know little about single tokens: raise --top-k (now {top_k}) or --mass (now {mass})."
+            f"will know little about single tokens: raise --top-k (now {cache.top_k}) or --mass (now {cache.mass})."
         )
     return manifest
 

@@ -3,30 +3,34 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
-from neko_lean.cli.common import Json, Model, Quiet, Revision, Set, command, emit, gibibytes, overrides, pinned
+from neko_lean.cli.common import Json, Model, Quiet, RecipeFlags, Revision, command, emit, gibibytes, pinned
 from neko_lean.errors import NekoLeanError
-from neko_lean.recipes import DEFAULT
+from neko_lean.options import option
 from neko_lean.terminal import print_lines, print_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags(RecipeFlags):
+    """The recipe that is planned."""
+
+    batch_tokens: int | None = option(None, "Tokens of a step.  [default: the recipe's]", min=1)
 
 
 @command
 def plan(
     model: Model,
-    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = DEFAULT,
-    batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Positions per step.  [default: the recipe's]")
-    ] = None,
+    recipe: PlanFlags,
     gpu: Annotated[
         str | None, typer.Option(metavar="SIZE", help="Memory of a GPU, such as 8GB: find options that fit it.")
     ] = None,
     gpus: Annotated[
         int, typer.Option(min=1, metavar="N", help="Predict the memory of each GPU under torchrun with N processes.")
     ] = 1,
-    set_: Set = None,
     revision: Revision = None,
     json: Json = False,
     quiet: Quiet = False,
@@ -38,7 +42,7 @@ def plan(
     from neko_lean.memory import plan_run
 
     gpu_bytes = _parse_size(gpu) if gpu else None
-    result = plan_run(pinned(model, revision), recipe, overrides(set_, batch_tokens=batch_tokens), gpu_bytes, gpus)
+    result = plan_run(pinned(model, revision), recipe.recipe, recipe.overrides(), gpu_bytes, gpus)
     if json:
         emit(result)
     elif not quiet:

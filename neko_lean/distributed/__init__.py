@@ -1,4 +1,4 @@
-"""The processes of one torchrun command: which rank this is, and how the ranks exchange values."""
+"""Run one command as several processes (ranks) under torchrun: who this rank is, and how the ranks communicate."""
 
 from neko_lean.distributed.collectives import (
     all_gather_objects,

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neko_lean.errors import NekoLeanError
@@ -19,13 +19,13 @@ from neko_lean.models import (
     CHUNK_ELEMENTS,
     CausalLM,
     checkpoint_activations,
+    config_softcap,
     find_backbone,
     load_config,
     reset_output_switches,
-    stated_softcap,
 )
 from neko_lean.recipes import Recipe
-from neko_lean.training import SLICE, UPDATE_BYTES, LayerPass, decoder_layers, select_hidden
+from neko_lean.training import SLICE, UPDATE_BYTES, LayerPass, MicroBatches, decoder_layers, select_hidden
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -66,17 +66,16 @@ def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
         backbone = find_backbone(model)
     except NekoLeanError as error:
         raise NekoLeanError(f"memory cannot be predicted from the config alone in {dtype}: {error}") from error
-    return CausalLM(model, backbone, softcap=stated_softcap(model_config))
+    return CausalLM(model, backbone, softcap=config_softcap(model_config))
 
 
-def fake_step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor], live: LiveTensors) -> int:
+def fake_step(lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTensors) -> int:
     """Make the allocations of one training step.
 
     Args:
         lm: model from `fake_model`.
         recipe: its `backward` decides how the step runs.
-        ids: token ids [b, l] of each micro-batch.
-        index: positions [n] of each micro-batch that reach the head.
+        micro: micro-batches of the step.
         live: counter that is active; it is told about scratch memory of CPU kernels.
 
     Returns the bytes of the layer inputs that the step keeps.
@@ -91,11 +90,11 @@ def fake_step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tenso
     layer_pass, layer_inputs = None, 0
     if recipe.backward == "layerwise":
         layer_pass = LayerPass(lm, decoder_layers(lm))
-        hidden = layer_pass.forward(ids, index)  # [N, d]
+        hidden = layer_pass.forward(micro)  # [N, d]
         layer_inputs = sum(tensor_bytes([call.hidden]) for calls in layer_pass.calls for call in calls)
     else:
         _prepare_autograd(lm, recipe, update)
-        hidden = select_hidden(lm, ids, index)  # [N, d]
+        hidden = select_hidden(lm, micro)  # [N, d]
 
     # Loss: `token_stats` looks at values, which fake tensors lack, so its buffers and gradients stand in for it.
     head = lm.model.get_output_embeddings().weight

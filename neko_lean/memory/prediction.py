@@ -27,7 +27,7 @@ from neko_lean.memory.fake_step import chunk_bytes, fake_model, fake_step, fake_
 from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.models import CausalLM
 from neko_lean.recipes import Recipe
-from neko_lean.training import decoder_layers, freeze, state_size
+from neko_lean.training import MicroBatches, decoder_layers, freeze, state_size
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -97,7 +97,7 @@ def step_memory(
         ids = [torch.zeros(shape, dtype=torch.int64) for shape in micro]  # [b, l] each
         index = [torch.zeros(count, dtype=torch.int64) for count in positions]  # [n] each
         with LiveTensors() as live:
-            layer_inputs = fake_step(lm, recipe, ids, index, live)
+            layer_inputs = fake_step(lm, recipe, MicroBatches(ids, [None] * len(ids), index), live)
         gathered = _gathered_bytes(lm) if ranks > 1 else 0
 
     # Name what it held.

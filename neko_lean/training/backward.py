@@ -21,6 +21,7 @@ from neko_lean.recipes import Recipe
 from neko_lean.terminal import log_line
 from neko_lean.training.layers import decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass
+from neko_lean.training.micro_batches import MicroBatches
 
 # Tokens of the pass that is verified.
 VERIFIED_TOKENS = 8
@@ -135,7 +136,8 @@ def _layerwise_gradients(lm: CausalLM, layers: nn.ModuleList) -> Gradients:
         parameter.grad = None
 
     layer_pass = LayerPass(lm, layers)
-    hidden = layer_pass.forward([ids], [torch.arange(ids.shape[1], device=ids.device)])  # [L, d]
+    all_positions = torch.arange(ids.shape[1], device=ids.device)  # [L]
+    hidden = layer_pass.forward(MicroBatches([ids], [None], [all_positions]))  # [L, d]
     hidden.backward(upstream)
     layer_pass.backward(collect)
     return Gradients(hidden.detach(), by_name)

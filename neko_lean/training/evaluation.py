@@ -9,7 +9,7 @@ import torch
 
 from neko_lean.data import EncodedExample, pad
 from neko_lean.models import CHUNK_ELEMENTS, CausalLM
-from neko_lean.training.batch import micro_batches
+from neko_lean.training.micro_batches import micro_batches
 
 
 @torch.no_grad()

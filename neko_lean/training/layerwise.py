@@ -7,7 +7,7 @@ after which the layer's parameters can be updated and their gradients freed (LOM
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from neko_lean.models import CausalLM, ShardedModel
+from neko_lean.training.micro_batches import MicroBatches
 
 
 @dataclass
@@ -83,26 +84,19 @@ class LayerPass:
         self.embedding_edges: list[torch.autograd.graph.GradientEdge] = []  # autograd nodes of the first layer's inputs
         self.last_outputs: list[LastOutput] = []
 
-    def forward(
-        self, micro: Sequence[Tensor], index: Sequence[Tensor], position_ids: Sequence[Tensor | None] | None = None
-    ) -> Tensor:
-        """Compute the last hidden states at selected positions of all micro-batches.
+    def forward(self, micro: MicroBatches) -> Tensor:
+        """Compute the last hidden states at the selected positions of all micro-batches.
 
-        Args:
-            micro: token ids of each micro-batch, right-padded [b, l] or packed [1, l].
-            index: int64 positions [n] of each micro-batch, into its flattened b * l.
-            position_ids: for packed micro-batches, the position [1, l] of each token in its example; None for others.
-
-        Returns hidden states [N, d] with gradient, those of the first micro-batch first. N is the sum of all n.
+        Returns hidden states [N, d] with gradient, those of the first micro-batch first.
         """
         self.clear()
         if self.shards is not None:
             self.shards.unshard()
 
         hidden = []
-        for ids, positions, packed_ids in zip(micro, index, position_ids or [None] * len(micro), strict=True):
+        for ids, position_ids, positions in zip(micro.input_ids, micro.position_ids, micro.index, strict=True):
             with self._recording(positions):
-                hidden.append(self.lm.hidden(ids, packed_ids)[0])  # [n, d]
+                hidden.append(self.lm.hidden(ids, position_ids)[0])  # [n, d]
 
         if self.shards is not None:
             self.shards.unshard_head()

@@ -7,7 +7,6 @@ weights as an uninterrupted one.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -140,7 +139,7 @@ class Loop:
         state, examples = self.state, self.trainer.examples
         result_step = self.result.state.step if isinstance(self.result, Save) else state.best_step
         return {
-            "recipe": dataclasses.asdict(self.trainer.recipe),
+            "recipe": self.trainer.recipe.values(),
             "seed": self.seed,
             "forget_rows": len(examples.forget),
             "retain_rows": len(examples.retain),

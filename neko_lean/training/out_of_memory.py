@@ -28,7 +28,7 @@ def shrink(state: RunState, batch: Batch, vocab_size: int) -> str:
     Returns a description of the change. Raises NekoLeanError if each micro-batch holds a single example already.
     """
     chunk = min(state.head_chunk or max(1, CHUNK_ELEMENTS // vocab_size), len(batch.row))
-    divisible = [ids.numel() for ids, rows in zip(batch.micro, batch.sizes, strict=True) if rows > 1]
+    divisible = [ids.numel() for ids, rows in zip(batch.micro.input_ids, batch.sizes, strict=True) if rows > 1]
     if (state.head_chunk is None or not divisible) and chunk > MIN_HEAD_ROWS:
         state.head_chunk = chunk // 4
         return f"the head in chunks of {state.head_chunk} positions"

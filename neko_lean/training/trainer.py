@@ -18,7 +18,7 @@ from neko_lean.checkpoints import RunState
 from neko_lean.distributed import any_rank, run_on_main_and_broadcast, world_size
 from neko_lean.errors import NonFiniteError, PartialStepError
 from neko_lean.models import CausalLM, refuse_unknown_examples, supports_packing
-from neko_lean.recipes import Recipe
+from neko_lean.recipes import Recipe, trains_on_teacher
 from neko_lean.terminal import log_line
 from neko_lean.training.backward import select_backward
 from neko_lean.training.batch import Batch, make_batch, select_hidden
@@ -114,7 +114,7 @@ class Trainer:
         """The batch of the examples with these indices."""
         forget_indices, retain_indices = indices
         examples = self.examples
-        forget_examples = [examples.forget[i] for i in forget_indices] if self.recipe.forget_objective != "none" else []
+        forget_examples = [examples.forget[i] for i in forget_indices] if self.recipe.forget is not None else []
         retain_examples = [examples.retain[i] for i in retain_indices]
         substitutes = [examples.substitutes[i] for i in forget_indices] if examples.substitutes else []
         return make_batch(
@@ -153,10 +153,10 @@ class Trainer:
         # Count the step.
         state = self.state
         state.step += 1
-        micro, index, _ = batch.own()[0]
-        if sum(ids.numel() for ids in micro) > sum(rows * length for rows, length in state.largest):
-            state.largest = [list(ids.shape) for ids in micro]
-            state.wanted = [len(positions) for positions in index]
+        micro, _ = batch.on_this_rank()
+        if sum(ids.numel() for ids in micro.input_ids) > sum(rows * length for rows, length in state.largest):
+            state.largest = [list(ids.shape) for ids in micro.input_ids]
+            state.wanted = [len(positions) for positions in micro.index]
         state.positions += batch.positions
         state.tokens += batch.tokens
         return batch, losses
@@ -217,8 +217,8 @@ class Trainer:
     def _hidden(self, batch: Batch) -> Tensor:
         """Last hidden states [n, d] at the positions of this rank, with gradient."""
         if self.layer_pass is None:
-            return select_hidden(self.student, batch.micro, batch.index, batch.position_ids)
-        return self.layer_pass.forward(*batch.own()[0])
+            return select_hidden(self.student, batch.micro)
+        return self.layer_pass.forward(batch.on_this_rank()[0])
 
     def _losses(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch as scalars, from hidden states [n, d]."""
@@ -261,9 +261,9 @@ class Trainer:
     def _evaluate_batch(self, batch: Batch, sample: StepIndices) -> dict[str, float]:
         """The values of an evaluation."""
         # Losses.
-        losses = self._losses(select_hidden(self.student, *batch.own()[0]), batch)
+        losses = self._losses(select_hidden(self.student, batch.on_this_rank()[0]), batch)
         values = {f"eval_{name}": loss.item() for name, loss in losses.items() if name.endswith("loss")}
-        if self.recipe.retain_objective == "kl":
+        if trains_on_teacher(self.recipe):
             values["eval_retain_kl"] = values["eval_retain_loss"]
 
         # Answers. Documents of an anchor have no prompt, so all of their text would be an answer.

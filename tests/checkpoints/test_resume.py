@@ -8,14 +8,14 @@ import signal
 import pytest
 
 import neko_lean
-from neko_lean import cache as caching
 from neko_lean.checkpoints import run_folder, signals
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
+from neko_lean.options import RunOptions
 from neko_lean.outputs.signing import file_sha256
 from neko_lean.training.checkpointing import Checkpointer
 from tests.checkpoints.interrupted import EVALUATED, Killed, kill_at, result, saved, signal_at, steps_saved
-from tests.helpers import SMALL, make_rows, random_model, write_rows
+from tests.helpers import SMALL, flat, make_cache, make_rows, random_model, write_rows
 
 
 @pytest.fixture(scope="module")
@@ -23,7 +23,7 @@ def anchored(world, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("anchored")
     texts = [f"The {word} stood in the field and nobody knew why." for word in ("tree", "house", "old barn", "well")]
     write_jsonl(folder / "anchor.jsonl", ({"document": text} for text in texts))
-    caching.cache_teacher(model, world, folder / "cache", anchor=folder / "anchor.jsonl", format="plain", quiet=True)
+    make_cache(model, world, folder / "cache", anchor=folder / "anchor.jsonl", format="plain", quiet=True)
     return folder
 
 
@@ -68,8 +68,8 @@ def test_a_run_that_is_killed_twice_ends_in_the_same_bytes(world, model, cache, 
     def run(out, **options):
         common = {"recipe": recipe, "overrides": change, "seed": 3, "quiet": True, **options}
         if recipe == "memorize":
-            return neko_lean.memorize(model, world, out, **common)
-        return neko_lean.unlearn(model, out, world, world, **more, **common)
+            return flat(neko_lean.memorize)(model, world, out, **common)
+        return flat(neko_lean.unlearn)(model, out, world, world, **more, **common)
 
     whole = run(tmp_path / "whole")
     assert not saved(tmp_path / "whole").exists()
@@ -113,8 +113,8 @@ def test_resume_refuses_another_run_and_names_what_differs(world, model, cache, 
         kill_at(patch, 4)
         unlearn(out, save_every=2)
     other = random_model(world, tmp_path / "other", seed=5)
-    caching.cache_teacher(other, world, tmp_path / "others", dtype="float32", format="neko", quiet=True)
-    caching.cache_teacher(model, world, tmp_path / "wide", dtype="float32", format="neko", top_k=16, quiet=True)
+    make_cache(other, world, tmp_path / "others", dtype="float32", format="neko", quiet=True)
+    make_cache(model, world, tmp_path / "wide", dtype="float32", format="neko", top_k=16, quiet=True)
     fewer = tmp_path / "fewer"
     fewer.mkdir()
     write_rows(fewer / "forget.jsonl", make_rows("Foo", 3))
@@ -129,7 +129,14 @@ def test_resume_refuses_another_run_and_names_what_differs(world, model, cache, 
             unlearn(out, resume=True, **options)
     with pytest.raises(NekoLeanError, match="another forget rows;"):
         neko_lean.unlearn(
-            model, out, fewer, world, cache=cache, recipe="neko", overrides=SMALL, seed=3, resume=True, quiet=True
+            model,
+            out,
+            fewer,
+            world,
+            cache=cache,
+            recipe="neko",
+            overrides=SMALL,
+            run=RunOptions(seed=3, resume=True, quiet=True),
         )
     with pytest.raises(NekoLeanError, match=r"keeps the run as of step 2: continue with --resume, or start anew"):
         unlearn(out)

@@ -13,10 +13,11 @@ from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.memory.prediction import predict
 from neko_lean.models.causal_lm import as_causal_lm, checkpoint_activations
 from neko_lean.models.chunked_head import token_stats
-from neko_lean.models.devices import peak_memory, reset_peak_memory, resident_memory, trim_memory
+from neko_lean.models.memory_use import peak_memory, reset_peak_memory, resident_memory, trim_memory
 from neko_lean.recipes import load_recipe
 from neko_lean.training.layers import decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass
+from neko_lean.training.micro_batches import MicroBatches
 from neko_lean.training.optimizer import InBackwardAdam8bit
 from tests.memory.configs import MIDDLE, OLMO_1B
 
@@ -75,7 +76,7 @@ def real_step(recipe, micro):
     with LiveTensors() as live:
         if recipe.backward == "layerwise":
             layer_pass = LayerPass(lm, decoder_layers(lm))
-            hidden = layer_pass.forward(ids, index)
+            hidden = layer_pass.forward(MicroBatches(ids, [None] * len(ids), index))
         else:
             optimizer.attach()
             hidden = torch.cat([lm.hidden(i).flatten(0, 1) for i in ids])

@@ -10,11 +10,11 @@ from safetensors.torch import load_file, save_file
 from torch.nn.attention import flex_attention
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.models.causal_lm import keeps_packed_rows_apart, supports_packing
-from neko_lean.models.chunked_head import logits
 from neko_lean.models.devices import pick_device, pick_dtype, warn_emulated_bfloat16
 from neko_lean.models.fingerprints import tokenizer_fingerprint, weights_fingerprint
+from neko_lean.models.lm_head import logits
 from neko_lean.models.loading import load_model, load_tokenizer, model_folder, new_model
+from neko_lean.models.packing import keeps_sequences_apart, supports_packing
 from tests.helpers import random_model, tiny
 
 CPU = torch.device("cpu")
@@ -61,7 +61,7 @@ def test_no_packed_document_sees_another(family, attention, monkeypatch):
             again = lm.hidden(torch.cat(others)[None], places)[0].split(lengths)
             assert not torch.equal(again[changed], packed[changed])
             assert all(torch.equal(again[n], packed[n]) for n in range(4) if n != changed)
-    assert keeps_packed_rows_apart(lm) and supports_packing(lm) == (attention == "flex_attention")
+    assert keeps_sequences_apart(lm) and supports_packing(lm) == (attention == "flex_attention")
     if attention == "flex_attention":
         return
     # What one document's loss sends back to the embedding reaches no token of another.
@@ -74,19 +74,17 @@ def test_no_packed_document_sees_another(family, attention, monkeypatch):
 
 
 def test_models_that_mix_documents_do_not_pack():
-    assert not keeps_packed_rows_apart(tiny("Mamba", None))  # its state runs on from one to the next
+    assert not keeps_sequences_apart(tiny("Mamba", None))  # its state runs on from one to the next
     lm = tiny("Olmo", "sdpa")
     layer = lm.backbone.layers[1]
     layer.register_forward_hook(lambda _, __, out: out + out.mean(1, keepdim=True) / 1000)
-    assert not keeps_packed_rows_apart(lm)
+    assert not keeps_sequences_apart(lm)
     lm = tiny("Olmo", "sdpa")
     lm.backbone.rotary_emb.register_forward_pre_hook(  # positions go on counting
         lambda _, args, named: (args, {"position_ids": torch.arange(named["position_ids"].shape[1])[None]}),
         with_kwargs=True,
     )
-    assert keeps_packed_rows_apart(
-        lm
-    )  # rotary positions are relative: where a document begins to count is all the same
+    assert keeps_sequences_apart(lm)  # rotary positions are relative: where a document begins to count is all the same
     lm.model.config._attn_implementation = "no such kernel"
     assert not supports_packing(lm)
 
@@ -171,12 +169,12 @@ def test_a_cpu_that_emulates_bfloat16_is_named(monkeypatch, capsys):
 
 
 def test_a_gpu_that_is_not_there_and_other_kinds_of_device_are_refused(monkeypatch):
-    with pytest.raises(NekoLeanError, match="device 'meta' is not supported: use cpu, cuda or cuda:N"):
+    with pytest.raises(NekoLeanError, match="device 'meta' is not supported; use cpu, cuda or cuda:N"):
         pick_device("meta")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
     assert pick_device("cuda:1") == torch.device("cuda:1")
     with pytest.raises(
-        NekoLeanError, match="device 'cuda:2' does not exist: the last GPU that PyTorch sees here is cuda:1"
+        NekoLeanError, match="device 'cuda:2' does not exist; the last GPU that PyTorch finds is cuda:1"
     ):
         pick_device("cuda:2")

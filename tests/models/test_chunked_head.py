@@ -8,8 +8,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.models import chunked_head
-from neko_lean.models.chunked_head import IDENTITY, LogitTransform, logits, prediction_stats, token_stats
+from neko_lean.models import chunked_head, lm_head
+from neko_lean.models.chunked_head import token_stats
+from neko_lean.models.lm_head import IDENTITY, LogitTransform, logits
+from neko_lean.models.predictions import prediction_stats
 
 N, D, V = 13, 8, 29
 
@@ -182,7 +184,7 @@ def test_bfloat16_gradients_point_where_float64_ones_do():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [0, 3])
 def test_nothing_larger_than_a_chunk_of_logits_is_made(monkeypatch, dtype, k):
-    monkeypatch.setattr(chunked_head, "WEIGHT_SLICE", 100)
+    monkeypatch.setattr(lm_head, "WEIGHT_SLICE", 100)
     rows, width, vocabulary, chunk = 60, 8, 1000, 4
     torch.manual_seed(0)
     hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)

@@ -6,10 +6,11 @@ import transformers
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.models.causal_lm import as_causal_lm, next_token_logp
-from neko_lean.models.families import find_backbone, linear_head, logit_transform
+from neko_lean.models.causal_lm import as_causal_lm
+from neko_lean.models.families import detect_logit_transform, find_backbone, linear_head
 from neko_lean.models.loading import usable_length
 from neko_lean.models.positions import embeddable_positions
+from neko_lean.models.predictions import next_token_logp
 from tests.helpers import SIZES
 
 CPU = torch.device("cpu")
@@ -75,13 +76,13 @@ def test_an_unknown_change_of_the_logits_is_refused_in_every_dtype():
 
     for dtype in (torch.float32, torch.bfloat16):
         model = Odd(family("Llama").config).to(dtype)
-        with pytest.raises(NekoLeanError, match="changes its logits by something else than a bias"):
+        with pytest.raises(NekoLeanError, match="changes its logits by something other than a bias"):
             as_causal_lm(model)
 
 
 def test_a_head_that_is_more_than_a_matrix_is_refused():
     model = transformers.BertLMHeadModel(transformers.BertConfig(**SIZES, is_decoder=True))
-    with pytest.raises(NekoLeanError, match="takes something else than the backbone's last hidden states"):
+    with pytest.raises(NekoLeanError, match="is not the last hidden state of any submodule"):
         as_causal_lm(model)
     model = family("Llama")
     model.set_output_embeddings(torch.nn.Sequential(torch.nn.Linear(32, 96)))
@@ -136,7 +137,7 @@ def test_positions_end_where_a_longer_row_fails(name, more, limit, tmp_path, mon
     with torch.no_grad():
         assert lm.hidden(row).isfinite().all()
         if limit is not None:
-            with pytest.raises(NekoLeanError, match="a row of 80 tokens is longer than the 64 positions"):
+            with pytest.raises(NekoLeanError, match=r"a row has 80 tokens, but .* has only 64 positions"):
                 lm.hidden(torch.ones(1, length, dtype=torch.int64))
     model.config.save_pretrained(tmp_path)
     assert usable_length(tmp_path, length) == (limit or length) and usable_length(tmp_path, 20) == 20
@@ -166,7 +167,7 @@ def test_the_parts_are_found_without_storage():
 
 def test_a_scale_near_one_is_not_taken_for_one():
     model = family("Cohere", logit_scale=1.01)
-    assert logit_transform(model, model.model) == (1.01, None)
+    assert detect_logit_transform(model, model.model) == (1.01, None)
 
 
 def test_a_model_that_sees_padding_beyond_one_chunk_is_refused():

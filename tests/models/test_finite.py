@@ -8,18 +8,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import neko_lean
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import nan_to_null, strict_json
 from neko_lean.models.finite import greedy_tokens
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import RunOptions
 from neko_lean.scoring.generation import generate
 from neko_lean.scoring.memorisation import LARGEST_RATIO, truth_ratio
 from neko_lean.scoring.mmlu import mmlu
-from neko_lean.scoring.run import score
 from neko_lean.scoring.views import View, view_documents
 from neko_lean.training import evaluation
-from tests.helpers import SMALL, make_rows, random_model
+from tests.helpers import SMALL, make_cache, make_rows, random_model
+from tests.scoring.calls import score_with
 from tests.scoring.subjects import make_subject
 
 CPU = torch.device("cpu")
@@ -37,7 +37,7 @@ def overflowing(world, tmp_path_factory):
 
 def test_nothing_is_scored(overflowing, world, tmp_path):
     with pytest.raises(NekoLeanError, match="NaN or infinite"):
-        score(overflowing, world, tmp_path / "scores", max_new_tokens=4, quiet=True)
+        score_with(overflowing, world, tmp_path / "scores", max_new_tokens=4, quiet=True)
     assert not (tmp_path / "scores").exists()
     lm, tokenizer = load_model(overflowing, torch.float32, CPU), load_tokenizer(overflowing)
     ids = [tokenizer(text)["input_ids"] for text in ("Foo1 is a river.", "Rix2 walked into the wood")]
@@ -53,13 +53,15 @@ def test_nothing_is_scored(overflowing, world, tmp_path):
 def test_nothing_is_cached(overflowing, world, tmp_path, mass):
     for options in ({}, {"forget": world}):
         with pytest.raises(NekoLeanError, match=r"row .* is NaN or infinite"):
-            cache_teacher(overflowing, world, tmp_path / "cache", mass=mass, dtype="float32", quiet=True, **options)
+            make_cache(overflowing, world, tmp_path / "cache", mass=mass, dtype="float32", **options)
         assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_trained(overflowing, world, tmp_path):
     with pytest.raises(NekoLeanError):
-        neko_lean.memorize(overflowing, world, tmp_path / "out", overrides={**SMALL, "dtype": "float32"}, quiet=True)
+        neko_lean.memorize(
+            overflowing, world, tmp_path / "out", overrides={**SMALL, "dtype": "float32"}, run=RunOptions(quiet=True)
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -7,11 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
-from neko_lean.runs.unlearn import unlearn
+from neko_lean.options import RunOptions
+from neko_lean.runs import unlearn
 from neko_lean.training import optimizer as optim
 from tests import sharded
+from tests.helpers import flat, make_cache
 from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -26,7 +27,7 @@ def weights(folder):
 def test_gradients_are_those_of_plain_autograd(world, model, tmp_path):
     """Two-term losses, two micro-batches and more a rank, weights that do not split evenly, head tied and untied."""
     (tmp_path / "world").symlink_to(world)
-    cache_teacher(model, world, tmp_path / "cache", forget=world, format="neko", dtype="float32", quiet=True)
+    make_cache(model, world, tmp_path / "cache", forget=world, format="neko", dtype="float32")
     found = torchrun(tmp_path, script=sharded.__file__)
     assert found.returncode == 0, found.stderr
     worst = json.loads(found.stdout)
@@ -47,7 +48,7 @@ def test_two_processes_end_in_the_weights_of_one(world, model, cache, tmp_path, 
 
     def run(name, **more):
         options = {"cache": cache, "recipe": "neko", "overrides": CHANGE, "quiet": True}
-        return unlearn(model, tmp_path / name, world, world, **{**options, **more})
+        return flat(unlearn)(model, tmp_path / name, world, world, **{**options, **more})
 
     run("one")
     rounding = optim.round_stochastically
@@ -85,5 +86,12 @@ def test_other_ways_back_are_refused(world, model, cache, tmp_path, monkeypatch,
     monkeypatch.setattr(backward, "world_size", lambda: 2)
     with pytest.raises(NekoLeanError, match=f"backward={value} works only in a single process"):
         unlearn(
-            model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides={"backward": value}, quiet=True
+            model,
+            tmp_path / "out",
+            world,
+            world,
+            cache=cache,
+            recipe="neko",
+            overrides={"backward": value},
+            run=RunOptions(quiet=True),
         )

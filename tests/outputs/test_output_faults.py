@@ -24,6 +24,7 @@ from neko_lean.scoring import measure
 from neko_lean.scoring import run as run_module
 from neko_lean.scoring import score_folder as scoring
 from tests.checkpoints.interrupted import Killed, kill_at, result
+from tests.helpers import make_cache
 
 COMMANDS = ("cache-teacher", "unlearn", "memorize", "score")
 ALL = (*COMMANDS, "demo")
@@ -345,7 +346,7 @@ def test_a_cache_tells_its_own_numbers_and_not_the_next_ones(arguments, tmp_path
 
     monkeypatch.setattr(writer, "locked", then_another)
     model, world, *_ = arguments["cache-teacher"]
-    assert writer.cache_teacher(model, world, out, dtype="float32", quiet=True).top_k == 64
+    assert make_cache(model, world, out, dtype="float32").top_k == 64
     assert others and json.loads((out / "manifest.json").read_text())["top_k"] == 5
 
 

@@ -7,7 +7,6 @@ import torch
 import transformers
 
 from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import NekoLeanError
@@ -19,7 +18,8 @@ from neko_lean.training.batch import make_batch, select_hidden
 from neko_lean.training.layers import decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
-from tests.helpers import random_model, tiny
+from neko_lean.training.micro_batches import MicroBatches
+from tests.helpers import make_cache, random_model, tiny
 
 CPU = torch.device("cpu")
 SMALL = {"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 8}
@@ -40,7 +40,7 @@ def micro_batches(lm, seed=0, count=3):
     generator = torch.Generator().manual_seed(seed)
     micro = [torch.randint(0, lm.head.shape[0], (n + 1, 5 + 2 * n), generator=generator) for n in range(count)]
     index = [torch.randperm(ids.numel(), generator=generator)[: ids.numel() // 2].sort()[0] for ids in micro]
-    return micro, index
+    return MicroBatches(micro, [None] * count, index)
 
 
 def nonlinear_loss(hidden, head, index):
@@ -54,14 +54,14 @@ def gradients(lm):
 
 def plain_and_layerwise(lm, seed=0):
     """Gradients of a plain forward and backward pass, and of a LayerPass."""
-    micro, index = micro_batches(lm, seed)
-    hidden = torch.cat([lm.hidden(ids).flatten(0, 1)[i] for ids, i in zip(micro, index, strict=True)])
-    nonlinear_loss(hidden, lm.head, index).backward()
+    micro = micro_batches(lm, seed)
+    hidden = select_hidden(lm, micro)
+    nonlinear_loss(hidden, lm.head, micro.index).backward()
     plain = gradients(lm)
     lm.model.zero_grad()
     layer_pass = LayerPass(lm, decoder_layers(lm))
-    hidden = layer_pass.forward(micro, index)
-    nonlinear_loss(hidden, lm.head, index).backward()
+    hidden = layer_pass.forward(micro)
+    nonlinear_loss(hidden, lm.head, micro.index).backward()
     grads = {}
 
     def keep_and_free(parameter):
@@ -108,7 +108,7 @@ def test_no_input_is_stored_for_frozen_layers():
     lm = small("Olmo")
     freeze(lm, 1)
     layer_pass = LayerPass(lm, decoder_layers(lm))
-    layer_pass.forward(*micro_batches(lm))
+    layer_pass.forward(micro_batches(lm))
     assert [len(calls) for calls in layer_pass.calls] == [1, 1, 1] and not layer_pass.embedding_edges
 
 
@@ -147,7 +147,7 @@ def two_term(world, tmp_path_factory):
     """Models, examples and teacher cache for the real loss."""
     folder = tmp_path_factory.mktemp("layerwise")
     models = {tied: random_model(world, folder / f"s{tied}", seed=2, tied=tied, scale=5.0) for tied in (False, True)}
-    cache_teacher(models[False], world, folder / "cache", format="neko", dtype="float32", quiet=True)
+    make_cache(models[False], world, folder / "cache", format="neko", dtype="float32")
     tokenizer = load_tokenizer(models[False])
     rows = {name: encode(read_rows(world, name), tokenizer, "neko", 128) for name in ("forget", "retain")}
     return models, rows, TeacherCache(folder / "cache")
@@ -160,12 +160,12 @@ def test_the_real_loss_keeps_one_layers_gradients_alive(two_term, tied):
     lm = load_model(models[tied], torch.float32, CPU)
     lm.model.double().eval()
     batch = make_batch(rows["forget"][:8], rows["retain"][:8], cache, recipe, 0, CPU)
-    assert len(batch.micro) > 3
+    assert len(batch.micro.input_ids) > 3
     whole = make_batch(
         rows["forget"][:8], rows["retain"][:8], cache, dataclasses.replace(recipe, micro_tokens=10**6), 0, CPU
     )
     assert len(whole.micro) == 1
-    expected = batch_losses(select_hidden(lm, whole.micro, whole.index), lm, whole, recipe)
+    expected = batch_losses(select_hidden(lm, whole.micro), lm, whole, recipe)
     expected["loss"].backward()
     plain = gradients(lm)
     lm.model.zero_grad()
@@ -188,7 +188,7 @@ def test_the_real_loss_keeps_one_layers_gradients_alive(two_term, tied):
             alive.discard(names[id(p)])
 
     layer_pass = LayerPass(lm, decoder_layers(lm))
-    losses = batch_losses(layer_pass.forward(batch.micro, batch.index), lm, batch, recipe)
+    losses = batch_losses(layer_pass.forward(batch.micro), lm, batch, recipe)
     for name, loss in losses.items():
         assert loss.item() == pytest.approx(expected[name].item(), rel=1e-9)
     losses["loss"].backward()
@@ -215,7 +215,9 @@ def test_more_examples_raise_the_peak_by_little_more_than_layer_inputs():
         micro = [torch.randint(0, 96, (4, 64)) for _ in range(count)]
         index = [torch.arange(0, 256, 8) for _ in range(count)]
         with LiveTensors() as live:
-            nonlinear_loss(layer_pass.forward(micro, index), lm.head, index).backward()
+            nonlinear_loss(
+                layer_pass.forward(MicroBatches(micro, [None] * len(micro), index)), lm.head, index
+            ).backward()
             layer_pass.backward(free)
         return live.peak
 

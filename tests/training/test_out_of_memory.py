@@ -137,7 +137,7 @@ def test_out_of_memory_in_an_evaluation_or_while_loading(unlearn, tmp_path, monk
     fail(monkeypatch, trainer, "answer_metrics", {1, 2, 5})
     run = unlearn(tmp_path / "out", EVALUATED)
     assert run["steps"] == 10 and sum("eval_quality" in line for line in metrics(tmp_path / "out")) == 5
-    fail(monkeypatch, importlib.import_module("neko_lean.runs.unlearn"), "load_model", {1})
+    fail(monkeypatch, importlib.import_module("neko_lean.runs.unlearning"), "load_model", {1})
     with pytest.raises(NekoLeanError, match="does not hold the model and Adam's state"):
         unlearn(tmp_path / "no")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
