@@ -310,7 +310,7 @@ class Bench:
         examples = TrainingExamples(self.forget, self.retain)
         trainer = Trainer(lm, 2, examples, TeacherCache(self.work / "cache"), recipe)
         self.found.backward = trainer.recipe.backward
-        trainer.ready()
+        trainer.train_mode()
         recorder = Recorder(lm)
         rows = range(len(self.forget)), range(len(self.retain))
         values = trainer.step(recorder, 0.0, rows, trainer.batch(rows))[1]  # type: ignore[arg-type]

@@ -7,6 +7,7 @@ from typing import Any, get_type_hints
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
 from neko_lean.cache import CacheOptions, cache_teacher
@@ -121,6 +122,11 @@ def live(folder, one, dtype=torch.float32):
     model = load_model(folder, dtype, torch.device("cpu")).model.eval()
     with torch.no_grad():
         return model(input_ids=torch.tensor([one.input_ids])).logits[0]
+
+
+def model_weights(folder):
+    """The tensors of a checkpoint in one file."""
+    return load_file(folder / "model.safetensors")
 
 
 def flat(function):

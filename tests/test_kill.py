@@ -7,7 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.checkpoints.test_resume import result, saved
+from tests.checkpoints.interrupted import result, saved
 from tests.killed import KILLS
 
 REPOSITORY = Path(__file__).parents[1]

@@ -97,7 +97,7 @@ def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[st
     trainer = Trainer(student, pad_id, job.examples, job.teacher, job.recipe, job.device)
     del student
     initial_student = partial(job.make_student, torch.device("cpu"))
-    loop = Loop(trainer, job.tokenizer, job.options.seed, work, signals, initial_student, job.options.quiet)
+    loop = Loop(trainer, job.tokenizer, work, signals, initial_student, job.options)
 
     # From here a signal waits for the end of the step, and after the last step for the output.
     with signals.deferred():

@@ -1,4 +1,4 @@
-"""The decoder layers of a model: find them, choose which of them learn, and compile them."""
+"""The decoder layers of a model: find them, choose which parameters are trained, and compile the layers."""
 
 from __future__ import annotations
 
@@ -15,26 +15,28 @@ from neko_lean.models import CausalLM
 
 
 def decoder_layers(lm: CausalLM) -> nn.ModuleList:
-    """The model's layers, found to be such that one can be run again alone.
+    """Find the model's decoder layers and check that each can be run again on its own.
 
-    Raises NekoLeanError where they are not: no list of layers that the forward pass walks through once and in order,
-    or a layer that takes from another layer more than the hidden states.
+    Raises NekoLeanError if there is no list of layers, if the forward pass does not call each of them once and in
+    order, or if a layer receives more than hidden states from other layers.
     """
     family = type(lm.model).__name__
     layers = getattr(lm.backbone, "layers", None)
     if not isinstance(layers, nn.ModuleList) or not len(layers):
         raise NekoLeanError(f"{family} has no list of decoder layers.")
+
+    # Watch the layers' inputs during a forward pass over two tokens.
     order: list[int] = []
     entangled = False
 
     def watch(number: int) -> Callable[..., None]:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def before_layer(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             nonlocal entangled
             order.append(number)
             others = tree_leaves((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-            entangled |= any(isinstance(t, Tensor) and t.requires_grad for t in others)
+            entangled |= any(isinstance(leaf, Tensor) and leaf.requires_grad for leaf in others)
 
-        return before
+        return before_layer
 
     hooks = [layer.register_forward_pre_hook(watch(n), with_kwargs=True) for n, layer in enumerate(layers)]
     try:
@@ -43,22 +45,54 @@ def decoder_layers(lm: CausalLM) -> nn.ModuleList:
     finally:
         for hook in hooks:
             hook.remove()
+
     if order != list(range(len(layers))) or entangled:
-        raise NekoLeanError(f"the layers of {family} hand on more than their hidden states.")
+        raise NekoLeanError(f"the layers of {family} pass on more than their hidden states.")
     return layers
 
 
 def compile_layers(layers: nn.ModuleList) -> None:
-    """Have torch.compile make each layer's forward, for rows of any shape; what it makes for one layer serves all that
-    are like it. Hooks stay outside.
+    """Compile each layer's forward for any input shape.
+
+    Layers of the same kind share the compiled code. Hooks stay outside of it.
     """
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)
 
 
+def freeze(lm: CausalLM, train_last: int = 0, train_only: str = "") -> None:
+    """Set `requires_grad` of each parameter.
+
+    Args:
+        lm: the student.
+        train_last: if above 0, train only the last `train_last` layers, the modules after them and an untied head.
+        train_only: regular expression; if given, train only the parameters in whose names it occurs.
+
+    Raises NekoLeanError if `train_last` exceeds the number of layers, or if nothing would be trained.
+    """
+    if train_last:
+        layers = decoder_layers(lm)
+        if train_last > len(layers):
+            raise NekoLeanError(f"train_last is {train_last}, but the model has only {len(layers)} layers.")
+        modules = [*layers[len(layers) - train_last :], *_modules_after(lm, layers)]
+        if lm.head is not lm.embedding:
+            modules.append(lm.model.get_output_embeddings())
+        trained = {parameter for module in modules for parameter in module.parameters()}
+        for parameter in lm.model.parameters():
+            parameter.requires_grad_(parameter.requires_grad and parameter in trained)
+
+    if train_only:
+        any_trained = False
+        for name, parameter in lm.model.named_parameters():
+            parameter.requires_grad_(parameter.requires_grad and re.search(train_only, name) is not None)
+            any_trained |= parameter.requires_grad
+        if not any_trained:
+            raise NekoLeanError(f"train_only {train_only!r} matches the name of no trainable parameter.")
+
+
 @torch.no_grad()
-def _run_after(lm: CausalLM, layers: nn.ModuleList) -> list[nn.Module]:
-    """The parts of the backbone that run after its last layer: the final norm, and in some families a projection."""
+def _modules_after(lm: CausalLM, layers: nn.ModuleList) -> list[nn.Module]:
+    """Modules of the backbone that run after its last layer: the final norm, and in some families a projection."""
     inside = set(layers.modules())
     after: list[nn.Module] = []
     hooks = [layers[-1].register_forward_hook(lambda *_: after.clear())]
@@ -71,25 +105,3 @@ def _run_after(lm: CausalLM, layers: nn.ModuleList) -> list[nn.Module]:
         for hook in hooks:
             hook.remove()
     return after
-
-
-def freeze(lm: CausalLM, last: int = 0, only: str = "") -> None:
-    """Choose what learns: with `last` above 0 the last so many layers, what follows them and an untied head; with
-    `only`, a regular expression, of those the parameters in whose names it is found."""
-    if last:
-        layers = decoder_layers(lm)
-        if last > len(layers):
-            raise NekoLeanError(f"train_last is {last}, but the model has {len(layers)} layers.")
-        following = _run_after(lm, layers)
-        learns = [*layers[len(layers) - last :], *following]
-        untied = lm.model.get_output_embeddings() if lm.head is not lm.embedding else None
-        chosen = {p for module in (*learns, untied) if module is not None for p in module.parameters()}
-        for parameter in lm.model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and parameter in chosen)
-    if only:
-        learning = False
-        for name, parameter in lm.model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and re.search(only, name) is not None)
-            learning |= parameter.requires_grad
-        if not learning:
-            raise NekoLeanError(f"train_only {only!r} is found in the name of no parameter that learns.")

@@ -24,7 +24,7 @@ from neko_lean.models.fingerprints import (
 )
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.options import RunOptions
-from tests.checkpoints.test_resume import Killed, kill_at
+from tests.checkpoints.interrupted import Killed, kill_at
 from tests.helpers import SMALL, flat, make_cache, resign
 from tests.scoring.calls import score_with
 from tests.checkpoints.test_resume import Killed, kill_at

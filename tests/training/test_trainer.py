@@ -1,4 +1,4 @@
-"""The loop and the two functions over it: what is written, when it stops, and that it learns."""
+"""Whole runs of `unlearn` and `memorize`: what is written, when they stop, and that they train."""
 
 import importlib
 import itertools
@@ -53,7 +53,7 @@ def unlearned(world, model, cache, tmp_path_factory):
     return out, run
 
 
-def test_output_is_a_complete_checkpoint_with_its_story(world, unlearned):
+def test_the_output_is_a_complete_checkpoint_with_its_history(world, unlearned):
     out, run = unlearned
     from transformers import AutoModelForCausalLM
 
@@ -70,7 +70,7 @@ def test_output_is_a_complete_checkpoint_with_its_story(world, unlearned):
     for line in lines:
         assert line["loss"] == pytest.approx(0.2 * line["forget_loss"] + line["retain_loss"], rel=1e-5)
         assert ("eval_loss" in line) == (line["step"] % 2 == 0)
-    # The student starts as its teacher: the only difference is bfloat16 against the cache's float32.
+    # The student starts as its teacher, except that it is bfloat16 and the cache float32.
     assert lines[0]["retain_loss"] < 0.02 < lines[-1]["retain_loss"]
     assert lines[-1]["lr"] < lines[0]["lr"] == 1e-3
     assert not (out / "best").exists()
@@ -86,10 +86,10 @@ def test_the_same_seed_gives_the_same_weights(world, model, cache, unlearned, tm
         assert same(weights(out), weights(unlearned[0])) == equal
 
 
-def test_four_arguments_cache_and_train_and_the_teacher_is_never_loaded_beside_the_student(
+def test_four_arguments_cache_and_train_without_loading_teacher_and_student_together(
     world, model, tmp_path, monkeypatch
 ):
-    """The shared task's own signature; `unlearn` with a cache may not load anything but the student."""
+    """The signature of the shared task. With a cache, `unlearn` may load only the student."""
     loads = []
     original = runs.load_model
 
@@ -112,8 +112,8 @@ def test_four_arguments_cache_and_train_and_the_teacher_is_never_loaded_beside_t
     assert same(weights(tmp_path / "out"), weights(tmp_path / "two"))
 
 
-def test_ascent_forgets_and_kl_holds(world, model, cache, tmp_path):
-    """Twenty steps at a high rate: forget log-probability falls much further with ascent than with the KL alone."""
+def test_ascent_forgets_more_than_the_kl_alone(world, model, cache, tmp_path):
+    """In twenty steps at a high learning rate, ascent lowers the forget log-probability much further."""
     ends = {}
     for weight in (0.0, 1.0):
         out = tmp_path / str(weight)
@@ -125,7 +125,7 @@ def test_ascent_forgets_and_kl_holds(world, model, cache, tmp_path):
     assert ends[1.0]["eval_forget_loss"] < ends[0.0]["eval_forget_loss"] - 1
 
 
-def test_lost_answers_are_counted_and_said(world, model, tmp_path, capsys):
+def test_lost_answers_are_counted_and_reported(world, model, tmp_path, capsys):
     change = {**FAST, "max_length": 16, "max_steps": 1}
     run = neko_lean.unlearn(
         model, tmp_path / "out", world, world, recipe="neko", overrides=change, run=RunOptions(quiet=True)
@@ -135,7 +135,7 @@ def test_lost_answers_are_counted_and_said(world, model, tmp_path, capsys):
 
 
 def spoil(monkeypatch, at, values):
-    """Let the loss of training step `at` and of evaluations be what `values` says."""
+    """Make the loss of training step `at` NaN, and set the losses of evaluations to `values`."""
     original, state = trainer.batch_losses, {"step": 0, "evaluation": 0}
 
     def losses(*arguments):
@@ -152,7 +152,7 @@ def spoil(monkeypatch, at, values):
     monkeypatch.setattr(trainer, "batch_losses", losses)
 
 
-def test_a_loss_that_is_no_number_stops_before_the_step_and_keeps_the_last_good_checkpoint(
+def test_a_non_finite_loss_stops_before_the_update_and_keeps_the_best_checkpoint(
     world, model, cache, tmp_path, monkeypatch
 ):
     options = {"cache": cache, "recipe": "neko", "overrides": FAST, "quiet": True}
@@ -189,7 +189,7 @@ def test_another_models_cache_is_refused_before_anything_is_written(world, cache
     assert not (tmp_path / "out").exists()
 
 
-def test_memorize_learns_from_random_weights_and_says_so(world, tmp_path, capsys):
+def test_memorize_trains_from_random_weights_and_reports_it(world, tmp_path, capsys):
     change = {"epochs": 12.0, "lr": 5e-3, "retain_rows": 20}
     run = neko_lean.memorize(world / "base", world, tmp_path / "out", overrides=change)
     assert run["random_start"] and "holds no weights: the model starts from random ones" in capsys.readouterr().err
@@ -208,7 +208,7 @@ def test_memorize_learns_from_random_weights_and_says_so(world, tmp_path, capsys
         neko_lean.memorize(world / "base", world, tmp_path / "no", recipe="neko")
 
 
-def test_batches_are_made_ahead_and_their_errors_arrive():
+def test_batches_are_prefetched_and_their_errors_are_raised():
     made, used = [], []
 
     def make():
@@ -218,12 +218,12 @@ def test_batches_are_made_ahead_and_their_errors_arrive():
         return made[-1]
 
     with pytest.raises(NekoLeanError, match="no fourth one"):
-        for one in prefetched(make):
-            used.append(one)
+        for batch in prefetched(make):
+            used.append(batch)
     assert used == [0, 1, 2]
 
 
-def test_schedule():
+def test_learning_rates_of_shipped_recipes():
     recipe = load_recipe("memorize", {"lr": 1.0, "warmup": 0.2})
     rates = [learning_rate(recipe, step, 10) for step in range(1, 11)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] == pytest.approx(0.125)
@@ -234,7 +234,7 @@ def test_schedule():
 
 
 def test_layerwise_checkpointed_and_plain_train_alike(world, model, cache, tmp_path):
-    """float32, so that nothing is rounded away: the three ways back differ by summation order alone."""
+    """In float32, the three backward passes differ only by the order of summation."""
     found = {}
     for way in ("layerwise", "checkpointed", "plain"):
         change = {**FAST, "dtype": "float32", "backward": way, "micro_tokens": 200, "max_steps": 3}
@@ -249,9 +249,7 @@ def test_layerwise_checkpointed_and_plain_train_alike(world, model, cache, tmp_p
     assert found["plain"][0] != found["plain"][-1]
 
 
-def test_a_model_that_cannot_be_walked_falls_back_and_says_what_it_costs(
-    world, model, cache, tmp_path, monkeypatch, capsys
-):
+def test_a_model_without_separable_layers_falls_back_with_a_warning(world, model, cache, tmp_path, monkeypatch, capsys):
     def refuse(lm):
         raise NekoLeanError("OddForCausalLM has no list of decoder layers.")
 
@@ -260,10 +258,11 @@ def test_a_model_that_cannot_be_walked_falls_back_and_says_what_it_costs(
         model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides=FAST, run=RunOptions(quiet=True)
     )
     assert run["recipe"]["backward"] == "checkpointed"
-    assert "warning: OddForCausalLM has no list of decoder layers. Falling back" in capsys.readouterr().err
+    err = capsys.readouterr().err
+    assert "falling back to backward=checkpointed" in err and "OddForCausalLM has no list of decoder layers." in err
 
 
-def test_train_last_leaves_the_layers_below_as_they_were(world, model, cache, tmp_path):
+def test_train_last_leaves_lower_layers_unchanged(world, model, cache, tmp_path):
     change = {**FAST, "train_last": 1, "clip": 1.0}
     neko_lean.unlearn(
         model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides=change, run=RunOptions(quiet=True)
@@ -275,7 +274,7 @@ def test_train_last_leaves_the_layers_below_as_they_were(world, model, cache, tm
 
 @pytest.fixture(scope="module")
 def anchored(world, model, tmp_path_factory):
-    """An anchor file, and a cache in format plain with it and with the forget rows."""
+    """An anchor file, and a cache in format plain that includes it and the forget set."""
     folder = tmp_path_factory.mktemp("anchored")
     texts = [f"The {word} stood in the field and nobody knew why." for word in ("tree", "house", "old barn", "well")]
     write_jsonl(folder / "anchor.jsonl", ({"document": text} for text in texts))
@@ -290,7 +289,7 @@ def test_every_recipe_runs_and_lowers_its_loss(world, model, anchored, tmp_path,
     recipe = load_recipe(name)
     change = {"max_steps": 24, "lr": 2e-3, "eval_every": 4, **({"chunk_rows": 8} if recipe.order == "chunks" else {})}
     weighted = recipe.forget_objective == "wga"
-    if weighted:  # by the probability, which a random model gives to no answer: beside the KL it would be nothing
+    if weighted:  # weighted by probabilities, which are so small for a random model that the KL would dominate
         change |= {"retain_weight": 0.0}
     run = neko_lean.unlearn(
         model,
@@ -307,7 +306,7 @@ def test_every_recipe_runs_and_lowers_its_loss(world, model, anchored, tmp_path,
     assert run["steps"] == 24 and run["failure"] is None
     assert all(math.isfinite(line["loss"]) for line in lines)
     looked = [line for line in lines if "eval_loss" in line]
-    if weighted:  # the loss itself is no potential, as the weights are held constant
+    if weighted:  # the weights are detached, so the loss itself need not decrease
         assert looked[-1]["eval_forget_nll"] > looked[0]["eval_forget_nll"]
     else:
         assert looked[-1]["eval_loss"] < looked[0]["eval_loss"]
@@ -318,7 +317,7 @@ def test_every_recipe_runs_and_lowers_its_loss(world, model, anchored, tmp_path,
 
 
 def test_answers_of_retain_rows_without_a_retain_objective(world, model, tmp_path):
-    """The retain rows are read for their answers, and not held still."""
+    """The retain set provides answers, but its behaviour is not preserved."""
     change = {"max_steps": 3, "retain_objective": "none"}
     run = neko_lean.unlearn(
         model, tmp_path / "out", world, world, recipe="mismatch", overrides=change, run=RunOptions(quiet=True)
@@ -327,8 +326,8 @@ def test_answers_of_retain_rows_without_a_retain_objective(world, model, tmp_pat
     assert all(line["retain_loss"] == 0 and line["substitute_loss"] > 0 for line in metrics(tmp_path / "out"))
 
 
-def test_chunks_begin_anew(world, model, anchored, tmp_path):
-    """Each chunk's learning rate starts at the top, and its steps take only its rows."""
+def test_each_chunk_has_its_own_schedule(world, model, anchored, tmp_path):
+    """The learning rate starts at its maximum in each chunk."""
     change = {"chunk_rows": 12, "epochs": 1.0, "forget_rows": 4}
     neko_lean.unlearn(
         model, tmp_path / "out", world, world, recipe="sequential", overrides=change, run=RunOptions(quiet=True)
@@ -337,8 +336,8 @@ def test_chunks_begin_anew(world, model, anchored, tmp_path):
     assert rates == pytest.approx([1e-4, 2e-4 / 3, 1e-4 / 3] * 2)
 
 
-def test_the_best_checkpoint_by_quality_is_the_output(world, model, cache, tmp_path):
-    """A run that ruins the model after a while: its output is the evaluation that forgot and kept most."""
+def test_the_best_checkpoint_by_quality_becomes_the_output(world, model, cache, tmp_path):
+    """The run ruins the model after a while, so its output is an earlier evaluation."""
     change = {**FAST, "max_steps": 12, "lr": 2e-2, "choose": "quality", "eval_every": 3}
     run = neko_lean.unlearn(
         model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides=change, run=RunOptions(quiet=True)
@@ -354,7 +353,7 @@ def test_the_best_checkpoint_by_quality_is_the_output(world, model, cache, tmp_p
     assert not same(weights(tmp_path / "out"), weights(tmp_path / "last"))
 
 
-def test_levels_come_from_the_anchor_or_are_all_the_same(world, model, anchored, tmp_path, monkeypatch, capsys):
+def test_levels_come_from_the_anchor_or_are_constant(world, model, anchored, tmp_path, monkeypatch, capsys):
     seen = []
     original = trainer.make_batch
     monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append(original(*args)) or seen[-1])
@@ -375,8 +374,8 @@ def test_levels_come_from_the_anchor_or_are_all_the_same(world, model, anchored,
     assert "without --anchor or --base-cache" in capsys.readouterr().err
 
 
-def test_levels_can_be_those_of_the_model_before(world, model, anchored, tmp_path, monkeypatch):
-    """Another model stands for the one that never saw the forget rows: its losses, token by token, are the levels."""
+def test_levels_can_come_from_the_model_before_it_learned_the_forget_set(world, model, anchored, tmp_path, monkeypatch):
+    """The levels are the losses of a model that never saw the forget set, token by token."""
     base = random_model(world, tmp_path / "base", seed=9)
     make_cache(base, world, tmp_path / "base-cache", forget=world, dtype="float32")
     seen = []
@@ -397,8 +396,8 @@ def test_levels_can_be_those_of_the_model_before(world, model, anchored, tmp_pat
         flat(neko_lean.unlearn)(model, tmp_path / "no", world, world, quiet=True, **options)
 
 
-def test_levels_follow_what_unseen_text_costs_the_student(world, model, anchored, tmp_path):
-    """At the start the student is its teacher, so the drift is 1; a student that is not has its own losses' ratio."""
+def test_levels_follow_the_students_loss_on_unseen_text(world, model, anchored, tmp_path):
+    """The drift is 1 while the student equals its teacher, and otherwise the ratio of their losses."""
     change = {"max_steps": 3, "lr": 1e-9}
     options = {"cache": anchored / "cache", "anchor": anchored / "anchor.jsonl", "recipe": "calibrated", "quiet": True}
     flat(neko_lean.unlearn)(model, tmp_path / "still", world, world, overrides=change, **options)
@@ -431,9 +430,10 @@ def test_levels_follow_what_unseen_text_costs_the_student(world, model, anchored
 
 
 @pytest.mark.parametrize("backward", ["layerwise", "checkpointed"])
-def test_compiled_layers_train_as_plain_ones(unlearn, tmp_path, monkeypatch, backward):
-    """But for rounding, in float32. Traced only: inductor's C++ takes a minute to build and is compared in
-    bench/compile.py."""
+def test_compiled_layers_train_like_plain_ones(unlearn, tmp_path, monkeypatch, backward):
+    """Up to rounding in float32. Layers are only traced, since inductor's C++ code takes a minute to build.
+
+    bench/compile.py compares compiled code."""
     calls = []
 
     def compiled(function, dynamic):
@@ -456,10 +456,11 @@ def test_compiled_layers_train_as_plain_ones(unlearn, tmp_path, monkeypatch, bac
         assert after["loss"] == pytest.approx(before["loss"], rel=1e-4)
     plain, found = (load_file(tmp_path / name / "model.safetensors") for name in ("plain", "compiled"))
     for name, tensor in plain.items():
-        assert (found[name] - tensor).abs().mean() < 0.01 * 3 * change["lr"], name  # of the way they went
+        moved = 3 * change["lr"]
+        assert (found[name] - tensor).abs().mean() < 0.01 * moved, name
 
 
-def test_a_run_with_packed_rows_has_the_losses_of_a_padded_one(unlearn, tmp_path, monkeypatch):
+def test_packed_and_padded_runs_have_the_same_losses(unlearn, tmp_path, monkeypatch):
     change = {**SMALL, "dtype": "float32", "max_steps": 3, "micro_tokens": 256, "eval_every": 3}
     assert unlearn(tmp_path / "padded", change)["padding"] > 0
     monkeypatch.setattr(trainer, "supports_packing", lambda student: True)
