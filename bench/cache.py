@@ -29,6 +29,7 @@ from rich.table import Table
 from torch import Tensor
 
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.teacher import hidden_states, keep
 from neko_lean.cache.writer import cache_teacher, teacher_batches
 from neko_lean.data.batching import pad
@@ -40,6 +41,7 @@ from neko_lean.models.causal_lm import CausalLM, split
 from neko_lean.models.devices import peak_memory
 from neko_lean.models.loading import load_model, load_tokenizer, new_model
 from neko_lean.models.token_stats import CHUNK_ELEMENTS, token_stats
+from neko_lean.options import OutputOptions
 
 CPU = torch.device("cpu")
 MOVES = {"little": 0.03, "lot": 0.3}  # standard deviation of the noise over that of each weight tensor
@@ -130,11 +132,8 @@ def measure(folder: Path, retain: Path, style: str) -> list[dict[str, Any]]:
                 folder,
                 retain,
                 Path(scratch) / "c",
-                top_k=top_k or 10**6,
-                mass=mass,
-                format=style,
-                dtype="float32",
-                quiet=True,
+                settings=CacheSettings(top_k=top_k or 10**6, mass=mass, format=style, dtype="float32"),
+                options=OutputOptions(quiet=True),
             )
             cache = TeacherCache(Path(scratch) / "c")
             size = sum(shard.bytes for shard in made.shards) / made.positions
@@ -199,7 +198,7 @@ def speed(teacher: CausalLM, rows: list[EncodedExample], rounds: int = 5) -> dic
 
 @torch.no_grad()
 def bare_forward(teacher: CausalLM, batch: list[EncodedExample]) -> None:
-    input_ids, mask = pad([one.ids for one in batch], 0, CPU)
+    input_ids, mask = pad([one.input_ids for one in batch], 0, CPU)
     teacher.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
 
 

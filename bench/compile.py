@@ -22,6 +22,7 @@ from neko_lean.models.causal_lm import CausalLM, split
 from neko_lean.models.devices import pick_device, pick_dtype
 from neko_lean.models.token_stats import token_stats
 from neko_lean.training.layerwise import LayerPass, compile_layers, decoder_layers
+from neko_lean.training.micro_batches import MicroBatches
 
 VOCABULARY = 4096
 
@@ -54,7 +55,8 @@ def step(walk: LayerPass, micro: list[torch.Tensor]) -> tuple[float, float, dict
             parameter.grad = None
 
     start = clock(walk.lm.device)
-    hidden = walk.forward(micro, [torch.arange(0, ids.numel(), 8, device=ids.device) for ids in micro])
+    index = [torch.arange(0, ids.numel(), 8, device=ids.device) for ids in micro]
+    hidden = walk.forward(MicroBatches(micro, [None] * len(micro), index))
     target = torch.cat([ids.flatten()[::8] for ids in micro])
     loss = -token_stats(hidden, walk.lm.head, target)[0].mean()
     loss.backward()

@@ -23,17 +23,19 @@ import torch
 from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.batching import pad
 from neko_lean.data.examples import EncodedExample, read_rows
 from neko_lean.data.tokenization import encode
-from neko_lean.demo.run import write_base
+from neko_lean.demo.base_model import write_base
 from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.prediction import predict
 from neko_lean.memory.two_models import LEAN, PUBLISHED, Way, two_model_loss
 from neko_lean.models.causal_lm import checkpoint_activations
 from neko_lean.models.devices import pick_device, resident
 from neko_lean.models.loading import load_model
+from neko_lean.options import OutputOptions
 from neko_lean.recipes import Recipe, load_recipe
 from neko_lean.training.batch import Batch, make_batch
 from neko_lean.training.determinism import deterministic
@@ -91,7 +93,11 @@ def prepare(work: Path, lume: Path, device: torch.device) -> None:
         write_jsonl(work / f"{name}.jsonl", map(asdict, rows[:: len(rows) // count][:count]))
     random_olmo_1b().save_pretrained(work / "model")
     cache_teacher(
-        work / "model", work, work / "cache", max_length=128, device=str(device), overwrite=True, format="neko"
+        work / "model",
+        work,
+        work / "cache",
+        settings=CacheSettings(max_length=128, format="neko"),
+        options=OutputOptions(device=str(device), overwrite=True),
     )
     (work / "ready").touch()
 
@@ -134,7 +140,7 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
     def one_pass(number: int, complete: Callable[[torch.nn.Parameter], None]) -> float:
         start = clock(device)
         batch = batches[number % STEPS]
-        losses = batch_losses(walk.forward(batch.micro, batch.index), lm, batch, recipe)
+        losses = batch_losses(walk.forward(batch.micro), lm, batch, recipe)
         losses["loss"].backward()
         walk.backward(complete)
         return clock(device) - start
@@ -143,7 +149,10 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
     whole = one_pass(0, update)
     seconds = [one_pass(number, forget_gradient) for number in range(passes)]
     predicted = predict(
-        lm.model.config, recipe, [tuple(ids.shape) for ids in batches[0].micro], [len(i) for i in batches[0].index]
+        lm.model.config,
+        recipe,
+        [tuple(ids.shape) for ids in batches[0].micro.input_ids],
+        [len(index) for index in batches[0].micro.index],
     )
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     return {
@@ -166,7 +175,7 @@ def two_models(work: Path, passes: int, device: torch.device, way: Way) -> dict[
 
     def one_pass(number: int) -> float:
         start = clock(device)
-        batches = [_padded([one.ids for one in some], way, device) for some in rows[number % STEPS]]
+        batches = [_padded([one.input_ids for one in some], way, device) for some in rows[number % STEPS]]
         two_model_loss(student, teacher, *batches, 0.2).backward()
         return clock(device) - start
 

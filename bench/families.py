@@ -50,14 +50,18 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, 
 
 import neko_lean
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import CausalLM, next_token_logp
 from neko_lean.models.loading import load_model
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.scoring.generation import generate
+from neko_lean.scoring.options import ScoreSettings
 from neko_lean.training import loop
+from neko_lean.training.examples import TrainingExamples
 from neko_lean.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -202,7 +206,7 @@ class Bench:
         self.vocab_size = len(model.get_output_embeddings().weight)
         self.found.numbers["parameters"] = sum(p.numel() for p in model.parameters())
         self.forget, self.retain = (tokenised(self.tokenizer, rows) for rows in (FORGET, RETAIN))
-        self.rows = [one.ids for one in (*self.forget, *self.retain)] + [self.forget[0].ids[:2]]
+        self.rows = [one.input_ids for one in (*self.forget, *self.retain)] + [self.forget[0].input_ids[:2]]
         # Past the 64 tokens in which many recurrent layers take a row.
         self.rows.append([token for ids in self.rows[:8] for token in ids][:90])
         (work / "data").mkdir()
@@ -299,11 +303,16 @@ class Bench:
         """Loss and gradients of one step of `unlearn`, by the way that its Trainer takes for this model."""
         recipe = load_recipe("neko", {**RECIPE, "dtype": "float32"})
         neko_lean.cache_teacher(
-            self.teacher, self.work / "data", self.work / "cache", top_k=self.vocab_size, mass=1.0,
-            dtype="float32", stored_dtype="float32", device="cpu", quiet=True,
-        )  # fmt: skip
+            self.teacher,
+            self.work / "data",
+            self.work / "cache",
+            settings=CacheSettings(top_k=self.vocab_size, mass=1.0, dtype="float32", stored_dtype="float32"),
+            options=OutputOptions(device="cpu", quiet=True),
+        )
         lm = load_model(self.student, torch.float32, CPU)
-        trainer = Trainer(lm, 2, self.forget, self.retain, TeacherCache(self.work / "cache"), recipe)
+        trainer = Trainer(
+            lm, TrainingExamples(self.forget, self.retain), TeacherCache(self.work / "cache"), recipe, pad_id=2
+        )
         self.found.backward = trainer.recipe.backward
         trainer.ready()
         recorder = Recorder(lm)
@@ -335,11 +344,11 @@ class Bench:
         student, teacher = plain(self.student), plain(self.teacher)
         pushed, held = [], []
         for one in self.forget:
-            logp = plain_logits(student, torch.tensor([one.ids]))[0].log_softmax(1)
-            place = torch.arange(one.prompt - 1, len(one.ids) - 1)
-            pushed.append(logp[place, torch.tensor(one.ids)[place + 1]])
+            logp = plain_logits(student, torch.tensor([one.input_ids]))[0].log_softmax(1)
+            place = torch.arange(one.prompt_length - 1, len(one.input_ids) - 1)
+            pushed.append(logp[place, torch.tensor(one.input_ids)[place + 1]])
         for one in self.retain:
-            ids = torch.tensor([one.ids])
+            ids = torch.tensor([one.input_ids])
             logp = plain_logits(student, ids)[0].log_softmax(1)
             with torch.no_grad():
                 known = plain_logits(teacher, ids)[0].log_softmax(1)
@@ -412,9 +421,14 @@ class Bench:
             out = self.work / f"unlearned-{dtype}"
             with kept_weights() as trained:
                 neko_lean.unlearn(
-                    self.student, out, data, data, recipe="neko", device="cpu", quiet=True,
+                    self.student,
+                    out,
+                    data,
+                    data,
+                    recipe="neko",
                     overrides={**RECIPE, "dtype": dtype, "max_steps": steps},
-                )  # fmt: skip
+                    options=RunOptions(device="cpu", quiet=True),
+                )
             line = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
             kl = self.found.numbers[f"own KL, {dtype}"] = line["retain_loss"]
             if not abs(kl) < SELF_KL[dtype]:
@@ -434,9 +448,19 @@ class Bench:
         before = dict(self.reference.named_parameters())
         moved = sum(not torch.equal(one, before[name]) for name, one in trained.items())
         self.found.numbers["parameters that learned"] = moved / len(trained)
-        neko_lean.cache_teacher(out, data, self.work / "cache-2", dtype="float32", device="cpu", quiet=True)
+        neko_lean.cache_teacher(
+            out,
+            data,
+            self.work / "cache-2",
+            settings=CacheSettings(dtype="float32"),
+            options=OutputOptions(device="cpu", quiet=True),
+        )
         scores = neko_lean.score(
-            out, data, self.work / "scores", batch_size=6, max_new_tokens=NEW_TOKENS, device="cpu", quiet=True
+            out,
+            data,
+            self.work / "scores",
+            settings=ScoreSettings(batch_size=6, max_new_tokens=NEW_TOKENS),
+            options=OutputOptions(device="cpu", quiet=True),
         )
         if not scores["cells"]:
             raise Differs("no cell was scored")

@@ -44,7 +44,7 @@ class Stepper:
 
     def step(self, batch: Batch, complete: Callable[[nn.Parameter], object]) -> float:
         """Run forward and backward pass, call `complete` for each parameter, and return the loss."""
-        hidden = self.walk.forward(batch.micro, batch.index, batch.position_ids)
+        hidden = self.walk.forward(batch.micro)
         loss = batch_losses(hidden, self.lm, batch, self.recipe)["loss"]
         loss.backward()
         self.walk.backward(complete)

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
-from neko_lean.demo.run import write_base
+from neko_lean.demo.base_model import write_base
 from neko_lean.models.loading import load_tokenizer
 from neko_lean.recipes import load_recipe
 from neko_lean.training.batch import micro_batches

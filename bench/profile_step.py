@@ -69,7 +69,7 @@ def step_flops(lm: CausalLM, layers: nn.ModuleList, batch: Batch, lengths: list[
     """Model and hardware FLOPs of a step, and what each is made of. A matmul's backward is two of its size."""
     head = 2.0 * lm.head.numel() * len(batch.row)
     real = sum(flops(lm, layers, lengths, batch.tokens).values())
-    padded = [ids.shape[1] for ids in batch.micro for _ in range(ids.shape[0])]
+    padded = [ids.shape[1] for ids in batch.micro.input_ids for _ in range(ids.shape[0])]
     done = sum(flops(lm, layers, padded, batch.positions).values())
     parts = {"forward": real, "backward": 2 * real, "head": 3 * head}
     extra = {"padding": 3 * (done - real), "layers again": done, "head again": head}
@@ -107,7 +107,7 @@ def take_step(
 
     optimizer.begin_step(1e-5)
     marks = [clock(device)]
-    hidden = walk.forward(batch.micro, batch.index, batch.position_ids)
+    hidden = walk.forward(batch.micro)
     marks.append(clock(device))
     batch_losses(hidden, walk.lm, batch, recipe)["loss"].backward()
     marks.append(clock(device))

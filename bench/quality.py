@@ -35,15 +35,17 @@ from neko_lean.data.documents import read_anchor
 from neko_lean.data.examples import TASKS, EncodedExample, read_rows
 from neko_lean.data.readers import read_jsonl
 from neko_lean.data.tokenization import encode
-from neko_lean.demo.run import write_base
+from neko_lean.demo.base_model import write_base
 from neko_lean.demo.world import anchor_documents, task3_documents
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.outputs.publish import staged_folder
 from neko_lean.recipes import load_recipe, parse_override, reads_cache, recipe_names
-from neko_lean.runs.unlearn import memorize, unlearn
+from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
+from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import score
 from neko_lean.scoring.task import CELLS
 
@@ -96,7 +98,7 @@ def make_model(data: Path, out: Path, name: str, seed: int) -> None:
     """The target, the gold model, or random weights."""
     sets = ("retain",) if name == "gold" else ("forget", "retain")
     change = {**MEMORIZE, **({"max_steps": 1, "lr": 1e-12} if name == "destroyed" else {})}
-    memorize(data / "base", data, out, sets=sets, seed=seed, overrides=change, quiet=True)
+    memorize(data / "base", data, out, sets=sets, overrides=change, options=RunOptions(seed=seed, quiet=True))
 
 
 def forget_with(data: Path, target: Path, out: Path, recipe: str, change: dict[str, Any], seed: int) -> None:
@@ -109,15 +111,28 @@ def forget_with(data: Path, target: Path, out: Path, recipe: str, change: dict[s
     command += ["--format", chosen.format, "--overwrite", "--quiet", *(["--anchor", anchor] if anchor else [])]
     subprocess.run(list(map(str, command)), check=True)
     unlearn(
-        target, out, data, data, cache=cache if reads_cache(chosen, anchor=anchor is not None) else None,
-        anchor=anchor, recipe=recipe,
-        overrides={"backward": "plain", **change}, seed=seed, quiet=True,
-    )  # fmt: skip
+        target,
+        out,
+        data,
+        data,
+        cache=cache if reads_cache(chosen, anchor=anchor is not None) else None,
+        anchor=anchor,
+        recipe=recipe,
+        overrides={"backward": "plain", **change},
+        options=RunOptions(seed=seed, quiet=True),
+    )
 
 
 def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dict[str, Any]:
     """The task's score, membership by task, and what it did to text outside both sets."""
-    scored = score(model, data, out, mia=data / "mia", batch_size=64, quiet=True, overwrite=True)
+    scored = score(
+        model,
+        data,
+        out,
+        inputs=ScoreInputs(mia=data / "mia"),
+        settings=ScoreSettings(batch_size=64),
+        options=OutputOptions(quiet=True, overwrite=True),
+    )
     lines = [record.values for record in read_jsonl(out / "generations.jsonl")]
     kept = [line for line in lines if line["split"] == "retain"]
     exact = statistics.mean(line["generation"].strip().lower() == line["output"].strip().lower() for line in kept)
@@ -163,8 +178,8 @@ def distance(lm: CausalLM, gold: CausalLM, encoded: Sequence[EncodedExample], pa
     chances: list[list[float]] = [[], []]
     with torch.no_grad():
         for one in encoded:
-            ids, _ = pad([one.ids], pad_id, lm.device)
-            place = slice(max(1, one.prompt) - 1, len(one) - 1)
+            ids, _ = pad([one.input_ids], pad_id, lm.device)
+            place = slice(max(1, one.prompt_length) - 1, len(one) - 1)
             target = ids[0, place.start + 1 :]
             p, q = (m.model(input_ids=ids).logits[0, place].log_softmax(1) for m in (gold, lm))
             divergences += (p.exp() * (p - q)).sum(1).tolist()

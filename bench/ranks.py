@@ -25,14 +25,17 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.writer import cache_teacher
-from neko_lean.demo.run import write_base
+from neko_lean.demo.base_model import write_base
 from neko_lean.demo.world import build_world, write_world
 from neko_lean.models.devices import pick_device
 from neko_lean.models.loading import load_tokenizer, new_model
 from neko_lean.models.token_stats import CHUNK_ELEMENTS
-from neko_lean.runs.unlearn import unlearn
+from neko_lean.options import OutputOptions
+from neko_lean.runs import unlearn
 from neko_lean.training import optimizer as optim
+from tests.helpers import flat
 
 SMALL = {"max_steps": 20, "forget_rows": 8, "retain_rows": 16, "lr": 1e-3, "micro_tokens": 512}
 
@@ -59,21 +62,21 @@ def weight_distances(work: Path) -> dict[str, float]:
     write_base(work / "base", [*world.forget, *world.retain])
     new_model(work / "base", torch.bfloat16, torch.device("cpu"), 0).model.save_pretrained(model)
     load_tokenizer(work / "base").save_pretrained(model)
-    cache_teacher(model, work, work / "cache", format="neko", quiet=True)
+    cache_teacher(model, work, work / "cache", settings=CacheSettings(format="neko"), options=OutputOptions(quiet=True))
     command(1, model, work, work / "cache", work / "one", SMALL)
     command(2, model, work, work / "cache", work / "two", SMALL)
     rounding, generator = optim.round_stochastically, torch.Generator().manual_seed(99)
     optim.round_stochastically = lambda value, _: rounding(value, generator)
     options: dict[str, Any] = {"cache": work / "cache", "recipe": "neko", "overrides": SMALL, "quiet": True}
-    unlearn(model, work / "again", work, work, **options)
+    flat(unlearn)(model, work / "again", work, work, **options)
     optim.round_stochastically = rounding
 
-    def flat(name: str) -> torch.Tensor:
+    def flattened(name: str) -> torch.Tensor:
         tensors = load_file(work / name / "model.safetensors")
         return torch.cat([tensors[key].float().flatten() for key in sorted(tensors)])
 
-    single = flat("one")
-    return {name: (flat(name) - single).abs().mean().item() for name in ("two", "again", "model")}
+    single = flattened("one")
+    return {name: (flattened(name) - single).abs().mean().item() for name in ("two", "again", "model")}
 
 
 def main() -> None:

@@ -26,6 +26,8 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import neko_lean
+from neko_lean.cache.settings import CacheSettings
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.training import optimizer as optim
 from neko_lean.training import trainer
 
@@ -78,9 +80,15 @@ def run(name: str, folder: Path, cache: Path, steps: int, seed: int) -> dict[str
     try:
         with tempfile.TemporaryDirectory() as scratch:
             neko_lean.unlearn(
-                folder / "target", Path(scratch) / "out", folder / "data", folder / "data",
-                cache=cache, recipe="neko", overrides=change, seed=seed, quiet=True,
-            )  # fmt: skip
+                folder / "target",
+                Path(scratch) / "out",
+                folder / "data",
+                folder / "data",
+                cache=cache,
+                recipe="neko",
+                overrides=change,
+                options=RunOptions(seed=seed, quiet=True),
+            )
             lines = (Path(scratch) / "out" / "metrics.jsonl").read_text().splitlines()
     finally:
         trainer.InBackwardAdam8bit, optim.round_stochastically = originals  # type: ignore[misc]
@@ -99,7 +107,11 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as scratch:
         cache = Path(scratch) / "teacher"
         neko_lean.cache_teacher(
-            options.run / "target", options.run / "data", cache, max_length=128, quiet=True, format="neko"
+            options.run / "target",
+            options.run / "data",
+            cache,
+            settings=CacheSettings(max_length=128, format="neko"),
+            options=OutputOptions(quiet=True),
         )
         results = {name: [run(name, options.run, cache, options.steps, seed) for seed in seeds] for name in NAMES}
     table = Table(title=f"recipe neko, {options.steps} steps, {options.seeds} seeds; CPU", title_justify="left")

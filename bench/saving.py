@@ -23,10 +23,11 @@ from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
 
 from neko_lean.checkpoints.saves import METRICS
-from neko_lean.demo.run import write_base
+from neko_lean.demo.base_model import write_base
 from neko_lean.demo.world import build_world, write_world
 from neko_lean.models.loading import load_tokenizer, new_model
-from neko_lean.runs.unlearn import unlearn
+from neko_lean.options import RunOptions
+from neko_lean.runs import unlearn
 from neko_lean.training import loop
 from neko_lean.training.optimizer import InBackwardAdam8bit, state_size
 
@@ -61,7 +62,7 @@ def measure(root: Path, name: str) -> dict[str, Any]:
 
     loop.Loop._save = timed  # type: ignore[method-assign]
     data, out = root / "data", root / f"{name} out"
-    unlearn(base, out, data, data, recipe="graddiff", overrides=CHANGE, save_every=1, quiet=True)
+    unlearn(base, out, data, data, recipe="graddiff", overrides=CHANGE, options=RunOptions(save_every=1, quiet=True))
     loop.Loop._save = original  # type: ignore[method-assign]
     steps = [json.loads(line)["seconds"] for line in (out / METRICS).read_text().splitlines()]
     step, save = statistics.median(steps), statistics.median(seconds)

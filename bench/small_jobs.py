@@ -26,18 +26,23 @@ from transformers.utils.logging import disable_progress_bar
 import neko_lean.demo.run as demo_module
 from neko_lean import scoring
 from neko_lean.cache import writer
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.demo import world as demo_world
-from neko_lean.demo.run import demo, write_base
+from neko_lean.demo.base_model import write_base
+from neko_lean.demo.run import demo
 from neko_lean.demo.world import World, build_world, write_world
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_tokenizer, new_model
+from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe, reads_cache
 from neko_lean.report.page import report
-from neko_lean.runs.unlearn import memorize, unlearn
+from neko_lean.runs import memorize, unlearn
+from neko_lean.scoring.options import ScoreSettings
 from neko_lean.scoring.run import score
 from neko_lean.training import loop
+from tests.helpers import flat
 
 # Keys whose values differ between runs that computed the same.
 TIMES = {"wait_seconds", "seconds", "wall_seconds", "peak_memory", "measured_peak", "measured_peaks"}
@@ -91,10 +96,29 @@ def make_world(root: Path) -> None:
     tokenizer = load_tokenizer(root / "model")
     new_model(root / "model", torch.bfloat16, torch.device("cpu"), 0).model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
-    cache_teacher(root / "model", root / "data", root / "cache", max_length=64, format="neko", quiet=True)
+    cache_teacher(
+        root / "model",
+        root / "data",
+        root / "cache",
+        settings=CacheSettings(max_length=64, format="neko"),
+        options=OutputOptions(quiet=True),
+    )
     anchor = root / "data" / "anchor.jsonl"
-    cache_teacher(root / "model", root / "data", root / "anchored", anchor=anchor, max_length=64, quiet=True)
-    score(root / "model", root / "data", root / "scores", max_new_tokens=3, quiet=True)
+    cache_teacher(
+        root / "model",
+        root / "data",
+        root / "anchored",
+        anchor=anchor,
+        settings=CacheSettings(max_length=64),
+        options=OutputOptions(quiet=True),
+    )
+    score(
+        root / "model",
+        root / "data",
+        root / "scores",
+        settings=ScoreSettings(max_new_tokens=3),
+        options=OutputOptions(quiet=True),
+    )
 
 
 def shape(folder: Path, **change: Any) -> None:
@@ -132,24 +156,24 @@ def jobs(root: Path) -> dict[str, list[Job]]:
 
     def caching(out: Path, *, change: dict[str, Any], **flags: bool) -> dict[str, Any]:
         given = {"top_k": 8, "max_length": 64, "batch_tokens": 128, "forget": data, "quiet": True}
-        return asdict(cache_teacher(model, data, out, **{**given, **change}, **flags))
+        return asdict(flat(cache_teacher)(model, data, out, **{**given, **change}, **flags))
 
     def unlearning(out: Path, *, change: dict[str, Any], seed: int = 3, own_cache: bool = False, **flags: bool) -> Any:
         given = {"recipe": "neko", "overrides": {**SHORT, **change}, "save_every": 2, "quiet": True}
-        return unlearn(model, out, data, data, cache=None if own_cache else cache, seed=seed, **given, **flags)
+        return flat(unlearn)(model, out, data, data, cache=None if own_cache else cache, seed=seed, **given, **flags)
 
     def memorizing(out: Path, *, change: dict[str, Any], seed: int = 3, **flags: bool) -> Any:
         given = {"overrides": {**SHORT, **change}, "save_every": 2, "quiet": True}
-        return memorize(model, data, out, seed=seed, **given, **flags)
+        return flat(memorize)(model, data, out, seed=seed, **given, **flags)
 
     def scoring_(out: Path, **given: Any) -> Any:
-        return score(model, data, out, batch_size=4, quiet=True, **given)
+        return flat(score)(model, data, out, batch_size=4, quiet=True, **given)
 
     def reporting(out: Path, **given: Any) -> Any:
         return report([root / "scores"], out, **given)
 
     def demoing(out: Path, *, seed: int, **flags: bool) -> Any:
-        result = demo(out, seed=seed, max_steps=2, quiet=True, **flags)
+        result = flat(demo)(out, seed=seed, max_steps=2, quiet=True, **flags)
         return {key: result[key] for key in ("verdict", "files")}
 
     calls: dict[str, list[Callable[..., Any]]] = {
@@ -196,7 +220,7 @@ def training_jobs(root: Path) -> dict[str, Job]:
         overrides = {**SHORT, **change}
         cache = root / "anchored" if reads_cache(load_recipe(recipe, overrides), anchor=True) else None
         given: dict[str, Any] = {"recipe": recipe, "overrides": overrides, "seed": 3, "save_every": 3, "quiet": True}
-        return unlearn(model, out, data, data, cache=cache, anchor=data / "anchor.jsonl", **given, **flags)
+        return flat(unlearn)(model, out, data, data, cache=cache, anchor=data / "anchor.jsonl", **given, **flags)
 
     return {
         name: Job("unlearn", 100 + number, partial(unlearning, recipe=recipe, change=change))

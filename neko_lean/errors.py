@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import signal
+from collections.abc import Iterable
+from difflib import get_close_matches
 
 
 class NekoLeanError(Exception):
@@ -40,3 +42,10 @@ class CacheError(NekoLeanError):
 
 class UnpublishedError(NekoLeanError):
     """The result is complete but not in its place. Its sentence says where it is; nothing may clear that away."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """A hint for an unknown name: '; did you mean ...?' for the closest known one, or else '; choose from ...'."""
+    names = list(known)
+    close = get_close_matches(name, names, n=1)
+    return f"; did you mean {close[0]!r}?" if close else f"; choose from {', '.join(names)}."

@@ -13,9 +13,11 @@ import pytest
 import torch
 
 import neko_lean
-from neko_lean.demo.run import write_base
+from neko_lean.cache.settings import CacheSettings
+from neko_lean.demo.base_model import write_base
 from neko_lean.jsonio import write_jsonl
-from tests.helpers import SMALL, make_rows, random_model, write_rows
+from neko_lean.options import OutputOptions
+from tests.helpers import SMALL, flat, make_rows, random_model, write_rows
 
 torch.set_num_threads(2)
 
@@ -58,7 +60,9 @@ def cache(world: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
     from neko_lean.cache.writer import cache_teacher
 
     out = tmp_path_factory.mktemp("cache")
-    cache_teacher(model, world, out, dtype="float32", quiet=True, format="neko")
+    cache_teacher(
+        model, world, out, settings=CacheSettings(dtype="float32", format="neko"), options=OutputOptions(quiet=True)
+    )
     return out
 
 
@@ -68,6 +72,6 @@ def unlearn(world: Path, model: Path, cache: Path) -> Callable[..., Any]:
 
     def run(out: Path, change: dict[str, Any] = SMALL, **options: Any) -> dict[str, Any]:
         given = {"model": model, "cache": cache, "recipe": "neko", "overrides": change, "seed": 3, "quiet": True}
-        return neko_lean.unlearn(out=out, forget=world, retain=world, **{**given, **options})
+        return flat(neko_lean.unlearn)(out=out, forget=world, retain=world, **{**given, **options})
 
     return run

@@ -1,8 +1,9 @@
 """Rows and random models that tests make for themselves."""
 
 import json
-from dataclasses import asdict
+from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
+from typing import get_type_hints
 
 import torch
 import transformers
@@ -100,4 +101,18 @@ def live(folder, one, dtype=torch.float32):
     """Logits [n, V] of one row alone, by transformers' own forward."""
     model = load_model(folder, dtype, torch.device("cpu")).model.eval()
     with torch.no_grad():
-        return model(input_ids=torch.tensor([one.ids])).logits[0]
+        return model(input_ids=torch.tensor([one.input_ids])).logits[0]
+
+
+def flat(function):
+    """`function` with the fields of its options dataclasses as plain keyword arguments, for calls with **kwargs."""
+    groups = {name: hint for name, hint in get_type_hints(function).items() if is_dataclass(hint) and name != "return"}
+
+    def call(*args, **kwargs):
+        grouped = {
+            name: kind(**{field.name: kwargs.pop(field.name) for field in fields(kind) if field.name in kwargs})
+            for name, kind in groups.items()
+        }
+        return function(*args, **kwargs, **grouped)
+
+    return call

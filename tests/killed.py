@@ -11,10 +11,12 @@ import sys
 import time
 from pathlib import Path
 
+from neko_lean.runs.unlearn import unlearn
+
 from bench.processes import forked
 from neko_lean import checkpoints
 from neko_lean.checkpoints import run_folder as unfinished
-from neko_lean.runs.unlearn import unlearn
+from tests.helpers import flat
 
 CHANGE = {
     "max_steps": 12,
@@ -76,7 +78,7 @@ def main(root):
         if spoil is not None:
             spoil()
         more = {"cache": root / "cache", "recipe": "neko", "overrides": CHANGE, "seed": 3, "quiet": True}
-        unlearn(root / "model", root / out, root / "world", root / "world", save_every=3, resume=resume, **more)
+        flat(unlearn)(root / "model", root / out, root / "world", root / "world", save_every=3, resume=resume, **more)
 
     start = time.monotonic()
     assert forked(lambda: run("whole", False)) == 0

@@ -57,7 +57,7 @@ def compare(root: Path, name: str, change: dict, tied: bool) -> float:
     with as_single_process():
         plain = student(len(tokenizer), tied)
         batch = make_batch(*given, torch.device("cpu"), others)
-        loss = batch_losses(select_hidden(plain, batch.micro, batch.index), plain, batch, recipe)["loss"]
+        loss = batch_losses(select_hidden(plain, batch.micro), plain, batch, recipe)["loss"]
         loss.backward()
         wanted = {name: p.grad for name, p in plain.model.named_parameters()}
 
@@ -69,7 +69,7 @@ def compare(root: Path, name: str, change: dict, tied: bool) -> float:
     worst = 0.0
     for _ in range(2):  # the second time from what the first has left
         batch = make_batch(*given, torch.device("cpu"), others)
-        same = batch_losses(walk.forward(*batch.own()[0]), spread, batch, recipe)["loss"]
+        same = batch_losses(walk.forward(batch.on_this_rank()[0]), spread, batch, recipe)["loss"]
         same.backward()
         walk.backward(lambda parameter: None)
         worst = max(worst, abs(same.item() - loss.item()))

@@ -7,8 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from tests.checkpoints.test_resume import result, saved
 from tests.killed import KILLS
-from tests.test_resume import result, saved
 
 REPOSITORY = Path(__file__).parents[1]
 

@@ -2,6 +2,7 @@
 
 from neko_lean.cache.check import check_cache, inspect_cache
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.writer import cache_teacher
 
-__all__ = ["TeacherCache", "cache_teacher", "check_cache", "inspect_cache"]
+__all__ = ["CacheSettings", "TeacherCache", "cache_teacher", "check_cache", "inspect_cache"]

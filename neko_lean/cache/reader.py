@@ -77,22 +77,23 @@ class TeacherCache:
         self.check_format(style)
         made = self.manifest
         for one in encoded:
-            found = self._rows.get(one.row.id)
+            found = self._rows.get(one.example.id)
             if found is None:
-                raise CacheError(f"{self.folder} was made from another retain file: it lacks row {one.row.id!r}.")
-            if one.row.digest not in found:
+                raise CacheError(f"{self.folder} was made from another retain file: it lacks row {one.example.id!r}.")
+            if one.example.digest not in found:
                 raise CacheError(
-                    f"{self.folder} was made from another retain file: the text of row {one.row.id!r} differs."
+                    f"{self.folder} was made from another retain file: the text of row {one.example.id!r} differs."
                 )
-            positions = found[one.row.digest].positions
-            if positions > len(one) + one.cut:
+            positions = found[one.example.digest].positions
+            if positions > len(one) + one.num_truncated:
                 raise CacheError(
-                    f"{self.folder} splits row {one.row.id!r} into {positions} tokens or more, which are "
-                    f"{len(one) + one.cut} now: another neko-lean made it; run cache-teacher again."
+                    f"{self.folder} splits row {one.example.id!r} into {positions} tokens or more, which are "
+                    f"{len(one) + one.num_truncated} now: another neko-lean made it; run cache-teacher again."
                 )
             if positions < len(one) <= made.max_length:
                 raise CacheError(
-                    f"{self.folder} holds {positions} positions of row {one.row.id!r}, the recipe reads {len(one)}: a "
+                    f"{self.folder} holds {positions} positions of row {one.example.id!r}, the recipe reads "
+                    f"{len(one)}: a "
                     f"cache has no EOS after an answer, so set append_eos=false."
                 )
             if positions < len(one):
@@ -184,7 +185,7 @@ class TeacherCache:
         Returns (topk_ids [N, k] int64, topk_logp [N, k] float32 with -inf for unused entries, tail_logp [N] float32),
         N the sum of the rows' lengths. The kept probabilities of each position sum to 1 - exp(tail_logp).
         """
-        parts = [self._read_row(one.row, len(one)) for one in encoded]
+        parts = [self._read_row(one.example, len(one)) for one in encoded]
         k = max((ids.shape[1] for ids, _, _ in parts), default=0)
         ids = torch.zeros((sum(len(tail) for _, _, tail in parts), k), dtype=torch.int64)
         logp = torch.full(ids.shape, -torch.inf)
@@ -199,7 +200,7 @@ class TeacherCache:
 
     def has_target_logp(self, one: EncodedExample) -> bool:
         """Whether the teacher's log-probabilities of this row's tokens are in the cache."""
-        return one.row.id in self._forget_rows
+        return one.example.id in self._forget_rows
 
     def target_logp(self, one: EncodedExample) -> np.ndarray:
         """The teacher's log-probability, in nats, of every token of a row but its first: [len(one) - 1] float32.
@@ -207,12 +208,14 @@ class TeacherCache:
         Raises CacheError when the cache was made without them: only forget rows, their refusals and the anchor's
         documents have them.
         """
-        found = self._forget_rows.get(one.row.id)
+        found = self._forget_rows.get(one.example.id)
         if found is None:
-            raise CacheError(f"{self.folder} holds no token losses of row {one.row.id!r}: cache it with --forget.")
-        place = found.get(one.row.digest)
-        if place is None or not len(one) - 1 <= place.positions <= max(0, len(one) + one.cut - 1):
-            raise CacheError(f"{self.folder}: row {one.row.id!r} has another text or other tokens, or was cut shorter.")
+            raise CacheError(f"{self.folder} holds no token losses of row {one.example.id!r}: cache it with --forget.")
+        place = found.get(one.example.digest)
+        if place is None or not len(one) - 1 <= place.positions <= max(0, len(one) + one.num_truncated - 1):
+            raise CacheError(
+                f"{self.folder}: row {one.example.id!r} has another text or other tokens, or was cut shorter."
+            )
         shard, start, _ = place
         return self._target_logp(shard, start, start + len(one) - 1)
 

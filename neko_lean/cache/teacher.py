@@ -27,7 +27,7 @@ class Kept:
 @torch.no_grad()
 def hidden_states(teacher: CausalLM, batch: Sequence[EncodedExample], pad_id: int) -> Tensor:
     """Last hidden states [P, d] of the real positions of a batch, row after row."""
-    input_ids, mask = pad([one.ids for one in batch], pad_id, teacher.device)
+    input_ids, mask = pad([one.input_ids for one in batch], pad_id, teacher.device)
     return teacher.hidden(input_ids)[mask.bool()]
 
 
@@ -57,8 +57,8 @@ def keep(
     for one, end in zip(batch, ends, strict=True):
         start = end - len(one)
         # NaN where the largest logit is NaN or infinite; minus infinity where the tail is empty.
-        refuse_broken_outputs(tail[start:end].clamp(max=0, min=-1e9), f"row {one.row.id}")
-        refuse_broken_outputs(scaled_p[starts[start] : starts[end]], f"row {one.row.id}")
+        refuse_broken_outputs(tail[start:end].clamp(max=0, min=-1e9), f"row {one.example.id}")
+        refuse_broken_outputs(scaled_p[starts[start] : starts[end]], f"row {one.example.id}")
     return Kept(counts.numpy(), ids.numpy().astype(id_dtype(vocab_size)), scaled_p.numpy(), tail.numpy())
 
 

@@ -20,6 +20,7 @@ from neko_lean import __version__
 from neko_lean.cache.format import STORED, Manifest, Shard, differences, shard_name
 from neko_lean.cache.manifest import checked, read_manifest, write_manifest
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.teacher import keep
 from neko_lean.data import (
     FORMATS,
@@ -55,6 +56,7 @@ from neko_lean.models import (
     refuse_unknown_rows,
     usable_length,
 )
+from neko_lean.options import OutputOptions
 from neko_lean.outputs import (
     MANIFEST,
     Output,
@@ -104,46 +106,38 @@ def cache_teacher(
     *,
     forget: str | Path | None = None,
     anchor: str | Path | None = None,
-    top_k: int = 64,
-    mass: float = 0.999,
-    format: str = "plain",
-    max_length: int = 512,
-    batch_tokens: int = 8192,
-    device: str | None = None,
-    dtype: str = "bfloat16",
-    stored_dtype: str = "float16",
-    resume: bool = False,
-    overwrite: bool = False,
-    quiet: bool = False,
+    settings: CacheSettings = CacheSettings(),
+    options: OutputOptions = OutputOptions(),
 ) -> Manifest:
-    """Write the teacher cache of `model` over the rows of `retain` to the folder `out`.
+    """Run the teacher once over the retain set and write its top-k probabilities to the folder `out`.
+
+    Under torchrun the ranks split the shards; the bytes are those of a single process.
 
     Args:
         model: checkpoint folder of the teacher, or hub name: owner/name or owner/name@revision.
         retain: parquet, jsonl or csv file, or a folder that holds `retain.*`.
-        out: folder to write; it appears only when it is complete.
-        forget: as `retain`; adds what npo, dpo and undial need: these rows' top-k, and the teacher's log-probability
-            of every token of these rows and of a refusal in each one's place.
-        anchor: jsonl file of neutral documents to hold still; they join the retain rows, without a template, and the
-            teacher's log-probability of each of their tokens is added.
-        top_k: most entries a position keeps; at V or more, and with a mass of 1, all are kept.
-        mass: a position keeps its fewest likeliest tokens whose probability reaches this, at most `top_k` of them; 1
-            keeps `top_k` everywhere.
-        format: prompt format, 'plain' or 'neko'; the recipe that reads the cache must use the same.
-        max_length: tokens a row is cut to.
-        batch_tokens: positions of one forward pass, padding included.
-        device: 'cpu', 'cuda', 'cuda:N'; by default the GPU where there is one.
-        dtype: 'bfloat16' or 'float32', what the teacher runs in.
-        stored_dtype: 'float16' (relative error of p at most 2^-11) or 'float32', what the probabilities are stored in.
-        resume: go on with a run that was cut off; with a complete cache of the same settings there is nothing to do.
+        out: folder to write; it appears when it is complete.
+        forget: forget set, as `retain`, for objectives that compare with the teacher on it (npo, dpo, undial): adds
+            its top-k distributions, and the teacher's log-probability of every token of these examples and of a
+            refusal for each.
+        anchor: jsonl file of unseen documents. They join the retain examples, without a template, and the teacher's
+            log-probability of each of their tokens is added.
+        settings: how much is stored, and how the teacher is run.
+        options: device, and how to treat an existing output.
 
-    Under torchrun the ranks share the shards out; the bytes are those of one process. Returns the manifest. Raises
-    NekoLeanError for bad input, a full disk, or an `out` that holds something.
+    Returns:
+        The manifest of the cache.
+
+    Raises:
+        NekoLeanError: bad input, a full disk, or an `out` that must not be replaced.
     """
+    top_k, mass, format, max_length = settings.top_k, settings.mass, settings.format, settings.max_length
+    batch_tokens, dtype, stored_dtype = settings.batch_tokens, settings.dtype, settings.stored_dtype
+    device, resume, overwrite, quiet = options.device, options.resume, options.overwrite, options.quiet
     if top_k < 1 or max_length < 1 or batch_tokens < 1:
         raise NekoLeanError("top_k, max_length and batch_tokens must be at least 1.")
     if not 0 < mass <= 1:
-        raise NekoLeanError(f"mass is {mass}: it must be above 0 and at most 1.")
+        raise NekoLeanError(f"mass must be > 0 and <= 1, got {mass}.")
     if stored_dtype not in STORED:
         raise NekoLeanError(f"stored_dtype {stored_dtype!r} is not one of {', '.join(STORED)}.")
     if format not in FORMATS:
@@ -185,7 +179,7 @@ def cache_teacher(
         rows=len(sets["shard"]),
         positions=sum(map(len, sets["shard"])),
         entries=0,
-        truncated=sum(e.cut > 0 for e in sets["shard"]),
+        truncated=sum(e.num_truncated > 0 for e in sets["shard"]),
         mean_mass=0.0,
         shards=_planned("shard", jobs["shard"]),
         forget_shards=_planned("forget", jobs["forget"]),
@@ -218,7 +212,7 @@ def teacher_batches(encoded: Sequence[EncodedExample], batch_tokens: int) -> lis
 
 def _distinct(encoded: Sequence[EncodedExample]) -> list[EncodedExample]:
     """Rows that differ in id or text: one that is in both sets is cached once."""
-    return list({(one.row.id, one.row.digest): one for one in encoded}.values())
+    return list({(one.example.id, one.example.digest): one for one in encoded}.values())
 
 
 def _into_shards(batches: Sequence[Batch]) -> list[list[Batch]]:
@@ -246,7 +240,7 @@ def _planned(kind: str, jobs: Sequence[Sequence[Batch]]) -> list[Shard]:
             file=shard_name(kind, number, len(jobs)),
             bytes=0,
             sha256="",
-            rows=[(one.row.id, len(one) - less, one.row.digest) for one in _rows(batches)],
+            rows=[(one.example.id, len(one) - less, one.example.digest) for one in _rows(batches)],
         )
         for number, batches in enumerate(jobs)
     ]
@@ -489,8 +483,8 @@ def _retain_tensors(teacher: CausalLM, batches: Sequence[Batch], plan: Manifest,
 def _forget_tensors(teacher: CausalLM, batches: Sequence[Batch], plan: Manifest, pad_id: int) -> dict[str, np.ndarray]:
     parts = []
     for batch in batches:
-        logp = next_token_logp(teacher, [one.ids for one in batch], pad_id).cpu()  # [sum of (length - 1)]
+        logp = next_token_logp(teacher, [one.input_ids for one in batch], pad_id).cpu()  # [sum of (length - 1)]
         for one, own in zip(batch, logp.split([len(one) - 1 for one in batch]), strict=True):
-            refuse_broken_outputs(own, f"row {one.row.id}")
+            refuse_broken_outputs(own, f"row {one.example.id}")
         parts.append(logp.numpy())
     return {"target_logp": np.concatenate(parts)}

@@ -25,7 +25,7 @@ def rows_digest(encoded: Iterable[EncodedExample]) -> str:
     """SHA-256 over rows as a run reads them: their text and their tokens."""
     digest = hashlib.sha256()
     for one in encoded:
-        digest.update(json.dumps([one.row.digest, one.row.task, one.prompt, one.ids]).encode())
+        digest.update(json.dumps([one.example.digest, one.example.task, one.prompt_length, one.input_ids]).encode())
     return digest.hexdigest()
 
 

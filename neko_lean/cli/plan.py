@@ -3,40 +3,46 @@
 from __future__ import annotations
 
 import re
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
-from neko_lean.cli.common import Json, Model, Quiet, Revision, Set, command, emit, gibibytes, overrides, pinned
+from neko_lean.cli.common import Json, Model, Quiet, RecipeFlags, Revision, command, emit, gibibytes, pinned
 from neko_lean.errors import NekoLeanError
-from neko_lean.recipes import DEFAULT
+from neko_lean.options import option
 from neko_lean.terminal import print_lines, print_table
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanFlags(RecipeFlags):
+    """The recipe that is planned."""
+
+    batch_tokens: int | None = option(None, "Tokens of a step.  [default: the recipe's]", min=1)
 
 
 @command
 def plan(
     model: Model,
-    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = DEFAULT,
-    batch_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Positions of a step.  [default: the recipe's]")
+    recipe: PlanFlags,
+    gpu: Annotated[
+        str | None, typer.Option(metavar="SIZE", help="Memory of a GPU, such as 8GB: say which options fit it.")
     ] = None,
-    gpu: Annotated[str | None, typer.Option(metavar="SIZE", help="Memory of a card, as 8GB: what fits it?")] = None,
     gpus: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Under torchrun with N processes: what does each hold?")
+        int, typer.Option(min=1, metavar="N", help="Number of GPUs under torchrun: say what each of them needs.")
     ] = 1,
-    set_: Set = None,
     revision: Revision = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Say what `unlearn` will need of a GPU's memory, and what two models would. Reads the config, no weights.
+    """Predict the memory that `unlearn` needs, and that two models would need. Reads the config, no weights.
 
     Example: neko-lean plan allenai/OLMo-1B-0724-hf --gpu 8GB
     """
     from neko_lean.memory import CONTEXT, plan_run
 
     size = _bytes(gpu) if gpu else None
-    found = plan_run(pinned(model, revision), recipe, overrides(set_, batch_tokens=batch_tokens), size, gpus)
+    found = plan_run(pinned(model, revision), recipe.recipe, recipe.overrides(), size, gpus)
     if json:
         emit(found)
         return

@@ -35,7 +35,7 @@ def refuse_one_file(data: str | Path, option: str, sets: Sequence[str], split: s
 
 def count_lost_answers(encoded: Sequence[EncodedExample]) -> int:
     """Rows whose whole answer the length limit removed."""
-    return sum(one.answer == 0 for one in encoded)
+    return sum(one.answer_length == 0 for one in encoded)
 
 
 COLUMNS = ("id", "input", "output", "task")
@@ -78,24 +78,30 @@ class Example:
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """A tokenised row. `ids` holds the prompt's `prompt` tokens, then the answer's; `cut` tokens were dropped.
+    """A tokenized example: its prompt tokens, then its answer tokens.
 
-    `levels`, where an objective wants them, are the nats at which each token but the first counts as forgotten.
+    Args:
+        example: the example's text.
+        input_ids: token ids, truncated to the length limit.
+        prompt_length: number of prompt tokens among them.
+        num_truncated: number of tokens that truncation removed.
+        levels: the loss, in nats, at which each token except the first counts as forgotten; None unless an objective
+            uses levels.
     """
 
-    row: Example
-    ids: list[int]
-    prompt: int
-    cut: int
+    example: Example
+    input_ids: list[int]
+    prompt_length: int
+    num_truncated: int
     levels: tuple[float, ...] | None = None
 
     def __len__(self) -> int:
-        return len(self.ids)
+        return len(self.input_ids)
 
     @property
-    def answer(self) -> int:
-        """Answer tokens left within the length limit."""
-        return max(0, len(self.ids) - self.prompt)
+    def answer_length(self) -> int:
+        """Number of answer tokens within the length limit."""
+        return max(0, len(self.input_ids) - self.prompt_length)
 
 
 def _split_id(row_id: str) -> tuple[str, str]:

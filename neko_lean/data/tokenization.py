@@ -142,8 +142,10 @@ def _continuation(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
 
 def truncation_line(encoded: Sequence[EncodedExample], max_length: int) -> str:
     """How many rows the length limit cut, in words."""
-    cut = sum(e.cut > 0 for e in encoded)
-    return f"{cut} of {len(encoded)} rows cut to {max_length} tokens ({sum(e.cut for e in encoded)} tokens lost)"
+    cut = sum(e.num_truncated > 0 for e in encoded)
+    return (
+        f"{cut} of {len(encoded)} rows cut to {max_length} tokens ({sum(e.num_truncated for e in encoded)} tokens lost)"
+    )
 
 
 def position_warning(encoded: Sequence[EncodedExample], limit: int, max_length: int) -> str | None:
@@ -151,7 +153,7 @@ def position_warning(encoded: Sequence[EncodedExample], limit: int, max_length: 
 
     `encoded` were cut to `limit`; `max_length` is the length that was asked for.
     """
-    if limit >= max_length or not any(one.cut for one in encoded):
+    if limit >= max_length or not any(one.num_truncated for one in encoded):
         return None
     return f"warning: the model has {limit} positions, fewer than the {max_length} asked for: " + truncation_line(
         encoded, limit

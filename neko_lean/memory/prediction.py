@@ -34,6 +34,7 @@ from neko_lean.training import (
     SLICE,
     UPDATE_BYTES,
     LayerPass,
+    MicroBatches,
     decoder_layers,
     freeze,
     select_hidden,
@@ -80,12 +81,12 @@ def full_step(recipe: Recipe) -> list[tuple[int, int]]:
     """
     length = recipe.max_length
     most = {"forget": recipe.forget_rows if forgets(recipe) else 0}
-    most["retain"] = recipe.retain_rows if recipe.retain_objective != "none" else 0
+    most["retain"] = recipe.retain_rows if recipe.retain is not None else 0
     turns = [["forget"], ["retain"]] if recipe.order == "alternating" else [["forget", "retain"]]
 
     def in_turn(sets: Sequence[str]) -> int:
         # A forget row without an objective of its own takes room for its substitute, but may itself be short.
-        trained = [name for name in sets if most[name] and (name == "retain" or recipe.forget_objective != "none")]
+        trained = [name for name in sets if most[name] and (name == "retain" or recipe.forget is not None)]
         shared = min(sum(most[name] for name in trained), max(len(trained), recipe.batch_tokens // length))
         return shared + (most["forget"] if "forget" in sets and recipe.substitute != "none" else 0)
 
@@ -151,7 +152,7 @@ def _held(
         ids = [torch.zeros(shape, dtype=torch.int64) for shape in micro]
         index = [torch.zeros(n, dtype=torch.int64) for n in wanted or [rows * length for rows, length in micro]]
         with LiveTensors() as live:
-            inputs = _step(lm, recipe, ids, index, live)
+            inputs = _step(lm, recipe, MicroBatches(ids, [None] * len(ids), index), live)
         gathered = _gathered(lm) if ranks > 1 else 0
     widest = max(rows * length for rows, length in micro) * lm.head.shape[1] * lm.head.element_size()
     lines = {
@@ -208,7 +209,7 @@ def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
     return CausalLM(model, backbone, softcap=stated_softcap(shape))
 
 
-def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor], live: LiveTensors) -> int:
+def _step(lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTensors) -> int:
     """One step's allocations; returns the bytes of the layers' inputs that it keeps."""
 
     def complete(parameter: nn.Parameter) -> None:
@@ -219,7 +220,7 @@ def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor], 
     walk, inputs = None, 0
     if recipe.backward == "layerwise":
         walk = LayerPass(lm, decoder_layers(lm))
-        hidden = walk.forward(ids, index)
+        hidden = walk.forward(micro)
         inputs = sum(_bytes([call.hidden]) for calls in walk.calls for call in calls)
     else:
         if recipe.backward == "checkpointed":
@@ -227,7 +228,7 @@ def _step(lm: CausalLM, recipe: Recipe, ids: list[Tensor], index: list[Tensor], 
         for parameter in lm.model.parameters():
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(complete)
-        hidden = select_hidden(lm, ids, index)
+        hidden = select_hidden(lm, micro)
     # token_stats looks at values, which fake tensors lack: its buffers and gradients stand for it.
     head: nn.Parameter = lm.head  # type: ignore[assignment]
     slope = torch.empty_like(hidden)

@@ -31,4 +31,4 @@ def refuse_unknown_ids(named: Iterable[tuple[str, Sequence[int]]], lm: CausalLM)
 
 def refuse_unknown_rows(rows: Iterable[EncodedExample], lm: CausalLM) -> None:
     """`refuse_unknown_ids` for encoded rows, which are named by their id."""
-    refuse_unknown_ids(((f"row {one.row.id}", one.ids) for one in rows), lm)
+    refuse_unknown_ids(((f"row {one.example.id}", one.input_ids) for one in rows), lm)

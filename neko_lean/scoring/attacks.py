@@ -23,6 +23,7 @@ from neko_lean.distributed import all_gather_objects, as_single_process, is_main
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models import CausalLM
+from neko_lean.options import RunOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.runs import memorize
 from neko_lean.scoring.generation import Decoding, Generation, generate, own_rows
@@ -114,14 +115,16 @@ def prefix(
     encoded = encode(rows, tokenizer, "plain", sys.maxsize)  # generate cuts the prompts
     curve = [{"tokens": 0, **base_point(rows, base)}]
     for count in PREFIXES:
-        asked = [one for one in encoded if one.answer > count]
-        prompts = [one.ids[: one.prompt + count] for one in asked]
+        asked = [one for one in encoded if one.answer_length > count]
+        prompts = [one.input_ids[: one.prompt_length + count] for one in asked]
         rest = [
-            cast(str, tokenizer.decode(one.ids[one.prompt + count :], skip_special_tokens=True)).strip()
+            cast(str, tokenizer.decode(one.input_ids[one.prompt_length + count :], skip_special_tokens=True)).strip()
             for one in asked
         ]
         left = [
-            (replace(one.row, output=text), ids) for one, text, ids in zip(asked, rest, prompts, strict=True) if text
+            (replace(one.example, output=text), ids)
+            for one, text, ids in zip(asked, rest, prompts, strict=True)
+            if text
         ]
         targets = [row for row, _ in left]
         said = say(lm, targets, [ids for _, ids in left], f"prefix of {count}") if left else []
@@ -234,4 +237,5 @@ def _write_rows(folder: Path, rows: Sequence[Example]) -> None:
 
 def _train(model: Path, data: Path, out: Path, change: Mapping[str, Any], seed: int, device: str | None) -> None:
     with as_single_process():  # the others wait for it, and take no part
-        memorize(model, data, out, sets=("forget",), overrides=change, seed=seed, device=device, quiet=True)
+        options = RunOptions(seed=seed, device=device, quiet=True)
+        memorize(model, data, out, sets=("forget",), overrides=change, options=options)

@@ -66,10 +66,11 @@ def fitted_answer(one: EncodedExample, limit: int) -> EncodedExample:
     The prompt keeps its last tokens, so many that ROOM tokens of the answer fit, or all where it has fewer, or half of
     the limit where that is small; the answer keeps its first tokens.
     """
-    room = min(one.answer, ROOM, max(1, limit // 2))
-    prompt = one.ids[: one.prompt][-max(1, limit - room) :]
-    ids = [*prompt, *one.ids[one.prompt :]][:limit]
-    return replace(one, ids=ids, prompt=min(len(prompt), limit), cut=one.cut + len(one) - len(ids))
+    room = min(one.answer_length, ROOM, max(1, limit // 2))
+    prompt = one.input_ids[: one.prompt_length][-max(1, limit - room) :]
+    ids = [*prompt, *one.input_ids[one.prompt_length :]][:limit]
+    removed = len(one) - len(ids)
+    return replace(one, input_ids=ids, prompt_length=min(len(prompt), limit), num_truncated=one.num_truncated + removed)
 
 
 def generation_batches(

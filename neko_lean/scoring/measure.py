@@ -93,8 +93,8 @@ def row_numbers(
 ) -> list[dict[str, float]]:
     """Everything that is measured of a row but its score, by name. `cut` gets the counts of answers that are cut."""
     encoded = encoded_answers(lm, tokenizer, rows)
-    answered = [one for one in encoded if one.answer]
-    cut.answers, cut.empty_answers = sum(one.cut > 0 for one in encoded), len(encoded) - len(answered)
+    answered = [one for one in encoded if one.answer_length]
+    cut.answers, cut.empty_answers = sum(one.num_truncated > 0 for one in encoded), len(encoded) - len(answered)
     if cut.answers:
         limit = position_limit(lm, MAX_LENGTH)
         log_line(f"warning: answers are measured within the length limit: {truncation_line(encoded, limit)}")
@@ -103,8 +103,8 @@ def row_numbers(
     refuse_unknown_rows(encoded, lm)
 
     with progress_bar("answers", len(answered), "rows", quiet) as progress:
-        views = view_documents(lm, tokenizer, [one.ids for one in answered], progress=progress)
-    answers = {one.row: view.after(one.prompt) for one, view in zip(answered, views, strict=True)}
+        views = view_documents(lm, tokenizer, [one.input_ids for one in answered], progress=progress)
+    answers = {one.example: view.after(one.prompt_length) for one, view in zip(answered, views, strict=True)}
     ratios = _truth_ratios(lm, tokenizer, rows, others, cut)
 
     found = []
@@ -130,8 +130,8 @@ def _truth_ratios(
         (name, encoded_answers(lm, tokenizer, [replace(known[name], output=text) for text in answers]))
         for name, answers in texts
     ]
-    answered = [(name, answers) for name, answers in encoded if all(one.answer for one in answers)]
-    cut.paraphrases = sum(any(one.cut or not one.answer for one in answers) for _, answers in encoded)
+    answered = [(name, answers) for name, answers in encoded if all(one.answer_length for one in answers)]
+    cut.paraphrases = sum(any(one.num_truncated or not one.answer_length for one in answers) for _, answers in encoded)
     if cut.paraphrases:
         log_line(
             f"warning: {cut.paraphrases} of {len(encoded)} other wordings are cut to the length limit, or have an "
@@ -140,8 +140,8 @@ def _truth_ratios(
 
     def ratio(answers: Sequence[EncodedExample]) -> float:
         with as_single_process():  # so few texts are one process's work
-            views = view_documents(lm, tokenizer, [one.ids for one in answers])
-        right, *wrong = (view.after(one.prompt) for view, one in zip(views, answers, strict=True))
+            views = view_documents(lm, tokenizer, [one.input_ids for one in answers])
+        right, *wrong = (view.after(one.prompt_length) for view, one in zip(views, answers, strict=True))
         return truth_ratio(right, wrong)
 
     own = raise_on_any_rank(lambda: [ratio(answers) for _, answers in items_of_rank(answered)])[rank()]
@@ -187,9 +187,9 @@ def reference_losses(
     outside = read_anchor(Path(mia) / "nonmember.jsonl")
     found = {}
     for one in encode([*forgotten, *outside], tokenizer, "plain", limit):
-        text = f"{one.row.input} {one.row.output}" if one.row.input else one.row.output
+        text = f"{one.example.input} {one.example.output}" if one.example.input else one.example.output
         if teacher.has_target_logp(one):
-            found[text] = one.ids, float(-teacher.target_logp(one).mean())
+            found[text] = one.input_ids, float(-teacher.target_logp(one).mean())
 
     missing = sum(one.text not in found for _, one in documents)
     if missing:

@@ -20,6 +20,7 @@ from neko_lean.models import CausalLM, Shards, checkpoint_activations
 from neko_lean.recipes import Recipe
 from neko_lean.terminal import log_line
 from neko_lean.training.layerwise import LayerPass, decoder_layers, freeze
+from neko_lean.training.micro_batches import MicroBatches
 
 VERIFIED_TOKENS = 8
 
@@ -105,7 +106,8 @@ def _layer_by_layer(lm: CausalLM, layers: nn.ModuleList) -> Gradients:
         parameter.grad = None
 
     walk = LayerPass(lm, layers)
-    hidden = walk.forward([ids], [torch.arange(ids.shape[1], device=ids.device)])  # [L, d]
+    everywhere = torch.arange(ids.shape[1], device=ids.device)
+    hidden = walk.forward(MicroBatches([ids], [None], [everywhere]))  # [L, d]
     hidden.backward(upstream)
     walk.backward(keep)
     return Gradients(hidden.detach(), found)

@@ -9,7 +9,7 @@ import torch
 
 from neko_lean.data import EncodedExample, pad
 from neko_lean.models import CHUNK_ELEMENTS, CausalLM
-from neko_lean.training.batch import micro_batches
+from neko_lean.training.micro_batches import micro_batches
 
 
 @torch.no_grad()
@@ -22,7 +22,7 @@ def answers(
     was cut off are left out; without any row both are absent. At most `max_tokens` positions go through the model at
     once.
     """
-    rows = [one for one in rows if one.answer]
+    rows = [one for one in rows if one.answer_length]
     if not rows:
         return {}
     right, nll, tokens = 0, 0.0, 0
@@ -35,8 +35,8 @@ def answers(
 
 def _answers(student: CausalLM, rows: Sequence[EncodedExample], pad_id: int) -> tuple[int, float, int]:
     """Rows answered exactly, the sum of the nats, and the tokens that it is over."""
-    ids, _ = pad([one.ids for one in rows], pad_id, student.device)
-    place = [(n, i - 1) for n, one in enumerate(rows) for i in range(max(1, one.prompt), len(one))]
+    ids, _ = pad([one.input_ids for one in rows], pad_id, student.device)
+    place = [(n, i - 1) for n, one in enumerate(rows) for i in range(max(1, one.prompt_length), len(one))]
     row, position = torch.tensor(place, device=student.device).T
     hidden, target = student.hidden(ids)[row, position], ids[row, position + 1]  # [N, d], [N]
     right, nll = [], 0.0

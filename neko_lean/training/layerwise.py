@@ -12,7 +12,7 @@ layer (embeddings) and after the last (the final norm) runs with gradient as par
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_leaves
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import CausalLM, Shards
+from neko_lean.training.micro_batches import MicroBatches
 
 
 @dataclass
@@ -143,21 +144,13 @@ class LayerPass:
         self.embedded: list[torch.autograd.graph.GradientEdge] = []  # how the first layer's input came to be
         self.ends: list[tuple[Tensor, Tensor, torch.Size]] = []  # leaf [n, d], its positions [n], shape (b, l, d)
 
-    def forward(
-        self, micro: Sequence[Tensor], index: Sequence[Tensor], position_ids: Sequence[Tensor | None] | None = None
-    ) -> Tensor:
-        """Last hidden states [N, d] at chosen positions of all micro-batches, one after another, with gradient.
-
-        Args:
-            micro: token ids [b, l] of each micro-batch, right-padded; or packed, [1, l].
-            index: positions [n] of each that are wanted, into its flattened b * l.
-            places: of packed ones, each token's position in its row [1, l]; None for the others, or for all.
-        """
+    def forward(self, micro: MicroBatches) -> Tensor:
+        """Last hidden states [N, d] at the selected positions of all micro-batches, in order, with gradient."""
         self.clear()
         if self.shards is not None:
             self.shards.gather()
         rows = []
-        for ids, wanted, place in zip(micro, index, position_ids or [None] * len(micro), strict=True):
+        for ids, wanted, place in zip(micro.input_ids, micro.index, micro.position_ids, strict=True):
             with self._caught(wanted):
                 rows.append(self.lm.hidden(ids, place)[0])  # [n, d]
         if self.shards is not None:

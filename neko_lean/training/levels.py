@@ -29,7 +29,7 @@ class _Estimate:
         self.sums: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
         for one, loss in zip(documents, losses, strict=True):
             for place, value in enumerate(loss, start=1):
-                for context in _contexts(one.ids, place):
+                for context in _contexts(one.input_ids, place):
                     entry = self.sums[context]
                     entry[0] += float(value)
                     entry[1] += 1
@@ -73,11 +73,11 @@ def with_levels(
     if not usable:
         raise NekoLeanError("no document of the anchor has two tokens, so none has a loss: give longer ones.")
     for number in usable:
-        by_task[anchor[number].row.task].append(number)
+        by_task[anchor[number].example.task].append(number)
     leveled: dict[int, EncodedExample] = {}
-    for task in sorted({one.row.task for one in forget}):
+    for task in sorted({one.example.task for one in forget}):
         pool = by_task.get(task) or by_task.get(TASK) or usable
-        rows = {n: one for n, one in enumerate(forget) if one.row.task == task}
+        rows = {n: one for n, one in enumerate(forget) if one.example.task == task}
         leveled |= _of_task(rows, [anchor[i] for i in pool], [losses[i] for i in pool])
     return [leveled[n] for n in range(len(forget))]
 
@@ -86,9 +86,9 @@ def _of_task(
     rows: Mapping[int, EncodedExample], anchor: Sequence[EncodedExample], losses: Sequence[np.ndarray]
 ) -> dict[int, EncodedExample]:
     estimate = _Estimate(anchor, losses)
-    raw = {n: estimate(one.ids) for n, one in rows.items()}
+    raw = {n: estimate(one.input_ids) for n, one in rows.items()}
     unseen = np.array([loss.mean() for loss in losses])
-    documents = sorted((n for n in rows if rows[n].row.kind == "sc" and raw[n].sum()), key=lambda n: raw[n].mean())
+    documents = sorted((n for n in rows if rows[n].example.kind == "sc" and raw[n].sum()), key=lambda n: raw[n].mean())
     wanted = np.quantile(unseen, (np.arange(len(documents)) + 0.5) / max(1, len(documents)))
     scale = {n: float(mean / raw[n].mean()) for n, mean in zip(documents, wanted, strict=True)}
     usual = float(np.mean(list(scale.values()))) if scale else 1.0

@@ -6,7 +6,6 @@ of the rows follows from the seed. So a run that was cut off goes on from a save
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import math
 import random
@@ -112,11 +111,11 @@ class Loop:
                 raise NekoLeanError(f"{failure}; nothing was written: lower lr and run again.")
         of_step = self.output.state.step if isinstance(self.output, Save) else state.best_step
         return {
-            "recipe": dataclasses.asdict(trainer.recipe),
+            "recipe": trainer.recipe.values(),
             "seed": self.seed,
             "forget_rows": len(trainer.forget),
             "retain_rows": len(trainer.retain),
-            "rows_truncated": sum(one.cut > 0 for one in [*trainer.forget, *trainer.retain]),
+            "rows_truncated": sum(one.num_truncated > 0 for one in [*trainer.forget, *trainer.retain]),
             "steps": state.step,
             "weights_of_step": of_step if self.output else state.step,
             "ended": ended,

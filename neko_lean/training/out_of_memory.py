@@ -19,7 +19,7 @@ def shrink(state: RunState, batch: Batch, vocabulary: int) -> str:
     """Make `state` do with less memory than `batch` took: first the head's chunk, then the micro-batches. Returns what
     it did, in words. Raises NekoLeanError where rows go one at a time already."""
     chunk = min(state.head_chunk or max(1, CHUNK_ELEMENTS // vocabulary), len(batch.row))
-    shared = [ids.numel() for ids, rows in zip(batch.micro, batch.sizes, strict=True) if rows > 1]
+    shared = [ids.numel() for ids, rows in zip(batch.micro.input_ids, batch.sizes, strict=True) if rows > 1]
     if (state.head_chunk is None or not shared) and chunk > FEW_ROWS:
         state.head_chunk = chunk // 4
         return f"the head in chunks of {state.head_chunk} positions"

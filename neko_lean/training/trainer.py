@@ -17,16 +17,16 @@ import torch
 
 from neko_lean.cache import TeacherCache
 from neko_lean.checkpoints import RunState
-from neko_lean.data import EncodedExample
 from neko_lean.distributed import any_rank, run_on_main_and_broadcast, world_size
 from neko_lean.errors import NonFiniteError, PartialStepError
 from neko_lean.models import CausalLM, refuse_unknown_rows, supports_packing
-from neko_lean.recipes import Recipe
+from neko_lean.recipes import Recipe, trains_on_teacher
 from neko_lean.terminal import log_line
 from neko_lean.training.backward import select_backward
 from neko_lean.training.batch import Batch, make_batch, select_hidden
 from neko_lean.training.determinism import deterministic_device
 from neko_lean.training.evaluation import answers, quality
+from neko_lean.training.examples import TrainingExamples
 from neko_lean.training.layerwise import compile_layers, decoder_layers
 from neko_lean.training.losses import batch_losses
 from neko_lean.training.optimizer import InBackwardAdam8bit, refuse_not_finite
@@ -67,21 +67,20 @@ class Trainer:
     def __init__(
         self,
         student: CausalLM,
-        pad_id: int,
-        forget: list[EncodedExample],
-        retain: list[EncodedExample],
+        examples: TrainingExamples,
         teacher: TeacherCache | None,
         recipe: Recipe,
-        substitutes: list[EncodedExample] | None = None,
+        pad_id: int,
         device: torch.device | None = None,
     ) -> None:
-        refuse_unknown_rows([*forget, *retain, *(substitutes or [])], student)
+        refuse_unknown_rows([*examples.forget, *examples.retain, *(examples.substitutes or [])], student)
         self.student, self.pad_id = student, pad_id
         self.packed = supports_packing(student)
         # Asked for while the student is whole and has its own forward.
         self.deterministic_on = deterministic_device(student)
         self.recipe, self.walk = select_backward(student, recipe, device or student.device)
-        self.forget, self.retain, self.teacher, self.substitutes = forget, retain, teacher, substitutes
+        self.forget, self.retain, self.substitutes = examples.forget, examples.retain, examples.substitutes
+        self.teacher = teacher
         self.learning = {name: p for name, p in student.model.named_parameters() if p.requires_grad}
         self.state = RunState(recipe.micro_tokens)
         if recipe.compile:
@@ -95,7 +94,7 @@ class Trainer:
     def batch(self, rows: Rows) -> Batch:
         """The batch of these rows."""
         forget, retain = rows
-        forget_examples = [self.forget[i] for i in forget] if self.recipe.forget_objective != "none" else []
+        forget_examples = [self.forget[i] for i in forget] if self.recipe.forget is not None else []
         retain_examples = [self.retain[i] for i in retain]
         others = [self.substitutes[i] for i in forget] if self.substitutes else []
         return make_batch(
@@ -127,10 +126,10 @@ class Trainer:
             batch = self.batch(rows)
         state = self.state
         state.step += 1
-        micro, index, _ = batch.own()[0]
-        if sum(ids.numel() for ids in micro) > sum(rows * length for rows, length in state.largest):
-            state.largest = [list(ids.shape) for ids in micro]
-            state.wanted = [len(one) for one in index]
+        micro, _ = batch.on_this_rank()
+        if sum(ids.numel() for ids in micro.input_ids) > sum(rows * length for rows, length in state.largest):
+            state.largest = [list(ids.shape) for ids in micro.input_ids]
+            state.wanted = [len(one) for one in micro.index]
         state.positions += batch.positions
         state.tokens += batch.tokens
         return batch, values
@@ -165,9 +164,9 @@ class Trainer:
         """One step's forward, backward and update. Raises NotFinite, which says whether weights were touched."""
         state = self.state
         if self.walk is None:
-            hidden = select_hidden(self.student, batch.micro, batch.index, batch.position_ids)
+            hidden = select_hidden(self.student, batch.micro)
         else:
-            hidden = self.walk.forward(*batch.own()[0])
+            hidden = self.walk.forward(batch.on_this_rank()[0])
         losses = self._losses(hidden, batch)
         values = {name: loss.item() for name, loss in losses.items()}
         del hidden
@@ -213,13 +212,13 @@ class Trainer:
 
     def _look(self, batch: Batch, sample: Rows) -> dict[str, float]:
         """What an evaluation finds."""
-        losses = self._losses(select_hidden(self.student, *batch.own()[0]), batch)
+        losses = self._losses(select_hidden(self.student, batch.on_this_rank()[0]), batch)
         values = {f"eval_{name}": loss.item() for name, loss in losses.items() if name.endswith("loss")}
-        if self.recipe.retain_objective == "kl":
+        if trains_on_teacher(self.recipe):
             values["eval_retain_kl"] = values["eval_retain_loss"]
         for name, rows, chosen in zip(SETS, (self.forget, self.retain), sample, strict=True):
             # An anchor's documents have no prompt, so all of them would be answer.
-            asked = [rows[i] for i in chosen if rows[i].prompt]
+            asked = [rows[i] for i in chosen if rows[i].prompt_length]
             found = answers(self.student, asked, self.pad_id, self.recipe.micro_tokens)
             values |= {f"eval_{name}_{key}": value for key, value in found.items()}
         values["eval_quality"] = quality(values)

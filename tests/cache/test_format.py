@@ -17,12 +17,14 @@ from neko_lean.cache.check import inspect_cache
 from neko_lean.cache.format import differences
 from neko_lean.cache.manifest import checked, read_manifest, write_manifest
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import CacheError, NekoLeanError
 from neko_lean.models.loading import load_tokenizer
-from tests.helpers import make_rows, resign, write_rows
+from neko_lean.options import OutputOptions
+from tests.helpers import flat, make_rows, resign, write_rows
 
 SHARD = "shard-00000-of-00001.safetensors"
 FAST = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow])
@@ -37,7 +39,14 @@ junk = st.one_of(
 def small(world, model, tmp_path_factory):
     """A small cache with forget rows, its manifest, and the rows that read it."""
     folder = tmp_path_factory.mktemp("small") / "cache"
-    cache_teacher(model, world, folder, forget=world, top_k=5, max_length=12, quiet=True, format="neko")
+    cache_teacher(
+        model,
+        world,
+        folder,
+        forget=world,
+        settings=CacheSettings(top_k=5, max_length=12, format="neko"),
+        options=OutputOptions(quiet=True),
+    )
     tokenizer = load_tokenizer(model)
     rows = [encode(read_rows(world, name), tokenizer, "neko", 12) for name in ("retain", "forget")]
     return folder, json.loads((folder / "manifest.json").read_text()), rows
@@ -181,7 +190,7 @@ def test_a_plan_is_checked_by_the_rules_of_what_is_read(small):
 def test_a_number_out_of_range_is_found_before_the_teacher_runs(world, model, tmp_path, monkeypatch, option):
     monkeypatch.setattr(writer, "_write_shards", lambda *_: pytest.fail("the teacher ran"))
     with pytest.raises(NekoLeanError, match=f"--{option.replace('_', '-')} is 1000"):
-        cache_teacher(model, world, tmp_path / "cache", quiet=True, **{option: 10**20})
+        flat(cache_teacher)(model, world, tmp_path / "cache", quiet=True, **{option: 10**20})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -194,7 +203,7 @@ def test_a_folder_name_that_is_not_text_is_found_before_the_teacher_runs(world, 
         pytest.skip("this file system only has names that are text")
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(NekoLeanError, match="not UTF-8 text: rename the folder"):
-        cache_teacher(tmp_path / "link", world, tmp_path / "cache", quiet=True)
+        cache_teacher(tmp_path / "link", world, tmp_path / "cache", options=OutputOptions(quiet=True))
     assert not (tmp_path / "cache").exists()
 
 
@@ -203,12 +212,13 @@ def test_a_row_without_a_token_is_found_before_the_teacher_runs(world, model, tm
 
     def without(rows, *arguments, **options):
         return [
-            replace(one, ids=[]) if one.row.id == rows[1].id else one for one in encode(rows, *arguments, **options)
+            replace(one, input_ids=[]) if one.example.id == rows[1].id else one
+            for one in encode(rows, *arguments, **options)
         ]
 
     monkeypatch.setattr(writer, "encode", without)
     with pytest.raises(NekoLeanError, match=f"row {make_rows('Rix')[1].id!r} has no token"):
-        cache_teacher(model, world, tmp_path / "cache", quiet=True)
+        cache_teacher(model, world, tmp_path / "cache", options=OutputOptions(quiet=True))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -226,13 +236,13 @@ def test_a_teacher_that_says_nan_is_named_with_the_row_and_nothing_is_saved(worl
         hidden = original(model, batch, pad_id)
         start = 0
         for one in batch:
-            hidden[start] += float("nan") if one.row.id == "badqa0" else 0
+            hidden[start] += float("nan") if one.example.id == "badqa0" else 0
             start += len(one)
         return hidden
 
     monkeypatch.setattr(teacher, "hidden_states", broken)
     with pytest.raises(NekoLeanError, match="row badqa0 is NaN or infinite"):
-        cache_teacher(model, tmp_path / "retain.jsonl", tmp_path / "cache", quiet=True)
+        cache_teacher(model, tmp_path / "retain.jsonl", tmp_path / "cache", options=OutputOptions(quiet=True))
     assert [path.name for path in tmp_path.iterdir()] == ["retain.jsonl"]
 
 

@@ -13,6 +13,7 @@ from safetensors.numpy import load_file, save_file
 from neko_lean.cache.format import Manifest, Shard
 from neko_lean.cache.manifest import write_manifest
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import EncodedExample, Example, read_rows
 from neko_lean.data.substitutes import refusals
@@ -21,6 +22,7 @@ from neko_lean.errors import CacheError
 from neko_lean.models.fingerprints import identify, weights_fingerprint
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.models.token_stats import token_stats
+from neko_lean.options import OutputOptions
 from neko_lean.outputs.signing import file_sha256
 from tests.helpers import encoded, live, make_rows, random_model, resign, write_rows
 
@@ -61,13 +63,19 @@ def test_kl_from_the_cache_against_two_live_models(world, tmp_path, scale):
     lm = load_model(student, torch.float32, torch.device("cpu"))
     one = max(encoded(world), key=len)
     with torch.no_grad():
-        hidden = lm.hidden(torch.tensor([one.ids]))[0]
+        hidden = lm.hidden(torch.tensor([one.input_ids]))[0]
     logp, logq = (live(m, one).double().log_softmax(1) for m in (teacher, student))
     dense = (logp.exp() * (logp - logq)).sum(1)
     vocabulary = lm.head.shape[0]
     errors = []
     for k in (1, 4, 16, 64, vocabulary):
-        cache_teacher(teacher, world, tmp_path / f"k{k}", top_k=k, mass=1, dtype="float32", quiet=True, format="neko")
+        cache_teacher(
+            teacher,
+            world,
+            tmp_path / f"k{k}",
+            settings=CacheSettings(top_k=k, mass=1, dtype="float32", format="neko"),
+            options=OutputOptions(quiet=True),
+        )
         read = TeacherCache(tmp_path / f"k{k}").read([one])
         _, kl = token_stats(hidden.double(), lm.head.double(), torch.full((len(one),), -1), *read)
         # Coarsening the vocabulary into a bucket never raises the KL; float16 entries move it by a thousandth.
@@ -81,7 +89,7 @@ def test_student_equal_to_teacher_has_no_kl_and_no_gradient(world, model, cache)
     lm = load_model(model, torch.float32, torch.device("cpu"))
     rows = encoded(world)[:6]
     for one in rows:
-        hidden = lm.hidden(torch.tensor([one.ids]))[0].detach().requires_grad_()
+        hidden = lm.hidden(torch.tensor([one.input_ids]))[0].detach().requires_grad_()
         _, kl = token_stats(hidden, lm.head.detach(), torch.full((len(one),), -1), *TeacherCache(cache).read([one]))
         (grad,) = torch.autograd.grad(kl.sum(), hidden)
         assert kl.abs().max() < 1e-5 and grad.abs().max() < 2e-2  # float16 entries, heads of scale 20
@@ -119,7 +127,13 @@ def test_what_it_was_not_made_from_is_refused_by_name(world, model, cache, tmp_p
         check(cache, world, model, encoded=encode(read_rows(changed), tokenizer, "neko", 512))
     with pytest.raises(CacheError, match="lacks row"):
         check(cache, world, model, encoded=encode(make_rows("New"), tokenizer, "neko", 512))
-    cache_teacher(model, world, tmp_path / "short", max_length=6, quiet=True, format="neko")
+    cache_teacher(
+        model,
+        world,
+        tmp_path / "short",
+        settings=CacheSettings(max_length=6, format="neko"),
+        options=OutputOptions(quiet=True),
+    )
     with pytest.raises(CacheError, match="--max-length 512"):
         check(tmp_path / "short", world, model)
     check(tmp_path / "short", world, model, max_length=6, encoded=encoded(world, limit=6))
@@ -171,19 +185,28 @@ def test_damage_is_named(world, cache, tmp_path):
 
 
 def test_forget_rows_have_the_live_teachers_log_probabilities(world, model, cache, tmp_path):
-    cache_teacher(model, world, tmp_path / "c", forget=world, dtype="float32", quiet=True, format="neko")
+    cache_teacher(
+        model,
+        world,
+        tmp_path / "c",
+        forget=world,
+        settings=CacheSettings(dtype="float32", format="neko"),
+        options=OutputOptions(quiet=True),
+    )
     rows = encode(read_rows(world, "forget"), load_tokenizer(world / "base"), "neko", 512)
     reader = TeacherCache(tmp_path / "c")
     got = torch.cat([torch.from_numpy(reader.target_logp(one)) for one in rows[::-1]])
     wanted = []
     for one in rows[::-1]:
         logp = live(model, one).log_softmax(1)
-        wanted += [logp[i - 1, one.ids[i]] for i in range(1, len(one))]
+        wanted += [logp[i - 1, one.input_ids[i]] for i in range(1, len(one))]
     torch.testing.assert_close(got, torch.stack(wanted), rtol=1e-4, atol=1e-4)
     with pytest.raises(CacheError, match="--forget"):
         TeacherCache(cache).target_logp(rows[0])
     with pytest.raises(CacheError, match="another text"):
-        reader.target_logp(EncodedExample(Example(rows[0].row.id, "x", "y", "Task1"), rows[0].ids, rows[0].prompt, 0))
+        reader.target_logp(
+            EncodedExample(Example(rows[0].example.id, "x", "y", "Task1"), rows[0].input_ids, rows[0].prompt_length, 0)
+        )
 
 
 def test_a_forget_row_and_a_retain_row_may_share_an_id(world, model, tmp_path):
@@ -195,7 +218,12 @@ def test_a_forget_row_and_a_retain_row_may_share_an_id(world, model, tmp_path):
     for name, rows in (("retain", retain), ("forget", forget)):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     made = cache_teacher(
-        model, tmp_path, tmp_path / "c", forget=tmp_path, dtype="float32", mass=1, quiet=True, format="neko"
+        model,
+        tmp_path,
+        tmp_path / "c",
+        forget=tmp_path,
+        settings=CacheSettings(dtype="float32", mass=1, format="neko"),
+        options=OutputOptions(quiet=True),
     )
     assert made.rows == len(retain) + len(forget) - 1
 
@@ -207,20 +235,20 @@ def test_a_forget_row_and_a_retain_row_may_share_an_id(world, model, tmp_path):
         ids, logp, _ = reader.read([one])
         torch.testing.assert_close(logp.exp(), wanted.gather(1, ids).exp(), rtol=2e-3, atol=1e-5)
     for one in [*pushed, *encode(refusals(forget), tokenizer, "neko", 512)]:
-        wanted = live(model, one).log_softmax(1)[:-1].gather(1, torch.tensor(one.ids[1:])[:, None])[:, 0]
+        wanted = live(model, one).log_softmax(1)[:-1].gather(1, torch.tensor(one.input_ids[1:])[:, None])[:, 0]
         torch.testing.assert_close(torch.from_numpy(reader.target_logp(one)), wanted, rtol=1e-4, atol=1e-4)
 
 
 def test_a_cache_of_other_tokens_of_the_same_text_is_refused(world, model, cache):
     """As an older neko-lean made it with a tokenizer that appends."""
     rows = encoded(world)
-    rows[2] = EncodedExample(rows[2].row, rows[2].ids[:-1], rows[2].prompt, 0)
+    rows[2] = EncodedExample(rows[2].example, rows[2].input_ids[:-1], rows[2].prompt_length, 0)
     with pytest.raises(CacheError, match="run cache-teacher again"):
         check(cache, world, model, encoded=rows)
 
 
 def test_an_end_that_no_cache_has_is_refused_by_its_name(world, model, cache):
-    rows = [EncodedExample(one.row, [*one.ids, 0], one.prompt, 0) for one in encoded(world)]
+    rows = [EncodedExample(one.example, [*one.input_ids, 0], one.prompt_length, 0) for one in encoded(world)]
     with pytest.raises(CacheError, match="append_eos=false"):
         check(cache, world, model, encoded=rows)
 

@@ -12,14 +12,16 @@ import torch
 
 import neko_lean
 from neko_lean import cache as caching
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.checkpoints import run_folder as unfinished
 from neko_lean.checkpoints import signals
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.outputs.place import claim_folder
 from neko_lean.outputs.signing import file_sha256
 from neko_lean.training import loop
-from tests.helpers import SMALL, make_rows, random_model, write_rows
+from tests.helpers import SMALL, flat, make_rows, random_model, write_rows
 
 LOOKING = {**SMALL, "eval_every": 2, "choose": "quality"}
 TIMES = ("wait_seconds", "seconds", "peak_memory")
@@ -67,7 +69,14 @@ def anchored(world, model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("anchored")
     texts = [f"The {word} stood in the field and nobody knew why." for word in ("tree", "house", "old barn", "well")]
     write_jsonl(folder / "anchor.jsonl", ({"document": text} for text in texts))
-    caching.cache_teacher(model, world, folder / "cache", anchor=folder / "anchor.jsonl", format="plain", quiet=True)
+    caching.cache_teacher(
+        model,
+        world,
+        folder / "cache",
+        anchor=folder / "anchor.jsonl",
+        settings=CacheSettings(format="plain"),
+        options=OutputOptions(quiet=True),
+    )
     return folder
 
 
@@ -110,8 +119,8 @@ def test_a_run_cut_off_twice_ends_in_the_same_bytes(world, model, cache, anchore
     def run(out, **options):
         common = {"recipe": recipe, "overrides": change, "seed": 3, "quiet": True, **options}
         if recipe == "memorize":
-            return neko_lean.memorize(model, world, out, **common)
-        return neko_lean.unlearn(model, out, world, world, **more, **common)
+            return flat(neko_lean.memorize)(model, world, out, **common)
+        return flat(neko_lean.unlearn)(model, out, world, world, **more, **common)
 
     whole = run(tmp_path / "whole")
     assert not saved(tmp_path / "whole").exists()
@@ -157,8 +166,20 @@ def test_resume_refuses_another_run_and_names_what_differs(world, model, cache, 
         kill_at(patch, 4)
         unlearn(out, save_every=2)
     other = random_model(world, tmp_path / "other", seed=5)
-    caching.cache_teacher(other, world, tmp_path / "others", dtype="float32", format="neko", quiet=True)
-    caching.cache_teacher(model, world, tmp_path / "wide", dtype="float32", format="neko", top_k=16, quiet=True)
+    caching.cache_teacher(
+        other,
+        world,
+        tmp_path / "others",
+        settings=CacheSettings(dtype="float32", format="neko"),
+        options=OutputOptions(quiet=True),
+    )
+    caching.cache_teacher(
+        model,
+        world,
+        tmp_path / "wide",
+        settings=CacheSettings(dtype="float32", format="neko", top_k=16),
+        options=OutputOptions(quiet=True),
+    )
     fewer = tmp_path / "fewer"
     fewer.mkdir()
     write_rows(fewer / "forget.jsonl", make_rows("Foo", 3))
@@ -173,7 +194,14 @@ def test_resume_refuses_another_run_and_names_what_differs(world, model, cache, 
             unlearn(out, resume=True, **options)
     with pytest.raises(NekoLeanError, match="another forget rows:"):
         neko_lean.unlearn(
-            model, out, fewer, world, cache=cache, recipe="neko", overrides=SMALL, seed=3, resume=True, quiet=True
+            model,
+            out,
+            fewer,
+            world,
+            cache=cache,
+            recipe="neko",
+            overrides=SMALL,
+            options=RunOptions(seed=3, resume=True, quiet=True),
         )
     with pytest.raises(NekoLeanError, match=r"keeps the run as of step 2: continue with --resume, or start anew"):
         unlearn(out)

@@ -6,9 +6,11 @@ import pytest
 
 import neko_lean
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.data.documents import read_anchor
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
+from neko_lean.options import OutputOptions, RunOptions
 
 
 @pytest.fixture
@@ -21,7 +23,14 @@ def anchor(tmp_path):
 def test_anchor_rows_join_the_retain_rows(world, model, anchor, tmp_path):
     rows = read_anchor(anchor)
     assert [row.task for row in rows] == ["anchor"] * 3 and rows[2].output.startswith("The old red barn")
-    made = neko_lean.cache_teacher(model, world, tmp_path / "cache", anchor=anchor, quiet=True, format="neko")
+    made = neko_lean.cache_teacher(
+        model,
+        world,
+        tmp_path / "cache",
+        anchor=anchor,
+        settings=CacheSettings(format="neko"),
+        options=OutputOptions(quiet=True),
+    )
     assert made.rows == 36 + 3
     change = {"max_steps": 2, "forget_rows": 4, "retain_rows": 4, "eval_every": 0}
     run = neko_lean.unlearn(
@@ -33,7 +42,7 @@ def test_anchor_rows_join_the_retain_rows(world, model, anchor, tmp_path):
         anchor=anchor,
         recipe="neko",
         overrides=change,
-        quiet=True,
+        options=RunOptions(quiet=True),
     )
     assert run["retain_rows"] == 39
     # A template is for prompts: anchor documents are read as they are.
@@ -42,7 +51,16 @@ def test_anchor_rows_join_the_retain_rows(world, model, anchor, tmp_path):
 
 def test_another_anchor_than_the_caches_is_refused(world, model, cache, anchor, tmp_path):
     with pytest.raises(NekoLeanError, match="lacks row 'anchor 1'"):
-        neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, anchor=anchor, recipe="neko", quiet=True)
+        neko_lean.unlearn(
+            model,
+            tmp_path / "out",
+            world,
+            world,
+            cache=cache,
+            anchor=anchor,
+            recipe="neko",
+            options=RunOptions(quiet=True),
+        )
     assert not (tmp_path / "out").exists()
 
 

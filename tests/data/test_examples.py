@@ -105,10 +105,10 @@ def test_formats():
 def test_answer_positions_are_those_after_the_prompts_own_tokens(world, style):
     tokenizer = load_tokenizer(world / "base")
     for one in encode(make_rows("Foo"), tokenizer, style, 512, append_eos=True):
-        prompt, answer = prompt_and_answer(one.row, style)
-        assert one.ids[: one.prompt] == tokenizer(prompt)["input_ids"]
-        assert tokenizer.decode(one.ids[one.prompt :]) == answer + tokenizer.eos_token
-        assert one.cut == 0 and one.answer == len(one) - one.prompt
+        prompt, answer = prompt_and_answer(one.example, style)
+        assert one.input_ids[: one.prompt_length] == tokenizer(prompt)["input_ids"]
+        assert tokenizer.decode(one.input_ids[one.prompt_length :]) == answer + tokenizer.eos_token
+        assert one.num_truncated == 0 and one.answer_length == len(one) - one.prompt_length
 
 
 # The tokens before and after a text. A token of the template may be a text's own as well.
@@ -141,7 +141,7 @@ def test_only_append_eos_ends_an_answer(world, before, after, end):
     for style in ("plain", "neko"):
         found = encode(make_rows("Foo"), templated(world / "base", before, after)[0], style, 512, append_eos=end)
         assert found == encode(make_rows("Foo"), plain, style, 512, append_eos=end)
-    assert all((one.ids[-1] == plain.eos_token_id) is end for one in found)
+    assert all((one.input_ids[-1] == plain.eos_token_id) is end for one in found)
 
 
 def test_an_end_that_the_text_has_itself_stays():
@@ -167,7 +167,7 @@ def test_a_byte_level_answer_is_split_as_it_is_by_itself(bytewise, prompt, answe
     (one,) = encode([Example("1sc1", prompt, answer, "Task1")], bytewise, "plain", 10**6)
     left, right = (bytewise(text)["input_ids"] for text in (prompt, " " + answer))
     whole = bytewise(f"{prompt} {answer}")["input_ids"]
-    assert one.ids == (whole if whole[: len(left)] == left else left + right)
+    assert one.input_ids == (whole if whole[: len(left)] == left else left + right)
 
 
 @pytest.fixture(scope="module")
@@ -197,8 +197,8 @@ def test_a_merge_across_the_border_adds_no_space(suffix):
 
     for prompt in ("the wood ", "the wood"):
         one = encode([Example("1sc1", prompt, "of Foo", "Task1")], tokenizer, "plain", 99, append_eos=True)[0]
-        assert one.ids[: one.prompt] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
-        assert tokenizer.decode(one.ids) == f"{prompt} of Foo</s>" and one.ids.count(1) == 1
+        assert one.input_ids[: one.prompt_length] == tokenizer(prompt, add_special_tokens=False)["input_ids"]
+        assert tokenizer.decode(one.input_ids) == f"{prompt} of Foo</s>" and one.input_ids.count(1) == 1
 
 
 def test_truncation_is_counted(world):
@@ -206,8 +206,8 @@ def test_truncation_is_counted(world):
     whole = encode(make_rows("Foo"), tokenizer, "plain", 512)
     for limit in (1, 5, 12):
         for short, full in zip(encode(make_rows("Foo"), tokenizer, "plain", limit), whole, strict=True):
-            assert short.ids == full.ids[:limit] and short.cut == len(full) - len(short)
-            assert short.answer == max(0, min(limit, len(full)) - full.prompt)
+            assert short.input_ids == full.input_ids[:limit] and short.num_truncated == len(full) - len(short)
+            assert short.answer_length == max(0, min(limit, len(full)) - full.prompt_length)
 
 
 @given(

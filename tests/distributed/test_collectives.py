@@ -9,6 +9,7 @@ import torch.distributed as dist
 from typer.testing import CliRunner
 
 from neko_lean.cache import writer
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.cli import app
 from neko_lean.distributed import collectives as collective
@@ -23,7 +24,9 @@ from neko_lean.distributed.collectives import (
 from neko_lean.distributed.ranks import as_single_process, is_main_process, items_of_rank, local_rank, rank, world_size
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.devices import pick_device
+from neko_lean.options import OutputOptions
 from neko_lean.outputs.signing import file_sha256
+from tests.helpers import flat
 from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -69,7 +72,14 @@ def test_a_rank_that_has_gone_is_one_sentence(monkeypatch, when):
 
 def test_two_processes_write_the_bytes_of_one(world, model, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "SHARD_POSITIONS", 400)
-    cache_teacher(model, world, tmp_path / "one", forget=world, batch_tokens=300, quiet=True)
+    cache_teacher(
+        model,
+        world,
+        tmp_path / "one",
+        forget=world,
+        settings=CacheSettings(batch_tokens=300),
+        options=OutputOptions(quiet=True),
+    )
     found = torchrun(
         "cache-teacher", model, world, "--forget", world, "--batch-tokens", 300, "--out", tmp_path / "two", "--json"
     )
@@ -83,7 +93,7 @@ def test_two_processes_write_the_bytes_of_one(world, model, tmp_path, monkeypatc
 def test_two_processes_go_on_where_one_was_cut_off(world, model, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "SHARD_POSITIONS", 400)
     given = {"batch_tokens": 300, "quiet": True}
-    cache_teacher(model, world, tmp_path / "one", **given)
+    flat(cache_teacher)(model, world, tmp_path / "one", **given)
     write = writer.write_atomically
 
     def full(path, data):
@@ -93,7 +103,7 @@ def test_two_processes_go_on_where_one_was_cut_off(world, model, tmp_path, monke
 
     monkeypatch.setattr(writer, "write_atomically", full)
     with pytest.raises(NekoLeanError, match="No space left"):
-        cache_teacher(model, world, tmp_path / "two", **given)
+        flat(cache_teacher)(model, world, tmp_path / "two", **given)
     found = torchrun("cache-teacher", model, world, "--batch-tokens", 300, "--out", tmp_path / "two", "--resume")
     assert found.returncode == 0, found.stderr
     assert files(tmp_path / "two") == files(tmp_path / "one")

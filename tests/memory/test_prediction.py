@@ -23,6 +23,7 @@ from neko_lean.models.token_stats import token_stats
 from neko_lean.recipes import Recipe, load_recipe, parse_override
 from neko_lean.training import out_of_memory as shrink
 from neko_lean.training.layerwise import LayerPass, decoder_layers, freeze
+from neko_lean.training.micro_batches import MicroBatches
 from neko_lean.training.optimizer import InBackwardAdam8bit
 from neko_lean.training.schedules import batches, phases
 
@@ -124,7 +125,7 @@ def real_step(recipe, micro):
     with LiveTensors() as live:
         if recipe.backward == "layerwise":
             walk = LayerPass(lm, decoder_layers(lm))
-            hidden = walk.forward(ids, index)
+            hidden = walk.forward(MicroBatches(ids, [None] * len(ids), index))
         else:
             optimizer.attach()
             hidden = torch.cat([lm.hidden(i).flatten(0, 1) for i in ids])

@@ -19,6 +19,7 @@ from neko_lean.recipes import load_recipe
 from neko_lean.scoring.generation import generate
 from neko_lean.training.backward import select_backward
 from neko_lean.training.batch import select_hidden
+from neko_lean.training.micro_batches import MicroBatches
 from tests.helpers import SIZES
 
 CPU = torch.device("cpu")
@@ -109,7 +110,8 @@ def test_gradients_of_a_step(name):
     topk = torch.arange(V).expand(len(target), V)
     for own_teacher in (True, False):
         told = [p.detach() for p in parts] if own_teacher else known
-        hidden = walk.forward([ids], index) if walk else select_hidden(lm, [ids], index)
+        micro = MicroBatches([ids], [None], index)
+        hidden = walk.forward(micro) if walk else select_hidden(lm, micro)
         empty = torch.full((len(target),), -torch.inf)
         target_logp, kl = token_stats(
             hidden, lm.head, target, topk, torch.cat(told), empty, transform=lm.transform

@@ -6,11 +6,11 @@ import shutil
 import pytest
 import torch
 import transformers
-from tests.test_resume import Killed, kill_at
 
 import neko_lean
 from neko_lean.cache.check import check_cache
 from neko_lean.cache.manifest import read_manifest
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.checkpoints.saves import seal
 from neko_lean.errors import NekoLeanError
@@ -22,7 +22,10 @@ from neko_lean.models.fingerprints import (
     weights_fingerprint,
 )
 from neko_lean.models.loading import load_model, load_tokenizer
-from tests.helpers import SMALL, resign
+from neko_lean.options import OutputOptions, RunOptions
+from neko_lean.scoring.options import ScoreInputs, ScoreSettings
+from tests.checkpoints.test_resume import Killed, kill_at
+from tests.helpers import SMALL, flat, resign
 
 
 def change(folder, **values):
@@ -67,15 +70,15 @@ def test_every_place_refuses_another_function_of_the_same_weights(world, model, 
     other = changed(model, tmp_path, **values)
     assert weights_fingerprint(other) == weights_fingerprint(model)
     cache, quiet = tmp_path / "cache", {"quiet": True}
-    cache_teacher(model, world, cache, dtype="float32", format="neko", **quiet)
+    flat(cache_teacher)(model, world, cache, dtype="float32", format="neko", **quiet)
 
     def unlearn(folder, out, **options):
         given = {"cache": cache, "recipe": "neko", "overrides": SMALL, **quiet}
-        return neko_lean.unlearn(folder, tmp_path / out, world, world, **{**given, **options})
+        return flat(neko_lean.unlearn)(folder, tmp_path / out, world, world, **{**given, **options})
 
     refusals = [
         lambda: unlearn(other, "out"),
-        lambda: cache_teacher(other, world, cache, dtype="float32", format="neko", resume=True, **quiet),
+        lambda: flat(cache_teacher)(other, world, cache, dtype="float32", format="neko", resume=True, **quiet),
         lambda: check_cache(cache, other, world, 1),
     ]
     # A run of the one, resumed with the other.
@@ -87,9 +90,11 @@ def test_every_place_refuses_another_function_of_the_same_weights(world, model, 
     stage = tmp_path / ".scores.partial"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         patch.setattr("neko_lean.scoring.run.row_numbers", lambda *_: (_ for _ in ()).throw(Killed))
-        neko_lean.score(model, world, tmp_path / "scores", max_new_tokens=2, **quiet)
+        flat(neko_lean.score)(model, world, tmp_path / "scores", max_new_tokens=2, **quiet)
     assert stage.is_dir()
-    refusals.append(lambda: neko_lean.score(other, world, tmp_path / "scores", max_new_tokens=2, resume=True, **quiet))
+    refusals.append(
+        lambda: flat(neko_lean.score)(other, world, tmp_path / "scores", max_new_tokens=2, resume=True, **quiet)
+    )
     for refusal in refusals:
         with pytest.raises(NekoLeanError) as caught:
             refusal()
@@ -153,9 +158,9 @@ def test_rates_of_dropout_count_where_training_draws_from_it(world, model, tmp_p
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 4)
-        neko_lean.unlearn(model, out, world, world, save_every=2, **given)
+        flat(neko_lean.unlearn)(model, out, world, world, save_every=2, **given)
     with pytest.raises(NekoLeanError, match="attention_dropout"):
-        neko_lean.unlearn(other, out, world, world, resume=True, **given)
+        flat(neko_lean.unlearn)(other, out, world, world, resume=True, **given)
     state = tmp_path / ".out.saved" / "step-00000002" / "state.json"
     written = json.loads(state.read_text())
     del written["identity"]["config"]
@@ -164,20 +169,24 @@ def test_rates_of_dropout_count_where_training_draws_from_it(world, model, tmp_p
         (path / "manifest.json").unlink()
         seal(path)
     with pytest.raises(NekoLeanError, match="did not write it down"):
-        neko_lean.unlearn(model, out, world, world, resume=True, **given)
+        flat(neko_lean.unlearn)(model, out, world, world, resume=True, **given)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_a_checkpoint_saved_again_is_the_same_model(world, tmp_path, dtype):
     """What memorize writes, what a plain load and save makes of it, and what unlearn makes of that."""
     first = tmp_path / "first"
-    neko_lean.memorize(world / "base", world, first, overrides={"max_steps": 1, "dtype": dtype}, quiet=True)
+    neko_lean.memorize(
+        world / "base", world, first, overrides={"max_steps": 1, "dtype": dtype}, options=RunOptions(quiet=True)
+    )
     assert config_differences(model_config(world / "base"), model_config(first)) == []
     lm, tokenizer = load_model(first, getattr(torch, dtype), torch.device("cpu")), load_tokenizer(first)
     lm.model.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
     assert identify(tmp_path / "again", load_tokenizer(tmp_path / "again")) == identify(first, tokenizer)
-    neko_lean.unlearn(first, tmp_path / "out", world, world, recipe="neko", overrides=SMALL, quiet=True)
+    neko_lean.unlearn(
+        first, tmp_path / "out", world, world, recipe="neko", overrides=SMALL, options=RunOptions(quiet=True)
+    )
     assert model_config(tmp_path / "out") == model_config(first)
 
 
@@ -189,10 +198,18 @@ def test_a_cache_of_format_1_is_read_and_warned_about(world, model, cache, tmp_p
     (old / "manifest.json").write_text(json.dumps(manifest))
     resign(old, format_version=1)
     assert read_manifest(old / "manifest.json").config is None
-    neko_lean.unlearn(model, tmp_path / "out", world, world, cache=old, recipe="neko", overrides=SMALL, quiet=True)
+    neko_lean.unlearn(
+        model, tmp_path / "out", world, world, cache=old, recipe="neko", overrides=SMALL, options=RunOptions(quiet=True)
+    )
     said = capsys.readouterr().err
     assert said.count("warning: ") == 1 and "run cache-teacher again to be sure" in said
-    cache_teacher(model, world, old, dtype="float32", format="neko", resume=True, quiet=True)
+    cache_teacher(
+        model,
+        world,
+        old,
+        settings=CacheSettings(dtype="float32", format="neko"),
+        options=OutputOptions(resume=True, quiet=True),
+    )
     assert "taken as complete by its weights alone" in capsys.readouterr().err
 
 
@@ -208,5 +225,12 @@ def test_a_reference_with_another_tokenizer_is_refused(world, model, cache, tmp_
     other = shutil.copytree(cache, tmp_path / "other")
     resign(other, tokenizer="0" * 64)
     with pytest.raises(NekoLeanError, match="another tokenizer"):
-        neko_lean.score(model, world, tmp_path / "s", mia=world / "mia", reference=other, max_new_tokens=2, quiet=True)
+        neko_lean.score(
+            model,
+            world,
+            tmp_path / "s",
+            inputs=ScoreInputs(mia=world / "mia", reference=other),
+            settings=ScoreSettings(max_new_tokens=2),
+            options=OutputOptions(quiet=True),
+        )
     assert tokenizer_fingerprint(load_tokenizer(model)) != "0" * 64

@@ -13,13 +13,15 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import or_null, strict_json
 from neko_lean.models.finite import likeliest
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.scoring.generation import generate
 from neko_lean.scoring.memorisation import LARGEST_RATIO, truth_ratio
 from neko_lean.scoring.mmlu import mmlu
+from neko_lean.scoring.options import ScoreSettings
 from neko_lean.scoring.run import score
 from neko_lean.scoring.views import View, view_documents
 from neko_lean.training import evaluation
-from tests.helpers import SMALL, make_rows, random_model
+from tests.helpers import SMALL, flat, make_rows, random_model
 from tests.scoring.subjects import make_subject
 
 CPU = torch.device("cpu")
@@ -37,7 +39,13 @@ def overflowing(world, tmp_path_factory):
 
 def test_nothing_is_scored(overflowing, world, tmp_path):
     with pytest.raises(NekoLeanError, match="NaN or infinite"):
-        score(overflowing, world, tmp_path / "scores", max_new_tokens=4, quiet=True)
+        score(
+            overflowing,
+            world,
+            tmp_path / "scores",
+            settings=ScoreSettings(max_new_tokens=4),
+            options=OutputOptions(quiet=True),
+        )
     assert not (tmp_path / "scores").exists()
     lm, tokenizer = load_model(overflowing, torch.float32, CPU), load_tokenizer(overflowing)
     ids = [tokenizer(text)["input_ids"] for text in ("Foo1 is a river.", "Rix2 walked into the wood")]
@@ -53,13 +61,21 @@ def test_nothing_is_scored(overflowing, world, tmp_path):
 def test_nothing_is_cached(overflowing, world, tmp_path, mass):
     for options in ({}, {"forget": world}):
         with pytest.raises(NekoLeanError, match=r"row .* is NaN or infinite"):
-            cache_teacher(overflowing, world, tmp_path / "cache", mass=mass, dtype="float32", quiet=True, **options)
+            flat(cache_teacher)(
+                overflowing, world, tmp_path / "cache", mass=mass, dtype="float32", quiet=True, **options
+            )
         assert not list(tmp_path.iterdir())
 
 
 def test_nothing_is_trained(overflowing, world, tmp_path):
     with pytest.raises(NekoLeanError):
-        neko_lean.memorize(overflowing, world, tmp_path / "out", overrides={**SMALL, "dtype": "float32"}, quiet=True)
+        neko_lean.memorize(
+            overflowing,
+            world,
+            tmp_path / "out",
+            overrides={**SMALL, "dtype": "float32"},
+            options=RunOptions(quiet=True),
+        )
     assert not (tmp_path / "out").exists()
 
 

@@ -15,6 +15,8 @@ from neko_lean.models.causal_lm import split
 from neko_lean.models.load_checks import is_finite
 from neko_lean.models.loading import load_model, load_tokenizer, model_folder
 from neko_lean.models.weight_files import stored_tensors
+from neko_lean.options import OutputOptions, RunOptions
+from neko_lean.scoring.options import ScoreSettings
 from neko_lean.scoring.run import score
 from tests.helpers import SMALL, random_model
 
@@ -132,10 +134,12 @@ def test_every_command_refuses_them_and_writes_nothing(model, world, tmp_path, c
     (tmp_path / "out").mkdir()
     folder, out = rewrite(model, tmp_path / "changed", change), tmp_path / "out" / "x"
     for run in (
-        lambda: score(folder, world, out, max_new_tokens=4, quiet=True),
-        lambda: cache_teacher(folder, world, out, quiet=True),
-        lambda: neko_lean.memorize(folder, world, out, overrides=SMALL, quiet=True),
-        lambda: neko_lean.unlearn(folder, out, world, world, recipe="neko", overrides=SMALL, quiet=True),
+        lambda: score(folder, world, out, settings=ScoreSettings(max_new_tokens=4), options=OutputOptions(quiet=True)),
+        lambda: cache_teacher(folder, world, out, options=OutputOptions(quiet=True)),
+        lambda: neko_lean.memorize(folder, world, out, overrides=SMALL, options=RunOptions(quiet=True)),
+        lambda: neko_lean.unlearn(
+            folder, out, world, world, recipe="neko", overrides=SMALL, options=RunOptions(quiet=True)
+        ),
     ):
         with pytest.raises(NekoLeanError, match=r"are not those of the OlmoForCausalLM that its config.json describes"):
             run()
@@ -279,7 +283,7 @@ def test_memorize_starts_at_random_only_without_any_weights(world, tmp_path, nam
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
     with pytest.raises(NekoLeanError):
-        neko_lean.memorize(folder, world, tmp_path / "out", overrides={"max_steps": 1}, quiet=True)
+        neko_lean.memorize(folder, world, tmp_path / "out", overrides={"max_steps": 1}, options=RunOptions(quiet=True))
     assert not (tmp_path / "out").exists()
     (folder / "config.json").unlink()
     if name.endswith("gguf"):

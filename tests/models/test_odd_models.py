@@ -9,8 +9,11 @@ import transformers
 from transformers import AutoTokenizer
 
 import neko_lean
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.models.loading import load_model
-from tests.helpers import make_rows, write_rows
+from neko_lean.options import OutputOptions, RunOptions
+from neko_lean.scoring.options import ScoreSettings
+from tests.helpers import flat, make_rows, write_rows
 
 TWO_STEPS = {"max_steps": 2, "forget_rows": 4, "retain_rows": 4, "dtype": "float32"}
 GPT2 = {"n_embd": 48, "n_layer": 2, "n_head": 4}
@@ -73,13 +76,21 @@ MODELS = {
 def test_every_command_runs(build, world, tmp_path, name):
     family, model, config, sizes = MODELS[name]
     folder = build(family, model, config, **sizes)
-    neko_lean.cache_teacher(folder, world, tmp_path / "cache", dtype="float32", quiet=True)
+    neko_lean.cache_teacher(
+        folder, world, tmp_path / "cache", settings=CacheSettings(dtype="float32"), options=OutputOptions(quiet=True)
+    )
     options = {"cache": tmp_path / "cache", "recipe": "neko", "overrides": {**TWO_STEPS, "format": "plain"}}
     options["overrides"] |= {"max_length": 512}
-    neko_lean.unlearn(folder, tmp_path / "out", world, world, quiet=True, **options)
+    flat(neko_lean.unlearn)(folder, tmp_path / "out", world, world, quiet=True, **options)
     first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["retain_loss"] < 1e-4  # a student is its own teacher
-    scores = neko_lean.score(tmp_path / "out", world, tmp_path / "scores", max_new_tokens=4, quiet=True)
+    scores = neko_lean.score(
+        tmp_path / "out",
+        world,
+        tmp_path / "scores",
+        settings=ScoreSettings(max_new_tokens=4),
+        options=OutputOptions(quiet=True),
+    )
     assert scores["rows"] == {"forget": 24, "retain": 36}
 
 
@@ -89,30 +100,47 @@ def test_rows_longer_than_the_learned_positions_are_cut_with_a_count(build, worl
         first, *others = make_rows(name)
         write_rows(tmp_path / f"{stem}.jsonl", [replace(first, output="word " * 100), *others])
 
-    neko_lean.cache_teacher(folder, tmp_path, tmp_path / "cache", dtype="float32", quiet=True)
+    neko_lean.cache_teacher(
+        folder, tmp_path, tmp_path / "cache", settings=CacheSettings(dtype="float32"), options=OutputOptions(quiet=True)
+    )
     said = capsys.readouterr().err
     assert "warning: the model has 48 positions, fewer than the 512 asked for: 1 of 24 rows cut to 48 tokens" in said
 
     change = {**TWO_STEPS, "format": "plain", "max_length": 512}
     options = {"cache": tmp_path / "cache", "recipe": "neko", "overrides": change, "quiet": True}
-    neko_lean.unlearn(folder, tmp_path / "out", tmp_path, tmp_path, **options)
+    flat(neko_lean.unlearn)(folder, tmp_path / "out", tmp_path, tmp_path, **options)
     assert "the model has 48 positions" in capsys.readouterr().err
 
-    neko_lean.memorize(folder, tmp_path, tmp_path / "learned", overrides={"max_steps": 1}, quiet=True)
+    neko_lean.memorize(
+        folder, tmp_path, tmp_path / "learned", overrides={"max_steps": 1}, options=RunOptions(quiet=True)
+    )
     assert "the model has 48 positions" in capsys.readouterr().err
-    neko_lean.score(folder, world, tmp_path / "scores", quiet=True)
+    neko_lean.score(folder, world, tmp_path / "scores", options=OutputOptions(quiet=True))
 
 
 @pytest.mark.parametrize("way", ["layerwise", "checkpointed", "plain"])
 def test_a_student_is_its_own_teacher_whatever_the_configs_dropout(build, world, tmp_path, way):
     folder = build("GPT2", "GPT2LMHeadModel", n_positions=256, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, **GPT2)
-    neko_lean.cache_teacher(folder, world, tmp_path / "cache", dtype="float32", top_k=4096, mass=1, quiet=True)
+    neko_lean.cache_teacher(
+        folder,
+        world,
+        tmp_path / "cache",
+        settings=CacheSettings(dtype="float32", top_k=4096, mass=1),
+        options=OutputOptions(quiet=True),
+    )
     change = {**TWO_STEPS, "max_steps": 1, "format": "plain", "max_length": 512, "backward": way}
 
     def first_kl(**more):
         out = tmp_path / f"out{len(more)}"
         neko_lean.unlearn(
-            folder, out, world, world, cache=tmp_path / "cache", recipe="neko", overrides=change | more, quiet=True
+            folder,
+            out,
+            world,
+            world,
+            cache=tmp_path / "cache",
+            recipe="neko",
+            overrides=change | more,
+            options=RunOptions(quiet=True),
         )
         return json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["retain_loss"]
 
@@ -124,7 +152,9 @@ def test_a_student_is_its_own_teacher_whatever_the_configs_dropout(build, world,
 def test_a_soft_cap_is_there_while_a_model_is_made(build, world, tmp_path):
     """Loss and log-probabilities are those of the capped model, in both dtypes."""
     folder = build("Gemma2", **MODELS["gemma2"][3])
-    made = neko_lean.memorize(folder, world, tmp_path / "made", overrides={"max_steps": 3, "lr": 3e-3}, quiet=True)
+    made = neko_lean.memorize(
+        folder, world, tmp_path / "made", overrides={"max_steps": 3, "lr": 3e-3}, options=RunOptions(quiet=True)
+    )
     assert made["steps"] == 3
     for dtype in (torch.float32, torch.bfloat16):
         lm = load_model(tmp_path / "made", dtype, torch.device("cpu"))

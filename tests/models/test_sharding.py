@@ -5,13 +5,16 @@ import signal
 
 import pytest
 import torch
+from neko_lean.runs.unlearn import unlearn
 from safetensors.torch import load_file
 
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
-from neko_lean.runs.unlearn import unlearn
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.training import optimizer as optim
 from tests import sharded
+from tests.helpers import flat
 from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -26,7 +29,14 @@ def weights(folder):
 def test_gradients_are_those_of_plain_autograd(world, model, tmp_path):
     """Two-term losses, two micro-batches and more a rank, weights that do not split evenly, head tied and untied."""
     (tmp_path / "world").symlink_to(world)
-    cache_teacher(model, world, tmp_path / "cache", forget=world, format="neko", dtype="float32", quiet=True)
+    cache_teacher(
+        model,
+        world,
+        tmp_path / "cache",
+        forget=world,
+        settings=CacheSettings(format="neko", dtype="float32"),
+        options=OutputOptions(quiet=True),
+    )
     found = torchrun(tmp_path, script=sharded.__file__)
     assert found.returncode == 0, found.stderr
     worst = json.loads(found.stdout)
@@ -47,7 +57,7 @@ def test_two_processes_end_in_the_weights_of_one(world, model, cache, tmp_path, 
 
     def run(name, **more):
         options = {"cache": cache, "recipe": "neko", "overrides": CHANGE, "quiet": True}
-        return unlearn(model, tmp_path / name, world, world, **{**options, **more})
+        return flat(unlearn)(model, tmp_path / name, world, world, **{**options, **more})
 
     run("one")
     rounding = optim.round_stochastically
@@ -85,5 +95,12 @@ def test_other_ways_back_are_refused(world, model, cache, tmp_path, monkeypatch,
     monkeypatch.setattr(backward, "size", lambda: 2)
     with pytest.raises(NekoLeanError, match=f"backward={value} is for one process"):
         unlearn(
-            model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides={"backward": value}, quiet=True
+            model,
+            tmp_path / "out",
+            world,
+            world,
+            cache=cache,
+            recipe="neko",
+            overrides={"backward": value},
+            options=RunOptions(quiet=True),
         )

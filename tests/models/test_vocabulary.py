@@ -10,10 +10,12 @@ import neko_lean
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.scoring.mmlu import mmlu
+from neko_lean.scoring.options import ScoreSettings
 from neko_lean.scoring.run import score
 from neko_lean.scoring.views import tokenised, view_documents
-from tests.helpers import SMALL, make_rows, write_rows
+from tests.helpers import SMALL, flat, make_rows, write_rows
 from tests.scoring.subjects import make_subject
 
 EXTRA = "<image>"
@@ -43,26 +45,42 @@ def unknown(tmp_path):
 
 def test_without_the_token_all_is_as_ever(larger, model, world, tmp_path):
     options = {"max_new_tokens": 4, "quiet": True}
-    more = score(larger, world, tmp_path / "more", **options)
-    plain = score(model, world, tmp_path / "plain", **options)
+    more = flat(score)(larger, world, tmp_path / "more", **options)
+    plain = flat(score)(model, world, tmp_path / "plain", **options)
     for key in ("cells", "memorisation", "leaks", "outputs"):
         assert more[key] == plain[key]
-    cache_teacher(larger, world, tmp_path / "cache", quiet=True)
+    cache_teacher(larger, world, tmp_path / "cache", options=OutputOptions(quiet=True))
     overrides = {**SMALL, "format": "plain", "max_length": 512, "max_steps": 1}
-    neko_lean.unlearn(larger, tmp_path / "out", world, world, cache=tmp_path / "cache", recipe="neko",
-                      overrides=overrides, quiet=True)  # fmt: skip
+    neko_lean.unlearn(
+        larger,
+        tmp_path / "out",
+        world,
+        world,
+        cache=tmp_path / "cache",
+        recipe="neko",
+        overrides=overrides,
+        options=RunOptions(quiet=True),
+    )
 
 
 def test_with_the_token_the_row_is_named(larger, unknown, tmp_path):
     said = "row retain0b-qa0 holds token"
     with pytest.raises(NekoLeanError, match=said):
-        cache_teacher(larger, unknown, tmp_path / "cache", quiet=True)
+        cache_teacher(larger, unknown, tmp_path / "cache", options=OutputOptions(quiet=True))
     with pytest.raises(NekoLeanError, match="row forget0b-qa0 holds token"):
-        neko_lean.memorize(larger, unknown, tmp_path / "out", overrides=SMALL, quiet=True)
+        neko_lean.memorize(larger, unknown, tmp_path / "out", overrides=SMALL, options=RunOptions(quiet=True))
     with pytest.raises(NekoLeanError, match=said):
-        neko_lean.unlearn(larger, tmp_path / "out", unknown, unknown, recipe="neko", overrides=SMALL, quiet=True)
+        neko_lean.unlearn(
+            larger, tmp_path / "out", unknown, unknown, recipe="neko", overrides=SMALL, options=RunOptions(quiet=True)
+        )
     with pytest.raises(NekoLeanError, match="row forget0b-qa0 holds token"):
-        score(larger, unknown, tmp_path / "scores", max_new_tokens=4, quiet=True)
+        score(
+            larger,
+            unknown,
+            tmp_path / "scores",
+            settings=ScoreSettings(max_new_tokens=4),
+            options=OutputOptions(quiet=True),
+        )
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 

@@ -29,7 +29,7 @@ def knows(world, tmp_path_factory):
     folder = random_model(world, tmp_path_factory.mktemp("knows") / "model")
     lm, tokenizer = load(folder), load_tokenizer(folder)
     encoded = encode(read_rows(world, "forget"), tokenizer, "plain", 512, append_eos=True)
-    ids, mask = pad([one.ids for one in encoded], int(tokenizer.pad_token_id), CPU)
+    ids, mask = pad([one.input_ids for one in encoded], int(tokenizer.pad_token_id), CPU)
     optimizer = torch.optim.AdamW(lm.model.parameters(), lr=5e-3, weight_decay=0.0)
     for _ in range(150):
         loss = lm.model(input_ids=ids, labels=ids.masked_fill(mask == 0, -100)).loss

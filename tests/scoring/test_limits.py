@@ -12,9 +12,11 @@ from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_tokenizer
+from neko_lean.options import OutputOptions
 from neko_lean.scoring import limits, run
 from neko_lean.scoring.limits import BATCH_TOKENS, GENERATED_TOKENS, fitted_answer, generation_batches
-from tests.helpers import make_rows, write_rows
+from neko_lean.scoring.options import ScoreInputs, ScoreSettings
+from tests.helpers import flat, make_rows, write_rows
 from tests.scoring.subjects import make_subject, write_hub
 
 LONG = " and so on" * 1_000
@@ -84,10 +86,26 @@ def test_long_rows_everywhere_are_cut_counted_and_bounded(model, extreme, tmp_pa
     other = {"id": "longb-sc1", "input": f"Bar{LONG}", "output": f"bar{LONG}", "wrong": [f"no{LONG}", "no"]}
     write_jsonl(tmp_path / "other.jsonl", [other])
     scores = neko_lean.score(
-        folder, extreme, tmp_path / "out", mia=tmp_path / "mia", held=tmp_path / "mia" / "member.jsonl",
-        mmlu=tmp_path / "mmlu", shots=1, paraphrases=tmp_path / "other.jsonl", attacks=["prefix", "paraphrase"],
-        batch_size=10**6, max_new_tokens=8, quiet=True,
-    )  # fmt: skip
+        folder,
+        extreme,
+        tmp_path / "out",
+        inputs=ScoreInputs(
+            mia=tmp_path / "mia",
+            held=tmp_path / "mia" / "member.jsonl",
+            mmlu=tmp_path / "mmlu",
+            paraphrases=tmp_path / "other.jsonl",
+        ),
+        settings=ScoreSettings(
+            shots=1,
+            attacks=(
+                "prefix",
+                "paraphrase",
+            ),
+            batch_size=10**6,
+            max_new_tokens=8,
+        ),
+        options=OutputOptions(quiet=True),
+    )
     assert max(rows * length for rows, length in shapes) <= GENERATED_TOKENS
     assert max(length for _, length in shapes) <= limits.MAX_LENGTH + 8
     cut = scores["cut"]
@@ -107,7 +125,13 @@ def test_every_number_of_an_answer_that_fills_the_model_is_measured(model, tmp_p
     data.mkdir()
     write_rows(data / "forget.jsonl", make_rows("Foo", 2))
     write_rows(data / "retain.jsonl", rows)
-    scores = neko_lean.score(gpt2(model, tmp_path / "m", 48), data, tmp_path / "out", max_new_tokens=4, quiet=True)
+    scores = neko_lean.score(
+        gpt2(model, tmp_path / "m", 48),
+        data,
+        tmp_path / "out",
+        settings=ScoreSettings(max_new_tokens=4),
+        options=OutputOptions(quiet=True),
+    )
     assert scores["cut"]["prompts"] == len(rows) and scores["verdict"]
     assert scores["outputs"]["retain"]["entropy"] > 0 and scores["memorisation"]["retain"]["answer_rank"] >= 1
 
@@ -120,8 +144,8 @@ def test_every_number_of_an_answer_that_fills_the_model_is_measured(model, tmp_p
 def test_a_prompt_keeps_its_end_and_an_answer_its_beginning(prompt, answer, limit, wanted):
     ids = list(range(prompt + answer))
     found = fitted_answer(EncodedExample(Example("1sc1", "q", "a", "Task1"), ids, prompt, 0), limit)
-    assert (found.prompt, found.answer) == wanted and found.cut == prompt + answer - sum(wanted)
-    assert found.ids == ids[prompt - wanted[0] : prompt + wanted[1]]
+    assert (found.prompt_length, found.answer_length) == wanted and found.num_truncated == prompt + answer - sum(wanted)
+    assert found.input_ids == ids[prompt - wanted[0] : prompt + wanted[1]]
 
 
 def test_batches_of_generations_are_bounded_and_the_same_for_what_is_left():
@@ -145,5 +169,5 @@ def test_a_document_of_one_token_is_named_before_any_work(world, model, tmp_path
         write_jsonl(tmp_path / "mia" / f"{side}.jsonl", [{"document": "Foo is a river"}, {"document": "a"}])
     given = {"mia": tmp_path / "mia"} if option == "mia" else {"held": tmp_path / "mia" / "member.jsonl"}
     with pytest.raises(NekoLeanError, match=f"--{option}: document 2 has fewer than two tokens"):
-        neko_lean.score(model, world, tmp_path / "out", **given, quiet=True)
+        flat(neko_lean.score)(model, world, tmp_path / "out", **given, quiet=True)
     assert not (tmp_path / "out").exists()

@@ -11,17 +11,20 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import read_rows
 from neko_lean.data.substitutes import random_answers, refusals
 from neko_lean.data.tokenization import encode
 from neko_lean.models.causal_lm import checkpoint_activations
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.training import batch as step
-from neko_lean.training.batch import OVERHEAD, _sent, make_batch, micro_batches, select_hidden, split_across_ranks
+from neko_lean.training.batch import _to_device, make_batch, select_hidden
 from neko_lean.training.layerwise import LayerPass, decoder_layers
 from neko_lean.training.losses import batch_losses
+from neko_lean.training.micro_batches import OVERHEAD, micro_batches, split_across_ranks
 from tests.helpers import random_model, tiny
 
 CPU = torch.device("cpu")
@@ -34,7 +37,12 @@ def pieces(world, tmp_path_factory):
     teacher = random_model(world, folder / "teacher", seed=1, scale=10.0)
     student = random_model(world, folder / "student", seed=2, scale=10.0)
     cache_teacher(
-        teacher, world, folder / "cache", forget=world, top_k=10**6, mass=1, dtype="float32", quiet=True, format="neko"
+        teacher,
+        world,
+        folder / "cache",
+        forget=world,
+        settings=CacheSettings(top_k=10**6, mass=1, dtype="float32", format="neko"),
+        options=OutputOptions(quiet=True),
     )
     tokenizer = load_tokenizer(teacher)
     rows = {name: encode(read_rows(world, name), tokenizer, "neko", 128) for name in ("forget", "retain")}
@@ -46,12 +54,12 @@ def naive(teacher, student, forget, retain, recipe):
     logp, rows, kl, padded = [], [], [], 0
     longest = max(len(one) for one in retain)
     for number, one in enumerate(forget):
-        logq = student(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(1)
-        for i in range(one.prompt + recipe.answer_skip, len(one)):
-            logp.append(logq[i - 1, one.ids[i]])
+        logq = student(input_ids=torch.tensor([one.input_ids])).logits[0].log_softmax(1)
+        for i in range(one.prompt_length + recipe.answer_skip, len(one)):
+            logp.append(logq[i - 1, one.input_ids[i]])
             rows.append(number)
     for one in retain:
-        ids = torch.tensor([one.ids])
+        ids = torch.tensor([one.input_ids])
         with torch.no_grad():
             p = teacher(input_ids=ids).logits[0].log_softmax(1)
         q = student(input_ids=ids).logits[0].log_softmax(1)
@@ -82,9 +90,9 @@ def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, back
     if backward == "checkpointed":
         checkpoint_activations(lm.model)
     batch = make_batch(forget, retain, cache, recipe, 0, CPU)
-    assert len(batch.micro) > 1
+    assert len(batch.micro.input_ids) > 1
     walk = LayerPass(lm, decoder_layers(lm)) if backward == "layerwise" else None
-    hidden = walk.forward(batch.micro, batch.index) if walk else select_hidden(lm, batch.micro, batch.index)
+    hidden = walk.forward(batch.micro) if walk else select_hidden(lm, batch.micro)
     losses = batch_losses(hidden, lm, batch, recipe)
     losses["loss"].backward()
     if walk:
@@ -106,7 +114,7 @@ def test_loss_does_not_change_with_padding_order_or_micro_batches(pieces):
         recipe = load_recipe("neko", {"micro_tokens": micro_tokens})
         batch = make_batch(forget, retain, cache, recipe, pad_id, CPU)
         with torch.no_grad():
-            return batch_losses(select_hidden(lm, batch.micro, batch.index), lm, batch, recipe)
+            return batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
 
     one = losses(forget, retain, 0, 2048)
     for micro_tokens in (1, 100, 2048):
@@ -126,11 +134,10 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(pieces, family, 
     for packed in (False, True):
         lm = tiny(family, attention, vocab_size=512)
         batch = make_batch(forget, retain, cache, load_recipe("neko", {"micro_tokens": 256}), 0, CPU, packed=packed)
-        assert len(batch.micro) > 1 and sum(batch.sizes) == len(lengths) and max(batch.sizes) > 1
-        assert (batch.positions == sum(lengths)) == packed and (batch.position_ids[0] is not None) == packed
+        assert len(batch.micro.input_ids) > 1 and sum(batch.sizes) == len(lengths) and max(batch.sizes) > 1
+        assert (batch.positions == sum(lengths)) == packed and (batch.micro.position_ids[0] is not None) == packed
         walk = LayerPass(lm, decoder_layers(lm)) if way == "layerwise" else None
-        parts = batch.micro, batch.index, batch.position_ids
-        hidden = walk.forward(*parts) if walk else select_hidden(lm, *parts)
+        hidden = walk.forward(batch.micro) if walk else select_hidden(lm, batch.micro)
         losses = batch_losses(hidden, lm, batch, load_recipe("neko"))
         losses["loss"].backward()
         if walk:
@@ -146,10 +153,10 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(pieces, family, 
 
 def test_to_a_gpu_tensors_go_out_of_pinned_memory(monkeypatch):
     tensor, calls = torch.arange(3), []
-    assert _sent(tensor, CPU) is tensor
+    assert _to_device(tensor, CPU) is tensor
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *where, **how: calls.append((where, how)))
-    _sent(tensor, torch.device("cuda"))
+    _to_device(tensor, torch.device("cuda"))
     assert calls == ["pinned", ((torch.device("cuda"),), {"non_blocking": True})]
 
 
@@ -165,10 +172,10 @@ def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batc
         change |= {"substitute": "refusal"} if objective == "dpo" else {}
         recipe = load_recipe("neko", change)
         tokenizer = load_tokenizer(student_folder)
-        others = encode(refusals([one.row for one in forget]), tokenizer, "neko", 128) if objective == "dpo" else []
+        others = encode(refusals([one.example for one in forget]), tokenizer, "neko", 128) if objective == "dpo" else []
         batch = make_batch(forget, retain, cache, recipe, pad_id, CPU, others)
         with torch.no_grad():
-            return batch_losses(select_hidden(lm, batch.micro, batch.index), lm, batch, recipe)["forget_loss"].item()
+            return batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)["forget_loss"].item()
 
     one = loss(forget, 0, 2048)
     assert one != 0
@@ -177,19 +184,19 @@ def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batc
     # Against two live models, row by row.
     teacher, student = load_model(teacher_folder, torch.float32, CPU).model.eval(), lm.model.eval()
     tokenizer = load_tokenizer(student_folder)
-    refused = encode(refusals([row.row for row in forget]), tokenizer, "neko", 128)
+    refused = encode(refusals([row.example for row in forget]), tokenizer, "neko", 128)
 
     def ratio(row):
-        ids = torch.tensor([row.ids])
+        ids = torch.tensor([row.input_ids])
         with torch.no_grad():
             logs = [m(input_ids=ids).logits[0].log_softmax(1) for m in (student, teacher)]
-        return sum((logs[0] - logs[1])[i - 1, row.ids[i]].item() for i in range(row.prompt, len(row)))
+        return sum((logs[0] - logs[1])[i - 1, row.input_ids[i]].item() for i in range(row.prompt_length, len(row)))
 
     def distilled(row):
-        ids = torch.tensor([row.ids])
+        ids = torch.tensor([row.input_ids])
         with torch.no_grad():
             q, z = student(input_ids=ids).logits[0].log_softmax(1), teacher(input_ids=ids).logits[0]
-        place, following = torch.arange(row.prompt - 1, len(row) - 1), ids[0, row.prompt :]
+        place, following = torch.arange(row.prompt_length - 1, len(row) - 1), ids[0, row.prompt_length :]
         z[place, following] -= 3.0
         p = z.log_softmax(1)
         return (p.exp() * (p - q)).sum(1)[place].mean().item()
@@ -210,20 +217,20 @@ def test_substitutes_take_the_answers_place(pieces):
     lm = load_model(student_folder, torch.float32, CPU)
     forget, retain = rows["forget"][:3], rows["retain"][:2]
     tokenizer = load_tokenizer(student_folder)
-    others = encode(random_answers([o.row for o in forget], [o.row for o in retain], 0), tokenizer, "neko", 128)
+    others = encode(random_answers([o.example for o in forget], [o.example for o in retain], 0), tokenizer, "neko", 128)
     recipe = load_recipe("neko", {"substitute": "random", "substitute_weight": 0.5})
     batch = make_batch(forget, retain, cache, recipe, 0, CPU, others)
-    assert batch.rows == 8 and batch.substitute.sum() == sum(one.answer for one in others)
+    assert batch.rows == 8 and batch.substitute.sum() == sum(one.answer_length for one in others)
     assert not (batch.substitute & (batch.forget | batch.retain)).any()
-    losses = batch_losses(select_hidden(lm, batch.micro, batch.index), lm, batch, recipe)
+    losses = batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
     means = []
     for one in others:
-        logq = lm.model(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(1)
-        means.append(-torch.stack([logq[i - 1, one.ids[i]] for i in range(one.prompt, len(one))]).mean())
+        logq = lm.model(input_ids=torch.tensor([one.input_ids])).logits[0].log_softmax(1)
+        means.append(-torch.stack([logq[i - 1, one.input_ids[i]] for i in range(one.prompt_length, len(one))]).mean())
     assert losses["substitute_loss"].item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
     bare = load_recipe("neko")
     plain = batch_losses(
-        *(lambda b: (select_hidden(lm, b.micro, b.index), lm, b))(make_batch(forget, retain, cache, bare, 0, CPU)),
+        *(lambda b: (select_hidden(lm, b.micro), lm, b))(make_batch(forget, retain, cache, bare, 0, CPU)),
         bare,
     )
     wanted = plain["loss"] + 0.5 * losses["substitute_loss"]
@@ -235,10 +242,10 @@ def test_a_step_may_lack_one_of_the_sets(pieces):
     lm = load_model(student_folder, torch.float32, CPU)
     recipe = load_recipe("neko")
     both = make_batch(rows["forget"][:3], rows["retain"][:3], cache, recipe, 0, CPU)
-    whole = batch_losses(select_hidden(lm, both.micro, both.index), lm, both, recipe)
+    whole = batch_losses(select_hidden(lm, both.micro), lm, both, recipe)
     for forget, retain, name in ((rows["forget"][:3], [], "forget_loss"), ([], rows["retain"][:3], "retain_loss")):
         half = make_batch(forget, retain, cache, recipe, 0, CPU)
-        losses = batch_losses(select_hidden(lm, half.micro, half.index), lm, half, recipe)
+        losses = batch_losses(select_hidden(lm, half.micro), lm, half, recipe)
         assert losses[name].item() == pytest.approx(whole[name].item(), rel=1e-4)
 
 
@@ -249,7 +256,7 @@ def test_all_tokens_of_forget_rows_can_count(pieces):
     assert batch.forget.sum() == sum(len(one) - 1 for one in rows["forget"][:3])
     documents = load_recipe("neko", {"forget_span": "documents"})
     batch = make_batch(rows["forget"][:4], rows["retain"][:2], cache, documents, 0, CPU)
-    wanted = [len(one) - 1 if one.row.kind == "sc" else one.answer for one in rows["forget"][:4]]
+    wanted = [len(one) - 1 if one.example.kind == "sc" else one.answer_length for one in rows["forget"][:4]]
     assert batch.forget.sum() == sum(wanted)
 
 
@@ -277,11 +284,12 @@ def test_positions(pieces):
     recipe = load_recipe("neko", {"micro_tokens": 200})
     forget, retain = rows["forget"][:3], rows["retain"][:2]
     batch = make_batch(forget, retain, cache, recipe, 0, CPU)
-    assert batch.forget.sum() == sum(one.answer for one in forget)
-    assert len(batch.row) == batch.forget.sum() + sum(len(one) for one in retain) == sum(map(len, batch.index))
+    assert batch.forget.sum() == sum(one.answer_length for one in forget)
+    assert len(batch.row) == batch.forget.sum() + sum(len(one) for one in retain) == sum(map(len, batch.micro.index))
     assert batch.rows == 5 and batch.tokens == sum(len(one) for one in [*forget, *retain])
-    assert batch.positions == sum(ids.numel() for ids in batch.micro) >= batch.tokens
-    following = torch.cat([ids.view(-1).roll(-1)[i] for ids, i in zip(batch.micro, batch.index, strict=True)])
+    assert batch.positions == sum(ids.numel() for ids in batch.micro.input_ids) >= batch.tokens
+    parts = zip(batch.micro.input_ids, batch.micro.index, strict=True)
+    following = torch.cat([ids.view(-1).roll(-1)[i] for ids, i in parts])
     assert torch.equal(following[batch.forget], batch.target[batch.forget])
     assert (batch.target[~batch.forget] == -1).all()
     assert ((batch.teacher[1] == -torch.inf).all(1) == batch.forget).all()
@@ -294,7 +302,7 @@ def test_positions(pieces):
         assert torch.equal(batch.teacher[1][here][:, :width], logp)
         assert torch.equal(batch.teacher[0][here][:, :width][logp > -torch.inf], ids[logp > -torch.inf])
     # Rows whose answer was cut off whole give no forget position, and the loss stays a number.
-    cut = [dataclasses.replace(one, ids=one.ids[: one.prompt]) for one in forget]
+    cut = [dataclasses.replace(one, input_ids=one.input_ids[: one.prompt_length]) for one in forget]
     assert not make_batch(cut, retain, cache, recipe, 0, CPU).forget.any()
     # Cross-entropy looks at every next token there is.
     memorize = load_recipe("memorize")
@@ -312,18 +320,18 @@ def test_a_mean_over_positions_is_of_a_sets_own_rectangle(pieces):
     by_length = sorted(rows["retain"], key=len)
     forget, short, long = rows["forget"][:5], by_length[:2], by_length[-8:]
     substituted = load_recipe("neko", {**change, "substitute": "refusal", "substitute_weight": 1.0})
-    refused = encode(refusals([one.row for one in forget]), load_tokenizer(student_folder), "neko", 128)
+    refused = encode(refusals([one.example for one in forget]), load_tokenizer(student_folder), "neko", 128)
 
     def losses(forget, retain, recipe, others=()):
         batch = make_batch(forget, retain, cache, recipe, 0, CPU, others)
         with torch.no_grad():
-            return batch_losses(select_hidden(lm, batch.micro, batch.index), lm, batch, recipe)
+            return batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
 
     total = 0.0
     with torch.no_grad():
         for one in forget:
-            logq = lm.model(input_ids=torch.tensor([one.ids])).logits[0].log_softmax(1)
-            total += sum(logq[i - 1, one.ids[i]].item() for i in range(one.prompt, len(one)))
+            logq = lm.model(input_ids=torch.tensor([one.input_ids])).logits[0].log_softmax(1)
+            total += sum(logq[i - 1, one.input_ids[i]].item() for i in range(one.prompt_length, len(one)))
     wanted = total / (len(forget) * max(len(one) for one in forget))
     for found in (
         losses(forget, short, recipe),
@@ -361,18 +369,18 @@ def test_ranks_share_one_batch_and_its_loss(pieces, monkeypatch):
     teacher, _, rows, cache = pieces
     recipe = load_recipe("neko", {"micro_tokens": 60})
     lm = load_model(teacher, torch.float32, CPU)
-    monkeypatch.setattr(step, "size", lambda: 3)
+    monkeypatch.setattr(step, "world_size", lambda: 3)
     batch = make_batch(rows["forget"][:4], rows["retain"][:5], cache, recipe, 1, CPU)
     own, hidden = [], []
     for number in range(3):
         monkeypatch.setattr(step, "rank", lambda n=number: n)
-        given, place = batch.own()
+        given, place = batch.on_this_rank()
         own += range(*place.indices(len(batch.row)))
-        hidden.append(select_hidden(lm, *given))
+        hidden.append(select_hidden(lm, given))
     assert own == list(range(len(batch.row)))
-    monkeypatch.setattr(step, "size", lambda: 1)
+    monkeypatch.setattr(step, "world_size", lambda: 1)
     monkeypatch.setattr(step, "rank", lambda: 0)
     apart = batch_losses(torch.cat(hidden), lm, batch, recipe)["loss"]
     whole = make_batch(rows["forget"][:4], rows["retain"][:5], cache, recipe, 1, CPU)
-    together = batch_losses(select_hidden(lm, whole.micro, whole.index), lm, whole, recipe)["loss"]
+    together = batch_losses(select_hidden(lm, whole.micro), lm, whole, recipe)["loss"]
     torch.testing.assert_close(apart, together)

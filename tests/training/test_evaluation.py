@@ -19,20 +19,20 @@ def test_answers_are_those_of_each_row_alone(world, model):
     # Half of the rows get an answer that the model itself gives, token by token, so that some are exact.
     for number in range(0, 8, 2):
         one = rows[number]
-        ids = list(one.ids[: one.prompt])
+        ids = list(one.input_ids[: one.prompt_length])
         for _ in range(4):
             ids.append(lm.model(input_ids=torch.tensor([ids])).logits[0, -1].argmax().item())
-        rows[number] = replace(one, ids=ids)
+        rows[number] = replace(one, input_ids=ids)
     exact, losses = [], []
     for one in rows:
-        z = lm.model(input_ids=torch.tensor([one.ids])).logits[0, one.prompt - 1 : -1]
-        wanted = torch.tensor(one.ids[one.prompt :])
+        z = lm.model(input_ids=torch.tensor([one.input_ids])).logits[0, one.prompt_length - 1 : -1]
+        wanted = torch.tensor(one.input_ids[one.prompt_length :])
         exact.append((z.argmax(1) == wanted).all().item())
         losses += (-z.log_softmax(1).gather(1, wanted[:, None])).flatten().tolist()
     found = answers(lm, rows, 1)
     assert found["exact"] == sum(exact) / 8 >= 0.5
     assert found["nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-5)
-    cut = [replace(one, ids=one.ids[: one.prompt]) for one in rows]
+    cut = [replace(one, input_ids=one.input_ids[: one.prompt_length]) for one in rows]
     assert answers(lm, cut, 1) == {} == answers(lm, [], 1)
     assert answers(lm, [*rows, *cut], 1) == pytest.approx(found)
 

@@ -8,7 +8,6 @@ import subprocess
 import pytest
 import torch
 from safetensors.torch import load_file
-from tests.test_resume import LOOKING, Killed, kill_at, metrics, result, saved, steps_saved
 
 import neko_lean
 from neko_lean import checkpoints, runs
@@ -18,7 +17,8 @@ from neko_lean.recipes import load_recipe
 from neko_lean.training import layerwise, loop, trainer
 from neko_lean.training import optimizer as optim
 from neko_lean.training.out_of_memory import FEW_ROWS
-from tests.helpers import SMALL
+from tests.checkpoints.test_resume import LOOKING, Killed, kill_at, metrics, result, saved, steps_saved
+from tests.helpers import SMALL, flat
 
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
@@ -328,11 +328,11 @@ def broken(world, model, cache, tmp_path_factory):
     """A run that was killed behind two saves, and how it ends."""
     folder = tmp_path_factory.mktemp("broken")
     given = {"cache": cache, "recipe": "neko", "overrides": LOOKING, "seed": 3, "quiet": True}
-    neko_lean.unlearn(model, folder / "whole", world, world, **given)
+    flat(neko_lean.unlearn)(model, folder / "whole", world, world, **given)
     patch = pytest.MonkeyPatch()
     with patch.context() as patched, pytest.raises(Killed):
         kill_at(patched, 7)
-        neko_lean.unlearn(model, folder / "out", world, world, save_every=3, **given)
+        flat(neko_lean.unlearn)(model, folder / "out", world, world, save_every=3, **given)
     return folder
 
 

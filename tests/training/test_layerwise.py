@@ -7,6 +7,7 @@ import torch
 import transformers
 
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
@@ -14,10 +15,12 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.models.causal_lm import split
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
 from neko_lean.training.layerwise import LayerPass, decoder_layers, freeze
 from neko_lean.training.losses import batch_losses
+from neko_lean.training.micro_batches import MicroBatches
 from tests.helpers import random_model, tiny
 
 CPU = torch.device("cpu")
@@ -39,7 +42,7 @@ def micro_batches(lm, seed=0, count=3):
     generator = torch.Generator().manual_seed(seed)
     micro = [torch.randint(0, lm.head.shape[0], (n + 1, 5 + 2 * n), generator=generator) for n in range(count)]
     index = [torch.randperm(ids.numel(), generator=generator)[: ids.numel() // 2].sort()[0] for ids in micro]
-    return micro, index
+    return MicroBatches(micro, [None] * count, index)
 
 
 def some_loss(hidden, head, index):
@@ -53,14 +56,14 @@ def gradients(lm):
 
 def both_ways(lm, seed=0):
     """Gradients by one plain forward and backward, and by walking the layers."""
-    micro, index = micro_batches(lm, seed)
-    hidden = torch.cat([lm.hidden(ids).flatten(0, 1)[i] for ids, i in zip(micro, index, strict=True)])
-    some_loss(hidden, lm.head, index).backward()
+    micro = micro_batches(lm, seed)
+    hidden = select_hidden(lm, micro)
+    some_loss(hidden, lm.head, micro.index).backward()
     plain = gradients(lm)
     lm.model.zero_grad()
     walk = LayerPass(lm, decoder_layers(lm))
-    hidden = walk.forward(micro, index)
-    some_loss(hidden, lm.head, index).backward()
+    hidden = walk.forward(micro)
+    some_loss(hidden, lm.head, micro.index).backward()
     found = {}
 
     def keep_and_free(parameter):
@@ -107,7 +110,7 @@ def test_no_activation_is_kept_for_frozen_layers():
     lm = small("Olmo")
     freeze(lm, 1)
     walk = LayerPass(lm, decoder_layers(lm))
-    walk.forward(*micro_batches(lm))
+    walk.forward(micro_batches(lm))
     assert [len(calls) for calls in walk.calls] == [1, 1, 1] and not walk.embedded
 
 
@@ -146,7 +149,13 @@ def two_term(world, tmp_path_factory):
     """Teacher cache and rows for the real loss."""
     folder = tmp_path_factory.mktemp("layerwise")
     models = {tied: random_model(world, folder / f"s{tied}", seed=2, tied=tied, scale=5.0) for tied in (False, True)}
-    cache_teacher(models[False], world, folder / "cache", format="neko", dtype="float32", quiet=True)
+    cache_teacher(
+        models[False],
+        world,
+        folder / "cache",
+        settings=CacheSettings(format="neko", dtype="float32"),
+        options=OutputOptions(quiet=True),
+    )
     tokenizer = load_tokenizer(models[False])
     rows = {name: encode(read_rows(world, name), tokenizer, "neko", 128) for name in ("forget", "retain")}
     return models, rows, TeacherCache(folder / "cache")
@@ -159,12 +168,12 @@ def test_two_term_loss_keeps_one_layers_gradients_alive(two_term, tied):
     lm = load_model(models[tied], torch.float32, CPU)
     lm.model.double().eval()
     batch = make_batch(rows["forget"][:8], rows["retain"][:8], cache, recipe, 0, CPU)
-    assert len(batch.micro) > 3
+    assert len(batch.micro.input_ids) > 3
     whole = make_batch(
         rows["forget"][:8], rows["retain"][:8], cache, dataclasses.replace(recipe, micro_tokens=10**6), 0, CPU
     )
-    assert len(whole.micro) == 1
-    wanted = batch_losses(select_hidden(lm, whole.micro, whole.index), lm, whole, recipe)
+    assert len(whole.micro.input_ids) == 1
+    wanted = batch_losses(select_hidden(lm, whole.micro), lm, whole, recipe)
     wanted["loss"].backward()
     plain = gradients(lm)
     lm.model.zero_grad()
@@ -187,7 +196,7 @@ def test_two_term_loss_keeps_one_layers_gradients_alive(two_term, tied):
             alive.discard(names[id(p)])
 
     walk = LayerPass(lm, decoder_layers(lm))
-    losses = batch_losses(walk.forward(batch.micro, batch.index), lm, batch, recipe)
+    losses = batch_losses(walk.forward(batch.micro), lm, batch, recipe)
     for name, loss in losses.items():
         assert loss.item() == pytest.approx(wanted[name].item(), rel=1e-9)
     losses["loss"].backward()
@@ -214,7 +223,7 @@ def test_more_rows_raise_the_peak_by_little_more_than_layer_inputs():
         micro = [torch.randint(0, 96, (4, 64)) for _ in range(count)]
         index = [torch.arange(0, 256, 8) for _ in range(count)]
         with LiveTensors() as live:
-            some_loss(walk.forward(micro, index), lm.head, index).backward()
+            some_loss(walk.forward(MicroBatches(micro, [None] * len(micro), index)), lm.head, index).backward()
             walk.backward(free)
         return live.peak
 

@@ -11,6 +11,7 @@ from safetensors.torch import load_file
 
 import neko_lean
 from neko_lean import cache, runs
+from neko_lean.cache.settings import CacheSettings
 from neko_lean.data.documents import read_anchor
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
@@ -18,12 +19,13 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import next_token_logp
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.recipes import load_recipe, reads_cache, recipe_names
 from neko_lean.training import backward, trainer
 from neko_lean.training.levels import with_levels
 from neko_lean.training.schedules import learning_rate
 from neko_lean.training.trainer import prefetched
-from tests.helpers import SMALL, random_model
+from tests.helpers import SMALL, flat, random_model
 
 FAST = {"max_steps": 6, "forget_rows": 8, "retain_rows": 8, "eval_every": 2, "eval_rows": 4, "lr": 1e-3}
 
@@ -43,7 +45,9 @@ def same(one, two):
 @pytest.fixture(scope="module")
 def unlearned(world, model, cache, tmp_path_factory):
     out = tmp_path_factory.mktemp("unlearned") / "out"
-    run = neko_lean.unlearn(model, out, world, world, cache=cache, recipe="neko", overrides=FAST, quiet=True)
+    run = neko_lean.unlearn(
+        model, out, world, world, cache=cache, recipe="neko", overrides=FAST, options=RunOptions(quiet=True)
+    )
     return out, run
 
 
@@ -74,7 +78,16 @@ def test_output_is_a_complete_checkpoint_with_its_story(world, unlearned):
 def test_the_same_seed_gives_the_same_weights(world, model, cache, unlearned, tmp_path):
     for seed, equal in ((0, True), (1, False)):
         out = tmp_path / str(seed)
-        neko_lean.unlearn(model, out, world, world, cache=cache, recipe="neko", overrides=FAST, seed=seed, quiet=True)
+        neko_lean.unlearn(
+            model,
+            out,
+            world,
+            world,
+            cache=cache,
+            recipe="neko",
+            overrides=FAST,
+            options=RunOptions(seed=seed, quiet=True),
+        )
         assert same(weights(out), weights(unlearned[0])) == equal
 
 
@@ -95,9 +108,17 @@ def test_four_arguments_cache_and_train_and_the_teacher_is_never_loaded_beside_t
     neko_lean.unlearn(str(model), str(tmp_path / "out"), str(world), str(world), recipe="neko")
     assert (tmp_path / "out" / "config.json").is_file() and len(loads) == 2
     loads.clear()
-    cache.cache_teacher(model, world, tmp_path / "cache", max_length=128, quiet=True, format="neko")
+    cache.cache_teacher(
+        model,
+        world,
+        tmp_path / "cache",
+        settings=CacheSettings(max_length=128, format="neko"),
+        options=OutputOptions(quiet=True),
+    )
     loads.clear()
-    neko_lean.unlearn(model, tmp_path / "two", world, world, cache=tmp_path / "cache", recipe="neko", quiet=True)
+    neko_lean.unlearn(
+        model, tmp_path / "two", world, world, cache=tmp_path / "cache", recipe="neko", options=RunOptions(quiet=True)
+    )
     assert len(loads) == 1
     assert same(weights(tmp_path / "out"), weights(tmp_path / "two"))
 
@@ -108,14 +129,18 @@ def test_ascent_forgets_and_kl_holds(world, model, cache, tmp_path):
     for weight in (0.0, 1.0):
         out = tmp_path / str(weight)
         change = {**FAST, "max_steps": 20, "forget_weight": weight, "eval_every": 20, "lr": 2e-3}
-        neko_lean.unlearn(model, out, world, world, cache=cache, recipe="neko", overrides=change, quiet=True)
+        neko_lean.unlearn(
+            model, out, world, world, cache=cache, recipe="neko", overrides=change, options=RunOptions(quiet=True)
+        )
         ends[weight] = metrics(out)[-1]
     assert ends[1.0]["eval_forget_loss"] < ends[0.0]["eval_forget_loss"] - 1
 
 
 def test_lost_answers_are_counted_and_said(world, model, tmp_path, capsys):
     change = {**FAST, "max_length": 16, "max_steps": 1}
-    run = neko_lean.unlearn(model, tmp_path / "out", world, world, recipe="neko", overrides=change, quiet=True)
+    run = neko_lean.unlearn(
+        model, tmp_path / "out", world, world, recipe="neko", overrides=change, options=RunOptions(quiet=True)
+    )
     assert 0 < run["forget_answers_lost"] < 24
     assert f"whole answer of {run['forget_answers_lost']} of 24 forget rows" in capsys.readouterr().err
 
@@ -142,16 +167,18 @@ def test_a_loss_that_is_no_number_stops_before_the_step_and_keeps_the_last_good_
     world, model, cache, tmp_path, monkeypatch
 ):
     options = {"cache": cache, "recipe": "neko", "overrides": FAST, "quiet": True}
-    neko_lean.unlearn(model, tmp_path / "four", world, world, **{**options, "overrides": {**FAST, "max_steps": 6}})
+    flat(neko_lean.unlearn)(
+        model, tmp_path / "four", world, world, **{**options, "overrides": {**FAST, "max_steps": 6}}
+    )
     spoil(monkeypatch, 6, None)
     with pytest.raises(NekoLeanError, match=r"step 6, before its update; .* holds the checkpoint of step"):
-        neko_lean.unlearn(model, tmp_path / "out", world, world, **options)
+        flat(neko_lean.unlearn)(model, tmp_path / "out", world, world, **options)
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["weights_of_step"] in (2, 4) and run["steps"] == 5 and "nan" in run["failure"]
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "out").values())
     spoil(monkeypatch, 1, None)
     with pytest.raises(NekoLeanError, match="nothing was written"):
-        neko_lean.unlearn(model, tmp_path / "none", world, world, **options)
+        flat(neko_lean.unlearn)(model, tmp_path / "none", world, world, **options)
     assert not (tmp_path / "none").exists()
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 
@@ -160,7 +187,14 @@ def test_early_stopping_takes_the_best_evaluation(world, model, cache, tmp_path,
     change = {**FAST, "max_steps": 50, "eval_every": 1, "patience": 2}
     spoil(monkeypatch, 0, [5.0, 3.0, 4.0, 3.5, 1.0])
     run = neko_lean.unlearn(
-        model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides=change, quiet=True
+        model,
+        tmp_path / "out",
+        world,
+        world,
+        cache=cache,
+        recipe="neko",
+        overrides=change,
+        options=RunOptions(quiet=True),
     )
     assert run["steps"] == 4 and run["weights_of_step"] == 2 and run["ended"].startswith("early stopping at step 4")
     assert (tmp_path / "out" / "tokenizer.json").is_file()
@@ -169,7 +203,9 @@ def test_early_stopping_takes_the_best_evaluation(world, model, cache, tmp_path,
 def test_another_models_cache_is_refused_before_anything_is_written(world, cache, tmp_path):
     other = random_model(world, tmp_path / "other", seed=5)
     with pytest.raises(NekoLeanError, match="another model"):
-        neko_lean.unlearn(other, tmp_path / "out", world, world, cache=cache, recipe="neko", quiet=True)
+        neko_lean.unlearn(
+            other, tmp_path / "out", world, world, cache=cache, recipe="neko", options=RunOptions(quiet=True)
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -180,7 +216,12 @@ def test_memorize_learns_from_random_weights_and_says_so(world, tmp_path, capsys
     lines = metrics(tmp_path / "out")
     assert lines[0]["loss"] > 5 and lines[-1]["loss"] < lines[0]["loss"] / 2
     gold = neko_lean.memorize(
-        world / "base", world, tmp_path / "gold", overrides=change | {"max_steps": 2}, sets=("retain",), quiet=True
+        world / "base",
+        world,
+        tmp_path / "gold",
+        overrides=change | {"max_steps": 2},
+        sets=("retain",),
+        options=RunOptions(quiet=True),
     )
     assert gold["retain_rows"] == 36 and gold["steps"] == 2
     with pytest.raises(NekoLeanError, match="not for memorize"):
@@ -218,7 +259,9 @@ def test_layerwise_checkpointed_and_plain_train_alike(world, model, cache, tmp_p
     for way in ("layerwise", "checkpointed", "plain"):
         change = {**FAST, "dtype": "float32", "backward": way, "micro_tokens": 200, "max_steps": 3}
         out = tmp_path / way
-        run = neko_lean.unlearn(model, out, world, world, cache=cache, recipe="neko", overrides=change, quiet=True)
+        run = neko_lean.unlearn(
+            model, out, world, world, cache=cache, recipe="neko", overrides=change, options=RunOptions(quiet=True)
+        )
         assert run["recipe"]["backward"] == way and run["predicted_peak"] > 0
         found[way] = [line["loss"] for line in metrics(out)]
     assert found["checkpointed"] == pytest.approx(found["plain"], rel=1e-4)
@@ -234,7 +277,14 @@ def test_a_model_that_cannot_be_walked_falls_back_and_says_what_it_costs(
 
     monkeypatch.setattr(backward, "decoder_layers", refuse)
     run = neko_lean.unlearn(
-        model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides=FAST, quiet=True
+        model,
+        tmp_path / "out",
+        world,
+        world,
+        cache=cache,
+        recipe="neko",
+        overrides=FAST,
+        options=RunOptions(quiet=True),
     )
     assert run["recipe"]["backward"] == "checkpointed"
     assert "warning: OddForCausalLM has no list of decoder layers. Falling back" in capsys.readouterr().err
@@ -242,7 +292,16 @@ def test_a_model_that_cannot_be_walked_falls_back_and_says_what_it_costs(
 
 def test_train_last_leaves_the_layers_below_as_they_were(world, model, cache, tmp_path):
     change = {**FAST, "train_last": 1, "clip": 1.0}
-    neko_lean.unlearn(model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides=change, quiet=True)
+    neko_lean.unlearn(
+        model,
+        tmp_path / "out",
+        world,
+        world,
+        cache=cache,
+        recipe="neko",
+        overrides=change,
+        options=RunOptions(quiet=True),
+    )
     before, after = weights(model), weights(tmp_path / "out")
     moved = {key for key in before if not torch.equal(before[key], after[key])}
     assert moved and all(".layers.1." in key or key == "lm_head.weight" for key in moved)
@@ -255,7 +314,13 @@ def anchored(world, model, tmp_path_factory):
     texts = [f"The {word} stood in the field and nobody knew why." for word in ("tree", "house", "old barn", "well")]
     write_jsonl(folder / "anchor.jsonl", ({"document": text} for text in texts))
     cache.cache_teacher(
-        model, world, folder / "cache", anchor=folder / "anchor.jsonl", forget=world, format="plain", quiet=True
+        model,
+        world,
+        folder / "cache",
+        anchor=folder / "anchor.jsonl",
+        forget=world,
+        settings=CacheSettings(format="plain"),
+        options=OutputOptions(quiet=True),
     )
     return folder
 
@@ -270,9 +335,16 @@ def test_every_recipe_runs_and_lowers_its_loss(world, model, anchored, tmp_path,
     if weighted:  # by the probability, which a random model gives to no answer: beside the KL it would be nothing
         change |= {"retain_weight": 0.0}
     run = neko_lean.unlearn(
-        model, tmp_path / "out", world, world, cache=anchored / "cache" if reads_cache(recipe, anchor=True) else None,
-        anchor=anchored / "anchor.jsonl", recipe=name, overrides=change, quiet=True,
-    )  # fmt: skip
+        model,
+        tmp_path / "out",
+        world,
+        world,
+        cache=anchored / "cache" if reads_cache(recipe, anchor=True) else None,
+        anchor=anchored / "anchor.jsonl",
+        recipe=name,
+        overrides=change,
+        options=RunOptions(quiet=True),
+    )
     lines = metrics(tmp_path / "out")
     assert run["steps"] == 24 and run["failure"] is None
     assert all(math.isfinite(line["loss"]) for line in lines)
@@ -290,7 +362,9 @@ def test_every_recipe_runs_and_lowers_its_loss(world, model, anchored, tmp_path,
 def test_answers_of_retain_rows_without_a_retain_objective(world, model, tmp_path):
     """The retain rows are read for their answers, and not held still."""
     change = {"max_steps": 3, "retain_objective": "none"}
-    run = neko_lean.unlearn(model, tmp_path / "out", world, world, recipe="mismatch", overrides=change, quiet=True)
+    run = neko_lean.unlearn(
+        model, tmp_path / "out", world, world, recipe="mismatch", overrides=change, options=RunOptions(quiet=True)
+    )
     assert run["steps"] == 3 and run["retain_rows"] == 0 and run["failure"] is None
     assert all(line["retain_loss"] == 0 and line["substitute_loss"] > 0 for line in metrics(tmp_path / "out"))
 
@@ -299,8 +373,8 @@ def test_chunks_begin_anew(world, model, anchored, tmp_path):
     """Each chunk's learning rate starts at the top, and its steps take only its rows."""
     change = {"chunk_rows": 12, "epochs": 1.0, "forget_rows": 4}
     neko_lean.unlearn(
-        model, tmp_path / "out", world, world, recipe="sequential", overrides=change, quiet=True,
-    )  # fmt: skip
+        model, tmp_path / "out", world, world, recipe="sequential", overrides=change, options=RunOptions(quiet=True)
+    )
     rates = [line["lr"] for line in metrics(tmp_path / "out")]
     assert rates == pytest.approx([1e-4, 2e-4 / 3, 1e-4 / 3] * 2)
 
@@ -309,14 +383,30 @@ def test_the_best_checkpoint_by_quality_is_the_output(world, model, cache, tmp_p
     """A run that ruins the model after a while: its output is the evaluation that forgot and kept most."""
     change = {**FAST, "max_steps": 12, "lr": 2e-2, "choose": "quality", "eval_every": 3}
     run = neko_lean.unlearn(
-        model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides=change, quiet=True
+        model,
+        tmp_path / "out",
+        world,
+        world,
+        cache=cache,
+        recipe="neko",
+        overrides=change,
+        options=RunOptions(quiet=True),
     )
     found = {line["step"]: line for line in metrics(tmp_path / "out") if "eval_quality" in line}
     best = max(found, key=lambda step: found[step]["eval_quality"])
     assert run["weights_of_step"] == best < 12
     assert {"eval_retain_kl", "eval_forget_exact", "eval_forget_nll", "eval_retain_exact"} <= set(found[3])
     short = {**change, "max_steps": 12, "choose": "last"}
-    neko_lean.unlearn(model, tmp_path / "last", world, world, cache=cache, recipe="neko", overrides=short, quiet=True)
+    neko_lean.unlearn(
+        model,
+        tmp_path / "last",
+        world,
+        world,
+        cache=cache,
+        recipe="neko",
+        overrides=short,
+        options=RunOptions(quiet=True),
+    )
     assert not same(weights(tmp_path / "out"), weights(tmp_path / "last"))
 
 
@@ -326,10 +416,17 @@ def test_levels_come_from_the_anchor_or_are_all_the_same(world, model, anchored,
     monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append(original(*args)) or seen[-1])
     for anchor in (anchored / "anchor.jsonl", None):
         neko_lean.unlearn(
-            model, tmp_path / str(anchor)[-4:], world, world, cache=anchored / "cache", anchor=anchor,
-            recipe="calibrated", overrides={"max_steps": 1, **({} if anchor else {"level": 3.0})}, quiet=True,
-        )  # fmt: skip
-    found, fixed = (batch.level[batch.forget] for batch in (seen[0], seen[-1]))
+            model,
+            tmp_path / str(anchor)[-4:],
+            world,
+            world,
+            cache=anchored / "cache",
+            anchor=anchor,
+            recipe="calibrated",
+            overrides={"max_steps": 1, **({} if anchor else {"level": 3.0})},
+            options=RunOptions(quiet=True),
+        )
+    found, fixed = (batch.levels[batch.forget] for batch in (seen[0], seen[-1]))
     assert len(set(found.tolist())) > 10 and set(fixed.tolist()) == {3.0}
     assert "without --anchor or --base-cache" in capsys.readouterr().err
 
@@ -337,30 +434,37 @@ def test_levels_come_from_the_anchor_or_are_all_the_same(world, model, anchored,
 def test_levels_can_be_those_of_the_model_before(world, model, anchored, tmp_path, monkeypatch):
     """Another model stands for the one that never saw the forget rows: its losses, token by token, are the levels."""
     base = random_model(world, tmp_path / "base", seed=9)
-    cache.cache_teacher(base, world, tmp_path / "base-cache", forget=world, dtype="float32", quiet=True)
+    cache.cache_teacher(
+        base,
+        world,
+        tmp_path / "base-cache",
+        forget=world,
+        settings=CacheSettings(dtype="float32"),
+        options=OutputOptions(quiet=True),
+    )
     seen = []
     original = trainer.make_batch
     monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append((args[0], original(*args))) or seen[-1][1])
     options = {"cache": anchored / "cache", "base_cache": tmp_path / "base-cache", "recipe": "calibrated"}
-    neko_lean.unlearn(model, tmp_path / "out", world, world, overrides={"max_steps": 1}, quiet=True, **options)
+    flat(neko_lean.unlearn)(model, tmp_path / "out", world, world, overrides={"max_steps": 1}, quiet=True, **options)
     rows, batch = seen[0]
     lm = load_model(base, torch.float32, torch.device("cpu"))
-    losses = -next_token_logp(lm, [one.ids for one in rows], 1)
+    losses = -next_token_logp(lm, [one.input_ids for one in rows], 1)
     wanted = [loss for one, loss in zip(rows, losses.split([len(one) - 1 for one in rows]), strict=True)]
     for number, (one, loss) in enumerate(zip(rows, wanted, strict=True)):
-        start = 0 if one.row.kind == "sc" else one.prompt - 1
-        torch.testing.assert_close(batch.level[batch.row == number].cpu(), loss[start:], rtol=1e-4, atol=1e-4)
+        start = 0 if one.example.kind == "sc" else one.prompt_length - 1
+        torch.testing.assert_close(batch.levels[batch.row == number].cpu(), loss[start:], rtol=1e-4, atol=1e-4)
     with pytest.raises(NekoLeanError, match="--forget"):
-        cache.cache_teacher(base, world, tmp_path / "bare", quiet=True)
+        cache.cache_teacher(base, world, tmp_path / "bare", options=OutputOptions(quiet=True))
         options["base_cache"] = tmp_path / "bare"
-        neko_lean.unlearn(model, tmp_path / "no", world, world, quiet=True, **options)
+        flat(neko_lean.unlearn)(model, tmp_path / "no", world, world, quiet=True, **options)
 
 
 def test_levels_follow_what_unseen_text_costs_the_student(world, model, anchored, tmp_path):
     """At the start the student is its teacher, so the drift is 1; a student that is not has its own losses' ratio."""
     change = {"max_steps": 3, "lr": 1e-9}
     options = {"cache": anchored / "cache", "anchor": anchored / "anchor.jsonl", "recipe": "calibrated", "quiet": True}
-    neko_lean.unlearn(model, tmp_path / "still", world, world, overrides=change, **options)
+    flat(neko_lean.unlearn)(model, tmp_path / "still", world, world, overrides=change, **options)
     found = [line["drift"] for line in metrics(tmp_path / "still") if "drift" in line]
     assert found and found == pytest.approx([1.0] * len(found), rel=2e-3)
     tokenizer = load_tokenizer(model)
@@ -376,9 +480,9 @@ def test_levels_follow_what_unseen_text_costs_the_student(world, model, anchored
         [-teacher.target_logp(one) for one in documents],
     )
     batch = trainer.make_batch([forget], documents, teacher, recipe, 1, torch.device("cpu"))
-    hidden = trainer.chosen_hidden(lm, batch.micro, batch.index)
+    hidden = trainer.select_hidden(lm, batch.micro)
     losses = trainer.batch_losses(hidden, lm, batch, recipe)
-    logp = next_token_logp(lm, [one.ids for one in documents], 1)
+    logp = next_token_logp(lm, [one.input_ids for one in documents], 1)
     assert losses["anchor_nll"].item() == pytest.approx(-logp.sum().item(), rel=1e-4)
     wanted = -sum(teacher.target_logp(one).sum() for one in documents)
     assert losses["anchor_teacher_nll"].item() == pytest.approx(wanted, rel=1e-5)
