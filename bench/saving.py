@@ -31,8 +31,6 @@ from neko_lean.runs import unlearn
 from neko_lean.training.adam_state import state_size
 from neko_lean.training.checkpointing import Checkpointer
 from neko_lean.training.optimizer import InBackwardAdam8bit
-from neko_lean.training import loop
-from neko_lean.training.optimizer import InBackwardAdam8bit, state_size
 
 SIZES: dict[str, dict[str, int]] = {
     "the demo's": {},

@@ -37,7 +37,6 @@ from neko_lean.recipes import load_recipe, reads_cache
 from neko_lean.report.page import report
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.options import ScoreInputs, ScoreSettings
-from neko_lean.scoring.options import ScoreSettings
 from neko_lean.scoring.run import score
 from neko_lean.training import loop
 from tests.helpers import flat

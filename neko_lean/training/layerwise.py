@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from neko_lean.errors import NekoLeanError
 from neko_lean.models import CausalLM, ShardedModel
 from neko_lean.training.micro_batches import MicroBatches
 

@@ -24,7 +24,6 @@ from neko_lean.errors import CacheError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.options import OutputOptions
 from neko_lean.outputs.signing import UNSIGNED, sign
 from tests.helpers import make_cache, resign
 

@@ -20,7 +20,6 @@ from neko_lean.errors import CacheError
 from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.fingerprints import identify, weights_fingerprint
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.options import OutputOptions
 from neko_lean.outputs.signing import file_sha256
 from tests.helpers import encoded, live, make_cache, make_rows, random_model, resign, write_rows
 

@@ -5,11 +5,12 @@ import json
 import pytest
 
 import neko_lean
+from neko_lean.cache import CacheOptions
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.data.documents import read_anchor
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
-from neko_lean.options import RunOptions
+from neko_lean.options import OutputOptions, RunOptions
 
 
 @pytest.fixture

@@ -11,9 +11,8 @@ from safetensors.torch import load_file, save_file
 import neko_lean
 from neko_lean.cache.check import check_cache
 from neko_lean.cache.manifest import read_manifest
-from neko_lean.checkpoints.sealing import seal
 from neko_lean.cache.writer import cache_teacher
-from neko_lean.checkpoints.saves import seal
+from neko_lean.checkpoints.sealing import seal
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.fingerprints import (
     config_differences,
@@ -23,12 +22,9 @@ from neko_lean.models.fingerprints import (
     weights_fingerprint,
 )
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.options import RunOptions
 from tests.checkpoints.interrupted import Killed, kill_at
 from tests.helpers import SMALL, flat, make_cache, resign
 from tests.scoring.calls import score_with
-from tests.checkpoints.test_resume import Killed, kill_at
-from tests.helpers import SMALL, flat, resign
 
 
 def change(folder, **values):

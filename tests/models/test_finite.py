@@ -67,7 +67,7 @@ def test_it_is_not_trained(overflowing, world, tmp_path):
 
 def test_non_finite_numbers_are_not_written_as_json():
     finite = {"a": [1.0, {"b": None, "c": True}], "d": "NaN"}
-    assert json.loads(strict_json(finite, "scores.json")) == finite == or_null(finite)
+    assert json.loads(strict_json(finite, "scores.json")) == finite == nan_to_null(finite)
     for value in (math.nan, math.inf, -math.inf):
         with pytest.raises(NekoLeanError, match=r"a\[1\].b in scores.json would be"):
             strict_json({"a": [1.0, {"b": value}]}, "scores.json")

@@ -8,6 +8,7 @@ import transformers
 from safetensors.torch import load_file, save_file
 
 import neko_lean
+from neko_lean.cache import cache_teacher
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.load_checks import is_finite
 from neko_lean.scoring.run import score

@@ -7,14 +7,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from neko_lean.errors import NekoLeanError
-from neko_lean.options import RunOptions
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
 from neko_lean.runs import unlearn
 from neko_lean.training import optimizer as optim
 from tests import sharded
-from tests.helpers import flat, make_cache
+from tests.helpers import flat
 from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.usefixtures("no_gpu")

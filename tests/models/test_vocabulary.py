@@ -7,15 +7,13 @@ import pytest
 import torch
 
 import neko_lean
+from neko_lean.cache import cache_teacher
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.options import RunOptions
-from neko_lean.scoring.mmlu import mmlu
 from neko_lean.scoring.mmlu import mmlu
 from neko_lean.scoring.run import score
 from neko_lean.scoring.views import tokenised, view_documents
-from tests.helpers import SMALL, make_cache, make_rows, write_rows
-from tests.scoring.calls import score_with
+from tests.helpers import SMALL, flat, make_rows, write_rows
 from tests.scoring.subjects import make_subject
 
 EXTRA = "<image>"

@@ -20,12 +20,11 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.models.predictions import next_token_logp
 from neko_lean.options import RunOptions
-from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.recipes import load_recipe, reads_cache, recipe_names
 from neko_lean.training import backward, trainer
 from neko_lean.training.levels import with_levels
+from neko_lean.training.prefetch import prefetched
 from neko_lean.training.schedules import learning_rate
-from neko_lean.training.trainer import prefetched
 from tests.helpers import SMALL, flat, make_cache, random_model
 
 runs = importlib.import_module("neko_lean.runs.unlearning")
