@@ -59,7 +59,7 @@ def before_the_output_moves():
 
 
 def behind_the_output():
-    open_run.remove_work_folder = lambda folder: die()
+    open_run.discard = lambda folder: die()
 
 
 KILLS = {
