@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neko_lean.checkpoints.run_folder import COMPLETE, RunFolder, remove_work_folder
+from neko_lean.checkpoints.run_folder import COMPLETE, RunFolder
 from neko_lean.checkpoints.run_identity import differences, digests
 from neko_lean.checkpoints.saves import Save, read_save
 from neko_lean.distributed import run_on_main_and_broadcast
@@ -14,6 +14,7 @@ from neko_lean.jsonio import json_object
 from neko_lean.outputs import (
     RUN,
     Output,
+    discard,
     explained_write_errors,
     locked,
     publish,
@@ -60,7 +61,7 @@ def _finish(output: Output, identity: Mapping[str, Any]) -> dict[str, Any] | Non
         saves = [read_save(folder) for folder in RunFolder(output, {}).saves()]
         if not any(isinstance(save, Save) and differences(save.identity, identity) for save in saves):
             refuse_strange_work(output)
-            remove_work_folder(output.work)
+            discard(output.work)
 
         remove_replaced(output)
         return _read_run_of(output.path, identity)

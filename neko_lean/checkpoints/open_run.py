@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from typing import Any
 
 from neko_lean.checkpoints.finished import read_run_json
-from neko_lean.checkpoints.run_folder import COMPLETE, DAMAGED, RunFolder, remove_work_folder
+from neko_lean.checkpoints.run_folder import COMPLETE, DAMAGED, RunFolder
 from neko_lean.checkpoints.run_identity import digests, versions
-from neko_lean.distributed import is_main_process, require_shared_folder, run_on_main_and_broadcast
+from neko_lean.distributed import is_main_process, run_on_main_and_broadcast
 from neko_lean.errors import Interrupted, NekoLeanError, UnpublishedError
 from neko_lean.outputs import (
     Output,
+    discard,
     empty_folder,
     explained_write_errors,
-    locked,
+    open_work_folder,
     refuse_occupied,
     refuse_strange_work,
-    restore_interrupted,
     sync,
-    working_in,
 )
 from neko_lean.terminal import log_line
 
@@ -44,13 +43,14 @@ def open_run_folder(
     the same output, or the folder cannot be written to.
     """
     run = RunFolder(output, identity, save_every, resume)
-    with ExitStack() as stack:
-        # Lock the output and create the folder.
-        run_on_main_and_broadcast(lambda: _claim(run, stack))
-        require_shared_folder(run.folder)
-        stack.enter_context(working_in(run.folder))
+    opened = False
 
-        # Compare its saves with this run before anything is removed.
+    def on_error(error: BaseException) -> None:
+        if opened:
+            _keep_or_discard(run, error)
+
+    with open_work_folder(output, lambda: _prepare(run), on_error):
+        # Compare the saves with this run before anything is removed.
         run.resume_from = run.latest_save() if resume else None
         run_on_main_and_broadcast(lambda: _remove_leftovers(run))
         if run.resume_from is not None and run.resume_from.versions != versions():
@@ -59,30 +59,24 @@ def open_run_folder(
                 "package versions."
             )
 
-        try:
-            yield run
-        except BaseException as error:
-            if is_main_process():
-                _keep_or_remove(run, error)
-            raise
+        opened = True
+        yield run
+
         if is_main_process():
-            remove_work_folder(run.folder)
+            discard(run.folder)
 
 
-def _claim(run: RunFolder, stack: ExitStack) -> None:
-    """Lock the output until `stack` is closed, refuse what is in the way, and create the work folder."""
-    output = run.output
-    stack.enter_context(locked(output))
-    with explained_write_errors(output.path):
-        restore_interrupted(output)
-        refuse_occupied(output)
-        refuse_strange_work(output)
-        if run.resume:
-            _refuse_other_complete_run(run)
-        elif not output.overwrite and (progress := run.describe_progress()):
-            raise NekoLeanError(f"{progress}: continue with --resume, or start anew with --overwrite.")
-        run.folder.mkdir(exist_ok=True)
-        sync(run.folder.parent)
+def _prepare(run: RunFolder) -> bool:
+    """Refuse what is in the way, and create the work folder. Requires the output's lock."""
+    refuse_occupied(run.output)
+    refuse_strange_work(run.output)
+    if run.resume:
+        _refuse_other_complete_run(run)
+    elif not run.output.overwrite and (progress := run.describe_progress()):
+        raise NekoLeanError(f"{progress}: continue with --resume, or start anew with --overwrite.")
+    run.folder.mkdir(exist_ok=True)
+    sync(run.folder.parent)
+    return True
 
 
 def _refuse_other_complete_run(run: RunFolder) -> None:
@@ -110,14 +104,14 @@ def _remove_leftovers(run: RunFolder) -> None:
     run.remove_old_checkpoints(run.resume_from.state.best_step if run.resume_from else 0)
 
 
-def _keep_or_remove(run: RunFolder, error: BaseException) -> None:
+def _keep_or_discard(run: RunFolder, error: BaseException) -> None:
     """After an error, keep the folder if there is something to continue from and add that to the error."""
     progress = run.describe_progress()
     if isinstance(error, UnpublishedError):
         error.args = (f"{error} Or fix that and run the same command again with --resume.",)
     elif progress is None:
         if not any(run.folder.glob(f"{DAMAGED}*")):
-            remove_work_folder(run.folder)
+            discard(run.folder)
     elif isinstance(error, Interrupted):
         error.saved_state = progress
     elif isinstance(error, NekoLeanError):

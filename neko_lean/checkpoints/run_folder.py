@@ -213,11 +213,3 @@ def free_name(path: Path) -> Path:
     """`path`, or the first of PATH-2, PATH-3, ... that does not exist."""
     numbered = (path.with_name(f"{path.name}-{number}") for number in itertools.count(2))
     return next(candidate for candidate in itertools.chain([path], numbered) if not os.path.lexists(candidate))
-
-
-def remove_work_folder(folder: Path) -> None:
-    """Remove a work folder that is no longer needed; a failure only causes a warning."""
-    try:
-        remove_tree(folder)
-    except OSError as error:
-        log_line(f"warning: {folder} was left behind, because it cannot be removed ({error.strerror}).")

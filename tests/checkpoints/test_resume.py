@@ -17,6 +17,8 @@ from neko_lean.training.checkpointing import Checkpointer
 from tests.checkpoints.interrupted import EVALUATED, Killed, kill_at, result, saved, signal_at, steps_saved
 from tests.helpers import SMALL, flat, make_cache, make_rows, random_model, write_rows
 
+pytestmark = pytest.mark.slow  # each test is one or more whole runs
+
 
 @pytest.fixture(scope="module")
 def anchored(world, model, tmp_path_factory):

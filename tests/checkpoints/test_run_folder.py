@@ -12,6 +12,8 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.training import loop
 from tests.checkpoints.interrupted import EVALUATED, Killed, kill_at, result, save_of, saved, steps_saved
 
+pytestmark = pytest.mark.slow  # each test is one or more whole runs
+
 
 def flip(path):
     data = bytearray(path.read_bytes())

@@ -50,6 +50,7 @@ def other_state(save):
     seal(save)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", [other_format, other_manifest, other_state])
 def test_a_save_of_another_version_is_refused_and_kept(unlearn, killed_run, out, change):
     change(saved(out) / "step-00000006")
@@ -60,6 +61,7 @@ def test_a_save_of_another_version_is_refused_and_kept(unlearn, killed_run, out,
     assert {path: path.stat().st_size for path in saved(out).rglob("*")} == before
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("number", [errno.EIO, errno.EACCES, errno.ESTALE, errno.EMFILE])
 def test_a_save_that_cannot_be_read_is_refused_and_kept(unlearn, killed_run, out, monkeypatch, number):
     read = sealing.file_sha256

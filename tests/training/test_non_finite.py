@@ -11,6 +11,8 @@ from neko_lean.training import trainer
 from tests.checkpoints.interrupted import EVALUATED, save_of, saved
 from tests.helpers import SMALL, model_weights
 
+pytestmark = pytest.mark.slow  # each test is one or more whole runs
+
 
 def spoil(monkeypatch, at, words):
     """Let the gradient of parameters whose name contains `words` be infinite at step `at`."""

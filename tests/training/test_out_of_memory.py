@@ -12,6 +12,8 @@ from neko_lean.training.out_of_memory import MIN_HEAD_ROWS
 from tests.checkpoints.interrupted import EVALUATED, Killed, kill_at, metrics, result, steps_saved
 from tests.helpers import SMALL, model_weights
 
+pytestmark = pytest.mark.slow  # each test is one or more whole runs
+
 MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
 
 

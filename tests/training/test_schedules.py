@@ -1,5 +1,6 @@
 """Schedules: learning rates, phases, and the order of the examples."""
 
+import itertools
 import math
 import random
 from itertools import islice
@@ -63,3 +64,13 @@ def test_order_alternating_takes_one_set_per_step():
     assert all(bool(forget) != bool(retain) for forget, retain in steps)
     seen = [n for forget, _ in steps for n in forget]
     assert all(seen.count(n) >= 3 for n in range(7))
+
+
+def test_learning_rates_of_shipped_recipes():
+    memorize = load_recipe("memorize", {"lr": 1.0, "warmup": 0.2})
+    rates = [learning_rate(memorize, step, 10) for step in range(1, 11)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] == pytest.approx(0.125)
+    assert all(a > b for a, b in itertools.pairwise(rates[2:]))
+    neko = load_recipe("neko", {"lr": 1.0})
+    assert [learning_rate(neko, step, 4) for step in range(1, 5)] == [1.0, 0.75, 0.5, 0.25]
+    assert learning_rate(load_recipe("neko", {"schedule": "constant"}), 400, 500) == 5e-5
