@@ -23,9 +23,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from cache_plot import CHANGES, plot, table
 from contenders import random_olmo_1b
 from rich.console import Console
-from rich.table import Table
 from torch import Tensor
 
 from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
@@ -44,7 +44,6 @@ from neko_lean.models.memory_use import peak_memory
 from neko_lean.options import OutputOptions
 
 CPU = torch.device("cpu")
-CHANGES = {"little": 0.03, "lot": 0.3}  # standard deviation of the noise, relative to that of each weight tensor
 # (top-k, mass): top-k only, then the default top-k with several masses, then mass only. 0 is the whole vocabulary.
 SETTINGS = [(1, 1.0), (4, 1.0), (16, 1.0), (64, 1.0), (256, 1.0), (1024, 1.0), (0, 1.0)]
 SETTINGS += [(64, 0.99), (64, 0.999), (64, 0.9999), (0, 0.99), (0, 0.999), (0, 0.9999)]
@@ -153,8 +152,8 @@ def measure_setting(
             folder,
             retain,
             Path(scratch) / "c",
-            cache=CacheOptions(top_k=top_k or 10**6, mass=mass, format=style, dtype="float32"),
-            run=OutputOptions(quiet=True),
+            settings=CacheSettings(top_k=top_k or 10**6, mass=mass, format=style, dtype="float32"),
+            options=OutputOptions(quiet=True),
         )
         cache = TeacherCache(Path(scratch) / "c")
         size = sum(shard.bytes for shard in manifest.shards) / manifest.positions
@@ -225,54 +224,8 @@ def speed(teacher: CausalLM, examples: list[EncodedExample], rounds: int = 5) ->
 @torch.no_grad()
 def bare_forward(teacher: CausalLM, batch: list[EncodedExample]) -> None:
     """transformers' own forward pass, with logits and an attention mask."""
-    input_ids, mask = pad([example.input_ids for example in batch], 0, CPU)
+    input_ids, mask = pad([one.input_ids for one in batch], 0, CPU)
     teacher.model(input_ids=input_ids, attention_mask=mask, use_cache=False)
-
-
-def table(title: str, lines: list[dict[str, Any]]) -> Table:
-    columns = ("top-k", "mass", "tail", "bytes/token", "captured")
-    errors = ("KL error", "grad cosine", "grad error")
-    rows = Table(title=title, title_justify="left")
-    for column in (*columns, *(f"{error}, {name}" for name in CHANGES for error in errors)):
-        rows.add_column(column, justify="right")
-    for line in lines:
-        cells = [
-            str(line["top_k"]),
-            f"{line['mass']:g}",
-            line["tail"],
-            f"{line['bytes']:.1f}",
-            f"{line['captured']:.4f}",
-        ]
-        for name in CHANGES:
-            result = line[name]
-            cells += [f"{result['kl_error']:+.1%}", f"{result['cosine']:.5f}", f"{result['gradient_error']:.4f}"]
-        rows.add_row(*cells)
-    return rows
-
-
-def plot(results: dict[str, list[dict[str, Any]]], path: Path) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    figure, axes = pyplot.subplots(1, 3, figsize=(14, 4.2), sharey=True)
-    styles = {"bucket": "o", "renormalised": "s", "dropped": "x", "sampled": "^"}
-    for axis, (teacher, lines) in zip(axes, results.items(), strict=True):
-        for style, marker in styles.items():
-            for name, colour in (("little", "tab:blue"), ("lot", "tab:orange")):
-                points = sorted((li["bytes"], 1 - li[name]["cosine"]) for li in lines if li["tail"].endswith(style))
-                if points:
-                    x, y = zip(*points, strict=True)
-                    label = f"{style}, changed a {name}"
-                    axis.plot(x, np.maximum(y, 1e-9), marker, color=colour, markersize=5, label=label, alpha=0.75)
-        axis.axhline(1e-3, color="grey", linewidth=0.8, linestyle="--")
-        axis.set(xscale="log", yscale="log", xlabel="bytes per token", title=f"{teacher} teacher")
-        axis.grid(alpha=0.25)
-    axes[0].set_ylabel("1 - cosine to the dense gradient")
-    axes[2].legend(fontsize=7, loc="lower left")
-    figure.tight_layout()
-    figure.savefig(path, dpi=130)
 
 
 def main() -> None:
@@ -291,7 +244,7 @@ def main() -> None:
     teacher.model.eval()
     speeds = {"target": speed(teacher, examples)}
     if options.large:
-        large = as_causal_lm(random_olmo_1b().eval())
+        large = split(random_olmo_1b().eval())
         speeds["OLMo-1B-0724 geometry"] = speed(large, examples[:: len(examples) // 8], rounds=3)
     print(json.dumps({"device": "CPU", "threads": torch.get_num_threads(), "speed": speeds}))
 

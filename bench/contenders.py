@@ -1,8 +1,9 @@
-"""One contender of bench/memory.py and bench/step.py, in a process of its own; prints one JSON line.
+"""One contender of bench/memory.py and bench/step.py; prints one JSON line.
 
     .venv/bin/python bench/contenders.py lean /tmp/bench-step --passes 2
 
-The folder is what `prepare` wrote: a random model of OLMo-1B-0724's shape, its teacher cache, and the rows of a step.
+The folder is what `prepare` wrote: a random model of OLMo-1B-0724's shape, its teacher cache, and the examples of a
+few steps. Each contender runs in a separate process.
 """
 
 from __future__ import annotations
@@ -49,23 +50,23 @@ NAMES = {
     "two-bf16": LEAN_BASELINE.name,
     "two-fp32": PUBLISHED_BASELINE.name,
 }
-STEPS = 3  # different sets of rows; each pass takes the next
-LIMIT = 0.93  # share of the machine's memory at which a contender on a CPU is stopped rather than the machine
+STEPS = 3  # different sets of examples; each pass takes the next
+LIMIT = 0.93  # share of the machine's memory at which a contender on a CPU stops itself
 
 
-def rows_a_step(device: torch.device) -> int:
-    """Rows of each set: 32 where there is a GPU, 4 on a CPU."""
+def examples_per_step(device: torch.device) -> int:
+    """Examples of each set per step: 32 on a GPU, 4 on a CPU."""
     return 32 if device.type == "cuda" else 4
 
 
 def names(device: torch.device) -> list[str]:
-    """The contenders that make sense there: on a CPU there is no host memory apart to offload to."""
+    """The contenders for a device: offloading to host memory is meaningless on a CPU."""
     return [name for name in NAMES if device.type == "cuda" or name != "lean-offloaded"]
 
 
 def title(device: torch.device) -> str:
-    n = rows_a_step(device)
-    return f"One step of 1.28 billion parameters, {n} forget and {n} retain rows of LUME; {device_name(device)}"
+    n = examples_per_step(device)
+    return f"One step of 1.28 billion parameters, {n} forget and {n} retain examples of LUME; {device_name(device)}"
 
 
 def random_olmo_1b() -> OlmoForCausalLM:
@@ -81,16 +82,16 @@ def random_olmo_1b() -> OlmoForCausalLM:
 
 
 def prepare(work: Path, lume: Path, device: torch.device) -> None:
-    """Write model/, cache/, forget.jsonl and retain.jsonl, unless they are there."""
+    """Write model/, cache/, forget.jsonl and retain.jsonl, unless they exist already."""
     if (work / "ready").is_file():
         return
     work.mkdir(parents=True, exist_ok=True)
-    count = STEPS * rows_a_step(device)
-    every = {name: read_rows(lume, name, "train") for name in ("forget", "retain")}
-    # Token ids of real rows need a tokenizer of the real one's size; it is trained on the rows, as no hub is asked.
-    write_base(work / "model", [*every["forget"], *every["retain"]], vocabulary=50280)
-    for name, rows in every.items():
-        write_jsonl(work / f"{name}.jsonl", map(asdict, rows[:: len(rows) // count][:count]))
+    count = STEPS * examples_per_step(device)
+    splits = {name: read_rows(lume, name, "train") for name in ("forget", "retain")}
+    # A tokenizer as large as the real one, trained on the examples, so that nothing is downloaded from the hub.
+    write_base(work / "model", [*splits["forget"], *splits["retain"]], vocabulary=50280)
+    for name, examples in splits.items():
+        write_jsonl(work / f"{name}.jsonl", map(asdict, examples[:: len(examples) // count][:count]))
     random_olmo_1b().save_pretrained(work / "model")
     cache_teacher(
         work / "model",
@@ -103,7 +104,7 @@ def prepare(work: Path, lume: Path, device: torch.device) -> None:
 
 
 class Resident(threading.Thread):
-    """The largest resident set, sampled every 20 ms; ends the process before it takes the machine with it."""
+    """Samples the resident set every 20 ms and records its peak; stops the process before memory runs out."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
@@ -120,6 +121,7 @@ class Resident(threading.Thread):
 
 
 def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[str, Any]:
+    """neko-lean: a first step with its update, then timed passes of forward + backward."""
     lm = load_model(work / "model", torch.bfloat16, device)
     lm.model.eval()
     recipe = replace(load_recipe("neko"), offload_state=offload, offload_activations=offload)
@@ -146,7 +148,7 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
         return clock(device) - start
 
     optimizer.begin_step(5e-5)
-    whole = one_pass(0, update)
+    first_step = one_pass(0, update)
     seconds = [one_pass(number, forget_gradient) for number in range(passes)]
     predicted = predict(
         lm.model.config,
@@ -157,7 +159,7 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     return {
         "update_seconds": update_seconds,
-        "first_step_seconds": whole,
+        "first_step_seconds": first_step,
         "seconds": seconds,
         "tokens": [batches[number % STEPS].tokens for number in range(passes)],
         "floor": weights + optimizer.state_bytes(),
@@ -165,21 +167,22 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
     }
 
 
-def two_models(work: Path, passes: int, device: torch.device, baseline: TwoModelBaseline) -> dict[str, Any]:
-    student = load_model(work / "model", baseline.dtype, device).model.train()
-    teacher = load_model(work / "model", baseline.dtype, device).model.eval()
-    if baseline.checkpointing:
+def two_models(work: Path, passes: int, device: torch.device, way: Way) -> dict[str, Any]:
+    """Two models in memory: a first step with its update, then timed passes of forward + backward."""
+    student = load_model(work / "model", way.dtype, device).model.train()
+    teacher = load_model(work / "model", way.dtype, device).model.eval()
+    if way.checkpointing:
         checkpoint_activations(student)
-    rows = step_rows(work, device)
+    examples = step_examples(work, device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5)
 
     def one_pass(number: int) -> float:
         start = clock(device)
-        batches = [_padded([one.input_ids for one in some], baseline, device) for some in rows[number % STEPS]]
+        batches = [_padded([example.input_ids for example in split], way, device) for split in examples[number % STEPS]]
         two_model_loss(student, teacher, *batches, 0.2).backward()
         return clock(device) - start
 
-    whole = one_pass(0)
+    first_pass = one_pass(0)
     start = clock(device)
     optimizer.step()
     update_seconds = clock(device) - start
@@ -188,10 +191,10 @@ def two_models(work: Path, passes: int, device: torch.device, baseline: TwoModel
     for number in range(passes):
         seconds.append(one_pass(number))
         optimizer.zero_grad()
-    tokens = [sum(map(len, [*forget, *retain])) for forget, retain in rows]
+    tokens = [sum(map(len, [*forget, *retain])) for forget, retain in examples]
     return {
         "update_seconds": update_seconds,
-        "first_step_seconds": whole + update_seconds,
+        "first_step_seconds": first_pass + update_seconds,
         "seconds": seconds,
         "tokens": [tokens[number % STEPS] for number in range(passes)],
     }
@@ -207,9 +210,9 @@ def _padded(
     return ids, mask
 
 
-def step_rows(work: Path, device: torch.device) -> list[tuple[list[EncodedExample], list[EncodedExample]]]:
-    """The forget and the retain rows of each step."""
-    tokenizer, n = AutoTokenizer.from_pretrained(work / "model"), rows_a_step(device)
+def step_examples(work: Path, device: torch.device) -> list[tuple[list[EncodedExample], list[EncodedExample]]]:
+    """The forget and retain examples of each step."""
+    tokenizer, n = AutoTokenizer.from_pretrained(work / "model"), examples_per_step(device)
     forget, retain = (encode(read_rows(work, name), tokenizer, "neko", 128) for name in ("forget", "retain"))
     return [(forget[start : start + n], retain[start : start + n]) for start in range(0, STEPS * n, n)]
 
@@ -217,22 +220,23 @@ def step_rows(work: Path, device: torch.device) -> list[tuple[list[EncodedExampl
 def step_batches(work: Path, recipe: Recipe, device: torch.device) -> list[Batch]:
     """The batch of each step, with the teacher's cache."""
     cache = TeacherCache(work / "cache")
-    return [make_batch(forget, retain, cache, recipe, 1, device) for forget, retain in step_rows(work, device)]
+    return [make_batch(forget, retain, cache, recipe, 1, device) for forget, retain in step_examples(work, device)]
 
 
 def clock(device: torch.device) -> float:
+    """Seconds, after all work on the GPU has finished."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()
 
 
 def run(name: str, work: Path, passes: int, device: torch.device) -> dict[str, Any]:
-    """Run one contender in a process of its own and read its line."""
+    """Run one contender in a separate process and read its JSON line."""
     command = [sys.executable, __file__, name, str(work), "--passes", str(passes), "--device", str(device)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    lines = done.stdout.strip().splitlines()
+    completed = subprocess.run(command, capture_output=True, text=True)
+    lines = completed.stdout.strip().splitlines()
     if not lines:
-        raise SystemExit(f"{name} ended with exit code {done.returncode}:\n{done.stderr[-2000:]}")
+        raise SystemExit(f"{name} ended with exit code {completed.returncode}:\n{completed.stderr[-2000:]}")
     result: dict[str, Any] = json.loads(lines[-1])
     return result
 
@@ -252,7 +256,7 @@ def main() -> None:
     parser.add_argument("--device")
     options = parser.parse_args()
     device = pick_device(options.device)
-    sampler = Resident()  # after the imports
+    sampler = Resident()  # started after the imports, which do not count
     if device.type == "cpu":
         sampler.start()
     torch.manual_seed(0)

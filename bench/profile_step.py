@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import clock, prepare, step_batches, step_rows, title
+from contenders import clock, prepare, step_batches, step_examples, title
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -177,7 +177,7 @@ def main() -> None:
         with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
             take_step(walk, optimizer, batches[2], recipe, device)
     by_operator = operators(profiler, device)
-    forget, retain = step_rows(options.work, device)[1]
+    forget, retain = step_examples(options.work, device)[1]
     lengths = [len(example) for example in [*forget, *retain]]
     counted = step_flops(lm, layers, batches[1], lengths)
     peak = known_peak(device) or measured_peak(device, torch.bfloat16)

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import device_name, prepare, rows_a_step
+from contenders import device_name, examples_per_step, prepare
 from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
@@ -92,7 +92,7 @@ def main() -> None:
         f"rounding {distance['again']:.2e}, initial model {distance['model']:.2e}"
     )
     prepare(options.work, options.lume, device)
-    n = rows_a_step(device)
+    n = examples_per_step(device)
     change = {"max_steps": 2, "forget_rows": n, "retain_rows": n, "patience": 0, "eval_every": 0}
     cache = options.work / "cache"
     runs = {
