@@ -36,7 +36,7 @@ from neko_lean.data.examples import EncodedExample, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.models.causal_lm import CausalLM, as_causal_lm
+from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.lm_head import CHUNK_ELEMENTS
 from neko_lean.models.loading import load_model, load_tokenizer, new_model
@@ -152,8 +152,8 @@ def measure_setting(
             folder,
             retain,
             Path(scratch) / "c",
-            settings=CacheSettings(top_k=top_k or 10**6, mass=mass, format=style, dtype="float32"),
-            options=OutputOptions(quiet=True),
+            cache=CacheOptions(top_k=top_k or 10**6, mass=mass, format=style, dtype="float32"),
+            run=OutputOptions(quiet=True),
         )
         cache = TeacherCache(Path(scratch) / "c")
         size = sum(shard.bytes for shard in manifest.shards) / manifest.positions

@@ -14,9 +14,6 @@ import time
 from pathlib import Path
 
 from bench.processes import forked
-from neko_lean.checkpoints import open_run, run_folder, saves, tensors
-from neko_lean.runs import unlearn
-from tests.helpers import flat
 from neko_lean.checkpoints import run_folder, saves
 from neko_lean.options import RunOptions
 from neko_lean.runs import unlearn
@@ -94,7 +91,7 @@ def main(root):
             cache=root / "cache",
             recipe="neko",
             overrides=OVERRIDES,
-            options=RunOptions(seed=3, quiet=True, save_every=3, resume=resume),
+            run=RunOptions(seed=3, quiet=True, save_every=3, resume=resume),
         )
 
     start = time.monotonic()

@@ -7,9 +7,9 @@ import subprocess
 import sys
 from pathlib import Path
 
-from tests.checkpoints.interrupted import result, saved
 import pytest
 
+from tests.checkpoints.interrupted import result, saved
 from tests.checkpoints.test_resume import result, saved
 from tests.killed import KILLS
 
