@@ -244,7 +244,7 @@ def main() -> None:
     teacher.model.eval()
     speeds = {"target": speed(teacher, examples)}
     if options.large:
-        large = split(random_olmo_1b().eval())
+        large = as_causal_lm(random_olmo_1b().eval())
         speeds["OLMo-1B-0724 geometry"] = speed(large, examples[:: len(examples) // 8], rounds=3)
     print(json.dumps({"device": "CPU", "threads": torch.get_num_threads(), "speed": speeds}))
 

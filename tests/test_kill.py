@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from tests.checkpoints.interrupted import result, saved
-from tests.checkpoints.test_resume import result, saved
 from tests.killed import KILLS
 
 REPOSITORY = Path(__file__).parents[1]
