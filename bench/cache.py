@@ -29,8 +29,8 @@ from rich.table import Table
 from torch import Tensor
 
 from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
-from neko_lean.cache.teacher import hidden_states, keep
-from neko_lean.cache.writer import teacher_batches
+from neko_lean.cache.planning import teacher_batches
+from neko_lean.cache.teacher import hidden_states, top_k_entries
 from neko_lean.data.batching import pad
 from neko_lean.data.examples import EncodedExample, read_rows
 from neko_lean.data.tokenization import encode
@@ -166,12 +166,12 @@ def speed(teacher: CausalLM, rows: list[EncodedExample], rounds: int = 5) -> dic
     loaded teacher: by resident set, and by live tensors beside those of the backbone alone (one layer at a time)."""
     batches = teacher_batches(rows, 8192)
     before = peak_memory(CPU)["process"]
-    keep(teacher, batches[-1], 0, 64, 0.999)
+    top_k_entries(teacher, batches[-1], 0, 64, 0.999)
     grown = peak_memory(CPU)["process"] - before
     with LiveTensors() as backbone:
         hidden_states(teacher, batches[-1], 0)
     with LiveTensors() as live:
-        keep(teacher, batches[-1], 0, 64, 0.999)
+        top_k_entries(teacher, batches[-1], 0, 64, 0.999)
     ratios, bare_total, cached_total = [], 0.0, 0.0
     for _ in range(rounds):
         bare = cached = 0.0
@@ -179,7 +179,7 @@ def speed(teacher: CausalLM, rows: list[EncodedExample], rounds: int = 5) -> dic
             start = time.perf_counter()
             bare_forward(teacher, batch)
             middle = time.perf_counter()
-            keep(teacher, batch, 0, 64, 0.999)
+            top_k_entries(teacher, batch, 0, 64, 0.999)
             cached += time.perf_counter() - middle
             bare += middle - start
         ratios.append(bare / cached)

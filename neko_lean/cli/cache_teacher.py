@@ -1,9 +1,9 @@
-"""`neko-lean cache-teacher`: run the teacher once, keep its top-k probabilities."""
+"""`neko-lean cache-teacher`: run the teacher once and store its top-k probabilities."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -12,32 +12,44 @@ from neko_lean.distributed import is_main_process
 from neko_lean.options import OutputOptions
 from neko_lean.terminal import print_lines
 
+if TYPE_CHECKING:
+    from neko_lean.cache.format import Manifest
+
 
 @command
 def cache_teacher(
     model: Model,
-    retain: Annotated[Path, typer.Argument(help="Parquet, jsonl or csv file, or a folder holding retain.*.")],
+    retain: Annotated[Path, typer.Argument(help="Parquet, jsonl or csv file, or a folder with retain.*.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     forget: Annotated[
-        Path | None, typer.Option(help="Rows to forget, for recipes that ask the teacher about them: npo, dpo, undial.")
+        Path | None, typer.Option(help="Forget set, for recipes that need the teacher on it: npo, dpo, undial.")
     ] = None,
     anchor: Annotated[
-        Path | None, typer.Option(help="Documents never seen, to hold still: jsonl with document and, if wanted, task.")
+        Path | None,
+        typer.Option(help="Documents that the model has never seen: jsonl with document and, optionally, task."),
     ] = None,
-    top_k: Annotated[int, typer.Option(help="Most entries kept a position.")] = 64,
+    top_k: Annotated[int, typer.Option(help="Maximum number of entries per position.")] = 64,
     mass: Annotated[
-        float, typer.Option(help="Keep the fewest likeliest tokens that reach this; 1: top-k always.")
+        float,
+        typer.Option(
+            help="Store the fewest most likely tokens whose probabilities sum to this value; 1 always stores --top-k."
+        ),
     ] = 0.999,
-    format: Annotated[str, typer.Option(help="Prompt format, plain or neko; the recipe must use the same.")] = "plain",
-    max_length: Annotated[int, typer.Option(help="Tokens a row is cut to.")] = 512,
-    batch_tokens: Annotated[int, typer.Option(help="Positions of one forward pass.")] = 8192,
+    format: Annotated[
+        str, typer.Option(help="Prompt format, plain or neko; the recipe must use the same format.")
+    ] = "plain",
+    max_length: Annotated[int, typer.Option(help="Truncate examples to this many tokens.")] = 512,
+    batch_tokens: Annotated[int, typer.Option(help="Positions per forward pass, padding included.")] = 8192,
     revision: Revision = None,
     device: Device = None,
-    dtype: Annotated[str, typer.Option(help="bfloat16 or float32.")] = "bfloat16",
-    stored_dtype: Annotated[str, typer.Option(help="float16 or float32, for the stored probabilities.")] = "float16",
-    resume: Annotated[bool, typer.Option("--resume", help="Go on with a run that was cut off.")] = False,
+    dtype: Annotated[str, typer.Option(help="Dtype that the teacher runs in: bfloat16 or float32.")] = "bfloat16",
+    stored_dtype: Annotated[
+        str, typer.Option(help="Dtype of the stored probabilities: float16 or float32.")
+    ] = "float16",
+    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     check: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Compute N rows again and fail unless the cache agrees.")
+        int,
+        typer.Option(min=0, metavar="N", help="Compare N examples with the live teacher; fail if they differ."),
     ] = 0,
     overwrite: Overwrite = False,
     json: Json = False,
@@ -50,7 +62,7 @@ def cache_teacher(
     from neko_lean.cache import CacheOptions, check_cache, inspect_cache
     from neko_lean.cache import cache_teacher as run
 
-    made = run(
+    manifest = run(
         pinned(model, revision),
         retain,
         out,
@@ -69,20 +81,30 @@ def cache_teacher(
     )
     if not is_main_process():
         return
-    checked = check_cache(out, pinned(model, revision), retain, check, device=device) if check else None
+    comparison = check_cache(out, pinned(model, revision), retain, check, device=device) if check else None
     if json:
-        emit({"cache": str(out), **inspect_cache(out), "check": checked})
+        emit({"cache": str(out), **inspect_cache(out), "check": comparison})
     elif not quiet:
-        size = sum(shard.bytes for shard in made.shards)
-        print_lines(
-            f"{out}: {made.rows} rows, {made.positions} positions, "
-            f"{(size + sum(shard.bytes for shard in made.forget_shards)) / 1e6:.1f} MB "
-            f"({size / made.positions:.1f} bytes a token, {made.entries / made.positions:.1f} entries); "
-            f"mean mass in the entries: {made.mean_mass:.4f}"
-        )
-        if checked:
-            print_lines(
-                f"check: {checked['rows']} rows live; KL of cache to teacher {checked['kl_mean']:.1e} nats a position "
-                f"(largest {checked['kl_max']:.1e}); captured mass {checked['mass_mean']:.4f} "
-                f"(1st percentile {checked['mass_1st_percentile']:.4f})"
-            )
+        print_lines(_summary(out, manifest))
+        if comparison:
+            print_lines(_comparison_line(comparison))
+
+
+def _summary(out: Path, manifest: Manifest) -> str:
+    """One line with the size of a cache."""
+    retain_bytes = sum(shard.bytes for shard in manifest.shards)
+    all_bytes = sum(shard.bytes for shard in manifest.all_shards)
+    return (
+        f"{out}: {manifest.rows} rows, {manifest.positions} positions, {all_bytes / 1e6:.1f} MB "
+        f"({retain_bytes / manifest.positions:.1f} bytes and {manifest.entries / manifest.positions:.1f} entries per "
+        f"position); mean mass in the entries: {manifest.mean_mass:.4f}"
+    )
+
+
+def _comparison_line(comparison: dict[str, float]) -> str:
+    """One line with the result of `check_cache`."""
+    return (
+        f"check: {comparison['rows']} rows compared with the live teacher; KL from cache to teacher "
+        f"{comparison['kl_mean']:.1e} nats per position (maximum {comparison['kl_max']:.1e}); mass in the entries "
+        f"{comparison['mass_mean']:.4f} (1st percentile {comparison['mass_1st_percentile']:.4f})"
+    )

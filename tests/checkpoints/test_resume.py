@@ -212,10 +212,10 @@ def test_a_cache_of_its_own_is_kept_for_the_resume(unlearn, tmp_path, monkeypatc
 
 
 def test_a_signal_while_the_teacher_is_cached_keeps_its_shards(unlearn, tmp_path, monkeypatch):
-    from neko_lean.cache import writer
+    from neko_lean.cache import planning, writer
 
-    monkeypatch.setattr(writer, "SHARD_POSITIONS", 100)
-    original, count = writer._retain_tensors, [0]
+    monkeypatch.setattr(planning, "SHARD_POSITIONS", 100)
+    original, count = writer._top_k_tensors, [0]
 
     def struck(*arguments):
         count[0] += 1
@@ -224,7 +224,7 @@ def test_a_signal_while_the_teacher_is_cached_keeps_its_shards(unlearn, tmp_path
         return original(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(neko_lean.Interrupted, match="SIGTERM at once") as raised:
-        patch.setattr(writer, "_retain_tensors", struck)
+        patch.setattr(writer, "_top_k_tensors", struck)
         unlearn(tmp_path / "out", {**SMALL, "batch_tokens": 256}, cache=None)
     assert raised.value.saved_state == f"{saved(tmp_path / 'out')} keeps what the teacher's cache has so far"
     unlearn(tmp_path / "out", {**SMALL, "batch_tokens": 256}, cache=None, resume=True)
