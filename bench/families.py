@@ -53,12 +53,14 @@ from neko_lean.cache import CacheOptions, TeacherCache
 from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
-from neko_lean.models.causal_lm import CausalLM, next_token_logp
+from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model
-from neko_lean.options import OutputOptions
+from neko_lean.models.predictions import next_token_logp
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.recipes import load_recipe
+from neko_lean.scoring import ScoreSettings
 from neko_lean.scoring.generation import generate
-from neko_lean.training import loop
+from neko_lean.training import TrainingExamples, loop
 from neko_lean.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -305,9 +307,10 @@ class Bench:
             run=OutputOptions(device="cpu", quiet=True),
         )  # fmt: skip
         lm = load_model(self.student, torch.float32, CPU)
-        trainer = Trainer(lm, 2, self.forget, self.retain, TeacherCache(self.work / "cache"), recipe)
+        examples = TrainingExamples(self.forget, self.retain)
+        trainer = Trainer(lm, 2, examples, TeacherCache(self.work / "cache"), recipe)
         self.found.backward = trainer.recipe.backward
-        trainer.ready()
+        trainer.train_mode()
         recorder = Recorder(lm)
         rows = range(len(self.forget)), range(len(self.retain))
         values = trainer.step(recorder, 0.0, rows, trainer.batch(rows))[1]  # type: ignore[arg-type]
@@ -414,9 +417,14 @@ class Bench:
             out = self.work / f"unlearned-{dtype}"
             with kept_weights() as trained:
                 neko_lean.unlearn(
-                    self.student, out, data, data, recipe="neko", device="cpu", quiet=True,
+                    self.student,
+                    out,
+                    data,
+                    data,
+                    recipe="neko",
                     overrides={**RECIPE, "dtype": dtype, "max_steps": steps},
-                )  # fmt: skip
+                    run=RunOptions(device="cpu", quiet=True),
+                )
             line = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
             kl = self.found.numbers[f"own KL, {dtype}"] = line["retain_loss"]
             if not abs(kl) < SELF_KL[dtype]:
@@ -444,8 +452,9 @@ class Bench:
             run=OutputOptions(device="cpu", quiet=True),
         )
         scores = neko_lean.score(
-            out, data, self.work / "scores", batch_size=6, max_new_tokens=NEW_TOKENS, device="cpu", quiet=True
-        )
+            out, data, self.work / "scores", settings=ScoreSettings(batch_size=6, max_new_tokens=NEW_TOKENS),
+            run=OutputOptions(device="cpu", quiet=True),
+        )  # fmt: skip
         if not scores["cells"]:
             raise Differs("no cell was scored")
 

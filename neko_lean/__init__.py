@@ -7,15 +7,34 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from neko_lean.cache.writer import cache_teacher
-    from neko_lean.errors import Interrupted
-    from neko_lean.runs.unlearn import memorize, unlearn
-    from neko_lean.scoring.run import score
+    from neko_lean.cache import CacheOptions, cache_teacher
+    from neko_lean.errors import Interrupted, NekoLeanError
+    from neko_lean.options import OutputOptions, RunOptions
+    from neko_lean.runs import memorize, unlearn
+    from neko_lean.scoring import ScoreInputs, ScoreSettings, score
 
-__all__ = ["Interrupted", "cache_teacher", "memorize", "score", "unlearn"]
+__all__ = [
+    "CacheOptions",
+    "Interrupted",
+    "NekoLeanError",
+    "OutputOptions",
+    "RunOptions",
+    "ScoreInputs",
+    "ScoreSettings",
+    "cache_teacher",
+    "memorize",
+    "score",
+    "unlearn",
+]
 
-_HOME = {
+_PACKAGE_OF = {
+    "CacheOptions": "neko_lean.cache",
     "Interrupted": "neko_lean.errors",
+    "NekoLeanError": "neko_lean.errors",
+    "OutputOptions": "neko_lean.options",
+    "RunOptions": "neko_lean.options",
+    "ScoreInputs": "neko_lean.scoring",
+    "ScoreSettings": "neko_lean.scoring",
     "cache_teacher": "neko_lean.cache",
     "memorize": "neko_lean.runs",
     "score": "neko_lean.scoring",
@@ -25,8 +44,8 @@ _HOME = {
 
 def __getattr__(name: str) -> Any:
     # Imported on first use: `neko-lean --help` must not wait for torch and transformers.
-    if name not in _HOME:
+    if name not in _PACKAGE_OF:
         raise AttributeError(f"module 'neko_lean' has no attribute {name!r}")
     from importlib import import_module
 
-    return getattr(import_module(_HOME[name]), name)
+    return getattr(import_module(_PACKAGE_OF[name]), name)

@@ -1,6 +1,6 @@
 """Options shared by the commands: one dataclass field each, with the help text that `--help` prints.
 
-The Python API takes these dataclasses; `cli.common.command` turns their fields into command-line options. So an option
+The Python API takes these dataclasses; `cli/flags.py` turns their fields into command-line options. So an option
 is named, typed, defaulted and explained in one place.
 """
 
@@ -23,13 +23,21 @@ def option(default: Any, help: str, **typer: Any) -> Any:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OutputOptions:
-    """Where a command runs and how it treats its output."""
+class BasicOptions:
+    """Where a command runs, what it prints, and whether it replaces its output."""
 
     device: str | None = option(None, "cpu, cuda or cuda:N.  [default: the GPU if there is one]")
-    resume: bool = option(False, "Continue an interrupted run.")
-    overwrite: bool = option(False, "Replace an output that neko-lean wrote, or an unfinished run; never anything else.")
+    overwrite: bool = option(
+        False, "Replace an output that neko-lean wrote, or an unfinished run; never anything else."
+    )
     quiet: bool = option(False, "Print no progress and no tables.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions(BasicOptions):
+    """Options of a command that can be resumed."""
+
+    resume: bool = option(False, "Continue an interrupted run of the same command; it ends in the same result.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,3 +51,10 @@ class RunOptions(OutputOptions):
         min=0,
         metavar="N",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions(BasicOptions):
+    """Options of the demo."""
+
+    seed: int = option(0, "Random seed for the made-up data, data order and stochastic rounding.")

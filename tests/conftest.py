@@ -13,9 +13,9 @@ import pytest
 import torch
 
 import neko_lean
-from neko_lean.demo.run import write_base
+from neko_lean.demo.base_model import write_base
 from neko_lean.jsonio import write_jsonl
-from tests.helpers import SMALL, make_cache, make_rows, random_model, write_rows
+from tests.helpers import SMALL, flat, make_cache, make_rows, random_model, write_rows
 
 torch.set_num_threads(2)
 
@@ -67,6 +67,6 @@ def unlearn(world: Path, model: Path, cache: Path) -> Callable[..., Any]:
 
     def run(out: Path, change: dict[str, Any] = SMALL, **options: Any) -> dict[str, Any]:
         given = {"model": model, "cache": cache, "recipe": "neko", "overrides": change, "seed": 3, "quiet": True}
-        return neko_lean.unlearn(out=out, forget=world, retain=world, **{**given, **options})
+        return flat(neko_lean.unlearn)(out=out, forget=world, retain=world, **{**given, **options})
 
     return run

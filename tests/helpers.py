@@ -1,12 +1,13 @@
 """Rows and random models that tests make for themselves."""
 
 import json
-from dataclasses import asdict, fields, replace
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, get_type_hints
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
 from neko_lean.cache import CacheOptions, cache_teacher
@@ -26,6 +27,15 @@ SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+# The special tokens before and after a text. They may also occur inside it.
+TEMPLATES = [
+    ([], []),
+    (["<s>"], []),
+    ([], ["</s>"]),
+    (["<s>"], ["</s>"]),
+    (["</s>"], ["</s>"]),
+    (["<s>", "<s>"], ["</s>", "<s>"]),
+]
 LUME = Path(__file__).parents[2] / "shared" / "data" / "lume"
 
 
@@ -112,3 +122,22 @@ def live(folder, one, dtype=torch.float32):
     model = load_model(folder, dtype, torch.device("cpu")).model.eval()
     with torch.no_grad():
         return model(input_ids=torch.tensor([one.input_ids])).logits[0]
+
+
+def model_weights(folder):
+    """The tensors of a checkpoint in one file."""
+    return load_file(folder / "model.safetensors")
+
+
+def flat(function):
+    """`function` with the fields of its options dataclasses as plain keyword arguments, for calls with **kwargs."""
+    groups = {name: hint for name, hint in get_type_hints(function).items() if is_dataclass(hint) and name != "return"}
+
+    def call(*args, **kwargs):
+        grouped = {
+            name: kind(**{field.name: kwargs.pop(field.name) for field in fields(kind) if field.name in kwargs})
+            for name, kind in groups.items()
+        }
+        return function(*args, **kwargs, **grouped)
+
+    return call

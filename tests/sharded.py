@@ -22,7 +22,8 @@ from neko_lean.models.loading import load_tokenizer
 from neko_lean.models.sharding import ShardedModel
 from neko_lean.recipes import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
-from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.layers import decoder_layers
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 
 # Heads of 7 rows a rank and less: 355 rows of the vocabulary do not split evenly either.
@@ -57,7 +58,7 @@ def compare(root: Path, name: str, change: dict, tied: bool) -> float:
     with as_single_process():
         plain = student(len(tokenizer), tied)
         batch = make_batch(*given, torch.device("cpu"), others)
-        loss = batch_losses(select_hidden(plain, batch.micro, batch.index), plain, batch, recipe)["loss"]
+        loss = batch_losses(select_hidden(plain, batch.micro), plain, batch, recipe)["loss"]
         loss.backward()
         wanted = {name: p.grad for name, p in plain.model.named_parameters()}
 
@@ -69,7 +70,7 @@ def compare(root: Path, name: str, change: dict, tied: bool) -> float:
     worst = 0.0
     for _ in range(2):  # the second time from what the first has left
         batch = make_batch(*given, torch.device("cpu"), others)
-        same = batch_losses(walk.forward(*batch.own()[0]), spread, batch, recipe)["loss"]
+        same = batch_losses(walk.forward(batch.on_this_rank()[0]), spread, batch, recipe)["loss"]
         same.backward()
         walk.backward(lambda parameter: None)
         worst = max(worst, abs(same.item() - loss.item()))

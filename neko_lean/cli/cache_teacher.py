@@ -7,7 +7,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from neko_lean.cli.common import Device, Json, Model, Overwrite, Quiet, Revision, command, emit, pinned
+from neko_lean.cache.options import CacheOptions
+from neko_lean.cli.common import Json, Model, Revision, command, emit, pinned
 from neko_lean.distributed import is_main_process
 from neko_lean.options import OutputOptions
 from neko_lean.terminal import print_lines
@@ -21,6 +22,8 @@ def cache_teacher(
     model: Model,
     retain: Annotated[Path, typer.Argument(help="Parquet, jsonl or csv file, or a folder with retain.*.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
+    cache: CacheOptions,
+    run: OutputOptions,
     forget: Annotated[
         Path | None, typer.Option(help="Forget set, for recipes that need the teacher on it: npo, dpo, undial.")
     ] = None,
@@ -28,63 +31,28 @@ def cache_teacher(
         Path | None,
         typer.Option(help="Documents that the model has never seen: jsonl with document and, optionally, task."),
     ] = None,
-    top_k: Annotated[int, typer.Option(help="Maximum number of entries per position.")] = 64,
-    mass: Annotated[
-        float,
-        typer.Option(
-            help="Store the fewest most likely tokens whose probabilities sum to this value; 1 always stores --top-k."
-        ),
-    ] = 0.999,
-    format: Annotated[
-        str, typer.Option(help="Prompt format, plain or neko; the recipe must use the same format.")
-    ] = "plain",
-    max_length: Annotated[int, typer.Option(help="Truncate examples to this many tokens.")] = 512,
-    batch_tokens: Annotated[int, typer.Option(help="Positions per forward pass, padding included.")] = 8192,
-    revision: Revision = None,
-    device: Device = None,
-    dtype: Annotated[str, typer.Option(help="Dtype that the teacher runs in: bfloat16 or float32.")] = "bfloat16",
-    stored_dtype: Annotated[
-        str, typer.Option(help="Dtype of the stored probabilities: float16 or float32.")
-    ] = "float16",
-    resume: Annotated[bool, typer.Option("--resume", help="Continue an interrupted run.")] = False,
     check: Annotated[
         int,
         typer.Option(min=0, metavar="N", help="Compare N examples with the live teacher; fail if they differ."),
     ] = 0,
-    overwrite: Overwrite = False,
+    revision: Revision = None,
     json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
     """Run the teacher once over the retain set and store its top-k probabilities.
 
     Example: neko-lean cache-teacher allenai/OLMo-1B-0724-hf data/ --out cache/
     """
-    from neko_lean.cache import CacheOptions, check_cache, inspect_cache
-    from neko_lean.cache import cache_teacher as run
+    from neko_lean.cache import cache_teacher as write_cache
+    from neko_lean.cache import check_cache, inspect_cache
 
-    manifest = run(
-        pinned(model, revision),
-        retain,
-        out,
-        forget=forget,
-        anchor=anchor,
-        cache=CacheOptions(
-            top_k=top_k,
-            mass=mass,
-            format=format,
-            max_length=max_length,
-            batch_tokens=batch_tokens,
-            dtype=dtype,
-            stored_dtype=stored_dtype,
-        ),
-        run=OutputOptions(device=device, resume=resume, overwrite=overwrite, quiet=quiet),
-    )
+    name = pinned(model, revision)
+    manifest = write_cache(name, retain, out, forget=forget, anchor=anchor, cache=cache, run=run)
     if not is_main_process():
         return
-    comparison = check_cache(out, pinned(model, revision), retain, check, device=device) if check else None
+    comparison = check_cache(out, name, retain, check, device=run.device) if check else None
     if json:
         emit({"cache": str(out), **inspect_cache(out), "check": comparison})
-    elif not quiet:
+    elif not run.quiet:
         print_lines(_summary(out, manifest))
         if comparison:
             print_lines(_comparison_line(comparison))

@@ -9,80 +9,62 @@ import os
 import shlex
 import sys
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
+from neko_lean.cli.flags import collect_flags, signature_with_flags
 from neko_lean.distributed import is_main_process, rank, world_size
 from neko_lean.errors import Interrupted, NekoLeanError, first_line
 from neko_lean.jsonio import nan_to_null
+from neko_lean.options import option
 from neko_lean.outputs import os_error_sentence
+from neko_lean.recipes import DEFAULT, parse_override
 from neko_lean.terminal import print_json, print_to_stderr
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hub name (owner/name).")]
-
-
 Revision = Annotated[
     str | None, typer.Option(metavar="REV", help="Commit, branch or tag of a MODEL on the hub.  [default: its newest]")
 ]
-
-
-Device = Annotated[str | None, typer.Option(help="cpu, cuda or cuda:N.  [default: the GPU where there is one]")]
-
-
-Seed = Annotated[int, typer.Option(help="Of the order of rows and of the rounding.")]
-
-
-SaveEvery = Annotated[
-    int,
-    typer.Option(
-        min=0,
-        metavar="N",
-        help="Save every N steps, so that --resume can go on; 0: only when Ctrl-C, SIGTERM or SIGHUP stops it.",
-    ),
-]
-
-
-Resume = Annotated[
-    bool, typer.Option("--resume", help="Go on from the last save of the same run; it ends in the same weights.")
-]
-
-
-Overwrite = Annotated[
-    bool,
-    typer.Option(
-        "--overwrite", help="Replace an output that neko-lean wrote, or an unfinished run; never anything else."
-    ),
-]
-
-
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
-
-
-Quiet = Annotated[bool, typer.Option("--quiet", help="No progress, no tables.")]
-
-
-Set = Annotated[
-    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Replace a value of the recipe; repeatable.")
-]
-
-
-MaxSteps = Annotated[int | None, typer.Option(min=1, help="Most steps to take.  [default: the recipe's]")]
-
-
+Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress and no tables.")]
 Split = Annotated[str | None, typer.Option(help="Read forget_SPLIT.* and retain_SPLIT.*, as LUME names its files.")]
 
 
-def command(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Make a NekoLeanError one sentence on stderr and exit code 2, and a signal the way to go on and exit code 130 or
-    143 (or 129, of SIGHUP); quieten what libraries say to each other."""
+@dataclass(frozen=True, kw_only=True)
+class RecipeFlags:
+    """A recipe, and values that replace some of its own."""
 
-    @functools.wraps(function)
-    def wrapped(*args: Any, **kwargs: Any) -> Any:
+    recipe: str = option(DEFAULT, "Name of a shipped recipe, or a .toml file.")
+    set: tuple[str, ...] = option((), "Replace a value of the recipe; repeatable.", metavar="KEY=VALUE")
+
+    def overrides(self) -> dict[str, Any]:
+        """The values that were given, by key of the recipe."""
+        given = {key: value for key, value in asdict(self).items() if key not in ("recipe", "set")}
+        return {**dict(map(parse_override, self.set)), **{key: value for key, value in given.items() if value}}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainingFlags(RecipeFlags):
+    """A recipe for training, with options for values that are often changed."""
+
+    max_steps: int | None = option(None, "Number of training steps.  [default: the recipe's]", min=1)
+
+
+def command(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Make a function a command.
+
+    Parameters that are dataclasses become one option per field. A NekoLeanError becomes one sentence on stderr and exit
+    code 2; a signal becomes the command line that continues the run, and exit code 130, 143 or 129. Log messages of
+    libraries are silenced.
+    """
+
+    def wrapped(**kwargs: Any) -> Any:
         _quieten_libraries()
         try:
-            return function(*args, **kwargs)
+            return function(**collect_flags(function, kwargs))
         except NekoLeanError as error:
             _print_error(str(error))
             raise typer.Exit(2) from error
@@ -94,11 +76,15 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             print_to_stderr("interrupted; the output folder was not written.")
             raise typer.Exit(130) from error
         except OSError as error:
-            if error.errno == errno.EPIPE:  # whoever read stdout has ended
+            if error.errno == errno.EPIPE:  # the reader of stdout has exited
                 raise
             _print_error(os_error_sentence(error) or first_line(error))
             raise typer.Exit(2) from error
 
+    signature = signature_with_flags(function)
+    functools.update_wrapper(wrapped, function)
+    wrapped.__signature__ = signature  # type: ignore[attr-defined]
+    wrapped.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
     return wrapped
 
 
@@ -135,14 +121,6 @@ def pinned(model: str, revision: str | None) -> str:
     if Path(model).exists():
         raise NekoLeanError(f"--revision is for a hub name, and {model} is here already: leave it out.")
     return f"{model}@{revision}"
-
-
-def overrides(pairs: list[str] | None, **options: Any) -> dict[str, Any]:
-    """--set pairs, and the options that were given, as values of a recipe."""
-    from neko_lean.recipes import parse_override
-
-    given = {key: value for key, value in options.items() if value is not None}
-    return {**dict(parse_override(pair) for pair in pairs or []), **given}
 
 
 def emit(result: Any) -> None:

@@ -1,4 +1,4 @@
-"""`neko-lean demo`: the whole story on a small world, with nothing to download."""
+"""`neko-lean demo`: all commands on a small world, with nothing to download."""
 
 from __future__ import annotations
 
@@ -7,51 +7,41 @@ from typing import Annotated
 
 import typer
 
-from neko_lean.cli.common import Device, Json, MaxSteps, Overwrite, Quiet, Seed, Split, command, emit
+from neko_lean.cli.common import Json, Split, command, emit
 from neko_lean.distributed import world_size
 from neko_lean.errors import NekoLeanError
+from neko_lean.options import DemoOptions
 from neko_lean.recipes import DEFAULT
 from neko_lean.terminal import print_lines, print_table
 
 
 @command
 def demo(
+    run: DemoOptions,
     out: Annotated[Path, typer.Option(help="Folder to write: data, models, cache and scores.")] = Path("demo-run"),
     data: Annotated[
-        Path | None, typer.Option(help="Real rows in place of the made-up world: forget.* and retain.*.")
+        Path | None, typer.Option(help="Real data instead of the made-up world: a folder with forget.* and retain.*.")
     ] = None,
     split: Split = None,
     recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = DEFAULT,
-    max_steps: MaxSteps = None,
-    seed: Seed = 0,
-    device: Device = None,
-    overwrite: Overwrite = False,
+    max_steps: Annotated[
+        int | None, typer.Option(min=1, help="Number of training steps.  [default: the recipe's]")
+    ] = None,
     json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
-    """Build a small world, memorise it, unlearn with a recipe and with the paper's beside it, and score all three.
+    """Build a small world, memorize it, unlearn with a recipe and with the paper's for comparison, and score all three.
 
     Example: neko-lean demo --out demo-run    or    neko-lean demo --data lume/ --split validation --out lume-run
     """
     if world_size() > 1:
-        raise NekoLeanError("demo is for one process: run it without torchrun.")
-    from neko_lean.demo import demo as run
-    from neko_lean.scoring import score_table
+        raise NekoLeanError("demo runs in a single process: run it without torchrun.")
+    from neko_lean.demo import demo as run_demo
+    from neko_lean.scoring.table import score_table
 
-    result = run(
-        out,
-        data=data,
-        split=split,
-        recipe=recipe,
-        max_steps=max_steps,
-        seed=seed,
-        device=device,
-        overwrite=overwrite,
-        quiet=quiet,
-    )
+    result = run_demo(out, data=data, split=split, recipe=recipe, max_steps=max_steps, run=run)
     if json:
         emit(result)
-    elif not quiet:
+    elif not run.quiet:
         print_table(score_table(result["scores"]))
         print_lines(*result["verdict"].split("\n"))
         print_lines(*(f"  {name:<18} {path}" for name, path in result["files"].items()))

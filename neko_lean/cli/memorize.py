@@ -1,31 +1,24 @@
-"""`neko-lean memorize`: fine-tune until the data is known by heart."""
+"""`neko-lean memorize`: fine-tune until the data is memorized."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from neko_lean.cli.common import (
-    Device,
-    Json,
-    MaxSteps,
-    Overwrite,
-    Quiet,
-    Resume,
-    Revision,
-    SaveEvery,
-    Seed,
-    Set,
-    Split,
-    command,
-    emit,
-    overrides,
-    pinned,
-)
+from neko_lean.cli.common import Json, Revision, Split, TrainingFlags, command, emit, pinned
 from neko_lean.distributed import is_main_process
+from neko_lean.options import RunOptions, option
 from neko_lean.terminal import print_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemorizeFlags(TrainingFlags):
+    """A recipe for plain fine-tuning."""
+
+    recipe: str = option("memorize", "Name of a shipped recipe, or a .toml file.")
 
 
 @command
@@ -34,49 +27,39 @@ def memorize(
         str,
         typer.Argument(
             metavar="MODEL_OR_CONFIG",
-            help="Checkpoint folder or hub name; a folder with config.json and tokenizer alone starts at random.",
+            help="Checkpoint folder or hub name; a folder without weights starts from random ones.",
         ),
     ],
-    data: Annotated[Path, typer.Option(help="Folder holding forget.* and retain.*.")],
+    data: Annotated[Path, typer.Option(help="Folder that holds forget.* and retain.*.")],
     out: Annotated[Path, typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.")],
-    retain_only: Annotated[bool, typer.Option("--retain-only", help="Learn retain.* alone: the gold model.")] = False,
+    recipe: MemorizeFlags,
+    run: RunOptions,
+    retain_only: Annotated[
+        bool, typer.Option("--retain-only", help="Learn only the retain set: makes the gold model.")
+    ] = False,
     split: Split = None,
-    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = "memorize",
-    set_: Set = None,
-    max_steps: MaxSteps = None,
-    seed: Seed = 0,
     revision: Revision = None,
-    device: Device = None,
-    save_every: SaveEvery = 0,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
     json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
-    """Fine-tune a model on the rows with cross-entropy: makes a target to unlearn from, or a retain-only gold model.
+    """Fine-tune a model with cross-entropy: makes a target to unlearn from, or a retain-only gold model.
 
     Example: neko-lean memorize base/ --data data/ --out target/ --set epochs=20
     """
-    from neko_lean.runs import memorize as run
+    from neko_lean.runs import memorize as run_memorize
 
-    result = run(
+    result = run_memorize(
         pinned(model, revision),
         data,
         out,
-        recipe=recipe,
-        overrides=overrides(set_, max_steps=max_steps),
+        recipe=recipe.recipe,
+        overrides=recipe.overrides(),
         sets=("retain",) if retain_only else ("forget", "retain"),
         split=split,
-        seed=seed,
-        device=device,
-        save_every=save_every,
-        resume=resume,
-        overwrite=overwrite,
-        quiet=quiet,
+        run=run,
     )
     if not is_main_process():
         return
     if json:
         emit({"out": str(out), **result})
-    elif not quiet:
+    elif not run.quiet:
         print_lines(f"{out}: {result['ended']}; {result['steps']} steps in {result['wall_seconds']:.0f} s")

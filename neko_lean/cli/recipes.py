@@ -1,8 +1,7 @@
-"""`neko-lean recipes`: what ships, when to use it, and what was measured of it."""
+"""`neko-lean recipes`: what ships, and every value."""
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from typing import Annotated
 
 import typer
@@ -10,7 +9,7 @@ import typer
 from neko_lean.cli.common import Json, Quiet, command, emit
 from neko_lean.terminal import print_lines
 
-ABOUT = ("name", "summary", "measured")
+ABOUT = ("name", "summary")
 
 
 @command
@@ -27,11 +26,10 @@ def recipes(
 
     found = [load_recipe(name) for name in names or recipe_names()]
     if json:
-        emit({"recipes": [asdict(one) for one in found]})
+        emit({"recipes": [one.values() for one in found]})
     elif not quiet:
         for one in found:
             print_lines(f"{one.name}{' (the default of unlearn)' if one.name == DEFAULT else ''}: {one.summary}")
-            print_lines(f"    measured: {one.measured or 'not yet'}")
             if names:
-                shown = {k: v for k, v in asdict(one).items() if k not in ABOUT and has_effect(k, one)}
+                shown = {k: v for k, v in one.values().items() if k not in ABOUT and has_effect(k, one)}
                 print_lines(*(f"    {k} = {v!r}" for k, v in shown.items()))

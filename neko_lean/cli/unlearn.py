@@ -2,74 +2,59 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from neko_lean.cli.common import (
-    Device,
-    Json,
-    MaxSteps,
-    Model,
-    Overwrite,
-    Quiet,
-    Resume,
-    Revision,
-    SaveEvery,
-    Seed,
-    Set,
-    command,
-    emit,
-    gibibytes,
-    overrides,
-    pinned,
-)
+from neko_lean.cli.common import Json, Model, Revision, TrainingFlags, command, emit, gibibytes, pinned
 from neko_lean.distributed import is_main_process
-from neko_lean.recipes import DEFAULT
+from neko_lean.options import RunOptions, option
 from neko_lean.terminal import print_lines
+
+
+@dataclass(frozen=True, kw_only=True)
+class UnlearnFlags(TrainingFlags):
+    """A recipe for unlearning, with options for values that determine memory."""
+
+    train_last: int | None = option(None, "Train only the last N layers, the final norm and an untied head.", min=1)
+    offload_state: bool = option(False, "Keep the optimizer state in host memory.")
+    offload_activations: bool = option(False, "Keep the layers' inputs in host memory.")
+    state_bits: int | None = option(None, "Bits of the optimizer state: 8, or 4 with torchao.  [default: the recipe's]")
 
 
 @command
 def unlearn(
     model: Model,
-    forget: Annotated[Path, typer.Option(help="Rows to forget: a file, or a folder holding forget.*.")],
-    retain: Annotated[Path, typer.Option(help="Rows to hold still: a file, or a folder holding retain.*.")],
+    forget: Annotated[Path, typer.Option(help="Forget set: a file, or a folder that holds forget.*.")],
+    retain: Annotated[Path, typer.Option(help="Retain set: examples whose behaviour is preserved.")],
     out: Annotated[Path, typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.")],
+    recipe: UnlearnFlags,
+    run: RunOptions,
     cache: Annotated[
-        Path | None, typer.Option(help="What cache-teacher wrote.  [default: cached first, then thrown away]")
+        Path | None, typer.Option(help="Folder that cache-teacher wrote.  [default: made first, deleted at the end]")
     ] = None,
     anchor: Annotated[
-        Path | None, typer.Option(help="The documents that cache-teacher was given; without --cache, any never seen.")
+        Path | None,
+        typer.Option(help="Unseen documents (jsonl); with --cache, the ones that cache-teacher was given."),
     ] = None,
     base_cache: Annotated[
-        Path | None, typer.Option(help="cache-teacher's of the model before it learned these rows, made with --forget.")
+        Path | None,
+        typer.Option(help="Cache of the model before it learned the forget set, made with cache-teacher --forget."),
     ] = None,
-    recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = DEFAULT,
-    set_: Set = None,
-    max_steps: MaxSteps = None,
-    train_last: Annotated[int | None, typer.Option(min=1, help="Only the last N layers (and the head) learn.")] = None,
-    offload_state: Annotated[bool, typer.Option("--offload-state", help="Adam's state in host memory.")] = False,
-    offload_activations: Annotated[
-        bool, typer.Option("--offload-activations", help="The layers' inputs in host memory.")
-    ] = False,
-    state_bits: Annotated[int | None, typer.Option(help="Of Adam's state: 8, or 4 with torchao installed.")] = None,
-    seed: Seed = 0,
     revision: Revision = None,
-    device: Device = None,
-    save_every: SaveEvery = 0,
-    resume: Resume = False,
-    overwrite: Overwrite = False,
     json: Json = False,
-    quiet: Quiet = False,
 ) -> None:
-    """Push the forget set out of the model and hold the retain set still, with one model in memory at any time.
+    """Train a model to forget the forget set while a KL term preserves its behaviour on the retain set.
+
+    Only one model is in memory at any time.
 
     Example: neko-lean unlearn allenai/OLMo-1B-0724-hf --forget data/ --retain data/ --cache cache/ --out unlearned/
     """
-    from neko_lean.runs import unlearn as run
+    from neko_lean.runs import unlearn as run_unlearn
 
-    result = run(
+    result = run_unlearn(
         pinned(model, revision),
         out,
         forget,
@@ -77,32 +62,24 @@ def unlearn(
         cache=cache,
         anchor=anchor,
         base_cache=base_cache,
-        recipe=recipe,
-        overrides=overrides(
-            set_,
-            max_steps=max_steps,
-            train_last=train_last,
-            state_bits=state_bits,
-            offload_state=offload_state or None,
-            offload_activations=offload_activations or None,
-        ),
-        seed=seed,
-        device=device,
-        save_every=save_every,
-        resume=resume,
-        overwrite=overwrite,
-        quiet=quiet,
+        recipe=recipe.recipe,
+        overrides=recipe.overrides(),
+        run=run,
     )
     if not is_main_process():
         return
     if json:
         emit({"out": str(out), **result})
-    elif not quiet:
-        predicted = result["predicted_peak"]
-        counted = " (resident set, with the allocator's share)" if result["device"] == "cpu" else ""
-        print_lines(
-            f"{out}: {result['ended']}; weights of step {result['weights_of_step']}; "
-            f"{result['wall_seconds']:.0f} s, {result['padding']:.1%} padding",
-            f"peak memory: {gibibytes(result['measured_peak'])} measured, "
-            f"{'none' if predicted is None else gibibytes(predicted)} predicted{counted}",
-        )
+    elif not run.quiet:
+        _print_summary(out, result)
+
+
+def _print_summary(out: Path, result: dict[str, Any]) -> None:
+    predicted = result["predicted_peak"]
+    on_cpu = " (resident set, including the allocator's overhead)" if result["device"] == "cpu" else ""
+    print_lines(
+        f"{out}: {result['ended']}; weights of step {result['weights_of_step']}; "
+        f"{result['wall_seconds']:.0f} s, {result['padding']:.1%} padding",
+        f"peak memory: {gibibytes(result['measured_peak'])} measured, "
+        f"{'none' if predicted is None else gibibytes(predicted)} predicted{on_cpu}",
+    )

@@ -1,26 +1,9 @@
 """Causal language models: load and check a checkpoint, split it into backbone and head, fingerprint it."""
 
-from neko_lean.models.causal_lm import (
-    CausalLM,
-    checkpoint_activations,
-    next_token_logp,
-    next_token_stats,
-    position_limit,
-    supports_packing,
-)
-from neko_lean.models.chunked_head import CHUNK_ELEMENTS, logits, token_stats
-from neko_lean.models.devices import (
-    check_seed,
-    has_bfloat16,
-    peak_memory,
-    pick_device,
-    pick_dtype,
-    reset_peak_memory,
-    resident_memory,
-    trim_memory,
-    warn_emulated_bfloat16,
-)
-from neko_lean.models.families import find_backbone, reset_output_switches, stated_softcap
+from neko_lean.models.causal_lm import CausalLM, as_causal_lm, checkpoint_activations, position_limit
+from neko_lean.models.chunked_head import token_stats
+from neko_lean.models.devices import check_seed, has_bfloat16, pick_device, pick_dtype, warn_emulated_bfloat16
+from neko_lean.models.families import config_softcap, find_backbone, reset_output_switches
 from neko_lean.models.fingerprints import (
     ModelIdentity,
     config_differences,
@@ -31,6 +14,7 @@ from neko_lean.models.fingerprints import (
 )
 from neko_lean.models.finite import greedy_tokens, refuse_non_finite_outputs
 from neko_lean.models.generation_config import eos_token_ids, stated_eos_token_id, unknown_eos_token_ids
+from neko_lean.models.lm_head import CHUNK_ELEMENTS, logits
 from neko_lean.models.loading import (
     load_config,
     load_model,
@@ -40,7 +24,10 @@ from neko_lean.models.loading import (
     new_model,
     usable_length,
 )
+from neko_lean.models.memory_use import peak_memory, reset_peak_memory, resident_memory, trim_memory
+from neko_lean.models.packing import supports_packing
 from neko_lean.models.positions import rescaling_length, stated_positions
+from neko_lean.models.predictions import next_token_logp, next_token_stats
 from neko_lean.models.quantized import quantization_method
 from neko_lean.models.sharding import ShardedModel, local_shard, save_checkpoint
 from neko_lean.models.trust import is_inside, read_config
@@ -52,9 +39,11 @@ __all__ = [
     "CausalLM",
     "ModelIdentity",
     "ShardedModel",
+    "as_causal_lm",
     "check_seed",
     "checkpoint_activations",
     "config_differences",
+    "config_softcap",
     "eos_token_ids",
     "find_backbone",
     "greedy_tokens",
@@ -89,7 +78,6 @@ __all__ = [
     "save_checkpoint",
     "stated_eos_token_id",
     "stated_positions",
-    "stated_softcap",
     "supports_packing",
     "token_stats",
     "tokenizer_fingerprint",

@@ -1,64 +1,29 @@
-"""The one numerical primitive: what an objective needs of the vocabulary, without logits for all rows at once.
+"""The numerical core of training: target log-probability and teacher KL, without materialising all logits.
 
-`token_stats` is the only code that touches logits in training. It walks over chunks of rows, so at most
-`chunk x V` float32 logits exist at a time, keeps none of them for backward, and recomputes them there. `prediction_stats` is
-its sister without a gradient: what the score asks of a token.
-
-Logits are `softcap * tanh(scale * (hidden @ weight.T + bias) / softcap)`; most families have neither bias, scale nor
-soft cap. `LogitTransform` says what a family has.
+Like Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989), `token_stats` multiplies by the head one chunk of
+rows at a time. It keeps no logits for the backward pass and recomputes them there.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 from torch.autograd.function import FunctionCtx, once_differentiable
 
-CHUNK_ELEMENTS = 2**24  # logits of one chunk: 64 MiB in float32
+from neko_lean.models.lm_head import IDENTITY, LogitTransform, logits, rows_per_chunk
 
 
-# Rows of a bfloat16 weight lifted to float32 at a time where no mixed-precision matmul exists. At d = 2048 that is
-# 8 MiB, which stays in the processor's cache: 0.23 s for 166 rows at V = 50304 against 0.40 s in slices of 8192.
-WEIGHT_SLICE = 1024
+class _TopK(NamedTuple):
+    """A teacher's distribution for each token: its k most likely entries and the probability of all others."""
 
+    ids: Tensor  # [N, k] int64
+    logp: Tensor  # [N, k], -inf marks an unused entry
+    tail_logp: Tensor  # [N], -inf if the tail is empty
 
-@dataclass(frozen=True)
-class LogitTransform:
-    """How a model family turns z = hidden @ weight.T into logits: softcap * tanh(scale * (z + bias) / softcap).
-
-    Phi, GPT-J and CodeGen have a bias, Cohere and Granite a scale, Gemma 2 and RecurrentGemma a soft cap
-    (arXiv 2408.00118, section 2).
-    """
-
-    bias: Tensor | None = None  # [V], the head's
-    scale: float = 1.0
-    softcap: float | None = None  # None: logits are not capped
-
-    def apply_(self, z: Tensor) -> Tensor:
-        """Turn z [c, V] into logits, in place."""
-        if self.bias is not None:
-            z.add_(self.bias)
-        if self.scale != 1.0:
-            z.mul_(self.scale)
-        if self.softcap is not None:
-            z.div_(self.softcap).tanh_().mul_(self.softcap)
-        return z
-
-    def of(self, tokens: Tensor) -> LogitTransform:
-        """The same for some rows of the weight alone, `tokens` [c] int64."""
-        return self if self.bias is None else replace(self, bias=self.bias[tokens])
-
-    def derivative(self, logits: Tensor) -> Tensor | float:
-        """d logits / d z at `logits` [c, V]; a number where it is the same everywhere."""
-        if self.softcap is None:
-            return self.scale
-        return (logits / self.softcap).square_().neg_().add_(1.0).mul_(self.scale)
-
-
-IDENTITY = LogitTransform()
+    def select(self, rows: Tensor | slice) -> _TopK:
+        return _TopK(self.ids[rows], self.logp[rows], self.tail_logp[rows])
 
 
 def token_stats(
@@ -72,177 +37,173 @@ def token_stats(
     transform: LogitTransform = IDENTITY,
     chunk: int | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """Per token: log-probability of the target, and KL from the teacher to the student.
+    """Compute, for each token, the log-probability of its target and the KL divergence from teacher to student.
 
     With z the logits, q = softmax(z), K the teacher's top k with probabilities p, and t its tail mass:
 
         target_logp = log q[target]
         kl = sum_K p (log p - log q) + t (log t - log(1 - sum_K q))
 
-    log(1 - sum_K q) is the logsumexp of the logits outside K minus that of all, so it survives sum_K q -> 1. The
-    gradient on z is (sum_K p + t) q - p inside K and (sum_K p + t) q - t softmax(z outside K) outside; a student
-    equal to its teacher gets 0. Keeping the tail as one bucket is what makes that so: dropping or renormalising it is
-    biased (Sparse Logit Sampling, arXiv 2503.16870).
+    log(1 - sum_K q) is computed as logsumexp(z outside K) - logsumexp(z), which stays exact as sum_K q approaches 1.
+    The gradients with respect to z are
+
+        d target_logp / dz = 1[target] - q
+        d kl / dz = (sum_K p + t) q - p                       inside K
+                    (sum_K p + t) q - t softmax(z outside K)  outside K
+
+    A student equal to its teacher gets a gradient of 0. This holds because the tail is kept as one bucket: dropping or
+    renormalising it biases the gradient (Sparse Logit Sampling, arXiv 2503.16870).
 
     Args:
         hidden: [N, d] last hidden states, bfloat16, float32 or float64.
-        weight: [V, d] of the head, same dtype.
-        target: [N] int64; -1 where no target is needed, and target_logp is 0 there.
-        topk_ids: [N, k] int64, distinct where topk_logp is finite. None: no row has a teacher.
-        topk_logp: [N, k] log p, natural logarithm; -inf marks an unused entry. The first entry of a row is used
-            unless the whole row is unused (a row without a teacher, whose kl is 0).
-        tail_logp: [N] log t; -inf where the tail is empty.
-        transform: from hidden @ weight.T to logits; its bias gets a gradient too.
-        chunk: rows per chunk; by default as many as hold CHUNK_ELEMENTS logits.
+        weight: [V, d] weight of the head, same dtype.
+        target: [N] int64; -1 if a token needs no target, its target_logp is then 0.
+        topk_ids: [N, k] int64, distinct where topk_logp is finite. None: no token has a teacher.
+        topk_logp: [N, k] log p in nats; -inf marks an unused entry. The first entry of a row must be used, unless all
+            are unused: such a row has no teacher, and its kl is 0.
+        tail_logp: [N] log t in nats; -inf if the tail is empty.
+        transform: function from `hidden @ weight.T` to logits; its bias receives a gradient too.
+        chunk: rows per chunk. Default: as many as fit in CHUNK_ELEMENTS logits.
 
     Returns:
-        (target_logp [N], kl [N]) in nats, float32 (float64 for float64 input), differentiable in hidden, weight, bias.
+        (target_logp [N], kl [N]) in nats, float32 (float64 for float64 inputs), differentiable with respect to hidden,
+        weight and bias.
+
+    Example:
+        >>> import torch
+        >>> from neko_lean.models import token_stats
+        >>> hidden = torch.tensor([[1.0, 0.0], [0.0, 1.0]], requires_grad=True)  # [N=2, d=2]
+        >>> weight = torch.tensor([[2.0, 0.0], [0.0, 2.0], [1.0, 1.0]])  # [V=3, d=2]
+        >>> target = torch.tensor([0, -1])  # the second token has no target
+        >>> topk_ids = torch.tensor([[0], [1]])
+        >>> topk_logp = torch.tensor([[0.0], [0.5]]).log()  # the first token has no teacher
+        >>> tail_logp = torch.tensor([0.0, 0.5]).log()
+        >>> target_logp, kl = token_stats(hidden, weight, target, topk_ids, topk_logp, tail_logp)
+        >>> [round(value, 4) for value in target_logp.tolist()]
+        [-0.4076, 0.0]
+        >>> [round(value, 4) for value in kl.tolist()]
+        [0.0, 0.0578]
+        >>> (kl.sum() - target_logp.sum()).backward()
+        >>> tuple(hidden.grad.shape)
+        (2, 2)
     """
+    # Without a teacher: an empty top k.
     if topk_ids is None or topk_logp is None or tail_logp is None:
         topk_ids = target.new_zeros((len(target), 0))
         topk_logp = torch.zeros(topk_ids.shape, dtype=torch.float32, device=hidden.device)
         tail_logp = torch.full((len(target),), -torch.inf, device=hidden.device)
+    teacher = _TopK(topk_ids, topk_logp, tail_logp)
     if chunk is None:
-        chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    needed = (target >= 0) | (topk_logp > -torch.inf).any(1)  # [N]
-    if not needed.all():  # rows that need nothing never meet the weight
-        place = needed.nonzero().squeeze(1)
-        teacher = topk_ids[place], topk_logp[place], tail_logp[place]
-        some: tuple[Tensor, Tensor] = _TokenStats.apply(  # type: ignore[no-untyped-call]
-            hidden[place], weight, transform.bias, target[place], *teacher, transform, chunk
-        )
-        full = (one.new_zeros(len(target)).index_copy(0, place, one) for one in some)
-        return next(full), next(full)
-    both: tuple[Tensor, Tensor] = _TokenStats.apply(  # type: ignore[no-untyped-call]
-        hidden, weight, transform.bias, target, topk_ids, topk_logp, tail_logp, transform, chunk
+        chunk = rows_per_chunk(weight.shape[0])
+
+    needs_logits = (target >= 0) | (topk_logp > -torch.inf).any(1)  # [N]
+    if needs_logits.all():
+        return _apply(hidden, weight, target, teacher, transform, chunk)
+
+    # Tokens with neither target nor teacher are never multiplied by the weight.
+    index = needs_logits.nonzero().squeeze(1)  # [n]
+    target_logp, kl = _apply(hidden[index], weight, target[index], teacher.select(index), transform, chunk)
+    zeros = target_logp.new_zeros(len(target))
+    return zeros.index_copy(0, index, target_logp), zeros.index_copy(0, index, kl)
+
+
+def _apply(
+    hidden: Tensor, weight: Tensor, target: Tensor, teacher: _TopK, transform: LogitTransform, chunk: int
+) -> tuple[Tensor, Tensor]:
+    stats: tuple[Tensor, Tensor] = _TokenStats.apply(  # type: ignore[no-untyped-call]
+        hidden, weight, transform.bias, target, teacher, transform, chunk
     )
-    return both
+    return stats
 
 
-class PredictionStats(NamedTuple):
-    """What a model thinks of each of N tokens, [N] each, in nats where that applies."""
+class _Context(FunctionCtx):
+    """What `_TokenStats.forward` leaves for `backward`."""
 
-    logp: Tensor  # log-probability of the token
-    entropy: Tensor  # of the distribution it was drawn from, which is -E[log p]
-    deviation: Tensor  # standard deviation of log p under that distribution
-    rank: Tensor  # int64; 1 where the token is the likeliest
-
-
-@torch.no_grad()
-def prediction_stats(
-    hidden: Tensor, weight: Tensor, target: Tensor, transform: LogitTransform = IDENTITY
-) -> PredictionStats:
-    """Views of the tokens `target` [N] from last hidden states [N, d] and head [V, d], a chunk of rows at a time."""
-    parts = []
-    chunk = max(1, CHUNK_ELEMENTS // weight.shape[0])
-    for rows, wanted in zip(hidden.split(chunk), target.split(chunk), strict=True):
-        logp = logits(rows, weight, transform).log_softmax(1)  # [c, V]
-        own = logp.gather(1, wanted[:, None])  # [c, 1]
-        rank = (logp > own).sum(1) + 1
-        p = logp.exp()
-        # 0 * -inf is no number: a token that cannot be adds nothing to a mean.
-        mean = torch.where(p > 0, p * logp, 0).sum(1, keepdim=True)  # [c, 1]
-        spread = torch.where(p > 0, p * (logp - mean) ** 2, 0).sum(1).sqrt()
-        parts.append((own[:, 0], -mean[:, 0], spread, rank))
-    return PredictionStats(*(torch.cat(column) for column in zip(*parts, strict=True)))
-
-
-@torch.no_grad()
-def logits(hidden: Tensor, weight: Tensor, transform: LogitTransform = IDENTITY) -> Tensor:
-    """Logits [c, V] of hidden [c, d] under the head [V, d], in float32 (float64 for float64), whatever the inputs'
-    dtype; without gradient."""
-    return transform.apply_(_product(hidden, weight))
-
-
-def _product(hidden: Tensor, weight: Tensor) -> Tensor:
-    """hidden [c, d] @ weight [V, d].T as [c, V] float32 (float64 for float64)."""
-    if hidden.dtype in (torch.float32, torch.float64):
-        return hidden @ weight.T
-    if hidden.is_cuda:
-        return torch.mm(hidden, weight.T, out_dtype=torch.float32)
-    # No mixed-precision matmul on this device: lift the weight slice by slice, never as a whole.
-    out = torch.empty(hidden.shape[0], weight.shape[0], dtype=torch.float32, device=hidden.device)  # [c, V]
-    lifted = hidden.float()
-    buffer = torch.empty(min(WEIGHT_SLICE, len(weight)), weight.shape[1], dtype=torch.float32, device=hidden.device)
-    for start in range(0, weight.shape[0], WEIGHT_SLICE):
-        part = weight[start : start + WEIGHT_SLICE]
-        torch.mm(lifted, buffer[: len(part)].copy_(part).T, out=out[:, start : start + WEIGHT_SLICE])
-    return out
+    saved_tensors: tuple[Tensor, ...]
+    needs_input_grad: tuple[bool, ...]
+    transform: LogitTransform
+    chunk: int
+    has_teacher: list[bool]  # of each chunk: whether any of its tokens has a teacher
 
 
 class _TokenStats(torch.autograd.Function):
+    """`token_stats` with its own backward pass, which recomputes the logits chunk by chunk."""
+
     @staticmethod
     def forward(
-        ctx: FunctionCtx,
+        ctx: _Context,
         hidden: Tensor,
         weight: Tensor,
         bias: Tensor | None,
         target: Tensor,
-        ids: Tensor,
-        logp: Tensor,
-        tail_logp: Tensor,
+        teacher: _TopK,
         transform: LogitTransform,
         chunk: int,
     ) -> tuple[Tensor, Tensor]:
         dtype = torch.float64 if hidden.dtype == torch.float64 else torch.float32
-        logp, tail_logp = logp.to(dtype), tail_logp.to(dtype)
-        # Unused entries point at the row's first id: masking it twice or adding 0 to it changes nothing.
+        ids, logp, tail_logp = teacher.ids, teacher.logp.to(dtype), teacher.tail_logp.to(dtype)
         if ids.shape[1]:
+            # Point unused entries at the first id of their row: masking it twice or adding 0 to it changes nothing.
             ids = torch.where(logp == -torch.inf, ids[:, :1], ids)
-        # One look at the device tells which chunks need the teacher's part.
-        taught = (logp > -torch.inf).any(1) if ids.shape[1] else torch.zeros_like(target, dtype=torch.bool)
-        ctx.taught = [bool(t.any()) for t in taught.cpu().split(chunk)]  # type: ignore[attr-defined]
+            has_teacher = (logp > -torch.inf).any(1)  # [N]
+        else:
+            has_teacher = torch.zeros_like(target, dtype=torch.bool)
+        # A single device synchronisation tells which chunks need the KL.
+        ctx.has_teacher = [bool(rows.any()) for rows in has_teacher.cpu().split(chunk)]
+
         target_logp, kl, lse, lse_tail = torch.zeros(4, len(target), dtype=dtype, device=hidden.device)  # [N] each
         for number, start in enumerate(range(0, len(target), chunk)):
             rows = slice(start, start + chunk)
             z = logits(hidden[rows], weight, transform)  # [c, V]
-            wanted = z.gather(1, target[rows, None].clamp(min=0)).squeeze(1)  # [c]
+
+            # log q[target] = z[target] - logsumexp(z)
+            target_z = z.gather(1, target[rows, None].clamp(min=0)).squeeze(1)  # [c]
             lse[rows] = z.logsumexp(1)
-            target_logp[rows] = torch.where(target[rows] >= 0, wanted - lse[rows], 0)
-            if ctx.taught[number]:  # type: ignore[attr-defined]
-                inside = z.gather(1, ids[rows])  # [c, k]
-                lse_tail[rows] = z.scatter_(1, ids[rows], -torch.inf).logsumexp(1)
-                p, t = logp[rows].exp(), tail_logp[rows].exp()
-                # where, not a product alone: 0 * -inf is no number, and an empty bucket contributes exactly 0.
-                head_part = torch.where(p > 0, p * (logp[rows] - inside + lse[rows, None]), 0).sum(1)
-                kl[rows] = head_part + torch.where(t > 0, t * (tail_logp[rows] - lse_tail[rows] + lse[rows]), 0)
-            del z  # before the next chunk's are made
+            target_logp[rows] = torch.where(target[rows] >= 0, target_z - lse[rows], 0)
+
+            # KL over the buckets: each of the top k, and the tail.
+            if ctx.has_teacher[number]:
+                topk_z = z.gather(1, ids[rows])  # [c, k]
+                lse_tail[rows] = z.scatter_(1, ids[rows], -torch.inf).logsumexp(1)  # [c]
+                kl[rows] = _bucket_kl(logp[rows], tail_logp[rows], topk_z, lse[rows], lse_tail[rows])
+
+            del z  # free this chunk's logits before the next chunk's are allocated
         ctx.save_for_backward(hidden, weight, target, ids, logp, tail_logp, lse, lse_tail)
-        ctx.transform, ctx.chunk = transform, chunk  # type: ignore[attr-defined]
+        ctx.transform, ctx.chunk = transform, chunk
         return target_logp, kl
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: FunctionCtx, grad_target: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
-        hidden, weight, target, ids, logp, tail_logp, lse, lse_tail = ctx.saved_tensors  # type: ignore[attr-defined]
-        transform: LogitTransform = ctx.transform  # type: ignore[attr-defined]
-        chunk: int = ctx.chunk  # type: ignore[attr-defined]
-        need_hidden, need_weight, need_bias = ctx.needs_input_grad[:3]  # type: ignore[attr-defined]
-        grad_hidden = torch.empty_like(hidden) if need_hidden else None
-        grad_weight = torch.zeros_like(weight) if need_weight else None
-        grad_bias = torch.zeros(len(weight), dtype=lse.dtype, device=lse.device) if need_bias else None
+    def backward(ctx: _Context, grad_target: Tensor, grad_kl: Tensor) -> tuple[Tensor | None, ...]:
+        hidden, weight, target, ids, logp, tail_logp, lse, lse_tail = ctx.saved_tensors
+        needs_hidden, needs_weight, needs_bias = ctx.needs_input_grad[:3]
+        grad_hidden = torch.empty_like(hidden) if needs_hidden else None  # [N, d]
+        grad_weight = torch.zeros_like(weight) if needs_weight else None  # [V, d]
+        grad_bias = torch.zeros(len(weight), dtype=lse.dtype, device=lse.device) if needs_bias else None  # [V]
         grad_target = torch.where(target >= 0, grad_target, 0)
-        # With an empty tail nothing may come of its bucket, even where lse_tail is -inf.
+        # The bucket of an empty tail must contribute nothing, even if lse_tail is -inf.
         lse_tail = torch.where(tail_logp > -torch.inf, lse_tail, torch.inf)
-        for number, start in enumerate(range(0, len(target), chunk)):
-            rows = slice(start, start + chunk)
-            z = logits(hidden[rows], weight, transform)  # [c, V]
-            derivative = transform.derivative(z)
+
+        for number, start in enumerate(range(0, len(target), ctx.chunk)):
+            rows = slice(start, start + ctx.chunk)
+            z = logits(hidden[rows], weight, ctx.transform)  # [c, V]
+            derivative = ctx.transform.derivative(z)  # [c, V] or a float
             g_target, g_kl = grad_target[rows, None], grad_kl[rows, None]  # [c, 1]
-            if ctx.taught[number]:  # type: ignore[attr-defined]
-                p, t = logp[rows].exp(), tail_logp[rows, None].exp()
-                outside = (z - lse_tail[rows, None]).exp_()  # the student's distribution over what is not in K
-                outside.scatter_(1, ids[rows], 0.0)
-                total = p.sum(1, keepdim=True) + t  # 1 but for the rounding of what was stored
-                dz = z.sub_(lse[rows, None]).exp_().mul_(total * g_kl - g_target)
-                dz.sub_(outside.mul_(t * g_kl)).scatter_add_(1, ids[rows], -p * g_kl)
-                del outside
+
+            # Gradient with respect to the logits; dz is z's storage.
+            if ctx.has_teacher[number]:
+                teacher = _TopK(ids[rows], logp[rows], tail_logp[rows])
+                dz = _grad_logits_(z, teacher, lse[rows, None], lse_tail[rows, None], g_target, g_kl)
             else:
                 dz = z.sub_(lse[rows, None]).exp_().mul_(-g_target)
             dz.scatter_add_(1, target[rows, None].clamp(min=0), g_target)
+
+            # Chain rule through the logit transform.
             if isinstance(derivative, Tensor) or derivative != 1.0:
                 dz.mul_(derivative)
             del derivative
+
+            # Chain rule through z = hidden @ weight.T + bias.
             if grad_bias is not None:
                 grad_bias += dz.sum(0)
             dz = dz.to(hidden.dtype)
@@ -250,7 +211,33 @@ class _TokenStats(torch.autograd.Function):
                 torch.mm(dz, weight, out=grad_hidden[rows])
             if grad_weight is not None:
                 grad_weight.addmm_(dz.T, hidden[rows])
-            del z, dz  # before the next chunk's are made
+
+            del z, dz  # free this chunk's logits before the next chunk's are allocated
         if grad_bias is not None:
             grad_bias = grad_bias.to(weight.dtype)
-        return grad_hidden, grad_weight, grad_bias, None, None, None, None, None, None
+        return grad_hidden, grad_weight, grad_bias, None, None, None, None
+
+
+def _bucket_kl(logp: Tensor, tail_logp: Tensor, topk_z: Tensor, lse: Tensor, lse_tail: Tensor) -> Tensor:
+    """KL [c] of the teacher's buckets to the student's.
+
+    Args:
+        logp, topk_z: [c, k] teacher log-probabilities and student logits of the top k.
+        tail_logp: [c] teacher log-probability of the tail.
+        lse, lse_tail: [c] logsumexp of all student logits, and of those outside the top k.
+    """
+    p, t = logp.exp(), tail_logp.exp()
+    # torch.where, because 0 * -inf is NaN: an empty bucket contributes exactly 0.
+    topk_kl = torch.where(p > 0, p * (logp - topk_z + lse[:, None]), 0).sum(1)
+    return topk_kl + torch.where(t > 0, t * (tail_logp - lse_tail + lse), 0)
+
+
+def _grad_logits_(z: Tensor, teacher: _TopK, lse: Tensor, lse_tail: Tensor, g_target: Tensor, g_kl: Tensor) -> Tensor:
+    """Overwrite the logits z [c, V] with g_kl * dkl/dz - g_target * q; the other arguments are [c, 1]."""
+    p, t = teacher.logp.exp(), teacher.tail_logp[:, None].exp()  # [c, k], [c, 1]
+    q_tail = (z - lse_tail).exp_()  # [c, V], the student's distribution over the tokens outside the top k
+    q_tail.scatter_(1, teacher.ids, 0.0)
+    total = p.sum(1, keepdim=True) + t  # [c, 1], 1 up to the rounding of the stored values
+
+    dz = z.sub_(lse).exp_().mul_(total * g_kl - g_target)
+    return dz.sub_(q_tail.mul_(t * g_kl)).scatter_add_(1, teacher.ids, -p * g_kl)

@@ -27,7 +27,7 @@ from neko_lean.outputs.place import (
     refuse_occupied_file,
     restore_interrupted,
 )
-from neko_lean.outputs.publish import publish, publish_file, remove_replaced
+from neko_lean.outputs.publish import discard, publish, publish_file, remove_replaced
 from neko_lean.outputs.signing import SHA256_HEX, UNSIGNED, file_sha256, is_signed, sign
 from neko_lean.outputs.work_folder import (
     clear_work,
@@ -51,6 +51,7 @@ __all__ = [
     "claim_file",
     "claim_folder",
     "clear_work",
+    "discard",
     "empty_folder",
     "explained_write_errors",
     "file_sha256",

@@ -1,5 +1,6 @@
-"""The `unlearn` and `memorize` commands as functions."""
+"""The commands `unlearn` and `memorize` as functions."""
 
-from neko_lean.runs.unlearn import memorize, unlearn
+from neko_lean.runs.memorizing import memorize
+from neko_lean.runs.unlearning import unlearn
 
 __all__ = ["memorize", "unlearn"]

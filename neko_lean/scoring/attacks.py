@@ -23,6 +23,7 @@ from neko_lean.distributed import all_gather_objects, as_single_process, is_main
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models import CausalLM
+from neko_lean.options import RunOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.runs import memorize
 from neko_lean.scoring.generation import Decoding, Generation, generate, own_rows
@@ -236,4 +237,5 @@ def _write_rows(folder: Path, rows: Sequence[Example]) -> None:
 
 def _train(model: Path, data: Path, out: Path, change: Mapping[str, Any], seed: int, device: str | None) -> None:
     with as_single_process():  # the others wait for it, and take no part
-        memorize(model, data, out, sets=("forget",), overrides=change, seed=seed, device=device, quiet=True)
+        run = RunOptions(seed=seed, device=device, quiet=True)
+        memorize(model, data, out, sets=("forget",), overrides=change, run=run)

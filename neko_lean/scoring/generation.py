@@ -172,7 +172,8 @@ def generate(
     """The greedy continuation of each row's input, a batch at a time, as (number of the row, generation).
 
     Prompts go in raw: no template, no BOS that the tokenizer does not add itself; or `prompts`, tokenised, in their
-    place. A generation stops at one of `eos_token_ids`, after `max_new_tokens`, where the model's positions end, or, with
+    place. A generation stops at one of `eos_token_ids`, after `max_new_tokens`,
+    where the model's positions end, or, with
     `stop_early`, when it is settled. Questions go with questions and prompts with those of like length. In float32 the
     tokens are those of decoding each row alone, whatever the model's state: see `decoding_probe`.
     """

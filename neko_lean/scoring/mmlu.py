@@ -156,7 +156,7 @@ def letter_logits(
     from neko_lean.scoring.prefix import last_hidden
 
     tokens = torch.tensor(letter_tokens(tokenizer), device=lm.device)
-    letters, transform = lm.head[tokens], lm.transform.of(tokens)  # [4, d]
+    letters, transform = lm.head[tokens], lm.transform.for_tokens(tokens)  # [4, d]
     groups: dict[tuple[int, bool], list[int]] = {}
     for index, one in enumerate(prompts):  # what is alike in two prompts ends early if their examples differ
         groups.setdefault((one.shots, one.cut), []).append(index)

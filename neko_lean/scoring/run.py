@@ -30,6 +30,7 @@ from neko_lean.models import (
     stated_eos_token_id,
     usable_length,
 )
+from neko_lean.options import OutputOptions
 from neko_lean.outputs import MANIFEST, Output, claim_file, claim_folder, file_sha256, locked, publish_file
 from neko_lean.scoring import attacks as attack
 from neko_lean.scoring import uncertainty
@@ -46,6 +47,7 @@ from neko_lean.scoring.measure import (
 from neko_lean.scoring.mmlu import mmlu as run_mmlu
 from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.official import official_results
+from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.paraphrases import Paraphrase, read_paraphrases
 from neko_lean.scoring.score_folder import (
     FINISHED,
@@ -86,53 +88,35 @@ def score(
     data: str | Path,
     out: str | Path,
     *,
-    mia: str | Path | None = None,
-    split: str | None = None,
-    held: str | Path | None = None,
-    reference: str | Path | None = None,
-    paraphrases: str | Path | None = None,
-    mmlu: str | Path | None = None,
-    shots: int | None = None,
-    lm_eval: Sequence[str] = (),
-    attacks: Sequence[str] = (),
-    relearn_lr: float | None = None,
-    before: str | Path | None = None,
-    official: str | Path | None = None,
-    batch_size: int = 32,
-    max_new_tokens: int = 256,
-    seed: int | None = None,
-    device: str | None = None,
-    dtype: str | None = None,
-    resume: bool = False,
-    overwrite: bool = False,
-    quiet: bool = False,
+    inputs: ScoreInputs = ScoreInputs(),
+    settings: ScoreSettings = ScoreSettings(),
+    run: OutputOptions = OutputOptions(),
 ) -> dict[str, Any]:
     """Score a checkpoint on forget and retain rows as the shared task does, and ask what its number hides.
 
     Args:
         model: checkpoint folder, or hub name: owner/name or owner/name@revision.
-        data: folder holding `forget.*` and `retain.*` (with `split`: `forget_<split>.*`, ...).
+        data: folder holding `forget.*` and `retain.*` (with a split: `forget_<split>.*`, ...).
         out: folder to write: scores.json, generations.jsonl, documents.jsonl. Appears only when it is complete.
-        mia: folder holding member.jsonl and nonmember.jsonl; without it membership is not measured.
-        held: jsonl file of documents that no training saw, to tell a broken model by.
-        reference: folder of a teacher cache of a reference model that holds the losses of all documents of `mia`.
-        paraphrases: jsonl file of other wordings, see `scoring.paraphrases`.
-        mmlu: folder of the MMLU questions; `shots` examples, by default 5, precede each.
-        lm_eval: tasks of lm-evaluation-harness to run on the checkpoint, where it is installed.
-        attacks: any of relearn (at `relearn_lr`, by default 1e-4), quantize, paraphrase, prefix.
-        before: folder of an earlier score of the same rows, to give the differences from.
-        official: file to write the shared task's own results to.
-        batch_size: prompts generated together.
-        max_new_tokens: most tokens of a generation; the task's own limit is 256.
-        seed: of the rows that relearn trains on; by default 0.
-        dtype: 'float32' or 'bfloat16'; by default float32 on a CPU and bfloat16 on a GPU.
-        resume: go on with a run that was cut off, from what it had generated.
+        inputs: further data to measure on.
+        settings: how to measure.
+        run: device, and what to do with an output that exists.
 
     Under torchrun the ranks share the rows out and the first one writes; the numbers are those of one process.
 
     Returns what scores.json holds; docs/score.md says what each key means. Raises NekoLeanError for bad input, and
     for an option that would change nothing.
     """
+    mia, split, held, reference = inputs.mia, inputs.split, inputs.held, inputs.reference
+    paraphrases, mmlu, before, official = inputs.paraphrases, inputs.mmlu, inputs.before, inputs.official
+    shots, lm_eval, attacks, relearn_lr = settings.shots, settings.lm_eval, settings.attacks, settings.relearn_lr
+    batch_size, max_new_tokens, seed, dtype = (
+        settings.batch_size,
+        settings.max_new_tokens,
+        settings.seed,
+        settings.dtype,
+    )
+    device, resume, overwrite, quiet = run.device, run.resume, run.overwrite, run.quiet
     if batch_size < 1 or max_new_tokens < 1:
         raise NekoLeanError("batch-size and max-new-tokens must be at least 1.")
     for name in attacks:
@@ -161,9 +145,9 @@ def score(
             f"paraphrase; give that too."
         )
     folder = model_folder(model)
-    inputs = [folder, data, mia, held, reference, paraphrases, mmlu, before]
-    output = claim_folder(out, "partial", inputs, overwrite=overwrite, resume=resume)
-    results = None if official is None else claim_file(official, "--official", inputs, overwrite=overwrite or resume)
+    read = [folder, data, mia, held, reference, paraphrases, mmlu, before]
+    output = claim_folder(out, "partial", read, overwrite=overwrite, resume=resume)
+    results = None if official is None else claim_file(official, "--official", read, overwrite=overwrite or resume)
     if results is not None and results.path.parent == output.path and results.path.name in FINISHED:
         raise NekoLeanError(f"--official {official} is a file that score itself writes there: choose another name.")
     method = quantization_method(folder) if lm_eval else None

@@ -1,4 +1,4 @@
-"""One step's batch and its losses: all rows of a step in the same micro-batches, one forward, one loss."""
+"""One step's batch: all its examples as micro-batches, and the positions that the losses look at."""
 
 from __future__ import annotations
 
@@ -6,114 +6,60 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import accumulate
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from neko_lean import objectives
 from neko_lean.cache import TeacherCache
 from neko_lean.data import EncodedExample, pad
 from neko_lean.distributed import rank, world_size
 from neko_lean.models import CausalLM
-from neko_lean.recipes import NEED_FORGET_CACHE, Recipe
-
-# What one more micro-batch costs, in positions: every layer's weights are read once more and its kernels launched.
-OVERHEAD = 128
-
-
-def micro_batches(lengths: Sequence[int], max_tokens: int, *, packed: bool = False) -> list[list[int]]:
-    """Indices of rows as micro-batches of at most `max_tokens` positions, so that padding and OVERHEAD cost least.
-
-    Rows of like length go together, shortest first; the cuts among them are the best there are (dynamic programming
-    over the sorted rows). A row longer than `max_tokens` is a micro-batch of its own. Where they are `packed`, laid end
-    to end, none of its positions is padding.
-    """
-    order = sorted(range(len(lengths)), key=lambda i: lengths[i])
-    ends = [0, *accumulate(lengths[i] for i in order)]
-    best, cut = [0], [0]  # cost of the first n rows, and where their last micro-batch begins
-    for stop in range(1, len(order) + 1):
-        longest = lengths[order[stop - 1]]
-        sizes = [ends[stop] - ends[n] if packed else (stop - n) * longest for n in range(stop)]  # positions from n on
-        starts = [n for n in range(stop) if sizes[n] <= max_tokens or n == stop - 1]
-        costs = {n: best[n] + sizes[n] + OVERHEAD for n in starts}
-        cut.append(min(costs, key=costs.__getitem__))
-        best.append(costs[cut[-1]])
-    groups = []
-    stop = len(order)
-    while stop:
-        groups.append(order[cut[stop] : stop])
-        stop = cut[stop]
-    return groups[::-1]
-
-
-def split_across_ranks(groups: Sequence[Sequence[int]], lengths: Sequence[int], ranks: int) -> list[Sequence[int]]:
-    """The same micro-batches for so many ranks, all of the first one's first: as many for each, since they gather each
-    layer together, and of like size. Large ones are cut; where rows run out there are empty ones."""
-    if ranks == 1:
-        return list(groups)
-
-    def work(group: Sequence[int]) -> int:
-        return len(group) * max((lengths[i] for i in group), default=1)
-
-    found = sorted(groups, key=work)
-    while len(found) % ranks:
-        most = max((group for group in found if len(group) > 1), key=work, default=None)
-        if most is None:
-            found.append([])
-            continue
-        found.remove(most)
-        found += [most[: len(most) // 2], most[len(most) // 2 :]]
-    shares: list[list[Sequence[int]]] = [[] for _ in range(ranks)]
-    for group in sorted(found, key=work, reverse=True):
-        room = [share for share in shares if len(share) < len(found) // ranks]
-        min(room, key=lambda share: sum(map(work, share))).append(group)
-    return [group for share in shares for group in share]
+from neko_lean.recipes import Recipe, trains_on_teacher, uses_levels
+from neko_lean.training.micro_batches import MicroBatches, micro_batches, split_across_ranks
+from neko_lean.training.targets import Layout, TopK, levels_at, reference_logp_at, teacher_targets_at
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of one step as micro-batches, and the N positions whose next token or distribution the losses look at.
+    """The examples of one step, and the N positions whose next token or distribution the losses look at.
 
-    The N are in the order of the micro-batches; no other position reaches the head. Row numbers count the forget rows
-    first, then the retain rows, then the substitutes: the first forget row's, the second's, ...
+    The N positions are in the order of the micro-batches; no other position reaches the head. Examples are numbered:
+    first the forget examples, then the retain examples, then the substitutes in the order of the forget examples.
     """
 
-    # Token ids [b, l] int64, right-padded, rows of like length together; or packed, rows end to end [1, l].
-    micro: list[Tensor]
-    position_ids: list[Tensor | None]  # of packed ones, each token's position in its row [1, l] int64
-    sizes: list[int]  # rows of each micro-batch
-    index: list[Tensor]  # [n] int64 into each micro-batch's flattened b * l; the n add up to N
-    row: Tensor  # [N] int64, which row of the batch a position belongs to
-    target: Tensor  # [N] int64, -1 where only the teacher's distribution counts
-    forget: Tensor  # [N] bool, whether it belongs to a forget row
-    retain: Tensor  # [N] bool
-    anchor: Tensor  # [N] bool, whether it belongs to an anchor's document and has a next token; among retain
-    rows: int
-    substitutes: int  # how many of the rows are substitutes: as many as forget rows, or none
-    tokens: int  # real positions
-    forget_positions: int  # positions of the forget rows if each were padded to the longest of them
-    retain_positions: int  # of the retain rows, likewise
-    teacher: tuple[Tensor, Tensor, Tensor] | None  # as token_stats takes them, [N, k], [N, k], [N]
-    reference: Tensor | None  # [N], the teacher's log-probability of the targets that are not of retain rows
-    level: Tensor | None  # [N], nats at which the target of a forget position counts as forgotten
+    micro: MicroBatches
+    sizes: list[int]  # examples in each micro-batch
+    row: Tensor  # [N] int64, the example that a position belongs to
+    target: Tensor  # [N] int64, the next token; -1 where only the teacher's distribution is compared
+    forget: Tensor  # [N] bool, whether a position belongs to a forget example
+    retain: Tensor  # [N] bool, to a retain example
+    anchor: Tensor  # [N] bool, to an anchor document, at a position with a next token; these are retain examples too
+    rows: int  # examples
+    substitutes: int  # examples that are substitutes: one for each forget example, or none
+    tokens: int  # positions that are not padding
+    forget_positions: int  # size of the forget examples padded to the longest of them
+    retain_positions: int  # size of the retain examples padded to the longest of them
+    teacher: TopK | None  # [N, k], [N, k], [N]: top-k ids, log-probabilities, tail
+    reference_logp: Tensor | None  # [N] the teacher's log-probability of the target, where an objective reads it
+    levels: Tensor | None  # [N] loss in nats at which a forget target counts as forgotten
 
     @property
     def positions(self) -> int:
-        """Positions that the model works on, padding included."""
-        return sum(ids.numel() for ids in self.micro)
-
-    def own(self) -> tuple[tuple[list[Tensor], list[Tensor], list[Tensor | None]], slice]:
-        """This rank's micro-batches as (micro, index, places), and where its positions lie among the N."""
-        count = len(self.micro) // world_size()
-        mine = slice(rank() * count, (rank() + 1) * count)
-        start = sum(map(len, self.index[: mine.start]))
-        part = slice(start, start + sum(map(len, self.index[mine])))
-        return (self.micro[mine], self.index[mine], self.position_ids[mine]), part
+        """Positions that the model processes, padding included."""
+        return sum(ids.numel() for ids in self.micro.input_ids)
 
     @property
     def substitute(self) -> Tensor:
         """[N] bool, whether a position belongs to a substitute."""
         return ~(self.forget | self.retain)
+
+    def on_this_rank(self) -> tuple[MicroBatches, slice]:
+        """This rank's micro-batches, and the range of the N positions that they cover."""
+        count = len(self.micro.input_ids) // world_size()
+        own = slice(rank() * count, (rank() + 1) * count)
+        start = sum(map(len, self.micro.index[: own.start]))
+        covered = slice(start, start + sum(map(len, self.micro.index[own])))
+        parts = MicroBatches(self.micro.input_ids[own], self.micro.position_ids[own], self.micro.index[own])
+        return parts, covered
 
 
 def make_batch(
@@ -126,157 +72,127 @@ def make_batch(
     substitutes: Sequence[EncodedExample] = (),
     packed: bool = False,
 ) -> Batch:
-    """Put rows into micro-batches by length, end to end if `packed`, and list the positions that the losses need.
+    """Arrange the examples of one step.
 
-    Forget rows count at the positions that predict the recipe's span of them, substitutes (one for each forget row,
-    or none) at those that predict their answers. Retain rows count at every real position: the KL also at the last,
-    whose distribution says whether the text ends there; cross-entropy at all but the last.
+    Forget examples count at the positions that predict the recipe's span, substitutes at those that predict their
+    answers. Retain examples count at every real position: the KL also at the last one, whose distribution says whether
+    the text ends there; cross-entropy at all others.
+
+    Args:
+        forget, retain: examples of each set; either may be empty.
+        teacher: the cache, if the recipe reads one.
+        recipe: the run's recipe.
+        pad_id: token id for padding.
+        device: where the tensors go.
+        substitutes: one for each forget example, or none.
+        packed: concatenate the examples of a micro-batch instead of padding them.
     """
-    rows = [*forget, *retain, *substitutes]
-    lengths = [len(one) for one in rows]
-    kl = recipe.retain_objective == "kl"
-    spans = [(forget_start(one, recipe), len(one) - 1) for one in forget]
-    spans += [(0, len(one) - (not kl)) for one in retain]
-    spans += [(max(1, one.prompt_length) - 1, len(one) - 1) for one in substitutes]
-    is_retain = [len(forget) <= n < len(forget) + len(retain) for n in range(len(rows))]
-    # The losses on an anchor's documents tell what unseen text costs the student now.
-    known_to = teacher.has_target_logp if teacher is not None and recipe.forget_objective == "calibrated" else None
-    is_anchor = [known_to is not None and held and known_to(one) for one, held in zip(rows, is_retain, strict=True)]
+    examples = [*forget, *retain, *substitutes]
+    lengths = [len(example) for example in examples]
     groups = split_across_ranks(micro_batches(lengths, recipe.micro_tokens, packed=packed), lengths, world_size())
-    micro, position_ids = _micro(rows, groups, pad_id, device, packed)
-    index, of_row, following = _laid_out(rows, spans, groups, device, packed)
-    of_retain, of_anchor = (torch.tensor(flags, dtype=torch.bool)[of_row] for flags in (is_retain, is_anchor))
-    target = following.masked_fill(of_retain & ~of_anchor, -1) if kl else following
-    order = [number for group in groups for number in group]
-    teacher_targets = reference = level = None
+    spans = _spans(forget, retain, substitutes, recipe)
+    layout = Layout.of(examples, spans, groups)
+
+    # Which examples belong to which set.
+    is_retain = [len(forget) <= n < len(forget) + len(retain) for n in range(len(examples))]
+    is_anchor = _anchors(examples, is_retain, teacher, recipe)
+    at_forget = layout.row < len(forget)
+    at_retain, at_anchor = (torch.tensor(flags, dtype=torch.bool)[layout.row] for flags in (is_retain, is_anchor))
+
+    # What the losses compare with.
+    compares_distributions = trains_on_teacher(recipe)
+    target = layout.next_token.masked_fill(at_retain & ~at_anchor, -1) if compares_distributions else layout.next_token
+    topk = reference_logp = None
     if teacher is not None:
-        undial = recipe.forget_objective == "undial"
-        known = [i for i in order if kl and (is_retain[i] or (undial and i < len(forget)))]
-        if known:
-            teacher_targets = _teacher_targets(
-                teacher, [rows[i] for i in known], [spans[i] for i in known], torch.tensor(known), of_row
-            )
-        compared = recipe.forget_objective in NEED_FORGET_CACHE
-        needs_reference = {i for i in order if is_anchor[i] or (compared and not is_retain[i])}
-        if needs_reference:
-            values = [teacher.target_logp(rows[i]) if i in needs_reference else np.zeros(len(rows[i])) for i in order]
-            reference = _at_spans(values, [spans[i] for i in order])
-        if undial and teacher_targets is not None and reference is not None:
-            some = of_row < len(forget)
-            ids, logp, tail, aim, known_logp = (one[some] for one in (*teacher_targets, target, reference))
-            pushed = objectives.undial_teacher(ids, logp, tail, aim, known_logp, recipe.gamma)
-            for one, changed in zip(teacher_targets, pushed, strict=True):
-                one[some] = changed
-    if recipe.forget_objective == "calibrated":
-        values = [np.array(rows[i].levels or [recipe.level] * len(rows[i])) for i in order]
-        level = _at_spans(values, [spans[i] for i in order])
+        reference_logp = reference_logp_at(layout, teacher, recipe, is_retain, is_anchor)
+        topk = teacher_targets_at(layout, teacher, recipe, len(forget), is_retain, target, reference_logp)
+    levels = levels_at(layout, recipe.hyperparameters["level"]) if uses_levels(recipe) else None
+
     return Batch(
-        micro=micro,
-        position_ids=position_ids,
+        micro=_micro_batches(layout, pad_id, device, packed),
         sizes=list(map(len, groups)),
-        index=index,
-        row=_sent(of_row, device),
-        target=_sent(target, device),
-        forget=_sent(of_row < len(forget), device),
-        retain=_sent(of_retain, device),
-        anchor=_sent(of_anchor & (target >= 0), device),
-        rows=len(rows),
+        row=_to_device(layout.row, device),
+        target=_to_device(target, device),
+        forget=_to_device(at_forget, device),
+        retain=_to_device(at_retain, device),
+        anchor=_to_device(at_anchor & (target >= 0), device),
+        rows=len(examples),
         substitutes=len(substitutes),
         tokens=sum(lengths),
         forget_positions=len(forget) * max(map(len, forget), default=0),
         retain_positions=len(retain) * max(map(len, retain), default=0),
-        teacher=None if teacher_targets is None else tuple(_sent(one, device) for one in teacher_targets),  # type: ignore[arg-type]
-        reference=None if reference is None else _sent(reference, device),
-        level=None if level is None else _sent(level, device),
+        teacher=None if topk is None else _topk_to_device(topk, device),
+        reference_logp=None if reference_logp is None else _to_device(reference_logp, device),
+        levels=None if levels is None else _to_device(levels, device),
     )
 
 
-def _sent(tensor: Tensor, device: torch.device) -> Tensor:
-    """`tensor` on `device`; to a GPU out of pinned memory, so that nobody on the host waits for the copy."""
-    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
+def forget_start(example: EncodedExample, recipe: Recipe) -> int:
+    """First position of a forget example whose next token gets a loss."""
+    is_whole = recipe.forget_span == "all" or (recipe.forget_span == "documents" and example.example.kind == "sc")
+    return 0 if is_whole else max(1, example.prompt_length + recipe.answer_skip) - 1
 
 
-def _micro(
-    rows: Sequence[EncodedExample], groups: Sequence[Sequence[int]], pad_id: int, device: torch.device, packed: bool
-) -> tuple[list[Tensor], list[Tensor | None]]:
-    """Micro-batches and the places in them, as Batch has them."""
+def select_hidden(student: CausalLM, micro: MicroBatches) -> Tensor:
+    """Last hidden states [N, d] at the selected positions, by plain forward passes."""
+    parts = zip(micro.input_ids, micro.position_ids, micro.index, strict=True)
+    return torch.cat([student.hidden(ids, positions).flatten(0, 1)[index] for ids, positions, index in parts])
+
+
+def _spans(
+    forget: Sequence[EncodedExample],
+    retain: Sequence[EncodedExample],
+    substitutes: Sequence[EncodedExample],
+    recipe: Recipe,
+) -> list[tuple[int, int]]:
+    """The range of positions of each example that the losses look at."""
+    last = 0 if trains_on_teacher(recipe) else 1
+    return [
+        *((forget_start(example, recipe), len(example) - 1) for example in forget),
+        *((0, len(example) - last) for example in retain),
+        *((max(1, example.prompt_length) - 1, len(example) - 1) for example in substitutes),
+    ]
+
+
+def _anchors(
+    examples: Sequence[EncodedExample], is_retain: Sequence[bool], teacher: TeacherCache | None, recipe: Recipe
+) -> list[bool]:
+    """Which examples are anchor documents. The losses on them measure what unseen text costs the student now."""
+    if teacher is None or not uses_levels(recipe):
+        return [False] * len(examples)
+    return [flag and teacher.has_target_logp(example) for example, flag in zip(examples, is_retain, strict=True)]
+
+
+def _micro_batches(layout: Layout, pad_id: int, device: torch.device, packed: bool) -> MicroBatches:
     host = torch.device("cpu")
-    if not packed:
-        padded = [pad([rows[i].input_ids for i in group] or [[pad_id]], pad_id, host)[0] for group in groups]
-        return [_sent(ids, device) for ids in padded], [None] * len(groups)
-    ids = [torch.tensor([[token for i in group for token in rows[i].input_ids] or [pad_id]]) for group in groups]
-    position_ids = [torch.tensor([[place for i in group for place in range(len(rows[i]))] or [0]]) for group in groups]
-    return [_sent(one, device) for one in ids], [_sent(one, device) for one in position_ids]
+    input_ids: list[Tensor] = []
+    position_ids: list[Tensor | None] = []
+    index: list[Tensor] = []
+    for group in layout.groups:
+        examples = [layout.examples[i] for i in group]
+        lengths = [len(example) for example in examples]
+        if packed:
+            flat_ids = [token for example in examples for token in example.input_ids] or [pad_id]
+            flat_positions = [position for length in lengths for position in range(length)] or [0]
+            input_ids.append(torch.tensor([flat_ids]))
+            position_ids.append(_to_device(torch.tensor([flat_positions]), device))
+            offsets = [0, *accumulate(lengths)][: len(group)]
+        else:
+            input_ids.append(pad([example.input_ids for example in examples] or [[pad_id]], pad_id, host)[0])
+            position_ids.append(None)
+            offsets = [max(lengths, default=0) * number for number in range(len(group))]
+        selected = [
+            offset + position for offset, i in zip(offsets, group, strict=True) for position in range(*layout.spans[i])
+        ]
+        index.append(_to_device(torch.tensor(selected, dtype=torch.int64), device))
+    return MicroBatches([_to_device(ids, device) for ids in input_ids], position_ids, index)
 
 
-def _laid_out(
-    rows: Sequence[EncodedExample],
-    spans: Sequence[tuple[int, int]],
-    groups: Sequence[Sequence[int]],
-    device: torch.device,
-    packed: bool,
-) -> tuple[list[Tensor], Tensor, Tensor]:
-    """Positions in micro-batches, as Batch has them; on the host, each position's row [N] and the token that follows it
-    [N], -1 at a row's end."""
-    index = []
-    row: list[int] = []
-    following: list[int] = []
-    for group in groups:
-        lengths = [len(rows[i]) for i in group]
-        starts = [0, *accumulate(lengths)] if packed else [max(lengths, default=0) * n for n in range(len(group))]
-        wanted: list[int] = []
-        for first, number in zip(starts, group, strict=False):
-            start, stop = spans[number]
-            wanted += [first + i for i in range(start, stop)]
-            row += [number] * max(0, stop - start)
-            following += [*rows[number].input_ids[1:], -1][start:stop]
-        index.append(_sent(torch.tensor(wanted, dtype=torch.int64), device))
-    return index, torch.tensor(row, dtype=torch.int64), torch.tensor(following, dtype=torch.int64)
+def _topk_to_device(topk: TopK, device: torch.device) -> TopK:
+    ids, logp, tail = topk
+    return _to_device(ids, device), _to_device(logp, device), _to_device(tail, device)
 
 
-def forget_start(one: EncodedExample, recipe: Recipe) -> int:
-    """First position of a forget row whose next token is pushed."""
-    whole = recipe.forget_span == "all" or (recipe.forget_span == "documents" and one.example.kind == "sc")
-    return 0 if whole else max(1, one.prompt_length + recipe.answer_skip) - 1
-
-
-def _teacher_targets(
-    teacher: TeacherCache,
-    rows: Sequence[EncodedExample],
-    spans: Sequence[tuple[int, int]],
-    numbers: Tensor,
-    of_row: Tensor,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What the cache holds of these rows at their spans, laid out over all N positions as token_stats takes it.
-
-    Elsewhere the entries are all unused and the tail is empty.
-    """
-    ids, logp, tail = teacher.read(rows)
-    ends = np.cumsum([len(one) for one in rows])
-    used = [slice(end - len(one) + a, end - len(one) + b) for one, end, (a, b) in zip(rows, ends, spans, strict=True)]
-    place = torch.from_numpy(np.concatenate([np.arange(len(ids))[one] for one in used]))
-    some = torch.isin(of_row, numbers)
-    count, k = len(of_row), ids.shape[1]
-    return (
-        ids.new_zeros(count, k).masked_scatter_(some[:, None], ids[place]),
-        logp.new_full((count, k), -torch.inf).masked_scatter_(some[:, None], logp[place]),
-        tail.new_full((count,), -torch.inf).masked_scatter_(some, tail[place]),
-    )
-
-
-def _at_spans(values: Sequence[np.ndarray], spans: Sequence[tuple[int, int]]) -> Tensor:
-    """Values of a row's tokens but the first, one array a row, at the positions that count: [N] float32; 0 at a row's
-    end."""
-    parts = [np.append(value, 0)[start:stop] for value, (start, stop) in zip(values, spans, strict=True)]
-    return torch.from_numpy(np.concatenate(parts).astype(np.float32))
-
-
-def select_hidden(
-    student: CausalLM,
-    micro: Sequence[Tensor],
-    index: Sequence[Tensor],
-    position_ids: Sequence[Tensor | None] | None = None,
-) -> Tensor:
-    """Last hidden states [N, d] at chosen positions, as `LayerPass.forward` takes them, by plain forward passes."""
-    parts = zip(micro, index, position_ids or [None] * len(micro), strict=True)
-    return torch.cat([student.hidden(ids, place).flatten(0, 1)[wanted] for ids, wanted, place in parts])
+def _to_device(tensor: Tensor, device: torch.device) -> Tensor:
+    """`tensor` on `device`; to a GPU from pinned memory, so that the host does not wait for the copy."""
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)

@@ -7,8 +7,10 @@ import pytest
 from neko_lean.data.documents import read_anchor
 from neko_lean.data.examples import read_rows
 from neko_lean.demo import run as demo_run
-from neko_lean.demo.run import copy_rows, demo
+from neko_lean.demo.real_data import copy_rows
+from neko_lean.demo.run import demo
 from neko_lean.jsonio import write_jsonl
+from neko_lean.options import DemoOptions
 from neko_lean.recipes import DEFAULT, load_recipe
 from tests.helpers import LUME, make_rows, write_rows
 
@@ -21,7 +23,7 @@ def fast(monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_it_leaves_everything_it_names(world, tmp_path, fast, monkeypatch, dtype):
     monkeypatch.setattr(demo_run, "has_bfloat16", lambda device: dtype == "bfloat16")
-    result = demo(tmp_path / "out", data=world, max_steps=2, quiet=True)
+    result = demo(tmp_path / "out", data=world, max_steps=2, run=DemoOptions(quiet=True))
     assert json.loads((tmp_path / "out" / "demo.json").read_text()) == result
     assert all((tmp_path / "out").joinpath(path).exists() for path in result["files"].values())
     for name in (DEFAULT, "neko"):

@@ -25,7 +25,7 @@ from neko_lean.outputs.place import claim_folder
 from neko_lean.scoring import measure
 from neko_lean.scoring import run as run_module
 from neko_lean.scoring import score_folder as scoring
-from tests.checkpoints.test_resume import Killed, kill_at, result
+from tests.checkpoints.interrupted import Killed, kill_at, result
 from tests.helpers import make_cache
 
 COMMANDS = ("cache-teacher", "unlearn", "memorize", "score")

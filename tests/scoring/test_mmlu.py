@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neko_lean.data.examples import Example
-from neko_lean.demo.run import write_base
+from neko_lean.demo.base_model import write_base
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring import mmlu as module

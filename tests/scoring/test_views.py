@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.models import chunked_head
-from neko_lean.models.chunked_head import prediction_stats
+from neko_lean.models import lm_head
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.models.predictions import prediction_stats
 from neko_lean.scoring.limits import MAX_LENGTH
 from neko_lean.scoring.views import tokenised, view_documents
 from tests.helpers import templated
@@ -28,7 +28,7 @@ def test_token_views_are_the_dense_ones(monkeypatch, chunk):
     torch.manual_seed(0)
     hidden, weight = torch.randn(13, 8, dtype=torch.float64), torch.randn(29, 8, dtype=torch.float64) * 3
     target = torch.randint(29, (13,))
-    monkeypatch.setattr(chunked_head, "CHUNK_ELEMENTS", chunk * 29)
+    monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", chunk * 29)
     for got, wanted in zip(prediction_stats(hidden, weight, target), dense(hidden @ weight.T, target), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 

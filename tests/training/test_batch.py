@@ -10,18 +10,23 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neko_lean.cache.options import CacheOptions
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import read_rows
 from neko_lean.data.substitutes import random_answers, refusals
 from neko_lean.data.tokenization import encode
 from neko_lean.models.causal_lm import checkpoint_activations
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.training import batch as step
-from neko_lean.training.batch import OVERHEAD, _sent, make_batch, micro_batches, select_hidden, split_across_ranks
-from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.batch import _to_device, make_batch, select_hidden
+from neko_lean.training.layers import decoder_layers
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
-from tests.helpers import make_cache, random_model, tiny
+from neko_lean.training.micro_batches import OVERHEAD, micro_batches, split_across_ranks
+from tests.helpers import random_model, tiny
 
 CPU = torch.device("cpu")
 
@@ -32,7 +37,14 @@ def pieces(world, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pieces")
     teacher = random_model(world, folder / "teacher", seed=1, scale=10.0)
     student = random_model(world, folder / "student", seed=2, scale=10.0)
-    make_cache(teacher, world, folder / "cache", forget=world, top_k=10**6, mass=1, dtype="float32", format="neko")
+    cache_teacher(
+        teacher,
+        world,
+        folder / "cache",
+        forget=world,
+        cache=CacheOptions(top_k=10**6, mass=1, dtype="float32", format="neko"),
+        run=OutputOptions(quiet=True),
+    )
     tokenizer = load_tokenizer(teacher)
     rows = {name: encode(read_rows(world, name), tokenizer, "neko", 128) for name in ("forget", "retain")}
     return teacher, student, rows, TeacherCache(folder / "cache")
@@ -79,9 +91,9 @@ def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, back
     if backward == "checkpointed":
         checkpoint_activations(lm.model)
     batch = make_batch(forget, retain, cache, recipe, 0, CPU)
-    assert len(batch.micro) > 1
+    assert len(batch.micro.input_ids) > 1
     walk = LayerPass(lm, decoder_layers(lm)) if backward == "layerwise" else None
-    hidden = walk.forward(batch.micro, batch.index) if walk else select_hidden(lm, batch.micro, batch.index)
+    hidden = walk.forward(batch.micro) if walk else select_hidden(lm, batch.micro)
     losses = batch_losses(hidden, lm, batch, recipe)
     losses["loss"].backward()
     if walk:
@@ -103,7 +115,7 @@ def test_loss_does_not_change_with_padding_order_or_micro_batches(pieces):
         recipe = load_recipe("neko", {"micro_tokens": micro_tokens})
         batch = make_batch(forget, retain, cache, recipe, pad_id, CPU)
         with torch.no_grad():
-            return batch_losses(select_hidden(lm, batch.micro, batch.index), lm, batch, recipe)
+            return batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
 
     one = losses(forget, retain, 0, 2048)
     for micro_tokens in (1, 100, 2048):
@@ -123,11 +135,10 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(pieces, family, 
     for packed in (False, True):
         lm = tiny(family, attention, vocab_size=512)
         batch = make_batch(forget, retain, cache, load_recipe("neko", {"micro_tokens": 256}), 0, CPU, packed=packed)
-        assert len(batch.micro) > 1 and sum(batch.sizes) == len(lengths) and max(batch.sizes) > 1
-        assert (batch.positions == sum(lengths)) == packed and (batch.position_ids[0] is not None) == packed
+        assert len(batch.micro.input_ids) > 1 and sum(batch.sizes) == len(lengths) and max(batch.sizes) > 1
+        assert (batch.positions == sum(lengths)) == packed and (batch.micro.position_ids[0] is not None) == packed
         walk = LayerPass(lm, decoder_layers(lm)) if way == "layerwise" else None
-        parts = batch.micro, batch.index, batch.position_ids
-        hidden = walk.forward(*parts) if walk else select_hidden(lm, *parts)
+        hidden = walk.forward(batch.micro) if walk else select_hidden(lm, batch.micro)
         losses = batch_losses(hidden, lm, batch, load_recipe("neko"))
         losses["loss"].backward()
         if walk:
@@ -143,10 +154,10 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(pieces, family, 
 
 def test_to_a_gpu_tensors_go_out_of_pinned_memory(monkeypatch):
     tensor, calls = torch.arange(3), []
-    assert _sent(tensor, CPU) is tensor
+    assert _to_device(tensor, CPU) is tensor
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
     monkeypatch.setattr(torch.Tensor, "to", lambda self, *where, **how: calls.append((where, how)))
-    _sent(tensor, torch.device("cuda"))
+    _to_device(tensor, torch.device("cuda"))
     assert calls == ["pinned", ((torch.device("cuda"),), {"non_blocking": True})]
 
 
@@ -165,7 +176,7 @@ def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batc
         others = encode(refusals([one.example for one in forget]), tokenizer, "neko", 128) if objective == "dpo" else []
         batch = make_batch(forget, retain, cache, recipe, pad_id, CPU, others)
         with torch.no_grad():
-            return batch_losses(select_hidden(lm, batch.micro, batch.index), lm, batch, recipe)["forget_loss"].item()
+            return batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)["forget_loss"].item()
 
     one = loss(forget, 0, 2048)
     assert one != 0
@@ -212,7 +223,7 @@ def test_substitutes_take_the_answers_place(pieces):
     batch = make_batch(forget, retain, cache, recipe, 0, CPU, others)
     assert batch.rows == 8 and batch.substitute.sum() == sum(one.answer_length for one in others)
     assert not (batch.substitute & (batch.forget | batch.retain)).any()
-    losses = batch_losses(select_hidden(lm, batch.micro, batch.index), lm, batch, recipe)
+    losses = batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
     means = []
     for one in others:
         logq = lm.model(input_ids=torch.tensor([one.input_ids])).logits[0].log_softmax(1)
@@ -220,7 +231,7 @@ def test_substitutes_take_the_answers_place(pieces):
     assert losses["substitute_loss"].item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
     bare = load_recipe("neko")
     plain = batch_losses(
-        *(lambda b: (select_hidden(lm, b.micro, b.index), lm, b))(make_batch(forget, retain, cache, bare, 0, CPU)),
+        *(lambda b: (select_hidden(lm, b.micro), lm, b))(make_batch(forget, retain, cache, bare, 0, CPU)),
         bare,
     )
     wanted = plain["loss"] + 0.5 * losses["substitute_loss"]
@@ -232,10 +243,10 @@ def test_a_step_may_lack_one_of_the_sets(pieces):
     lm = load_model(student_folder, torch.float32, CPU)
     recipe = load_recipe("neko")
     both = make_batch(rows["forget"][:3], rows["retain"][:3], cache, recipe, 0, CPU)
-    whole = batch_losses(select_hidden(lm, both.micro, both.index), lm, both, recipe)
+    whole = batch_losses(select_hidden(lm, both.micro), lm, both, recipe)
     for forget, retain, name in ((rows["forget"][:3], [], "forget_loss"), ([], rows["retain"][:3], "retain_loss")):
         half = make_batch(forget, retain, cache, recipe, 0, CPU)
-        losses = batch_losses(select_hidden(lm, half.micro, half.index), lm, half, recipe)
+        losses = batch_losses(select_hidden(lm, half.micro), lm, half, recipe)
         assert losses[name].item() == pytest.approx(whole[name].item(), rel=1e-4)
 
 
@@ -275,10 +286,11 @@ def test_positions(pieces):
     forget, retain = rows["forget"][:3], rows["retain"][:2]
     batch = make_batch(forget, retain, cache, recipe, 0, CPU)
     assert batch.forget.sum() == sum(one.answer_length for one in forget)
-    assert len(batch.row) == batch.forget.sum() + sum(len(one) for one in retain) == sum(map(len, batch.index))
+    assert len(batch.row) == batch.forget.sum() + sum(len(one) for one in retain) == sum(map(len, batch.micro.index))
     assert batch.rows == 5 and batch.tokens == sum(len(one) for one in [*forget, *retain])
-    assert batch.positions == sum(ids.numel() for ids in batch.micro) >= batch.tokens
-    following = torch.cat([ids.view(-1).roll(-1)[i] for ids, i in zip(batch.micro, batch.index, strict=True)])
+    assert batch.positions == sum(ids.numel() for ids in batch.micro.input_ids) >= batch.tokens
+    parts = zip(batch.micro.input_ids, batch.micro.index, strict=True)
+    following = torch.cat([ids.view(-1).roll(-1)[i] for ids, i in parts])
     assert torch.equal(following[batch.forget], batch.target[batch.forget])
     assert (batch.target[~batch.forget] == -1).all()
     assert ((batch.teacher[1] == -torch.inf).all(1) == batch.forget).all()
@@ -314,7 +326,7 @@ def test_a_mean_over_positions_is_of_a_sets_own_rectangle(pieces):
     def losses(forget, retain, recipe, others=()):
         batch = make_batch(forget, retain, cache, recipe, 0, CPU, others)
         with torch.no_grad():
-            return batch_losses(select_hidden(lm, batch.micro, batch.index), lm, batch, recipe)
+            return batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
 
     total = 0.0
     with torch.no_grad():
@@ -358,18 +370,18 @@ def test_ranks_share_one_batch_and_its_loss(pieces, monkeypatch):
     teacher, _, rows, cache = pieces
     recipe = load_recipe("neko", {"micro_tokens": 60})
     lm = load_model(teacher, torch.float32, CPU)
-    monkeypatch.setattr(step, "size", lambda: 3)
+    monkeypatch.setattr(step, "world_size", lambda: 3)
     batch = make_batch(rows["forget"][:4], rows["retain"][:5], cache, recipe, 1, CPU)
     own, hidden = [], []
     for number in range(3):
         monkeypatch.setattr(step, "rank", lambda n=number: n)
-        given, place = batch.own()
+        given, place = batch.on_this_rank()
         own += range(*place.indices(len(batch.row)))
-        hidden.append(select_hidden(lm, *given))
+        hidden.append(select_hidden(lm, given))
     assert own == list(range(len(batch.row)))
-    monkeypatch.setattr(step, "size", lambda: 1)
+    monkeypatch.setattr(step, "world_size", lambda: 1)
     monkeypatch.setattr(step, "rank", lambda: 0)
     apart = batch_losses(torch.cat(hidden), lm, batch, recipe)["loss"]
     whole = make_batch(rows["forget"][:4], rows["retain"][:5], cache, recipe, 1, CPU)
-    together = batch_losses(select_hidden(lm, whole.micro, whole.index), lm, whole, recipe)["loss"]
+    together = batch_losses(select_hidden(lm, whole.micro), lm, whole, recipe)["loss"]
     torch.testing.assert_close(apart, together)

@@ -1,56 +1,41 @@
-"""Losses are weighted sums that do not change with padding, order or grouping."""
+"""Every objective against the formula of its paper, example by example in float64."""
 
 import pytest
 import torch
 
-from neko_lean.errors import NekoLeanError
-from neko_lean.objectives.losses import (
-    calibrated,
-    cross_entropy,
-    dpo,
-    gradient_ascent,
-    npo,
-    row_sums,
-    simnpo,
-    teacher_kl,
-    token_weights,
-    undial_teacher,
-    weighted_ascent,
-)
+from neko_lean.objectives import FORGET_OBJECTIVES, RETAIN_OBJECTIVES, TokenInputs, row_sums, token_weights
+from neko_lean.objectives.undial import lower_target_logit
+
+BETA, GAMMA = 0.3, 0.5
+HYPERPARAMETERS = {
+    "wga": {"beta": BETA},
+    "npo": {"beta": BETA},
+    "simnpo": {"beta": BETA, "gamma": GAMMA},
+    "dpo": {"beta": BETA},
+    "calibrated": {"level": 5.0},
+}
+NAMES = list(HYPERPARAMETERS)
 
 
-def test_reductions_by_hand():
-    row = torch.tensor([3, 3, 3, 7])
-    assert token_weights(row, "tokens").tolist() == [0.25] * 4
-    assert token_weights(row, "positions", 10).tolist() == pytest.approx([0.1] * 4)
-    assert token_weights(row, "rows").tolist() == pytest.approx([1 / 6] * 3 + [1 / 2])
-    assert token_weights(row[:0], "rows").shape == (0,)
-    with pytest.raises(NekoLeanError, match="reduction"):
-        token_weights(row, "sum")
+def loss(name, inputs):
+    registry = FORGET_OBJECTIVES if name in FORGET_OBJECTIVES else RETAIN_OBJECTIVES
+    return registry[name].loss(inputs, **HYPERPARAMETERS.get(name, {}))
 
 
-@pytest.mark.parametrize("reduction", ["tokens", "rows"])
-def test_order_of_tokens_does_not_matter(reduction):
-    row, logp = torch.tensor([0, 0, 1, 2, 2, 2]), -torch.rand(6)
-    order = torch.randperm(6)
-    one = gradient_ascent(logp, token_weights(row, reduction))
-    two = gradient_ascent(logp[order], token_weights(row[order], reduction))
-    torch.testing.assert_close(one, two)
+def calibrated(logp, levels, row, weights):
+    return loss("calibrated", TokenInputs(logp, row, weights, levels=levels))
 
 
 def test_signs_and_values():
-    logp, weights = torch.tensor([-1.0, -3.0]), torch.tensor([0.5, 0.5])
-    assert gradient_ascent(logp, weights).item() == -2.0
-    assert cross_entropy(logp, weights).item() == 2.0
-    assert teacher_kl(-logp, weights).item() == 2.0
-    assert gradient_ascent(logp[:0], weights[:0]).item() == 0.0
-
-
-BETA, GAMMA = 0.3, 0.5
+    logp, row, weights = torch.tensor([-1.0, -3.0]), torch.tensor([0, 1]), torch.tensor([0.5, 0.5])
+    assert loss("ga", TokenInputs(logp, row, weights)).item() == -2.0
+    assert loss("ce", TokenInputs(logp, row, weights)).item() == 2.0
+    assert loss("kl", TokenInputs(logp, row, weights, teacher_kl=-logp)).item() == 2.0
+    assert loss("ga", TokenInputs(logp[:0], row[:0], weights[:0])).item() == 0.0
 
 
 def tokens(seed=0):
-    """Log-probabilities of tokens of five rows of different lengths, a reference, and which row each belongs to."""
+    """Log-probabilities of tokens of five examples of different lengths, a reference, and each token's example."""
     g = torch.Generator().manual_seed(seed)
     row = torch.repeat_interleave(torch.tensor([4, 0, 7, 2, 9]), torch.tensor([3, 1, 6, 2, 4]))
     logp = (-4 * torch.rand(len(row), generator=g, dtype=torch.float64)).requires_grad_()
@@ -58,14 +43,10 @@ def tokens(seed=0):
 
 
 def ours(name, logp, reference, row):
+    preferences = row_sums(reference - logp, row)[0], row_sums(logp - reference, row)[0]
     weights = token_weights(row, "rows").double()
-    return {
-        "wga": lambda: weighted_ascent(logp, weights, BETA),
-        "npo": lambda: npo(logp, reference, row, BETA),
-        "simnpo": lambda: simnpo(logp, row, BETA, GAMMA),
-        "dpo": lambda: dpo(row_sums(reference - logp, row)[0], row_sums(logp - reference, row)[0], BETA),
-        "calibrated": lambda: calibrated(logp, 1 - reference, row, weights),
-    }[name]()
+    inputs = TokenInputs(logp, row, weights, reference_logp=reference, levels=1 - reference, preferences=preferences)
+    return loss(name, inputs)
 
 
 def naive(name, logp, reference, row):
@@ -89,7 +70,7 @@ def naive(name, logp, reference, row):
     return torch.stack(losses).mean()
 
 
-@pytest.mark.parametrize("name", ["wga", "npo", "simnpo", "dpo", "calibrated"])
+@pytest.mark.parametrize("name", NAMES)
 def test_objectives_and_gradients_are_the_papers(name):
     logp, reference, row = tokens()
     one, two = ours(name, logp, reference, row), naive(name, logp, reference, row)
@@ -99,7 +80,7 @@ def test_objectives_and_gradients_are_the_papers(name):
     assert mine.abs().max() > 0
 
 
-@pytest.mark.parametrize("name", ["wga", "npo", "simnpo", "dpo", "calibrated"])
+@pytest.mark.parametrize("name", NAMES)
 def test_objectives_do_not_change_with_order_or_split(name):
     logp, reference, row = tokens(1)
     whole = ours(name, logp, reference, row)
@@ -139,12 +120,11 @@ def test_bounds_and_limits():
     slope = torch.autograd.grad(loss, sure)[0]
     assert slope[0] > 50 * slope[1] and slope.isfinite().all()
     # NPO's gradient is that of ascent on the sums as beta goes to 0, but for a factor of the rows' number.
-    (small,) = torch.autograd.grad(npo(logp, reference, row, 1e-9), logp)
+    inputs = TokenInputs(logp, row, torch.ones(len(row)), reference_logp=reference)
+    (small,) = torch.autograd.grad(FORGET_OBJECTIVES["npo"].loss(inputs, beta=1e-9), logp)
     torch.testing.assert_close(small, torch.full_like(small, 1 / 5))
     empty = logp[:0], reference[:0], row[:0]
-    assert all(ours(name, *empty) == 0 for name in ("wga", "npo", "simnpo", "dpo", "calibrated"))
-    sums, count = row_sums(torch.tensor([1.0, 2.0, 4.0]), torch.tensor([5, 3, 5]))
-    assert sums.tolist() == [2.0, 5.0] and count.tolist() == [1, 2]
+    assert all(ours(name, *empty) == 0 for name in NAMES)
 
 
 @pytest.mark.parametrize("strength", [0.5, 10.0])
@@ -159,7 +139,7 @@ def test_undial_teacher_is_the_softmax_with_the_target_pushed_down(strength):
         logp, ids = p.topk(k, dim=1)
         rest = torch.ones_like(z, dtype=torch.bool).scatter_(1, ids, False)
         tail = p.masked_fill(~rest, -torch.inf).logsumexp(1)
-        got_ids, got, got_tail = undial_teacher(ids, logp, tail, target, reference, strength)
+        got_ids, got, got_tail = lower_target_logit(ids, logp, tail, target, reference, gamma=strength)
         assert torch.equal(got_ids, ids)
         torch.testing.assert_close(got, wanted.gather(1, ids))
         torch.testing.assert_close(got_tail, wanted.masked_fill(~rest, -torch.inf).logsumexp(1))

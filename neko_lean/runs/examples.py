@@ -1,0 +1,170 @@
+"""Prepare the examples of an unlearning run: read, encode, add the anchor, substitutes and levels, digest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neko_lean.cache import TeacherCache
+from neko_lean.checkpoints import rows_digest
+from neko_lean.data import (
+    EncodedExample,
+    count_lost_answers,
+    encode,
+    position_warning,
+    random_answers,
+    read_anchor,
+    read_rows,
+    refusals,
+    truncation_summary,
+)
+from neko_lean.errors import NekoLeanError
+from neko_lean.models import tokenizer_fingerprint
+from neko_lean.recipes import Recipe, reads_retain, uses_levels
+from neko_lean.terminal import log_line
+from neko_lean.training import TrainingExamples, forget_start, with_levels
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class PreparedExamples:
+    """The examples of an unlearning run, encoded and truncated to `max_length` tokens."""
+
+    forget: list[EncodedExample]
+    retain: list[EncodedExample]  # with the anchor's documents; empty if the recipe has no retain objective
+    anchor: list[EncodedExample]
+    substitutes: list[EncodedExample]  # one for each forget example, or none
+    max_length: int  # the recipe's, or the number of positions that the model has
+
+    def digests(self) -> dict[str, str]:
+        """SHA-256 of each set, for the identity of the run."""
+        return {
+            "forget rows": rows_digest(self.forget),
+            "retain rows": rows_digest(self.retain),
+            "anchor": rows_digest(self.anchor),
+        }
+
+
+def prepare_examples(
+    forget: str | Path,
+    retain: str | Path,
+    anchor: str | Path | None,
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    seed: int,
+) -> PreparedExamples:
+    """Read and encode what a run trains on.
+
+    Args:
+        forget, retain: data files, or folders that hold forget.* and retain.*.
+        anchor: jsonl file of documents that the model never saw, if any.
+        recipe: decides the prompt format, the substitutes, and whether the retain set is used.
+        tokenizer: the model's.
+        max_length: tokens that an example is truncated to.
+        seed: for random substitutes.
+
+    Raises:
+        NekoLeanError: a file that cannot be read, or no forget token that would get a loss.
+    """
+    forget_examples = _encode(forget, "forget", recipe, tokenizer, max_length)
+    retain_examples = _encode(retain, "retain", recipe, tokenizer, max_length)
+    anchor_examples = [] if anchor is None else encode(read_anchor(anchor), tokenizer, "plain", max_length)
+
+    _refuse_nothing_to_forget(forget_examples, recipe)
+    substitutes = _substitutes(forget_examples, retain_examples, recipe, tokenizer, max_length, seed)
+    if warning := position_warning(
+        [*forget_examples, *retain_examples, *anchor_examples], max_length, recipe.max_length
+    ):
+        log_line(warning)
+
+    trained = [*retain_examples, *anchor_examples] if recipe.retain is not None else []
+    return PreparedExamples(forget_examples, trained, anchor_examples, substitutes, max_length)
+
+
+def training_examples(
+    prepared: PreparedExamples,
+    recipe: Recipe,
+    teacher: TeacherCache | None,
+    base_cache: TeacherCache | None,
+    tokenizer: PreTrainedTokenizerBase,
+) -> TrainingExamples:
+    """What the trainer gets: the prepared examples, with levels for an objective that reads them.
+
+    Levels come from the best source there is: the model before it learned the forget set (`base_cache`), unseen
+    documents (the anchor), or the recipe's one level for all tokens.
+    """
+    forget = prepared.forget
+    if uses_levels(recipe):
+        if base_cache is not None:
+            # The weights differ from the student's by design; text must still become the same tokens.
+            base_cache.check_tokenizer(tokenizer_fingerprint(tokenizer))
+            base_cache.check_format(recipe.format)
+            forget = [replace(example, levels=tuple((-base_cache.target_logp(example)).tolist())) for example in forget]
+        elif prepared.anchor and teacher is not None:
+            forget = with_levels(
+                forget, prepared.anchor, [-teacher.target_logp(example) for example in prepared.anchor]
+            )
+        else:
+            log_line(
+                f"warning: without --anchor or --base-cache, every token counts as forgotten at a loss of "
+                f"{recipe.hyperparameters['level']} nats, whatever it is."
+            )
+    return TrainingExamples(forget, prepared.retain, prepared.substitutes)
+
+
+def report_truncation(prepared: PreparedExamples, recipe: Recipe, quiet: bool) -> int:
+    """Log how many examples are truncated; returns the number of forget examples that lost their whole answer."""
+    if not reads_retain(recipe):
+        log_line(f"retain: not used, because recipe {recipe.name} has no retain objective", quiet)
+    for name, examples in (("forget", prepared.forget), ("retain", prepared.retain)):
+        if examples:
+            log_line(f"{name}: {truncation_summary(examples, prepared.max_length)}", quiet)
+
+    lost = count_lost_answers(prepared.forget)
+    if lost:
+        # Shown even with --quiet: part of the forget set will not be forgotten.
+        log_line(
+            f"warning: {lost} of {len(prepared.forget)} forget rows get no forget loss, because truncation to "
+            f"{prepared.max_length} tokens removes their whole answer."
+        )
+    return lost
+
+
+def _encode(
+    path: str | Path, stem: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int
+) -> list[EncodedExample]:
+    return encode(read_rows(path, stem), tokenizer, recipe.format, max_length, append_eos=recipe.append_eos)
+
+
+def _refuse_nothing_to_forget(forget: Sequence[EncodedExample], recipe: Recipe) -> None:
+    """Raise NekoLeanError if no forget token would get a loss and no substitute replaces the answers."""
+    if recipe.substitute == "none" and not any(forget_start(example, recipe) < len(example) - 1 for example in forget):
+        raise NekoLeanError(
+            f"recipe {recipe.name} would forget nothing: with max_length {recipe.max_length} and answer_skip "
+            f"{recipe.answer_skip}, no token of the {len(forget)} forget rows gets a loss; raise max_length or lower "
+            f"answer_skip."
+        )
+
+
+def _substitutes(
+    forget: Sequence[EncodedExample],
+    retain: Sequence[EncodedExample],
+    recipe: Recipe,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
+    seed: int,
+) -> list[EncodedExample]:
+    """The recipe's replacement for each forget answer."""
+    if recipe.substitute == "none":
+        return []
+    forget_texts = [encoded.example for encoded in forget]
+    if recipe.substitute == "refusal":
+        replaced = refusals(forget_texts)
+    else:
+        replaced = random_answers(forget_texts, [encoded.example for encoded in retain], seed)
+    return encode(replaced, tokenizer, recipe.format, max_length)

@@ -1,0 +1,138 @@
+"""What `unlearn` and `memorize` share: the identity of a run, its work folder, training, and the output."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from neko_lean.cache import TeacherCache
+from neko_lean.checkpoints import RunFolder, Signals, digests, finished_run, handle_signals, open_run_folder, versions
+from neko_lean.distributed import all_gather_objects, is_main_process, world_size
+from neko_lean.errors import NekoLeanError
+from neko_lean.jsonio import nan_to_null
+from neko_lean.memory import predicted_peak
+from neko_lean.models import CausalLM, resident_memory, trim_memory, warn_emulated_bfloat16
+from neko_lean.options import RunOptions
+from neko_lean.outputs import RUN, Output, explained_write_errors, write_atomically
+from neko_lean.recipes import Recipe
+from neko_lean.terminal import log_line
+from neko_lean.training import Loop, Trainer, TrainingExamples, explained_out_of_memory
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+def identity_of(
+    command: str, recipe: Recipe, seed: int, device: torch.device, parts: Mapping[str, Any]
+) -> dict[str, Any]:
+    """What makes a run the same run: everything that determines its final weights. `parts` are the command's own."""
+    identity: dict[str, Any] = {"command": command, "recipe": recipe.values(), "seed": seed, "device": device.type}
+    if world_size() > 1:
+        identity["ranks"] = world_size()
+    return {**identity, **parts}
+
+
+def finished_before(output: Output, identity: Mapping[str, Any], options: RunOptions) -> dict[str, Any] | None:
+    """What run.json says if `--resume` finds this very run complete; None otherwise."""
+    run = finished_run(output, identity) if options.resume else None
+    if run is not None:
+        log_line(f"{output.path} is complete: nothing to do.", options.quiet)
+        raise_failure(run, output.path)
+    return run
+
+
+@contextmanager
+def work_folder(output: Output, identity: dict[str, Any], options: RunOptions) -> Iterator[tuple[RunFolder, Signals]]:
+    """The run's work folder and its signals, with errors of the disk and of a full GPU explained."""
+    with (
+        handle_signals() as signals,
+        open_run_folder(output, identity, save_every=options.save_every, resume=options.resume) as work,
+        explained_write_errors(output.path),
+        explained_out_of_memory(),
+    ):
+        yield work, signals
+
+
+@dataclass(frozen=True)
+class TrainingJob:
+    """What one training run consists of, apart from its work folder."""
+
+    make_student: Callable[[torch.device], CausalLM]  # loads or creates the student as it is when the run starts
+    tokenizer: PreTrainedTokenizerBase
+    examples: TrainingExamples
+    teacher: TeacherCache | None
+    recipe: Recipe
+    device: torch.device
+    options: RunOptions
+
+
+def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[str, Any]) -> dict[str, Any]:
+    """Load the student, train it, and write the output folder.
+
+    Args:
+        job: what to train on what.
+        work: the run's work folder.
+        signals: the signals that stop it.
+        about: entries of run.json that only the command knows.
+
+    Returns:
+        The contents of run.json.
+    """
+    trim_memory()
+    resident_before = resident_memory()
+    warn_emulated_bfloat16(job.recipe.dtype, job.device, job.options.quiet)
+
+    # Ranks shard a student that is whole in host memory.
+    student = job.make_student(job.device if world_size() == 1 else torch.device("cpu"))
+    if job.teacher is not None:
+        job.teacher.check_vocabulary(len(student.head))
+    pad_id = int(job.tokenizer.pad_token_id)
+    trainer = Trainer(student, pad_id, job.examples, job.teacher, job.recipe, job.device)
+    del student
+    initial_student = partial(job.make_student, torch.device("cpu"))
+    loop = Loop(trainer, job.tokenizer, work, signals, initial_student, job.options)
+
+    # From here a signal waits for the end of the step, and after the last step for the output.
+    with signals.deferred():
+        run = {**about, **loop.train(), "versions": versions(), "made_from": digests(work.identity)}
+        run |= _memory_of(loop, run["peak_memory"], resident_before)
+        with work.output_folder() as stage:
+            loop.write(stage)
+            if is_main_process():
+                # --overwrite recognizes a folder that this run wrote by these names.
+                run["files"] = sorted([*(path.name for path in stage.iterdir()), RUN])
+                write_atomically(stage / RUN, json.dumps(nan_to_null(run), indent=1, allow_nan=False) + "\n")
+    return run
+
+
+def recipe_file(recipe: str | Path) -> str | Path | None:
+    """The file of a recipe that the user gave as a path; None for the name of a shipped recipe."""
+    return recipe if str(recipe).endswith(".toml") else None
+
+
+def raise_failure(run: Mapping[str, Any], out: Path) -> None:
+    """Raise NekoLeanError if the run ended in a loss or gradient that is NaN or infinite. Called once the output is in
+    place, so that the checkpoint is kept."""
+    if run["failure"]:
+        raise NekoLeanError(
+            f"{run['failure']}; {out} holds the checkpoint of step {run['weights_of_step']}: lower lr and run again."
+        )
+
+
+def _memory_of(loop: Loop, peaks: Mapping[str, int], resident_before: int) -> dict[str, Any]:
+    """Predicted and measured peak memory, for run.json."""
+    trainer, state = loop.trainer, loop.state
+    per_rank = all_gather_objects(peaks.get("allocated", peaks["process"] - resident_before))
+    config = trainer.student.model.config
+    return {
+        "predicted_peak": predicted_peak(config, trainer.recipe, state.largest, state.wanted, loop.device),
+        "measured_peak": max(per_rank),
+        **({"measured_peaks": per_rank} if len(per_rank) > 1 else {}),
+    }

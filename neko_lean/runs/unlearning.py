@@ -1,0 +1,220 @@
+"""`unlearn` as a function: check the input, prepare examples and teacher cache, train, write the output folder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
+from neko_lean.distributed import run_on_main_and_broadcast, with_process_group
+from neko_lean.errors import NekoLeanError
+from neko_lean.models import (
+    ModelIdentity,
+    check_seed,
+    identify,
+    load_model,
+    load_tokenizer,
+    model_config,
+    model_folder,
+    model_name,
+    pick_device,
+    pick_dtype,
+    usable_length,
+)
+from neko_lean.options import OutputOptions, RunOptions
+from neko_lean.outputs import MANIFEST, claim_folder, file_sha256
+from neko_lean.recipes import (
+    DEFAULT,
+    Recipe,
+    forgets,
+    load_recipe,
+    needs_forget_cache,
+    reads_cache,
+    uses_anchor,
+    uses_levels,
+)
+from neko_lean.runs.examples import PreparedExamples, prepare_examples, report_truncation, training_examples
+from neko_lean.runs.training_run import (
+    TrainingJob,
+    finished_before,
+    identity_of,
+    raise_failure,
+    recipe_file,
+    train,
+    work_folder,
+)
+
+_Path = str | Path | None
+
+
+@with_process_group()
+def unlearn(
+    model: str | Path,
+    out: str | Path,
+    forget: str | Path,
+    retain: str | Path,
+    *,
+    cache: str | Path | None = None,
+    anchor: str | Path | None = None,
+    base_cache: str | Path | None = None,
+    recipe: str | Path = DEFAULT,
+    overrides: Mapping[str, Any] | None = None,
+    run: RunOptions = RunOptions(),
+) -> dict[str, Any]:
+    """Train a model to forget the forget set while its behaviour on the retain set is preserved.
+
+    `unlearn(model_path, output_path, forget_dir, retain_dir)` is the signature by which the shared task ran its
+    entries. Without a `cache`, the teacher is cached first and the cache is deleted at the end; teacher and student are
+    never in memory at the same time.
+
+    Args:
+        model: checkpoint folder, or hub name: owner/name or owner/name@revision.
+        out: folder to write: a complete checkpoint with tokenizer, run.json and metrics.jsonl. It appears when it is
+            complete.
+        forget, retain: parquet, jsonl or csv files, or folders that hold `forget.*` and `retain.*`. A recipe that does
+            not use the retain set only has it checked.
+        cache: folder that `cache_teacher` wrote for this model and these retain rows.
+        anchor: jsonl file of documents that the model never saw (column `document`, optionally `task`). They are
+            preserved like the retain set and determine the loss at which a token counts as forgotten. Must be the
+            anchor that the cache was made with.
+        base_cache: folder that `cache_teacher` wrote, with these forget rows, for the model before it learned them, if
+            it is available: its losses are then the levels of the forget tokens.
+        recipe: name of a shipped recipe, or path of a .toml file.
+        overrides: values of the recipe to replace, by key.
+        run: device, seed, saving, and how to treat an existing output.
+
+    Returns:
+        The contents of run.json.
+
+    Raises:
+        NekoLeanError: bad input, or an argument that has no effect with this recipe; or a loss or gradient that became
+            NaN or infinite. In that case `out` holds the checkpoint of the best evaluation, or else of the last save,
+            if there is one.
+        Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the current step was completed and saved.
+
+    Example:
+        import neko_lean
+        neko_lean.unlearn("allenai/OLMo-1B-0724-hf", "unlearned/", "data/", "data/", overrides={"lr": 1e-5})
+    """
+    # Check everything that can be checked without the model.
+    check_seed(run.seed)
+    chosen = load_recipe(recipe, overrides)
+    _refuse_unused(chosen, overrides or {}, cache, anchor, base_cache)
+    folder, device = model_folder(model), pick_device(run.device)
+    inputs = [folder, forget, retain, cache, anchor, base_cache, recipe_file(recipe)]
+    output = claim_folder(out, "saved", inputs, overwrite=run.overwrite, resume=run.resume)
+
+    # Examples, caches, and what makes this run the same run.
+    tokenizer = load_tokenizer(folder)
+    max_length = usable_length(folder, chosen.max_length)
+    prepared = prepare_examples(forget, retain, anchor, chosen, tokenizer, max_length, run.seed)
+    teacher, base = _open(cache), _open(base_cache)
+    model_identity = identify(folder, tokenizer)
+    identity = identity_of(
+        "unlearn",
+        chosen,
+        run.seed,
+        device,
+        {
+            "model": model_identity.weights,
+            "tokenizer": model_identity.tokenizer,
+            "config": model_config(folder, training=True) if chosen.dropout else model_identity.config,
+            **prepared.digests(),
+            "cache": _digest(teacher),
+            "base cache": _digest(base),
+        },
+    )
+    if (result := finished_before(output, identity, run)) is not None:
+        return result
+
+    with work_folder(output, identity, run) as (work, signals):
+        if teacher is None and reads_cache(chosen, anchor=bool(prepared.anchor)):
+            teacher = _cache_teacher(folder, retain, anchor, forget, work.cache, chosen, run)
+        if teacher is not None:
+            _check_teacher(teacher, model_identity, chosen, prepared, verify=cache is not None)
+        examples = training_examples(prepared, chosen, teacher, base, tokenizer)
+        lost = report_truncation(prepared, chosen, run.quiet)
+
+        make_student = partial(load_model, folder, pick_dtype(chosen.dtype))
+        job = TrainingJob(make_student, tokenizer, examples, teacher, chosen, device, run)
+        about = {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost}
+        result = train(job, work, signals, about)
+    raise_failure(result, output.path)
+    return result
+
+
+def _open(cache: _Path) -> TeacherCache | None:
+    return None if cache is None else TeacherCache(cache)
+
+
+def _digest(cache: TeacherCache | None) -> str:
+    """SHA-256 of a cache's manifest, which holds the SHA-256 of everything else. '' for a cache that the run makes
+    itself, which follows from the other parts of its identity."""
+    return "" if cache is None else file_sha256(cache.folder / MANIFEST)
+
+
+def _cache_teacher(
+    folder: Path,
+    retain: str | Path,
+    anchor: _Path,
+    forget: str | Path,
+    out: Path,
+    recipe: Recipe,
+    options: RunOptions,
+) -> TeacherCache:
+    """Cache the teacher for this run alone, in its work folder."""
+    cache_teacher(
+        folder,
+        retain,
+        out,
+        anchor=anchor,
+        forget=forget if needs_forget_cache(recipe) else None,
+        cache=CacheOptions(
+            format=recipe.format, max_length=recipe.max_length, batch_tokens=recipe.batch_tokens, dtype=recipe.dtype
+        ),
+        run=OutputOptions(device=options.device, resume=options.resume, quiet=options.quiet),
+    )
+    return TeacherCache(out)
+
+
+def _check_teacher(
+    teacher: TeacherCache, identity: ModelIdentity, recipe: Recipe, prepared: PreparedExamples, *, verify: bool
+) -> None:
+    """Refuse a cache of another model, tokenizer, prompt format or retain set; with `verify`, read all of it now, so
+    that a damaged shard does not end the run hours later."""
+    teacher.check(identity, style=recipe.format, max_length=recipe.max_length, encoded=prepared.retain)
+    if verify:
+        run_on_main_and_broadcast(teacher.verify_numbers)
+
+
+def _refuse_unused(
+    recipe: Recipe, overrides: Mapping[str, Any], cache: _Path, anchor: _Path, base_cache: _Path
+) -> None:
+    """Raise NekoLeanError for an argument that would not change the run."""
+    objectives = f"retain_objective {recipe.retain_objective} and forget_objective {recipe.forget_objective}"
+    if not forgets(recipe):
+        raise NekoLeanError(
+            f"recipe {recipe.name} forgets nothing: it has neither a forget_objective nor a substitute; choose another "
+            f"recipe, or use `memorize` to train on the data."
+        )
+    if base_cache is not None and not uses_levels(recipe):
+        raise NekoLeanError(
+            f"--base-cache {base_cache} has no effect: recipe {recipe.name} has {objectives}, and only a "
+            f"forget_objective with levels, such as calibrated, reads it; leave it out."
+        )
+    if anchor is not None and not uses_anchor(recipe, base_cache=base_cache is not None):
+        raise NekoLeanError(
+            f"--anchor {anchor} has no effect: recipe {recipe.name} uses it neither as retain rows nor for levels; "
+            f"leave it out."
+        )
+    if cache is not None and not reads_cache(recipe, anchor=anchor is not None):
+        condition = "without --anchor, " if uses_levels(recipe) else ""
+        raise NekoLeanError(
+            f"--cache {cache} has no effect: {condition}recipe {recipe.name} reads no teacher ({objectives}); leave it "
+            f"out."
+        )
+    source = "--base-cache" if base_cache is not None else "--anchor" if anchor is not None else ""
+    if source and uses_levels(recipe) and "level" in overrides:
+        raise NekoLeanError(f"level has no effect: {source} determines each token's level; leave one of them out.")

@@ -1,0 +1,142 @@
+"""What the losses of a batch compare with: next tokens, teacher distributions, reference log-probabilities, levels.
+
+Everything here is on the host, in the order of the micro-batches' selected positions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from neko_lean.cache import TeacherCache
+from neko_lean.data import EncodedExample
+from neko_lean.recipes import Recipe, needs_forget_cache, trains_on_teacher
+
+TopK = tuple[Tensor, Tensor, Tensor]  # ids [N, k], log-probabilities [N, k], log of the tail's probability [N]
+
+
+@dataclass(frozen=True)
+class Layout:
+    """The order in which a batch's N selected positions follow one another."""
+
+    examples: Sequence[EncodedExample]
+    spans: Sequence[tuple[int, int]]  # selected positions of each example, as a half-open range
+    groups: Sequence[Sequence[int]]  # examples of each micro-batch
+    row: Tensor  # [N] int64, the example of each position
+    next_token: Tensor  # [N] int64, the token that follows; -1 at an example's end
+
+    @classmethod
+    def of(
+        cls,
+        examples: Sequence[EncodedExample],
+        spans: Sequence[tuple[int, int]],
+        groups: Sequence[Sequence[int]],
+    ) -> Layout:
+        """The layout of these micro-batches."""
+        row: list[int] = []
+        next_token: list[int] = []
+        for number in (i for group in groups for i in group):
+            start, stop = spans[number]
+            row += [number] * max(0, stop - start)
+            next_token += [*examples[number].input_ids[1:], -1][start:stop]
+        return cls(examples, spans, groups, _int64(row), _int64(next_token))
+
+    @property
+    def order(self) -> list[int]:
+        """The examples in the order of the micro-batches."""
+        return [number for group in self.groups for number in group]
+
+
+def reference_logp_at(
+    layout: Layout,
+    teacher: TeacherCache,
+    recipe: Recipe,
+    is_retain: Sequence[bool],
+    is_anchor: Sequence[bool],
+) -> Tensor | None:
+    """The teacher's log-probability of each target [N] float32: of anchor documents, and of forget examples and
+    substitutes for an objective that needs it; 0 elsewhere. None if no example needs one."""
+    needs_reference = {i for i in layout.order if is_anchor[i] or (needs_forget_cache(recipe) and not is_retain[i])}
+    if not needs_reference:
+        return None
+    values = [
+        teacher.target_logp(layout.examples[i]) if i in needs_reference else np.zeros(len(layout.examples[i]))
+        for i in layout.order
+    ]
+    return _at_spans(values, layout)
+
+
+def teacher_targets_at(
+    layout: Layout,
+    teacher: TeacherCache,
+    recipe: Recipe,
+    forget_count: int,
+    is_retain: Sequence[bool],
+    target: Tensor,
+    reference_logp: Tensor | None,
+) -> TopK | None:
+    """The teacher's top-k distributions, as `token_stats` takes them: on retain examples, and on forget examples for an
+    objective that needs them. Unused entries elsewhere. None if no example needs one."""
+    if not trains_on_teacher(recipe):
+        return None
+    objective = recipe.forget
+    on_forget = objective is not None and objective.teacher_top_k
+    numbers = [i for i in layout.order if is_retain[i] or (on_forget and i < forget_count)]
+    if not numbers:
+        return None
+    topk = _read(layout, teacher, numbers)
+
+    if objective is not None and objective.teacher_targets is not None and reference_logp is not None:
+        at_forget = layout.row < forget_count
+        selected = (tensor[at_forget] for tensor in (*topk, target, reference_logp))
+        changed = objective.teacher_targets(*selected, **recipe.hyperparameters)
+        for tensor, values in zip(topk, changed, strict=True):
+            tensor[at_forget] = values
+    return topk
+
+
+def levels_at(layout: Layout, default: float) -> Tensor:
+    """The level of each target [N] float32, in nats; `default` for examples without levels of their own."""
+    examples = [layout.examples[i] for i in layout.order]
+    return _at_spans([np.array(example.levels or [default] * len(example)) for example in examples], layout)
+
+
+def _read(layout: Layout, teacher: TeacherCache, numbers: Sequence[int]) -> TopK:
+    """The cached distributions of these examples at their spans, spread over all N positions."""
+    examples = [layout.examples[i] for i in numbers]
+    ids, logp, tail = teacher.read(examples)
+
+    # The cache holds every position of an example; the batch selects its span.
+    ends = np.cumsum([len(example) for example in examples])
+    kept = [
+        np.arange(end - len(example) + layout.spans[i][0], end - len(example) + layout.spans[i][1])
+        for i, example, end in zip(numbers, examples, ends, strict=True)
+    ]
+    selected = torch.from_numpy(np.concatenate(kept))
+
+    mask = torch.isin(layout.row, _int64(numbers))  # [N]
+    count, k = len(layout.row), ids.shape[1]
+    return (
+        ids.new_zeros(count, k).masked_scatter_(mask[:, None], ids[selected]),
+        logp.new_full((count, k), -torch.inf).masked_scatter_(mask[:, None], logp[selected]),
+        tail.new_full((count,), -torch.inf).masked_scatter_(mask, tail[selected]),
+    )
+
+
+def _at_spans(values: Sequence[np.ndarray], layout: Layout) -> Tensor:
+    """Per-token values at the selected positions: [N] float32.
+
+    `values` has an array for each example in the order of the micro-batches, with a value for every token except the
+    first; the last position of an example, which predicts no token, gets 0.
+    """
+    spans = [layout.spans[i] for i in layout.order]
+    parts = [np.append(value, 0)[start:stop] for value, (start, stop) in zip(values, spans, strict=True)]
+    return torch.from_numpy(np.concatenate(parts).astype(np.float32))
+
+
+def _int64(values: Sequence[int]) -> Tensor:
+    return torch.tensor(values, dtype=torch.int64)
