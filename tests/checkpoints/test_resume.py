@@ -178,10 +178,10 @@ def test_the_runs_own_teacher_cache_is_kept_for_resume(unlearn, tmp_path, monkey
 
 
 def test_a_signal_during_caching_keeps_the_shards(unlearn, tmp_path, monkeypatch):
-    from neko_lean.cache import writer
+    from neko_lean.cache import planning, writer
 
-    monkeypatch.setattr(writer, "SHARD_POSITIONS", 100)
-    original, count = writer._retain_tensors, [0]
+    monkeypatch.setattr(planning, "SHARD_POSITIONS", 100)
+    original, count = writer._top_k_tensors, [0]
 
     def struck(*arguments):
         count[0] += 1
@@ -190,7 +190,7 @@ def test_a_signal_during_caching_keeps_the_shards(unlearn, tmp_path, monkeypatch
         return original(*arguments)
 
     with monkeypatch.context() as patch, pytest.raises(neko_lean.Interrupted, match="SIGTERM at once") as raised:
-        patch.setattr(writer, "_retain_tensors", struck)
+        patch.setattr(writer, "_top_k_tensors", struck)
         unlearn(tmp_path / "out", {**SMALL, "batch_tokens": 256}, cache=None)
     assert raised.value.saved_state == f"{saved(tmp_path / 'out')} keeps what the teacher's cache has so far"
     unlearn(tmp_path / "out", {**SMALL, "batch_tokens": 256}, cache=None, resume=True)
