@@ -58,6 +58,7 @@ from neko_lean.models.loading import load_model
 from neko_lean.models.predictions import next_token_logp
 from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.recipes import load_recipe
+from neko_lean.runs import training_run
 from neko_lean.scoring import ScoreSettings
 from neko_lean.scoring.generation import generate
 from neko_lean.training import TrainingExamples, loop
@@ -507,17 +508,17 @@ def kept_weights() -> Iterator[dict[str, Tensor]]:
     """The parameters that a run writes, as they were in memory then. The run's memory, which takes longer to predict
     than these runs take, is not."""
     kept: dict[str, Tensor] = {}
-    write, prediction = loop.save_checkpoint, loop.predicted_peak
+    write, prediction = loop.save_checkpoint, training_run.predicted_peak
 
     def watched(lm: CausalLM, *args: Any) -> None:
         kept.update({name: p.detach().clone() for name, p in lm.model.named_parameters()})
         write(lm, *args)
 
-    loop.save_checkpoint, loop.predicted_peak = watched, lambda *_: None
+    loop.save_checkpoint, training_run.predicted_peak = watched, lambda *_: None
     try:
         yield kept
     finally:
-        loop.save_checkpoint, loop.predicted_peak = write, prediction
+        loop.save_checkpoint, training_run.predicted_peak = write, prediction
 
 
 def plain(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:

@@ -35,10 +35,9 @@ from neko_lean.models.loading import load_tokenizer, new_model
 from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe, reads_cache
 from neko_lean.report.page import report
-from neko_lean.runs import memorize, unlearn
+from neko_lean.runs import memorize, training_run, unlearn
 from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import score
-from neko_lean.training import loop
 from tests.helpers import flat
 
 # Keys whose values differ between runs that computed the same.
