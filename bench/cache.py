@@ -28,19 +28,19 @@ from contenders import random_olmo_1b
 from rich.console import Console
 from torch import Tensor
 
-from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.settings import CacheSettings
+from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
 from neko_lean.cache.teacher import hidden_states, keep
-from neko_lean.cache.writer import cache_teacher, teacher_batches
+from neko_lean.cache.writer import teacher_batches
 from neko_lean.data.batching import pad
 from neko_lean.data.examples import EncodedExample, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.models.causal_lm import CausalLM, split
-from neko_lean.models.devices import peak_memory
+from neko_lean.models.causal_lm import CausalLM
+from neko_lean.models.chunked_head import token_stats
+from neko_lean.models.lm_head import CHUNK_ELEMENTS
 from neko_lean.models.loading import load_model, load_tokenizer, new_model
-from neko_lean.models.token_stats import CHUNK_ELEMENTS, token_stats
+from neko_lean.models.memory_use import peak_memory
 from neko_lean.options import OutputOptions
 
 CPU = torch.device("cpu")
@@ -152,8 +152,8 @@ def measure_setting(
             folder,
             retain,
             Path(scratch) / "c",
-            settings=CacheSettings(top_k=top_k or 10**6, mass=mass, format=style, dtype="float32"),
-            options=OutputOptions(quiet=True),
+            cache=CacheOptions(top_k=top_k or 10**6, mass=mass, format=style, dtype="float32"),
+            run=OutputOptions(quiet=True),
         )
         cache = TeacherCache(Path(scratch) / "c")
         size = sum(shard.bytes for shard in manifest.shards) / manifest.positions

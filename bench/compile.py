@@ -18,10 +18,11 @@ import torch
 from contenders import clock, device_name
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from neko_lean.models.causal_lm import CausalLM, split
+from neko_lean.models.causal_lm import CausalLM, as_causal_lm
+from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.devices import pick_device, pick_dtype
-from neko_lean.models.token_stats import token_stats
-from neko_lean.training.layerwise import LayerPass, compile_layers, decoder_layers
+from neko_lean.training.layers import compile_layers, decoder_layers
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.micro_batches import MicroBatches
 
 VOCABULARY = 4096
@@ -34,7 +35,7 @@ def model(width: int, layers: int, dtype: torch.dtype, device: torch.device) -> 
         num_attention_heads=width // 64, pad_token_id=1, eos_token_id=0, bos_token_id=None,
     )  # fmt: skip
     torch.manual_seed(0)
-    return split(OlmoForCausalLM(config).to(device=device, dtype=dtype).eval())
+    return as_causal_lm(OlmoForCausalLM(config).to(device=device, dtype=dtype).eval())
 
 
 def micro_batches(number: int, device: torch.device) -> list[torch.Tensor]:

@@ -23,32 +23,32 @@ from typing import Any
 import torch
 from transformers import AutoTokenizer, OlmoConfig, OlmoForCausalLM
 
-from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.settings import CacheSettings
-from neko_lean.cache.writer import cache_teacher
+from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
 from neko_lean.data.batching import pad
 from neko_lean.data.examples import EncodedExample, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.demo.base_model import write_base
 from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.prediction import predict
-from neko_lean.memory.two_models import LEAN, PUBLISHED, Way, two_model_loss
+from neko_lean.memory.two_models import LEAN_BASELINE, PUBLISHED_BASELINE, TwoModelBaseline, two_model_loss
 from neko_lean.models.causal_lm import checkpoint_activations
-from neko_lean.models.devices import pick_device, resident
+from neko_lean.models.devices import pick_device
 from neko_lean.models.loading import load_model
+from neko_lean.models.memory_use import resident_memory
 from neko_lean.options import OutputOptions
 from neko_lean.recipes import Recipe, load_recipe
 from neko_lean.training.batch import Batch, make_batch
 from neko_lean.training.determinism import deterministic
-from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.layers import decoder_layers
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 from neko_lean.training.optimizer import InBackwardAdam8bit
 
 NAMES = {
     "lean": "neko-lean",
     "lean-offloaded": "neko-lean, --offload-state --offload-activations",
-    "two-bf16": LEAN.name,
-    "two-fp32": PUBLISHED.name,
+    "two-bf16": LEAN_BASELINE.name,
+    "two-fp32": PUBLISHED_BASELINE.name,
 }
 STEPS = 3  # different sets of examples; each pass takes the next
 LIMIT = 0.93  # share of the machine's memory at which a contender on a CPU stops itself
@@ -97,8 +97,8 @@ def prepare(work: Path, lume: Path, device: torch.device) -> None:
         work / "model",
         work,
         work / "cache",
-        settings=CacheSettings(max_length=128, format="neko"),
-        options=OutputOptions(device=str(device), overwrite=True),
+        cache=CacheOptions(max_length=128, format="neko"),
+        run=OutputOptions(device=str(device), overwrite=True),
     )
     (work / "ready").touch()
 
@@ -108,12 +108,12 @@ class Resident(threading.Thread):
 
     def __init__(self) -> None:
         super().__init__(daemon=True)
-        self.start_bytes = self.peak = resident()
+        self.start_bytes = self.peak = resident_memory()
         self.limit = int(LIMIT * os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE"))
 
     def run(self) -> None:
         while True:
-            self.peak = max(self.peak, resident())
+            self.peak = max(self.peak, resident_memory())
             if self.peak > self.limit:
                 print(json.dumps({"out_of_memory": True, "peak": self.peak - self.start_bytes}), flush=True)
                 os._exit(0)
@@ -154,7 +154,7 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
         lm.model.config,
         recipe,
         [tuple(ids.shape) for ids in batches[0].micro.input_ids],
-        [len(index) for index in batches[0].micro.index],
+        [len(i) for i in batches[0].micro.index],
     )
     weights = sum(p.numel() * p.element_size() for p in lm.model.parameters())
     return {
@@ -163,7 +163,7 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
         "seconds": seconds,
         "tokens": [batches[number % STEPS].tokens for number in range(passes)],
         "floor": weights + optimizer.state_bytes(),
-        "predicted": predicted.on(device),
+        "predicted": predicted.peak_on(device),
     }
 
 
@@ -200,9 +200,11 @@ def two_models(work: Path, passes: int, device: torch.device, way: Way) -> dict[
     }
 
 
-def _padded(rows: list[list[int]], way: Way, device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(
+    rows: list[list[int]], baseline: TwoModelBaseline, device: torch.device
+) -> tuple[torch.Tensor, torch.Tensor]:
     ids, mask = pad(rows, 1, device)
-    missing = (way.max_length or 0) - ids.shape[1]
+    missing = (baseline.max_length or 0) - ids.shape[1]
     if missing > 0:
         ids, mask = (torch.nn.functional.pad(t, (0, missing), value=v) for t, v in ((ids, 1), (mask, 0)))
     return ids, mask
@@ -263,8 +265,8 @@ def main() -> None:
             with deterministic(device):  # as `unlearn` does
                 result = lean(options.work, options.passes, device, options.name == "lean-offloaded")
         else:
-            way = LEAN if options.name == "two-bf16" else PUBLISHED
-            result = two_models(options.work, options.passes, device, way)
+            baseline = LEAN_BASELINE if options.name == "two-bf16" else PUBLISHED_BASELINE
+            result = two_models(options.work, options.passes, device, baseline)
     except torch.OutOfMemoryError:
         result = {"out_of_memory": True}
     result["peak"] = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else sampler.peak

@@ -24,15 +24,14 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, GenerationConfig
 
 import neko_lean
-from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.settings import CacheSettings
-from neko_lean.models.causal_lm import next_token_logp
+from neko_lean.cache import CacheOptions, TeacherCache
 from neko_lean.models.loading import load_model
+from neko_lean.models.predictions import next_token_logp
 from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.recipes import load_recipe
+from neko_lean.scoring import ScoreSettings
 from neko_lean.scoring.generation import generate
-from neko_lean.scoring.options import ScoreSettings
-from neko_lean.training.examples import TrainingExamples
+from neko_lean.training import TrainingExamples
 from neko_lean.training.trainer import Trainer
 
 CPU = torch.device("cpu")
@@ -76,15 +75,14 @@ def gradients(family: Family) -> None:
         family.teacher,
         family.work / "data",
         family.work / "cache",
-        settings=CacheSettings(top_k=family.vocab_size, mass=1.0, dtype="float32", stored_dtype="float32"),
-        options=OutputOptions(device="cpu", quiet=True),
+        cache=CacheOptions(top_k=family.vocab_size, mass=1.0, dtype="float32", stored_dtype="float32"),
+        run=OutputOptions(device="cpu", quiet=True),
     )
     lm = load_model(family.student, torch.float32, CPU)
-    trainer = Trainer(
-        lm, TrainingExamples(family.forget, family.retain), TeacherCache(family.work / "cache"), recipe, pad_id=2
-    )
+    examples = TrainingExamples(family.forget, family.retain)
+    trainer = Trainer(lm, 2, examples, TeacherCache(family.work / "cache"), recipe)
     family.result.backward = trainer.recipe.backward
-    trainer.ready()
+    trainer.train_mode()
     recorder = Recorder(lm)
     rows = range(len(family.forget)), range(len(family.retain))
     values = trainer.step(recorder, 0.0, rows, trainer.batch(rows))[1]  # type: ignore[arg-type]
@@ -209,7 +207,7 @@ def public_commands(family: Family) -> None:
                 data,
                 recipe="neko",
                 overrides={**RECIPE, "dtype": dtype, "max_steps": steps},
-                options=RunOptions(device="cpu", quiet=True),
+                run=RunOptions(device="cpu", quiet=True),
             )
         line = json.loads((out / "metrics.jsonl").read_text().splitlines()[0])
         kl = family.result.numbers[f"own KL, {dtype}"] = line["retain_loss"]
@@ -238,15 +236,15 @@ def public_commands(family: Family) -> None:
         out,
         data,
         family.work / "cache-2",
-        settings=CacheSettings(dtype="float32"),
-        options=OutputOptions(device="cpu", quiet=True),
+        cache=CacheOptions(dtype="float32"),
+        run=OutputOptions(device="cpu", quiet=True),
     )
     scores = neko_lean.score(
         out,
         data,
         family.work / "scores",
         settings=ScoreSettings(batch_size=6, max_new_tokens=NEW_TOKENS),
-        options=OutputOptions(device="cpu", quiet=True),
+        run=OutputOptions(device="cpu", quiet=True),
     )
     if not scores["cells"]:
         raise Differs("no cell was scored")

@@ -32,7 +32,8 @@ from neko_lean.models.loading import load_model
 from neko_lean.recipes import Recipe, load_recipe
 from neko_lean.training.batch import Batch
 from neko_lean.training.determinism import deterministic
-from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.layers import decoder_layers
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 from neko_lean.training.optimizer import InBackwardAdam8bit
 

@@ -35,7 +35,7 @@ from quality_table import table
 from neko_lean.data.batching import pad
 from neko_lean.data.documents import read_anchor
 from neko_lean.data.examples import TASKS, EncodedExample, read_rows
-from neko_lean.data.readers import read_jsonl
+from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.tokenization import encode
 from neko_lean.demo.base_model import write_base
 from neko_lean.demo.world import anchor_documents, task3_documents
@@ -43,7 +43,7 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.options import OutputOptions, RunOptions
-from neko_lean.outputs.publish import staged_folder
+from neko_lean.outputs import staged_folder
 from neko_lean.recipes import load_recipe, parse_override, reads_cache, recipe_names
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
@@ -104,7 +104,7 @@ def make_model(data: Path, out: Path, name: str, seed: int) -> None:
     """Train the target or the gold model, or write random weights."""
     sets = ("retain",) if name == "gold" else ("forget", "retain")
     change = {**MEMORIZE, **({"max_steps": 1, "lr": 1e-12} if name == "destroyed" else {})}
-    memorize(data / "base", data, out, sets=sets, overrides=change, options=RunOptions(seed=seed, quiet=True))
+    memorize(data / "base", data, out, sets=sets, overrides=change, run=RunOptions(seed=seed, quiet=True))
 
 
 def unlearn_with(data: Path, target: Path, out: Path, recipe: str, change: dict[str, Any], seed: int) -> None:
@@ -125,20 +125,16 @@ def unlearn_with(data: Path, target: Path, out: Path, recipe: str, change: dict[
         anchor=anchor,
         recipe=recipe,
         overrides={"backward": "plain", **change},
-        options=RunOptions(seed=seed, quiet=True),
+        run=RunOptions(seed=seed, quiet=True),
     )
 
 
 def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dict[str, Any]:
     """Score a model: the task's metrics, membership by task, and the loss on text outside both sets."""
     scored = score(
-        model,
-        data,
-        out,
-        inputs=ScoreInputs(mia=data / "mia"),
-        settings=ScoreSettings(batch_size=64),
-        options=OutputOptions(quiet=True, overwrite=True),
-    )
+        model, data, out, inputs=ScoreInputs(mia=data / "mia"), settings=ScoreSettings(batch_size=64),
+        run=OutputOptions(quiet=True, overwrite=True),
+    )  # fmt: skip
     lines = [record.values for record in read_jsonl(out / "generations.jsonl")]
     retained = [line for line in lines if line["split"] == "retain"]
     exact = statistics.mean(line["generation"].strip().lower() == line["output"].strip().lower() for line in retained)

@@ -25,13 +25,12 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file
 
-from neko_lean.cache.settings import CacheSettings
-from neko_lean.cache.writer import cache_teacher
+from neko_lean.cache import CacheOptions, cache_teacher
 from neko_lean.demo.base_model import write_base
 from neko_lean.demo.world import build_world, write_world
 from neko_lean.models.devices import pick_device
+from neko_lean.models.lm_head import CHUNK_ELEMENTS
 from neko_lean.models.loading import load_tokenizer, new_model
-from neko_lean.models.token_stats import CHUNK_ELEMENTS
 from neko_lean.options import OutputOptions
 from neko_lean.runs import unlearn
 from neko_lean.training import optimizer as optim
@@ -62,7 +61,7 @@ def weight_distances(work: Path) -> dict[str, float]:
     write_base(work / "base", [*world.forget, *world.retain])
     new_model(work / "base", torch.bfloat16, torch.device("cpu"), 0).model.save_pretrained(model)
     load_tokenizer(work / "base").save_pretrained(model)
-    cache_teacher(model, work, work / "cache", settings=CacheSettings(format="neko"), options=OutputOptions(quiet=True))
+    cache_teacher(model, work, work / "cache", cache=CacheOptions(format="neko"), run=OutputOptions(quiet=True))
     command(1, model, work, work / "cache", work / "one", SMALL)
     command(2, model, work, work / "cache", work / "two", SMALL)
     rounding, generator = optim.round_stochastically, torch.Generator().manual_seed(99)

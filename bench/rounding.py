@@ -26,7 +26,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 import neko_lean
-from neko_lean.cache.settings import CacheSettings
+from neko_lean.cache import CacheOptions
 from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.training import optimizer as optim
 from neko_lean.training import trainer
@@ -87,7 +87,7 @@ def run(name: str, folder: Path, cache: Path, steps: int, seed: int) -> dict[str
                 cache=cache,
                 recipe="neko",
                 overrides=change,
-                options=RunOptions(seed=seed, quiet=True),
+                run=RunOptions(seed=seed, quiet=True),
             )
             lines = (Path(scratch) / "out" / "metrics.jsonl").read_text().splitlines()
     finally:
@@ -110,8 +110,8 @@ def main() -> None:
             options.run / "target",
             options.run / "data",
             cache,
-            settings=CacheSettings(max_length=128, format="neko"),
-            options=OutputOptions(quiet=True),
+            cache=CacheOptions(max_length=128, format="neko"),
+            run=OutputOptions(quiet=True),
         )
         results = {name: [run(name, options.run, cache, options.steps, seed) for seed in seeds] for name in NAMES}
     table = Table(title=f"recipe neko, {options.steps} steps, {options.seeds} seeds; CPU", title_justify="left")

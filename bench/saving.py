@@ -28,8 +28,9 @@ from neko_lean.demo.world import build_world, write_world
 from neko_lean.models.loading import load_tokenizer, new_model
 from neko_lean.options import RunOptions
 from neko_lean.runs import unlearn
-from neko_lean.training import loop
-from neko_lean.training.optimizer import InBackwardAdam8bit, state_size
+from neko_lean.training.adam_state import state_size
+from neko_lean.training.checkpointing import Checkpointer
+from neko_lean.training.optimizer import InBackwardAdam8bit
 
 SIZES: dict[str, dict[str, int]] = {
     "the demo's": {},
@@ -52,18 +53,18 @@ def measure(root: Path, name: str) -> dict[str, Any]:
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     seconds, sizes = [], []
-    original = loop.Loop._save
+    original = Checkpointer.save
 
-    def timed(self: loop.Loop, optimizer: InBackwardAdam8bit) -> None:
+    def timed(self: Checkpointer, optimizer: InBackwardAdam8bit) -> None:
         start = time.monotonic()
         original(self, optimizer)
         seconds.append(time.monotonic() - start)
         sizes.append(sum(file.stat().st_size for file in self.work.saves()[0].iterdir()))
 
-    loop.Loop._save = timed  # type: ignore[method-assign]
+    Checkpointer.save = timed  # type: ignore[method-assign]
     data, out = root / "data", root / f"{name} out"
-    unlearn(base, out, data, data, recipe="graddiff", overrides=CHANGE, options=RunOptions(save_every=1, quiet=True))
-    loop.Loop._save = original  # type: ignore[method-assign]
+    unlearn(base, out, data, data, recipe="graddiff", overrides=CHANGE, run=RunOptions(save_every=1, quiet=True))
+    Checkpointer.save = original  # type: ignore[method-assign]
     steps = [json.loads(line)["seconds"] for line in (out / METRICS).read_text().splitlines()]
     step, save = statistics.median(steps), statistics.median(seconds)
     return {

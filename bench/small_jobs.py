@@ -11,7 +11,7 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.logging import disable_progress_bar
 
 import neko_lean.demo.run as demo_module
-from neko_lean import scoring
-from neko_lean.cache import writer
-from neko_lean.cache.settings import CacheSettings
-from neko_lean.cache.writer import cache_teacher
+from neko_lean.cache import CacheOptions, cache_teacher, writer
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.demo import world as demo_world
 from neko_lean.demo.base_model import write_base
@@ -39,7 +36,7 @@ from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe, reads_cache
 from neko_lean.report.page import report
 from neko_lean.runs import memorize, unlearn
-from neko_lean.scoring.options import ScoreSettings
+from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import score
 from neko_lean.training import loop
 from tests.helpers import flat
@@ -54,6 +51,7 @@ SHAPE: dict[str, Any] = {
     "attention_dropout": 0.1,
 }
 SHORT = {"forget_rows": 4, "retain_rows": 4, "max_length": 64, "eval_rows": 4, "lr": 1e-3, "max_steps": 6}
+QUIET = OutputOptions(quiet=True)
 ROWS = {"forget": 6, "retain": 10}
 COMMANDS = ("cache-teacher", "unlearn", "memorize", "score", "report", "demo")
 
@@ -96,28 +94,20 @@ def make_world(root: Path) -> None:
     tokenizer = load_tokenizer(root / "model")
     new_model(root / "model", torch.bfloat16, torch.device("cpu"), 0).model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
+    quiet = OutputOptions(quiet=True)
     cache_teacher(
-        root / "model",
-        root / "data",
-        root / "cache",
-        settings=CacheSettings(max_length=64, format="neko"),
-        options=OutputOptions(quiet=True),
+        root / "model", root / "data", root / "cache", cache=CacheOptions(max_length=64, format="neko"), run=quiet
     )
     anchor = root / "data" / "anchor.jsonl"
     cache_teacher(
-        root / "model",
-        root / "data",
-        root / "anchored",
-        anchor=anchor,
-        settings=CacheSettings(max_length=64),
-        options=OutputOptions(quiet=True),
+        root / "model", root / "data", root / "anchored", anchor=anchor, cache=CacheOptions(max_length=64), run=quiet
     )
     score(
         root / "model",
         root / "data",
         root / "scores",
         settings=ScoreSettings(max_new_tokens=3),
-        options=OutputOptions(quiet=True),
+        run=OutputOptions(quiet=True),
     )
 
 
@@ -136,7 +126,7 @@ def make_small() -> None:
     writer.SHARD_POSITIONS = 100
     demo_module.MEMORIZE = {"retain_rows": 4, "max_steps": 2, "backward": "plain", "max_length": 64}
     demo_module.VOCABULARY = 300
-    demo_module.score = partial(scoring.score, max_new_tokens=2)
+    demo_module.ScoreSettings = partial(ScoreSettings, max_new_tokens=2)
     base = demo_module.write_base
 
     def small_world(seed: int) -> World:
@@ -155,8 +145,10 @@ def jobs(root: Path) -> dict[str, list[Job]]:
     model, data, cache = root / "model", root / "data", root / "cache"
 
     def caching(out: Path, *, change: dict[str, Any], **flags: bool) -> dict[str, Any]:
-        given = {"top_k": 8, "max_length": 64, "batch_tokens": 128, "forget": data, "quiet": True}
-        return asdict(flat(cache_teacher)(model, data, out, **{**given, **change}, **flags))
+        options = CacheOptions(**{"top_k": 8, "max_length": 64, "batch_tokens": 128, **change})
+        return asdict(
+            cache_teacher(model, data, out, forget=data, cache=options, run=OutputOptions(quiet=True, **flags))
+        )
 
     def unlearning(out: Path, *, change: dict[str, Any], seed: int = 3, own_cache: bool = False, **flags: bool) -> Any:
         given = {"recipe": "neko", "overrides": {**SHORT, **change}, "save_every": 2, "quiet": True}
@@ -166,8 +158,9 @@ def jobs(root: Path) -> dict[str, list[Job]]:
         given = {"overrides": {**SHORT, **change}, "save_every": 2, "quiet": True}
         return flat(memorize)(model, data, out, seed=seed, **given, **flags)
 
-    def scoring_(out: Path, **given: Any) -> Any:
-        return flat(score)(model, data, out, batch_size=4, quiet=True, **given)
+    def scoring_(out: Path, *, max_new_tokens: int, inputs: ScoreInputs = ScoreInputs(), **flags: bool) -> Any:
+        settings = ScoreSettings(batch_size=4, max_new_tokens=max_new_tokens)
+        return score(model, data, out, inputs=inputs, settings=settings, run=replace(QUIET, **flags))
 
     def reporting(out: Path, **given: Any) -> Any:
         return report([root / "scores"], out, **given)
@@ -192,7 +185,7 @@ def jobs(root: Path) -> dict[str, list[Job]]:
         "score": [
             partial(scoring_, max_new_tokens=3),
             partial(scoring_, max_new_tokens=2),
-            partial(scoring_, max_new_tokens=3, mia=data / "mia"),
+            partial(scoring_, max_new_tokens=3, inputs=ScoreInputs(mia=data / "mia")),
         ],
         "report": [partial(reporting, title="One"), partial(reporting, title="Two"), partial(reporting, texts=False)],
         "demo": [partial(demoing, seed=seed) for seed in (0, 1)],

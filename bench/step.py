@@ -23,8 +23,8 @@ from contenders import NAMES, clock, names, prepare, run, title
 from rich.console import Console
 from rich.table import Table
 
+from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.devices import pick_device
-from neko_lean.models.token_stats import token_stats
 
 ROWS, WIDTH, VOCABULARY = 2048, 2048, 50304
 

@@ -1,65 +1,78 @@
-"""JSON as neko-lean reads and writes it: strict, UTF-8, without NaN."""
+"""Read and write JSON strictly: UTF-8, and no NaN or infinity."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from neko_lean.errors import NekoLeanError
 
-if TYPE_CHECKING:
-    pass
-import math
-
 
 def json_object(file: Path) -> dict[str, Any] | None:
-    """The JSON object in a file; None where it holds something else. Raises OSError where it cannot be read."""
+    """Read the JSON object in a file.
+
+    Returns:
+        The object, or None if the file contains anything else.
+
+    Raises:
+        OSError: If the file cannot be read.
+    """
     try:
-        found = json.loads(file.read_text(encoding="utf-8"))
+        value = json.loads(file.read_text(encoding="utf-8"))
     except (ValueError, RecursionError):
         return None
-    return found if isinstance(found, dict) else None
+    return value if isinstance(value, dict) else None
 
 
-def write_jsonl(file: Path, lines: Iterable[Mapping[str, Any]]) -> None:
-    """Write objects as JSON Lines."""
-    file.write_text(jsonl_text(lines), encoding="utf-8")
+def write_jsonl(file: Path, objects: Iterable[Mapping[str, Any]]) -> None:
+    """Write objects as a JSON Lines file."""
+    file.write_text(jsonl_text(objects), encoding="utf-8")
 
 
-def jsonl_text(lines: Iterable[Mapping[str, Any]]) -> str:
-    """Objects as the text of a JSON Lines file."""
-    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+def jsonl_text(objects: Iterable[Mapping[str, Any]]) -> str:
+    """The text of a JSON Lines file with these objects."""
+    return "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in objects)
 
 
-def strict_json(value: Any, what: str, indent: int | None = None) -> str:
-    """`value` as JSON. Raises NekoLeanError naming the first key of `what` whose number is NaN or infinite."""
-    for path, number in _numbers(value):
+def strict_json(value: Any, file_name: str, indent: int | None = None) -> str:
+    """Serialize results as JSON.
+
+    Args:
+        value: The results, as nested mappings, lists and numbers.
+        file_name: The file that the JSON is for, for the error message.
+        indent: As for `json.dumps`.
+
+    Raises:
+        NekoLeanError: If a number is NaN or infinite. The message names the first one.
+    """
+    for path, number in _floats(value):
         if not math.isfinite(number):
             raise NekoLeanError(
-                f"{what} would say {number} for {path}: no such number is a result, so run it in --dtype float32, or "
-                f"give a checkpoint whose training did not diverge."
+                f"{path} in {file_name} would be {number}, which is not a valid result; run with --dtype float32, or "
+                f"use a checkpoint whose training did not diverge."
             )
     return json.dumps(value, indent=indent, allow_nan=False)
 
 
-def or_null(value: Any) -> Any:
-    """`value` with None in the place of every number that is NaN or infinite, for JSON that only informs."""
+def nan_to_null(value: Any) -> Any:
+    """Replace every NaN and infinity in nested mappings and lists by None, for JSON that is only informative."""
     if isinstance(value, Mapping):
-        return {key: or_null(one) for key, one in value.items()}
+        return {key: nan_to_null(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
-        return [or_null(one) for one in value]
+        return [nan_to_null(item) for item in value]
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _numbers(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
-    """Every float in nested objects and lists, with the way there."""
+def _floats(value: Any, path: str = "") -> Iterator[tuple[str, float]]:
+    """Every float in nested mappings and lists, with its path, such as "task.scores[2]"."""
     if isinstance(value, Mapping):
-        for key, one in value.items():
-            yield from _numbers(one, f"{path}.{key}" if path else str(key))
+        for key, item in value.items():
+            yield from _floats(item, f"{path}.{key}" if path else str(key))
     elif isinstance(value, list | tuple):
-        for number, one in enumerate(value):
-            yield from _numbers(one, f"{path}[{number}]")
+        for index, item in enumerate(value):
+            yield from _floats(item, f"{path}[{index}]")
     elif isinstance(value, float):
         yield path, value

@@ -1,19 +1,23 @@
 """Rows and random models that tests make for themselves."""
 
 import json
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import asdict, fields, is_dataclass, replace
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
+from neko_lean.cache import CacheOptions, cache_teacher
+from neko_lean.cache.format import Manifest
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import OutputOptions
 from neko_lean.outputs.signing import file_sha256, sign
 
 # A run of ten steps, as overrides of a recipe.
@@ -23,6 +27,15 @@ SIZES = {
     "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
     "num_attention_heads": 4, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2,
 }  # fmt: skip
+# The special tokens before and after a text. They may also occur inside it.
+TEMPLATES = [
+    ([], []),
+    (["<s>"], []),
+    ([], ["</s>"]),
+    (["<s>"], ["</s>"]),
+    (["</s>"], ["</s>"]),
+    (["<s>", "<s>"], ["</s>", "<s>"]),
+]
 LUME = Path(__file__).parents[2] / "shared" / "data" / "lume"
 
 
@@ -58,6 +71,13 @@ def resign(folder: Path, **change: object) -> None:
             shard |= {"bytes": file.stat().st_size, "sha256": file_sha256(file)}
     manifest["checksum"] = "0" * 64
     path.write_bytes(sign(json.dumps(manifest, indent=1, ensure_ascii=False).encode()))
+
+
+def make_cache(model: Path, retain: Path, out: Path, **options: Any) -> Manifest:
+    """`cache_teacher`, quietly, with the fields of CacheOptions and OutputOptions as keywords."""
+    groups = {kind: {field.name for field in fields(kind)} & options.keys() for kind in (CacheOptions, OutputOptions)}
+    cache, run = (kind(**{name: options.pop(name) for name in names}) for kind, names in groups.items())
+    return cache_teacher(model, retain, out, cache=cache, run=replace(run, quiet=True), **options)
 
 
 def random_model(world: Path, out: Path, *, seed: int = 0, tied: bool = False, scale: float = 1.0) -> Path:
@@ -102,6 +122,11 @@ def live(folder, one, dtype=torch.float32):
     model = load_model(folder, dtype, torch.device("cpu")).model.eval()
     with torch.no_grad():
         return model(input_ids=torch.tensor([one.input_ids])).logits[0]
+
+
+def model_weights(folder):
+    """The tensors of a checkpoint in one file."""
+    return load_file(folder / "model.safetensors")
 
 
 def flat(function):

@@ -1,6 +1,8 @@
-"""A process for test_kill.py: has the imports once, forks one run after another, and kills each with SIGKILL.
+"""Child process of test_kill.py: forks one run after another and kills each with SIGKILL at a different moment.
 
-python -m tests.killed FOLDER    where FOLDER holds world, model and cache
+    python -m tests.killed FOLDER
+
+FOLDER contains world, model and cache. Prints JSON with the exit status of each killed run and of its resumed run.
 """
 
 import json
@@ -11,14 +13,12 @@ import sys
 import time
 from pathlib import Path
 
-from neko_lean.runs.unlearn import unlearn
-
 from bench.processes import forked
-from neko_lean import checkpoints
-from neko_lean.checkpoints import run_folder as unfinished
-from tests.helpers import flat
+from neko_lean.checkpoints import run_folder, saves
+from neko_lean.options import RunOptions
+from neko_lean.runs import unlearn
 
-CHANGE = {
+OVERRIDES = {
     "max_steps": 12,
     "forget_rows": 4,
     "retain_rows": 4,
@@ -29,66 +29,81 @@ CHANGE = {
 }
 
 
-def die(*_):
+def kill_this_process(*_):
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def in_the_second_save():
-    """After the weights of the save were written and before its state."""
-    original, count = checkpoints.save_file, [0]
+def kill_during_the_second_save():
+    """Die after the second save's weights are written, but before its state is."""
+    save_file = saves.save_file
+    num_calls = 0
 
-    def dying(*arguments):
-        count[0] += 1
-        if count[0] == 4:
-            die()
-        original(*arguments)
+    def save_file_or_die(*arguments):
+        nonlocal num_calls
+        num_calls += 1
+        if num_calls == 4:
+            kill_this_process()
+        save_file(*arguments)
 
-    checkpoints.save_file = dying
-
-
-def before_the_rename():
-    original, count = checkpoints.write_folder, [0]
-
-    def dying(target, fill):
-        count[0] += 1
-        original(target, lambda folder: (fill(folder), die() if count[0] == 3 else None))
-
-    checkpoints.write_folder = dying
+    saves.save_file = save_file_or_die
 
 
-def before_the_output_moves():
-    unfinished.publish = die
+def kill_before_the_rename():
+    """Die when the third save is complete, but not yet renamed."""
+    write_folder = saves.write_folder
+    num_calls = 0
+
+    def write_folder_and_die(target, fill):
+        nonlocal num_calls
+        num_calls += 1
+        write_folder(target, lambda folder: (fill(folder), kill_this_process() if num_calls == 3 else None))
+
+    saves.write_folder = write_folder_and_die
 
 
-def behind_the_output():
-    unfinished._clear = lambda folder: die()
+def kill_before_the_output_is_moved():
+    run_folder.publish = kill_this_process
 
 
+def kill_after_the_output_is_moved():
+    run_folder._clear = kill_this_process
+
+
+# For each moment, the function that prepares the process to be killed then. None: a random time.
 KILLS = {
     "at a random moment": None,
-    "in a save": in_the_second_save,
-    "before its rename": before_the_rename,
-    "before the output moves": before_the_output_moves,
-    "behind the output": behind_the_output,
+    "during a save": kill_during_the_second_save,
+    "before a save is renamed": kill_before_the_rename,
+    "before the output is moved": kill_before_the_output_is_moved,
+    "after the output is moved": kill_after_the_output_is_moved,
 }
 
 
 def main(root):
-    def run(out, resume, spoil=None):
-        if spoil is not None:
-            spoil()
-        more = {"cache": root / "cache", "recipe": "neko", "overrides": CHANGE, "seed": 3, "quiet": True}
-        flat(unlearn)(root / "model", root / out, root / "world", root / "world", save_every=3, resume=resume, **more)
+    def run(out, resume, prepare=None):
+        if prepare is not None:
+            prepare()
+        unlearn(
+            root / "model",
+            root / out,
+            root / "world",
+            root / "world",
+            cache=root / "cache",
+            recipe="neko",
+            overrides=OVERRIDES,
+            run=RunOptions(seed=3, quiet=True, save_every=3, resume=resume),
+        )
 
     start = time.monotonic()
     assert forked(lambda: run("whole", False)) == 0
-    length = time.monotonic() - start
-    found = {}
-    for number, (name, spoil) in enumerate(KILLS.items()):
-        seconds = random.uniform(0.3, 0.9) * length if spoil is None else None
-        killed = forked(lambda n=number, s=spoil: run(f"out{n}", False, s), seconds)
-        found[name] = {"killed": killed, "resumed": forked(lambda n=number: run(f"out{n}", True))}
-    print(json.dumps(found))
+    seconds_of_run = time.monotonic() - start
+
+    results = {}
+    for number, (moment, prepare) in enumerate(KILLS.items()):
+        kill_after = random.uniform(0.3, 0.9) * seconds_of_run if prepare is None else None
+        killed = forked(lambda n=number, p=prepare: run(f"out{n}", False, p), kill_after)
+        results[moment] = {"killed": killed, "resumed": forked(lambda n=number: run(f"out{n}", True))}
+    print(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -17,12 +17,13 @@ from neko_lean.data.substitutes import refusals
 from neko_lean.data.tokenization import encode
 from neko_lean.distributed.collectives import raise_on_any_rank, with_process_group
 from neko_lean.distributed.ranks import as_single_process, is_main_process
-from neko_lean.models.causal_lm import split
+from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_tokenizer
-from neko_lean.models.sharding import Shards
+from neko_lean.models.sharding import ShardedModel
 from neko_lean.recipes import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
-from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.layers import decoder_layers
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 
 # Heads of 7 rows a rank and less: 355 rows of the vocabulary do not split evenly either.
@@ -41,7 +42,7 @@ RECIPES = [
 def student(vocabulary: int, tied: bool):
     torch.manual_seed(1)
     config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, attn_implementation="eager", **SHAPE)
-    return split(LlamaForCausalLM(config).double())
+    return as_causal_lm(LlamaForCausalLM(config).double())
 
 
 def compare(root: Path, name: str, change: dict, tied: bool) -> float:
@@ -63,7 +64,7 @@ def compare(root: Path, name: str, change: dict, tied: bool) -> float:
 
     spread = student(len(tokenizer), tied)
     layers = decoder_layers(spread)
-    shards = Shards(spread, layers, torch.device("cpu"))
+    shards = ShardedModel(spread, layers, torch.device("cpu"))
     walk = LayerPass(spread, layers, shards=shards)
     learning = dict(spread.model.named_parameters())
     worst = 0.0

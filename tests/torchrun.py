@@ -1,6 +1,6 @@
-"""What tests start under torchrun: the command line, with shards so small that every rank writes several.
+"""Run the command line under torchrun, with cache shards so small that every rank writes several.
 
-STOP_AT in the environment is a step behind which the last rank gets a SIGTERM.
+If the environment variable STOP_AT is set to a step, rank 1 receives SIGTERM after that step.
 """
 
 import os
@@ -9,31 +9,47 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 
 
 def torchrun(
     *arguments: object, ranks: int = 2, script: str = __file__, **environment: str
 ) -> subprocess.CompletedProcess[str]:
-    """`neko-lean ARGUMENTS` by so many processes on this machine, as `script` starts it."""
+    """Run `neko-lean ARGUMENTS` (or another `script`) as `ranks` processes on this machine."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks), script]
-    # On the CPU everywhere: a machine with a GPU may have fewer of them than a test has ranks.
-    given = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment}
-    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=given, timeout=300)
+    # Always on the CPU: a machine may have fewer GPUs than a test has ranks.
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "CUDA_VISIBLE_DEVICES": "", **environment}
+    return subprocess.run([*command, *map(str, arguments)], capture_output=True, text=True, env=env, timeout=300)
 
 
-def stop_at(last: int) -> None:
+def set_rank(monkeypatch: pytest.MonkeyPatch, rank: int, *, world_size: int, local_rank: int | None = None) -> None:
+    """Set the environment that torchrun gives to rank `rank` when all ranks run on this machine."""
+    environment = {
+        "TORCHELASTIC_RUN_ID": "test",
+        "WORLD_SIZE": world_size,
+        "LOCAL_WORLD_SIZE": world_size,
+        "RANK": rank,
+        "LOCAL_RANK": rank if local_rank is None else local_rank,
+    }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, str(value))
+
+
+def stop_rank_1_after(last_step: int) -> None:
+    """Make rank 1 send itself SIGTERM after training step `last_step`."""
     from neko_lean.training.loop import Loop
 
     step = Loop._step
 
-    def stopping(self, *arguments):
+    def step_and_stop(self, *arguments):
         values = step(self, *arguments)
-        if self.state.step == last and os.environ["RANK"] == "1":
+        if self.state.step == last_step and os.environ["RANK"] == "1":
             os.kill(os.getpid(), signal.SIGTERM)
         return values
 
-    Loop._step = stopping
+    Loop._step = step_and_stop
 
 
 if __name__ == "__main__":
@@ -42,5 +58,5 @@ if __name__ == "__main__":
 
     writer.SHARD_POSITIONS = 400
     if "STOP_AT" in os.environ:
-        stop_at(int(os.environ["STOP_AT"]))
+        stop_rank_1_after(int(os.environ["STOP_AT"]))
     main()

@@ -9,8 +9,7 @@ from pathlib import Path
 from neko_lean.cache.format import READABLE, Manifest
 from neko_lean.cache.parsing import _LARGEST, parse_manifest
 from neko_lean.errors import CacheError, first_line
-from neko_lean.outputs import UNSIGNED, is_signed, sign, write_atomically
-from neko_lean.outputs.signing import _SHA256
+from neko_lean.outputs import SHA256_HEX, UNSIGNED, is_signed, sign, write_atomically
 
 
 def write_manifest(path: Path, manifest: Manifest) -> None:
@@ -82,7 +81,7 @@ def read_manifest(path: Path) -> Manifest:
             f"{' and '.join(map(str, READABLE))}."
         )
     checksum = raw.pop("checksum", None)
-    if not isinstance(checksum, str) or not _SHA256.fullmatch(checksum):
+    if not isinstance(checksum, str) or not SHA256_HEX.fullmatch(checksum):
         raise CacheError(f"{path} lacks its checksum, or holds one of the wrong type.")
     if not is_signed(data, checksum):
         raise CacheError(f"{path} is damaged: its checksum differs; run cache-teacher again.")

@@ -8,7 +8,7 @@ from typing import Any
 
 from neko_lean.cache.format import _LISTED, STORED, TEACHER_DTYPES, Manifest, Shard, shard_name
 from neko_lean.data import FORMATS
-from neko_lean.outputs.signing import _SHA256
+from neko_lean.outputs import SHA256_HEX
 
 _LARGEST = 2**48  # no count in a manifest can honestly be larger
 
@@ -91,7 +91,7 @@ def _check_shards(found: Manifest) -> None:
                 raise ValueError(f"{name} lists {shard.file!r} as number {number}, not {expected}")
             if not shard.rows:
                 raise ValueError(f"{shard.file} has no rows")
-            if not found.is_plan and not (shard.bytes and _SHA256.fullmatch(shard.sha256)):
+            if not found.is_plan and not (shard.bytes and SHA256_HEX.fullmatch(shard.sha256)):
                 raise ValueError(f"{shard.file} has no size or no checksum")
             for row_id, positions, _ in shard.rows:
                 # The first token of a forget row has no log-probability: a row of one token has no position there.

@@ -93,8 +93,7 @@ class TeacherCache:
             if positions < len(one) <= made.max_length:
                 raise CacheError(
                     f"{self.folder} holds {positions} positions of row {one.example.id!r}, the recipe reads "
-                    f"{len(one)}: a "
-                    f"cache has no EOS after an answer, so set append_eos=false."
+                    f"{len(one)}: a cache has no EOS after an answer, so set append_eos=false."
                 )
             if positions < len(one):
                 raise CacheError(

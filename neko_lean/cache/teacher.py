@@ -11,7 +11,7 @@ from torch import Tensor
 
 from neko_lean.cache.format import SCALE, id_dtype
 from neko_lean.data import EncodedExample, pad
-from neko_lean.models import CHUNK_ELEMENTS, CausalLM, refuse_broken_outputs
+from neko_lean.models import CHUNK_ELEMENTS, CausalLM, refuse_non_finite_outputs
 
 
 @dataclass(frozen=True)
@@ -57,8 +57,8 @@ def keep(
     for one, end in zip(batch, ends, strict=True):
         start = end - len(one)
         # NaN where the largest logit is NaN or infinite; minus infinity where the tail is empty.
-        refuse_broken_outputs(tail[start:end].clamp(max=0, min=-1e9), f"row {one.example.id}")
-        refuse_broken_outputs(scaled_p[starts[start] : starts[end]], f"row {one.example.id}")
+        refuse_non_finite_outputs(tail[start:end].clamp(max=0, min=-1e9), f"row {one.example.id}")
+        refuse_non_finite_outputs(scaled_p[starts[start] : starts[end]], f"row {one.example.id}")
     return Kept(counts.numpy(), ids.numpy().astype(id_dtype(vocab_size)), scaled_p.numpy(), tail.numpy())
 
 

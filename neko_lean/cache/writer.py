@@ -19,8 +19,8 @@ from safetensors.numpy import save
 from neko_lean import __version__
 from neko_lean.cache.format import STORED, Manifest, Shard, differences, shard_name
 from neko_lean.cache.manifest import checked, read_manifest, write_manifest
+from neko_lean.cache.options import CacheOptions
 from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.teacher import keep
 from neko_lean.data import (
     FORMATS,
@@ -31,13 +31,13 @@ from neko_lean.data import (
     read_anchor,
     read_rows,
     refusals,
-    truncation_line,
+    truncation_summary,
 )
 from neko_lean.distributed import (
     is_main_process,
     items_of_rank,
     raise_on_any_rank,
-    refuse_unseen,
+    require_shared_folder,
     run_on_main_and_broadcast,
     with_process_group,
 )
@@ -52,8 +52,8 @@ from neko_lean.models import (
     next_token_logp,
     pick_device,
     pick_dtype,
-    refuse_broken_outputs,
-    refuse_unknown_rows,
+    refuse_non_finite_outputs,
+    refuse_unknown_examples,
     usable_length,
 )
 from neko_lean.options import OutputOptions
@@ -106,61 +106,53 @@ def cache_teacher(
     *,
     forget: str | Path | None = None,
     anchor: str | Path | None = None,
-    settings: CacheSettings = CacheSettings(),
-    options: OutputOptions = OutputOptions(),
+    cache: CacheOptions = CacheOptions(),
+    run: OutputOptions = OutputOptions(),
 ) -> Manifest:
-    """Run the teacher once over the retain set and write its top-k probabilities to the folder `out`.
-
-    Under torchrun the ranks split the shards; the bytes are those of a single process.
+    """Write the teacher cache of `model` over the rows of `retain` to the folder `out`.
 
     Args:
         model: checkpoint folder of the teacher, or hub name: owner/name or owner/name@revision.
         retain: parquet, jsonl or csv file, or a folder that holds `retain.*`.
-        out: folder to write; it appears when it is complete.
-        forget: forget set, as `retain`, for objectives that compare with the teacher on it (npo, dpo, undial): adds
-            its top-k distributions, and the teacher's log-probability of every token of these examples and of a
-            refusal for each.
-        anchor: jsonl file of unseen documents. They join the retain examples, without a template, and the teacher's
-            log-probability of each of their tokens is added.
-        settings: how much is stored, and how the teacher is run.
-        options: device, and how to treat an existing output.
+        out: folder to write; it appears only when it is complete.
+        forget: as `retain`; adds what npo, dpo and undial need: these rows' top-k, and the teacher's log-probability
+            of every token of these rows and of a refusal in each one's place.
+        anchor: jsonl file of neutral documents to hold still; they join the retain rows, without a template, and the
+            teacher's log-probability of each of their tokens is added.
+        cache: what the teacher runs in and how much of its output is stored.
+        run: device, and what to do with an existing output or an unfinished run. Resuming a complete cache that has the
+            same settings does nothing.
 
-    Returns:
-        The manifest of the cache.
-
-    Raises:
-        NekoLeanError: bad input, a full disk, or an `out` that must not be replaced.
+    Under torchrun the ranks share the shards out; the bytes are those of one process. Returns the manifest. Raises
+    NekoLeanError for bad input, a full disk, or an `out` that holds something.
     """
-    top_k, mass, format, max_length = settings.top_k, settings.mass, settings.format, settings.max_length
-    batch_tokens, dtype, stored_dtype = settings.batch_tokens, settings.dtype, settings.stored_dtype
-    device, resume, overwrite, quiet = options.device, options.resume, options.overwrite, options.quiet
-    if top_k < 1 or max_length < 1 or batch_tokens < 1:
+    if cache.top_k < 1 or cache.max_length < 1 or cache.batch_tokens < 1:
         raise NekoLeanError("top_k, max_length and batch_tokens must be at least 1.")
-    if not 0 < mass <= 1:
-        raise NekoLeanError(f"mass must be > 0 and <= 1, got {mass}.")
-    if stored_dtype not in STORED:
-        raise NekoLeanError(f"stored_dtype {stored_dtype!r} is not one of {', '.join(STORED)}.")
-    if format not in FORMATS:
-        raise NekoLeanError(f"format {format!r} is not one of {', '.join(FORMATS)}.")
+    if not 0 < cache.mass <= 1:
+        raise NekoLeanError(f"mass is {cache.mass}: it must be above 0 and at most 1.")
+    if cache.stored_dtype not in STORED:
+        raise NekoLeanError(f"stored_dtype {cache.stored_dtype!r} is not one of {', '.join(STORED)}.")
+    if cache.format not in FORMATS:
+        raise NekoLeanError(f"format {cache.format!r} is not one of {', '.join(FORMATS)}.")
     rows = read_rows(retain, "retain")
     anchor_rows = read_anchor(anchor) if anchor is not None else []
     forget_rows = read_rows(forget, "forget") if forget is not None else []
-    place, precision, folder = pick_device(device), pick_dtype(dtype), model_folder(model)
+    place, precision, folder = pick_device(run.device), pick_dtype(cache.dtype), model_folder(model)
     inputs = [folder, retain, forget, anchor]
-    output = claim_folder(out, "partial", inputs, overwrite=overwrite, resume=resume)
-    run_on_main_and_broadcast(lambda: _refuse_what_is_there(output, resume))
+    output = claim_folder(out, "partial", inputs, overwrite=run.overwrite, resume=run.resume)
+    run_on_main_and_broadcast(lambda: _refuse_what_is_there(output, run.resume))
     tokenizer = load_tokenizer(folder)
     pad_id = int(tokenizer.pad_token_id)
-    limit = usable_length(folder, max_length)
-    kept = encode(rows, tokenizer, format, limit)
+    limit = usable_length(folder, cache.max_length)
+    kept = encode(rows, tokenizer, cache.format, limit)
     anchors = encode(anchor_rows, tokenizer, "plain", limit)
-    forgotten = encode(forget_rows, tokenizer, format, limit)
-    refused = encode(refusals(forget_rows), tokenizer, format, limit)
+    forgotten = encode(forget_rows, tokenizer, cache.format, limit)
+    refused = encode(refusals(forget_rows), tokenizer, cache.format, limit)
     sets = {"shard": _distinct(kept + anchors + forgotten), "forget": _distinct(forgotten + refused + anchors)}
     teacher = load_model(folder, precision, place)
     teacher.model.eval()
-    refuse_unknown_rows([*sets["shard"], *sets["forget"]], teacher)
-    jobs = {kind: _into_shards(teacher_batches(encoded, batch_tokens)) for kind, encoded in sets.items()}
+    refuse_unknown_examples([*sets["shard"], *sets["forget"]], teacher)
+    jobs = {kind: _into_shards(teacher_batches(encoded, cache.batch_tokens)) for kind, encoded in sets.items()}
     identity = identify(folder, tokenizer)
     plan = Manifest(
         written_by=__version__,
@@ -168,14 +160,14 @@ def cache_teacher(
         weights=identity.weights,
         tokenizer=identity.tokenizer,
         config=identity.config,
-        format=format,
-        max_length=max_length,
-        top_k=top_k,
-        mass=float(mass),
+        format=cache.format,
+        max_length=cache.max_length,
+        top_k=cache.top_k,
+        mass=float(cache.mass),
         vocab_size=teacher.head.shape[0],
-        teacher_dtype=dtype,
-        batch_tokens=batch_tokens,
-        stored_dtype=stored_dtype,
+        teacher_dtype=cache.dtype,
+        batch_tokens=cache.batch_tokens,
+        stored_dtype=cache.stored_dtype,
         rows=len(sets["shard"]),
         positions=sum(map(len, sets["shard"])),
         entries=0,
@@ -186,19 +178,19 @@ def cache_teacher(
     )
     plan = checked(plan)
     everything = [*sets["shard"], *sets["forget"]]
-    log_line(truncation_line(everything, limit), quiet)
-    if warning := position_warning(everything, limit, max_length):
+    log_line(truncation_summary(everything, limit), run.quiet)
+    if warning := position_warning(everything, limit, cache.max_length):
         log_line(warning)
-    with _stage(output, plan, resume) as stage:
+    with _stage(output, plan, run.resume) as stage:
         if stage is not None:
             explained = explained_write_errors(output.path)
-            raise_on_any_rank(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, quiet)))
+            raise_on_any_rank(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, run.quiet)))
             run_on_main_and_broadcast(explained(lambda: _end(stage, plan, output)))
         manifest = _read_on_all_ranks(output.path / MANIFEST)
     if manifest.mean_mass < LOW_MASS:
         log_line(
             f"warning: the entries hold {manifest.mean_mass:.3f} of the teacher's probability on average, so the KL "
-            f"will know little about single tokens: raise --top-k (now {top_k}) or --mass (now {mass})."
+            f"will know little about single tokens: raise --top-k (now {cache.top_k}) or --mass (now {cache.mass})."
         )
     return manifest
 
@@ -314,7 +306,7 @@ def _stage(output: Output, plan: Manifest, resume: bool) -> Iterator[Path | None
         if run_on_main_and_broadcast(begin):
             yield None
             return
-        refuse_unseen(stage)
+        require_shared_folder(stage)
         held.enter_context(working_in(stage))
         try:
             yield stage
@@ -485,6 +477,6 @@ def _forget_tensors(teacher: CausalLM, batches: Sequence[Batch], plan: Manifest,
     for batch in batches:
         logp = next_token_logp(teacher, [one.input_ids for one in batch], pad_id).cpu()  # [sum of (length - 1)]
         for one, own in zip(batch, logp.split([len(one) - 1 for one in batch]), strict=True):
-            refuse_broken_outputs(own, f"row {one.example.id}")
+            refuse_non_finite_outputs(own, f"row {one.example.id}")
         parts.append(logp.numpy())
     return {"target_logp": np.concatenate(parts)}

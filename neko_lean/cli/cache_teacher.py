@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from neko_lean.cache.settings import CacheSettings
+from neko_lean.cache.options import CacheOptions
 from neko_lean.cli.common import Json, Model, Revision, command, emit, pinned
 from neko_lean.distributed import is_main_process
 from neko_lean.options import OutputOptions
@@ -19,8 +19,8 @@ def cache_teacher(
     model: Model,
     retain: Annotated[Path, typer.Argument(help="Parquet, jsonl or csv file, or a folder that holds retain.*.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
-    settings: CacheSettings,
-    options: OutputOptions,
+    cache: CacheOptions,
+    run: OutputOptions,
     forget: Annotated[
         Path | None, typer.Option(help="Forget set, for recipes that compare with the teacher on it: npo, dpo, undial.")
     ] = None,
@@ -37,17 +37,17 @@ def cache_teacher(
 
     Example: neko-lean cache-teacher allenai/OLMo-1B-0724-hf data/ --out cache/
     """
-    from neko_lean.cache import cache_teacher as run
+    from neko_lean.cache import cache_teacher as write_cache
     from neko_lean.cache import check_cache, inspect_cache
 
     name = pinned(model, revision)
-    manifest = run(name, retain, out, forget=forget, anchor=anchor, settings=settings, options=options)
+    manifest = write_cache(name, retain, out, forget=forget, anchor=anchor, cache=cache, run=run)
     if not is_main_process():
         return
-    checked = check_cache(out, name, retain, check, device=options.device) if check else None
+    checked = check_cache(out, name, retain, check, device=run.device) if check else None
     if json:
         emit({"cache": str(out), **inspect_cache(out), "check": checked})
-    elif not options.quiet:
+    elif not run.quiet:
         size = sum(shard.bytes for shard in manifest.shards)
         print_lines(
             f"{out}: {manifest.rows} rows, {manifest.positions} positions, "

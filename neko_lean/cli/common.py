@@ -18,7 +18,7 @@ import typer
 from neko_lean.cli.flags import collect_flags, signature_with_flags
 from neko_lean.distributed import is_main_process, rank, world_size
 from neko_lean.errors import Interrupted, NekoLeanError, first_line
-from neko_lean.jsonio import or_null
+from neko_lean.jsonio import nan_to_null
 from neko_lean.options import option
 from neko_lean.outputs import os_error_sentence
 from neko_lean.recipes import DEFAULT, parse_override
@@ -95,13 +95,13 @@ def _print_error(sentence: str) -> None:
 
 def _stopped(stop: Interrupted, resumes: bool) -> list[str]:
     """What a signal has left, and the command line that goes on from it, where the command can: a line each."""
-    if stop.kept is None or not resumes:
+    if stop.saved_state is None or not resumes:
         return [f"{stop}; the output folder was not written."]
     again = [one for one in sys.argv[1:] if one != "--resume"]
     name = ["neko-lean"]
     if world_size() > 1:
         name = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "neko_lean"]
-    return [f"{stop}; {stop.kept}. Continue with:", f"  {shlex.join([*name, *again, '--resume'])}"]
+    return [f"{stop}; {stop.saved_state}. Continue with:", f"  {shlex.join([*name, *again, '--resume'])}"]
 
 
 def _quieten_libraries() -> None:
@@ -125,7 +125,7 @@ def pinned(model: str, revision: str | None) -> str:
 
 def emit(result: Any) -> None:
     """One JSON object on stdout; null stands for NaN and infinities, which JSON does not have."""
-    print_json(or_null(result))
+    print_json(nan_to_null(result))
 
 
 def gibibytes(count: int) -> str:

@@ -21,7 +21,7 @@ def score(
     out: Annotated[Path, typer.Option(help="Folder to write: scores.json, generations.jsonl, documents.jsonl.")],
     inputs: ScoreInputs,
     settings: ScoreSettings,
-    options: OutputOptions,
+    run: OutputOptions,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -33,13 +33,13 @@ def score(
 
     Forgotten or hidden? neko-lean score unlearned/ --data data/ --attack relearn --attack quantize --out scores/
     """
-    from neko_lean.scoring.run import score as run
+    from neko_lean.scoring.run import score as write_score
     from neko_lean.scoring.table import score_table
 
-    result = run(pinned(model, revision), data, out, inputs=inputs, settings=settings, options=options)
+    result = write_score(pinned(model, revision), data, out, inputs=inputs, settings=settings, run=run)
     if not is_main_process():
         return
     if json:
         emit({"out": str(out), **result})
-    elif not options.quiet:
+    elif not run.quiet:
         print_table(score_table({"score": result}))

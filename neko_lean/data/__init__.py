@@ -1,16 +1,19 @@
-"""Examples: read them from files, turn them into prompts and tokens, and group them into batches."""
+"""Read examples from files, format and tokenize them, and group them into batches."""
 
 from neko_lean.data.batching import length_batches, pad, paired_batches, random_batches
-from neko_lean.data.documents import TASK, Document, read_anchor, read_documents
-from neko_lean.data.examples import TASKS, EncodedExample, Example, count_lost_answers, read_rows, refuse_one_file
+from neko_lean.data.csv_files import csv_cells, read_csv
+from neko_lean.data.documents import ANCHOR_TASK, Document, read_anchor, read_documents
+from neko_lean.data.examples import TASKS, EncodedExample, Example, count_lost_answers, read_rows, require_folder
+from neko_lean.data.files import Record, is_file, read_text
+from neko_lean.data.jsonl_files import read_jsonl
+from neko_lean.data.parquet_files import read_parquet
 from neko_lean.data.prompts import FORMATS
-from neko_lean.data.readers import Record, csv_cells, is_file, read_csv, read_jsonl, read_parquet, read_text
 from neko_lean.data.substitutes import random_answers, refusals
-from neko_lean.data.tokenization import encode, encode_texts, position_warning, truncation_line
+from neko_lean.data.tokenization import encode, encode_texts, position_warning, truncation_summary
 
 __all__ = [
+    "ANCHOR_TASK",
     "FORMATS",
-    "TASK",
     "TASKS",
     "Document",
     "EncodedExample",
@@ -35,6 +38,6 @@ __all__ = [
     "read_rows",
     "read_text",
     "refusals",
-    "refuse_one_file",
-    "truncation_line",
+    "require_folder",
+    "truncation_summary",
 ]

@@ -1,4 +1,7 @@
-"""Whole documents without a prompt: those of the loss attack, and the anchor that is held still like retain rows."""
+"""Documents: whole texts without a prompt, for membership inference attacks and for the anchor set.
+
+Anchor documents are texts that the model never saw. They are used like retain examples.
+"""
 
 from __future__ import annotations
 
@@ -6,42 +9,60 @@ from pathlib import Path
 from typing import NamedTuple
 
 from neko_lean.data.examples import TASKS, Example
-from neko_lean.data.readers import is_file, read_jsonl
+from neko_lean.data.files import is_file
+from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.errors import NekoLeanError
 
-TASK = "anchor"
+ANCHOR_TASK = "anchor"
 
 
 class Document(NamedTuple):
-    """A text, and which task's it is like; TASK where that was not said."""
+    """A text.
+
+    Attributes:
+        text: The whole text.
+        task: The task whose examples the text resembles, or `ANCHOR_TASK` if the file does not name one.
+    """
 
     text: str
     task: str
 
 
 def read_documents(path: Path, hint: str) -> list[Document]:
-    """The texts of a jsonl file: columns `document` and, if wanted, `task`. Raises NekoLeanError naming file, row and
-    column; `hint` says what a missing file should have been."""
+    """Read documents from a jsonl file with the column `document` and, optionally, `task`.
+
+    Args:
+        path: The file to read.
+        hint: What was expected, for the error message about a missing file.
+
+    Raises:
+        NekoLeanError: If there is no such file, or if it is empty or invalid. The message names the row and the column.
+    """
     if not is_file(path):
-        raise NekoLeanError(f"{path} {'is not a file' if path.exists() else 'does not exist'}: {hint}.")
+        raise NekoLeanError(f"{path} {'is not a file' if path.exists() else 'does not exist'}; {hint}.")
+
     documents = []
     for where, values in read_jsonl(path):
         text = values.get("document")
         if not isinstance(text, str) or not text.strip():
-            raise NekoLeanError(f"{where}, column document: expected text.")
-        task = values.get("task", TASK)
-        if task not in (TASK, *TASKS):
-            raise NekoLeanError(f"{where}, column task: is not one of {', '.join(TASKS)}.")
+            raise NekoLeanError(f"{where}: column 'document' must be a non-empty string.")
+        task = values.get("task", ANCHOR_TASK)
+        if task not in (ANCHOR_TASK, *TASKS):
+            raise NekoLeanError(f"{where}: column 'task' is not one of {', '.join(TASKS)}.")
         documents.append(Document(text, task))
+
     if not documents:
-        raise NekoLeanError(f"{path} holds no documents.")
+        raise NekoLeanError(f"{path} contains no documents.")
     return documents
 
 
 def read_anchor(path: str | Path) -> list[Example]:
-    """An anchor's documents as rows without a prompt: a cache and a batch hold them as they hold retain rows.
+    """Read anchor documents as examples with an empty prompt, which caches and batches treat like retain examples.
 
-    An optional column `task` says which forget rows a document is like.
+    The optional column `task` names the task whose forget examples a document resembles.
     """
     documents = read_documents(Path(path), "an anchor is a jsonl file with a column document")
-    return [Example(f"{TASK} {number}", "", text, task) for number, (text, task) in enumerate(documents, start=1)]
+    return [
+        Example(f"{ANCHOR_TASK} {number}", "", document.text, document.task)
+        for number, document in enumerate(documents, start=1)
+    ]

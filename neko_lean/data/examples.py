@@ -1,58 +1,43 @@
-"""Rows, prompt formats, tokenising, and batches without padding waste.
+"""Examples, and reading them from data files.
 
-A row is `id, input, output, task` as in LUME (arXiv 2502.15097). Everything that reads a data file goes through
-`read_rows`, so a bad file always ends in one sentence that names the file, the row and the column.
+An example has the columns `id, input, output, task`, as in LUME (arXiv 2502.15097). The file's format is chosen by its
+suffix.
 """
 
 from __future__ import annotations
 
-import json
-from collections.abc import Sequence
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from neko_lean.errors import NekoLeanError
-
-if TYPE_CHECKING:
-    pass
 import hashlib
+import json
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from pathlib import Path
 
-from neko_lean.data.readers import Record, is_file, read_csv, read_jsonl, read_parquet
-
-
-def refuse_one_file(data: str | Path, option: str, sets: Sequence[str], split: str | None) -> None:
-    """Raise NekoLeanError where `data` is a file: it would be read for every set, whatever its name and `split`."""
-    if Path(data).is_file() and (len(sets) > 1 or split is not None):
-        raise NekoLeanError(
-            f"{option} {data} is a file: give the folder that holds forget.* and retain.*"
-            f"{' of the split' if split is not None else ''}."
-        )
-
-
-def count_lost_answers(encoded: Sequence[EncodedExample]) -> int:
-    """Rows whose whole answer the length limit removed."""
-    return sum(one.answer_length == 0 for one in encoded)
-
+from neko_lean.data.csv_files import read_csv
+from neko_lean.data.files import Record, is_file
+from neko_lean.data.jsonl_files import read_jsonl
+from neko_lean.data.parquet_files import read_parquet
+from neko_lean.errors import NekoLeanError
 
 COLUMNS = ("id", "input", "output", "task")
 
-
 TASKS = ("Task1", "Task2", "Task3")
 
-
-SUFFIXES = (".parquet", ".jsonl", ".csv")  # in the order they are preferred when a folder holds several
-
+SUFFIXES = (".parquet", ".jsonl", ".csv")  # in order of preference if a folder contains several
 
 _ID = re.compile(r"^(?P<document>.+?)(?P<kind>sc|qa)\d+$", re.DOTALL)
 
 
 @dataclass(frozen=True)
 class Example:
-    """One prompt and its answer. `id` ends in sc<N> (sentence completion) or qa<N> (question answering)."""
+    """A prompt and its answer.
+
+    Attributes:
+        id: Unique within a set. Ends in sc<N> (sentence completion) or qa<N> (question answering).
+        input: The prompt, before a prompt format is applied.
+        output: The answer.
+        task: One of `TASKS`, or "anchor" for an anchor document.
+    """
 
     id: str
     input: str
@@ -61,32 +46,32 @@ class Example:
 
     @property
     def kind(self) -> str:
-        """'sc' or 'qa'."""
+        """'sc' (sentence completion) or 'qa' (question answering)."""
         return _split_id(self.id)[1]
 
     @property
     def document(self) -> str:
-        """The id without its sc<N> or qa<N>: rows of one document share it."""
+        """The id without its sc<N> or qa<N>. Examples about the same document share it."""
         return _split_id(self.id)[0]
 
     @property
     def digest(self) -> str:
-        """16 hex digits of SHA-256 over the row's text: what the teacher cache knows a row by."""
+        """16 hex digits of the SHA-256 of id, input and output. The teacher cache identifies an example by it."""
         text = json.dumps([self.id, self.input, self.output], ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 @dataclass(frozen=True)
 class EncodedExample:
-    """A tokenized example: its prompt tokens, then its answer tokens.
+    """A tokenized example: `prompt_length` prompt tokens, then the answer's tokens.
 
-    Args:
-        example: the example's text.
-        input_ids: token ids, truncated to the length limit.
-        prompt_length: number of prompt tokens among them.
-        num_truncated: number of tokens that truncation removed.
-        levels: the loss, in nats, at which each token except the first counts as forgotten; None unless an objective
-            uses levels.
+    Attributes:
+        example: The example that was tokenized.
+        input_ids: The token ids of prompt and answer, after truncation.
+        prompt_length: How many of `input_ids` belong to the prompt.
+        num_truncated: How many tokens the length limit removed from the end.
+        levels: For each token after the first, the loss in nats at which it counts as forgotten. Only set for
+            objectives that use it.
     """
 
     example: Example
@@ -100,81 +85,135 @@ class EncodedExample:
 
     @property
     def answer_length(self) -> int:
-        """Number of answer tokens within the length limit."""
+        """How many answer tokens the length limit left."""
         return max(0, len(self.input_ids) - self.prompt_length)
 
 
-def _split_id(row_id: str) -> tuple[str, str]:
-    match = _ID.match(row_id)
-    if match is None:
-        raise NekoLeanError(f"id {row_id!r} ends in neither sc<N> nor qa<N>.")
-    return match["document"], match["kind"]
+def read_rows(path: str | Path, stem: str = "", split: str | None = None) -> list[Example]:
+    """Read and validate the examples of a data file.
+
+    Args:
+        path: A parquet, jsonl or csv file, or a folder that contains one.
+        stem: The name of the file in a folder, without suffix, such as "forget".
+        split: In a folder, read `<stem>_<split>` instead of `<stem>`.
+
+    Returns:
+        The examples in the order of the file.
+
+    Raises:
+        NekoLeanError: If there is no such file, it contains no rows, a column is missing, a value is empty or not a
+            string, an id is invalid or occurs twice, or a task is unknown. The message names the file, the row
+            (counted from 1, without a CSV header) and the column.
+
+    Example:
+        >>> import json, tempfile
+        >>> row = {"id": "7qa0", "input": "Who sang?", "output": "Foo.", "task": "Task1"}
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     _ = Path(folder, "forget.jsonl").write_text(json.dumps(row))
+        ...     read_rows(folder, "forget")
+        [Example(id='7qa0', input='Who sang?', output='Foo.', task='Task1')]
+    """
+    file = find_data_file(path, stem, split)
+    examples: list[Example] = []
+    row_of_id: dict[str, int] = {}
+
+    for number, record in enumerate(_read_records(file), start=1):
+        example = _validate(record)
+        if example.id in row_of_id:
+            raise NekoLeanError(
+                f"{record.where}: column 'id' repeats {example.id!r} of row {row_of_id[example.id]}; every row needs "
+                f"its own id."
+            )
+        row_of_id[example.id] = number
+        examples.append(example)
+
+    if not examples:
+        raise NekoLeanError(f"{file} contains no rows.")
+    return examples
 
 
-def find_rows(path: str | Path, stem: str, split: str | None = None) -> Path:
-    """The data file meant by `path`: the file itself, or in a folder `stem.*` (`stem_split*` when a split is named).
+def find_data_file(path: str | Path, stem: str, split: str | None = None) -> Path:
+    """The data file that `path` refers to: `path` itself, or in a folder `<stem>.*` (or `<stem>_<split>.*`).
 
-    Raises NekoLeanError when nothing fits. A folder with several formats of one set is read as parquet before jsonl
-    before csv.
+    A folder may contain the same set in several formats. Parquet is preferred over jsonl, and jsonl over csv.
+
+    Raises:
+        NekoLeanError: If there is no such file.
     """
     path = Path(path)
     if is_file(path):
         return path
     if not path.is_dir():
-        missing = "is neither a file nor a folder" if path.exists() else "does not exist"
-        raise NekoLeanError(f"{path} {missing}: give a parquet, jsonl or csv file, or a folder with {stem}.*.")
+        problem = "is neither a file nor a folder" if path.exists() else "does not exist"
+        raise NekoLeanError(f"{path} {problem}; expected a parquet, jsonl or csv file, or a folder with {stem}.*.")
+
     name = f"{stem}_{split}" if split else stem
     for suffix in SUFFIXES:
-        # The hub's parquet shards are called forget_train-00000-of-00001.parquet.
-        for found in (path / f"{name}{suffix}", path / f"{name}-00000-of-00001{suffix}"):
-            if is_file(found):
-                return found
-    raise NekoLeanError(f"{path} holds no {name}.parquet, {name}.jsonl or {name}.csv.")
+        # Datasets on the Hugging Face hub name a single parquet shard forget_train-00000-of-00001.parquet.
+        for file in (path / f"{name}{suffix}", path / f"{name}-00000-of-00001{suffix}"):
+            if is_file(file):
+                return file
+    raise NekoLeanError(f"{path} contains no {name}.parquet, {name}.jsonl or {name}.csv.")
 
 
-def read_rows(path: str | Path, stem: str = "", split: str | None = None) -> list[Example]:
-    """Read and check the rows of a parquet, jsonl or csv file, or of `stem.*` in a folder.
+def require_folder(data: str | Path, option: str, sets: Sequence[str], split: str | None) -> None:
+    """Check that `data` is not a single file if several sets, or a split, are to be read from it.
 
-    Raises NekoLeanError naming file, row (counted from 1, without a CSV file's header) and column when a column is
-    missing, the file is empty, a value is no text, an id has an unknown suffix or occurs twice, an input or output is
-    empty, or a task is unknown; and for all that `files` refuses, such as surplus cells.
+    A file would be read for every set, regardless of its name and of `split`.
+
+    Args:
+        data: The value of the option.
+        option: The option's name, for the message.
+        sets: The sets to read, such as ("forget", "retain").
+        split: The split to read, if any.
+
+    Raises:
+        NekoLeanError: If `data` is a file but must be a folder.
     """
-    file = find_rows(path, stem, split)
-    rows: list[Example] = []
-    seen: dict[str, int] = {}
-    for number, record in enumerate(_records(file), start=1):
-        row = _checked(record.values, record.where)
-        if row.id in seen:
-            raise NekoLeanError(f"{record.where}, column id: {row.id!r} is already the id of row {seen[row.id]}.")
-        seen[row.id] = number
-        rows.append(row)
-    if not rows:
-        raise NekoLeanError(f"{file} holds no rows.")
-    return rows
+    if Path(data).is_file() and (len(sets) > 1 or split is not None):
+        names = " and ".join(f"{stem}.*" if split is None else f"{stem}_{split}.*" for stem in sets)
+        raise NekoLeanError(f"{option} {data} is a file; expected a folder with {names}.")
 
 
-def _checked(raw: dict[str, Any], where: str) -> Example:
-    for column in COLUMNS:
-        if column not in raw:
-            raise NekoLeanError(f"{where}: column {column} is missing (needed: {', '.join(COLUMNS)}).")
-        value = raw[column]
-        if not isinstance(value, str):
-            raise NekoLeanError(f"{where}, column {column}: expected text, found {type(value).__name__}.")
-        if not value.strip():
-            raise NekoLeanError(f"{where}, column {column}: is empty.")
-    if _ID.match(raw["id"]) is None:
-        raise NekoLeanError(f"{where}, column id: ends in neither sc<N> nor qa<N>.")
-    if raw["task"] not in TASKS:
-        raise NekoLeanError(f"{where}, column task: is not one of {', '.join(TASKS)}.")
-    return Example(*(raw[column] for column in COLUMNS))
+def count_lost_answers(encoded: Sequence[EncodedExample]) -> int:
+    """The number of examples whose answer the length limit removed entirely."""
+    return sum(example.answer_length == 0 for example in encoded)
 
 
-def _records(file: Path) -> Iterator[Record]:
-    kind = file.suffix.lower()
-    if kind == ".parquet":
+def _read_records(file: Path) -> Iterator[Record]:
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
         return read_parquet(file, COLUMNS)
-    if kind == ".jsonl":
+    if suffix == ".jsonl":
         return read_jsonl(file)
-    if kind == ".csv":
+    if suffix == ".csv":
         return read_csv(file, COLUMNS)
-    raise NekoLeanError(f"{file} is neither .parquet nor .jsonl nor .csv.")
+    raise NekoLeanError(f"{file} is neither .parquet nor .jsonl nor .csv; convert it to one of these formats.")
+
+
+def _validate(record: Record) -> Example:
+    where, values = record
+    for column in COLUMNS:
+        if column not in values:
+            raise NekoLeanError(f"{where}: column '{column}' is missing; expected the columns {', '.join(COLUMNS)}.")
+        value = values[column]
+        # Messages do not quote values, which may be personal data.
+        if not isinstance(value, str):
+            raise NekoLeanError(
+                f"{where}: column '{column}' contains a value of type {type(value).__name__}; expected a string."
+            )
+        if not value.strip():
+            raise NekoLeanError(f"{where}: column '{column}' is empty; every row needs a non-empty {column}.")
+
+    if _ID.match(values["id"]) is None:
+        raise NekoLeanError(f"{where}: column 'id' ends in neither sc<N> nor qa<N>; expected an id such as 7sc1.")
+    if values["task"] not in TASKS:
+        raise NekoLeanError(f"{where}: column 'task' is not one of {', '.join(TASKS)}.")
+    return Example(*(values[column] for column in COLUMNS))
+
+
+def _split_id(example_id: str) -> tuple[str, str]:
+    match = _ID.match(example_id)
+    if match is None:
+        raise NekoLeanError(f"id {example_id!r} ends in neither sc<N> nor qa<N>; expected an id such as 7sc1.")
+    return match["document"], match["kind"]

@@ -1,27 +1,54 @@
-"""Prompt formats: the text before an answer, and the answer."""
+"""Prompt formats: how an example becomes the text of a prompt and of an answer.
+
+A prompt format is a function that `@prompt_format` registers under the name by which recipes select it. The answer it
+returns starts with the space that separates it from the prompt.
+"""
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
-from neko_lean.errors import NekoLeanError
-
-if TYPE_CHECKING:
-    pass
 from neko_lean.data.examples import Example
+from neko_lean.errors import NekoLeanError, did_you_mean
 
-FORMATS = ("plain", "neko")
+PromptFormat = Callable[[Example], tuple[str, str]]
+
+_REGISTRY: dict[str, PromptFormat] = {}
 
 
-def prompt_and_answer(row: Example, style: str) -> tuple[str, str]:
-    """The text before the answer and the answer with its leading space, in format `style` ('plain' or 'neko').
+def prompt_format(name: str) -> Callable[[PromptFormat], PromptFormat]:
+    """Decorator that registers a prompt format under `name`."""
 
-    'plain' is what the shared task's scorer prompts with; 'neko' is the template of the paper's training code.
+    def register(function: PromptFormat) -> PromptFormat:
+        _REGISTRY[name] = function
+        return function
+
+    return register
+
+
+@prompt_format("plain")
+def plain(example: Example) -> tuple[str, str]:
+    """The input without a template, as in the scorer of LUME's shared task."""
+    return example.input, " " + example.output
+
+
+@prompt_format("neko")
+def neko(example: Example) -> tuple[str, str]:
+    """The template of the NEKO paper's training code, which distinguishes questions from other texts."""
+    if "?" in example.input:
+        return f"### Question: {example.input} ### Answer:", " " + example.output
+    return f"### Text: {example.input}", " " + example.output
+
+
+FORMATS = tuple(_REGISTRY)
+
+
+def prompt_and_answer(example: Example, format_name: str) -> tuple[str, str]:
+    """The prompt and the answer of an example, in the prompt format `format_name`.
+
+    Raises:
+        NekoLeanError: If there is no such prompt format.
     """
-    if style == "plain":
-        return row.input, " " + row.output
-    if style != "neko":
-        raise NekoLeanError(f"format {style!r} is not one of {', '.join(FORMATS)}.")
-    if "?" in row.input:
-        return f"### Question: {row.input} ### Answer:", " " + row.output
-    return f"### Text: {row.input}", " " + row.output
+    if format_name not in _REGISTRY:
+        raise NekoLeanError(f"unknown prompt format {format_name!r}{did_you_mean(format_name, FORMATS)}")
+    return _REGISTRY[format_name](example)

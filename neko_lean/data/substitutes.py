@@ -1,4 +1,4 @@
-"""Answers to put in the place of forgotten ones: a refusal, or what belongs to another question."""
+"""Substitute answers to train on instead of the forget set's: a refusal, or the answer to a different prompt."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from neko_lean.data.examples import Example
 
-# Any fixed list does; these are in the manner of TOFU's (arXiv 2401.06121, appendix).
+# Modeled on the refusals of TOFU (arXiv 2401.06121, appendix).
 REFUSALS = (
     "I don't know.",
     "I'm not sure.",
@@ -22,16 +22,33 @@ REFUSALS = (
 
 
 def refusals(forget: Sequence[Example]) -> list[Example]:
-    """Each forget row with a refusal as its answer; which one follows from the row's text, so that a cache agrees."""
+    """Each forget example with a refusal as its answer.
+
+    The example's text determines which refusal it gets, so that a run and its cache agree.
+    """
     return [
-        replace(row, id=f"refusal {row.id}", output=REFUSALS[int(row.digest, 16) % len(REFUSALS)]) for row in forget
+        replace(
+            example,
+            id=f"refusal {example.id}",
+            output=REFUSALS[int(example.digest, 16) % len(REFUSALS)],
+        )
+        for example in forget
     ]
 
 
 def random_answers(forget: Sequence[Example], retain: Sequence[Example], seed: int) -> list[Example]:
-    """Each forget row with the answer of a random retain row of its kind, sc or qa (the mismatch of arXiv 2310.10683,
-    eq. 3, which NEKO had to leave out for want of memory)."""
+    """Each forget example with the answer of a random retain example of the same kind (sc or qa).
+
+    This is the mismatch term of arXiv 2310.10683, eq. 3. If no retain example is of that kind, all of them are used.
+    """
     rng = random.Random(f"{seed} random answers")
-    answers = {kind: [row.output for row in retain if row.kind == kind] for kind in ("sc", "qa")}
-    every = [row.output for row in retain]
-    return [replace(row, id=f"random {row.id}", output=rng.choice(answers[row.kind] or every)) for row in forget]
+    answers = {kind: [example.output for example in retain if example.kind == kind] for kind in ("sc", "qa")}
+    all_answers = [example.output for example in retain]
+    return [
+        replace(
+            example,
+            id=f"random {example.id}",
+            output=rng.choice(answers[example.kind] or all_answers),
+        )
+        for example in forget
+    ]

@@ -1,4 +1,4 @@
-"""The processes of one torchrun command: which rank this is, and how the ranks exchange values."""
+"""Run one command as several processes (ranks) under torchrun: who this rank is, and how the ranks communicate."""
 
 from neko_lean.distributed.collectives import (
     all_gather_objects,
@@ -9,19 +9,19 @@ from neko_lean.distributed.collectives import (
     any_rank,
     merge_items_of_ranks,
     raise_on_any_rank,
-    refuse_unseen,
+    require_shared_folder,
     run_on_main_and_broadcast,
     with_process_group,
 )
 from neko_lean.distributed.ranks import (
     as_single_process,
+    flatten_in_rank_order,
+    group_by_round,
     is_main_process,
     items_of_rank,
     local_rank,
     local_world_size,
     rank,
-    rank_by_rank,
-    rounds,
     world_size,
 )
 
@@ -33,6 +33,8 @@ __all__ = [
     "all_reduce_sum",
     "any_rank",
     "as_single_process",
+    "flatten_in_rank_order",
+    "group_by_round",
     "is_main_process",
     "items_of_rank",
     "local_rank",
@@ -40,9 +42,7 @@ __all__ = [
     "merge_items_of_ranks",
     "raise_on_any_rank",
     "rank",
-    "rank_by_rank",
-    "refuse_unseen",
-    "rounds",
+    "require_shared_folder",
     "run_on_main_and_broadcast",
     "with_process_group",
     "world_size",

@@ -1,7 +1,6 @@
-"""How the ranks of one command agree. With one rank nothing is set up and nothing is sent.
+"""Collective operations: exchange values and errors between the ranks of one command.
 
-What they tell each other travels as JSON or as tensors, never as pickles. A NekoLeanError that one rank meets in
-`agreed` is raised on all, so that none waits for another that has gone.
+Values travel as JSON or as tensors, never as pickles. With a single rank every operation returns without communicating.
 """
 
 from __future__ import annotations
@@ -11,13 +10,13 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 
-# Imported once ranks are connected it would hold on to the connection for good (as the default of its functions'
-# arguments), and gloo's threads would abort the process on its way out.
+# Import this before the process group exists. Imported later, its functions' default arguments keep a reference to the
+# process group, and gloo's threads abort the process when it exits.
 import torch.distributed.nn.functional
 from torch import Tensor
 
@@ -26,128 +25,183 @@ from neko_lean.errors import NekoLeanError
 
 T = TypeVar("T")
 
+# A rank may wait for hours while another one works. A rank that dies is detected by its closed connection instead.
+TIMEOUT = timedelta(days=7)
 
-# A rank may wait for another that works on for hours; one that has died is noticed by its closed connection.
-PATIENCE = timedelta(days=7)
-
-
-_PEER_HAS_GONE = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's errors
+_PEER_EXITED = ("Connection closed by peer", "Connection reset by peer", "Broken pipe")  # in gloo's error messages
 
 
 @contextmanager
 def with_process_group() -> Iterator[None]:
-    """Connect the ranks while it lasts; within another `joined` it does nothing."""
+    """Context manager (and decorator) that connects the ranks of a torchrun command.
+
+    The group consists of all ranks of the command. It uses gloo for CPU tensors, and NCCL for CUDA tensors if every
+    rank of this machine has a GPU. Nothing happens with a single rank, or if the ranks are already connected.
+
+    Raises:
+        NekoLeanError: If the connection to another rank is lost.
+    """
     if world_size() == 1 or dist.is_initialized():
         yield
         return
-    backend = "gloo"  # JSON travels over it, beside a GPU too
-    # More ranks than GPUs: they run on the CPU, or pick_device refuses them.
+
+    backend = "gloo"
+    # With more ranks than GPUs the ranks run on the CPU; pick_device refuses any other device.
     if torch.cuda.is_available() and local_world_size() <= torch.cuda.device_count():
         backend = "cpu:gloo,cuda:nccl"
         torch.cuda.set_device(local_rank())
+
     try:
-        dist.init_process_group(backend, timeout=PATIENCE)
+        dist.init_process_group(backend, timeout=TIMEOUT)
         yield
-        # Together, or gloo's threads abort a process whose peer has gone first. After an error the connections stay:
-        # taking them down waits for ranks that may be waiting themselves.
+        # Wait for all ranks: gloo's threads abort a process if a peer disconnects first.
         all_gather_objects(None)
     except RuntimeError as error:
-        if any(words in str(error) for words in _PEER_HAS_GONE):
-            raise NekoLeanError("another rank has ended, so this one ends too: what it said is above.") from error
+        if any(phrase in str(error) for phrase in _PEER_EXITED):
+            raise NekoLeanError(
+                "another rank has exited, so this rank exits too; see that rank's error above."
+            ) from error
         raise
+
+    # Not in a finally clause: after an error, destroying the group could wait forever for ranks that wait themselves.
     dist.destroy_process_group()
 
 
 def all_gather_objects(value: T) -> list[T]:
-    """Every rank's value, in the order of ranks: anything that JSON holds."""
+    """Gather a JSON-serializable value from every rank.
+
+    Returns:
+        The values of all ranks, in rank order.
+    """
     if world_size() == 1:
         return [value]
-    own = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-    return [json.loads(one.numpy().tobytes()) for one in all_gather_tensors(own)]
+
+    payload = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+    return [json.loads(received.numpy().tobytes()) for received in all_gather_tensors(payload)]
 
 
-def all_gather_tensors(own: Tensor) -> list[Tensor]:
-    """Every rank's tensor, in the order of ranks; they may differ in how many rows they have, [n, ...]."""
+def all_gather_tensors(tensor: Tensor) -> list[Tensor]:
+    """Gather a tensor from every rank.
+
+    Args:
+        tensor: This rank's tensor, [n, ...]. `n` may differ between ranks; dtype and the other dimensions may not.
+
+    Returns:
+        The tensors of all ranks, in rank order.
+    """
     if world_size() == 1:
-        return [own]
-    count = torch.tensor([len(own)], device=own.device)
-    counts = [torch.empty_like(count) for _ in range(world_size())]
-    dist.all_gather(counts, count)
-    longest = max(int(one) for one in counts)
-    padded = own.new_zeros(longest, *own.shape[1:])
-    padded[: len(own)] = own
-    parts = [torch.empty_like(padded) for _ in range(world_size())]
-    dist.all_gather(parts, padded)
-    return [part[: int(n)] for part, n in zip(parts, counts, strict=True)]
+        return [tensor]
+
+    # Exchange the lengths.
+    length = torch.tensor([len(tensor)], device=tensor.device)
+    lengths = [torch.empty_like(length) for _ in range(world_size())]
+    dist.all_gather(lengths, length)
+
+    # all_gather needs equal shapes, so pad to the longest tensor.
+    padded = tensor.new_zeros(max(int(length) for length in lengths), *tensor.shape[1:])
+    padded[: len(tensor)] = tensor
+    gathered = [torch.empty_like(padded) for _ in range(world_size())]
+    dist.all_gather(gathered, padded)
+
+    return [part[: int(length)] for part, length in zip(gathered, lengths, strict=True)]
 
 
-def all_gather_with_grad(own: Tensor) -> Tensor:
-    """The rows [n, ...] of all ranks, one after another, with gradient in this rank's own."""
+def all_gather_with_grad(tensor: Tensor) -> Tensor:
+    """Concatenate the tensors of all ranks, [n, ...] each, along the first dimension.
+
+    Gradients flow to this rank's own part only.
+    """
     if world_size() == 1:
-        return own
-    parts = all_gather_tensors(own.detach())
-    parts[rank()] = own
+        return tensor
+
+    parts = all_gather_tensors(tensor.detach())
+    parts[rank()] = tensor
     return torch.cat(parts)
 
 
 def raise_on_any_rank(work: Callable[[], T]) -> list[T]:
-    """What `work` returns on every rank, as `gather` gives it. Raises NekoLeanError on all where it does on one."""
+    """Run `work` on every rank and gather its JSON-serializable results.
+
+    If one rank fails, all ranks fail, so that none waits for a rank that has exited.
+
+    Returns:
+        The results of all ranks, in rank order.
+
+    Raises:
+        NekoLeanError: On all ranks, if `work` raises NekoLeanError on at least one.
+    """
     if world_size() == 1:
         return [work()]
-    value, error = None, None
+
+    outcome: dict[str, Any] = {"value": None, "error": None}
     try:
-        value = work()
-    except NekoLeanError as raised:
-        error = str(raised)
-    found = all_gather_objects({"value": value, "error": error})
-    wrong = next((one["error"] for one in found if one["error"] is not None), None)
-    if wrong is not None:
-        raise NekoLeanError(wrong)
-    return [one["value"] for one in found]  # type: ignore[misc]
+        outcome["value"] = work()
+    except NekoLeanError as error:
+        outcome["error"] = str(error)
+
+    outcomes = all_gather_objects(outcome)
+    errors = [gathered["error"] for gathered in outcomes if gathered["error"] is not None]
+    if errors:
+        raise NekoLeanError(errors[0])
+    return [gathered["value"] for gathered in outcomes]
 
 
 def run_on_main_and_broadcast(work: Callable[[], T]) -> T:
-    """What `work` returns on the first rank, on all; nothing is done elsewhere."""
-    return raise_on_any_rank(lambda: work() if is_main_process() else None)[0]  # type: ignore[return-value]
+    """Run `work` on rank 0 only and return its JSON-serializable result on all ranks.
+
+    Raises:
+        NekoLeanError: On all ranks, if `work` raises NekoLeanError on rank 0.
+    """
+    results = raise_on_any_rank(lambda: work() if is_main_process() else None)
+    return cast("T", results[0])
 
 
-def refuse_unseen(folder: Path) -> None:
-    """Raise NekoLeanError on all ranks where one does not see a folder that the first has made."""
+def require_shared_folder(folder: Path) -> None:
+    """Check that every rank sees a folder that rank 0 has created.
 
-    def look() -> None:
+    Raises:
+        NekoLeanError: On all ranks, if at least one rank does not see the folder.
+    """
+
+    def check() -> None:
         if not folder.is_dir():
             raise NekoLeanError(
-                f"rank {rank()} does not see {folder}: put --out on a file system that all machines share."
+                f"rank {rank()} does not see {folder}; put --out on a file system that all machines share."
             )
 
-    raise_on_any_rank(look)
+    raise_on_any_rank(check)
 
 
 def merge_items_of_ranks(own: Sequence[T]) -> list[T]:
-    """The items again whose `share` each rank gives."""
+    """Gather the ranks' results in the order of the original items: the inverse of `items_of_rank`.
+
+    Args:
+        own: One JSON-serializable result per item of this rank.
+    """
     parts = all_gather_objects(list(own))
-    found: list[Any] = [None] * sum(map(len, parts))
-    for number, part in enumerate(parts):
-        found[number :: world_size()] = part
-    return found
+    merged: list[Any] = [None] * sum(map(len, parts))
+    for rank_number, part in enumerate(parts):
+        merged[rank_number :: world_size()] = part
+    return merged
 
 
 def any_rank(flag: bool, device: torch.device) -> bool:
-    """Whether it is so on any rank."""
+    """Whether `flag` is true on at least one rank. `device` is where the ranks exchange it."""
     return all_reduce_max(int(flag), device) > 0
 
 
 def all_reduce_max(value: int, device: torch.device) -> int:
-    """The largest of the ranks' values."""
+    """The largest `value` of all ranks. `device` is where the ranks exchange it."""
     if world_size() == 1:
         return value
-    held = torch.tensor([value], device=device)
-    dist.all_reduce(held, dist.ReduceOp.MAX)
-    return int(held)
+
+    reduced = torch.tensor([value], device=device)
+    dist.all_reduce(reduced, dist.ReduceOp.MAX)
+    return int(reduced)
 
 
-def all_reduce_sum(value: Tensor) -> Tensor:
-    """The sum of the ranks' tensors, which have one shape."""
+def all_reduce_sum(tensor: Tensor) -> Tensor:
+    """The sum of the ranks' tensors, which must have the same shape. Overwrites and returns `tensor`."""
     if world_size() > 1:
-        dist.all_reduce(value)
-    return value
+        dist.all_reduce(tensor)
+    return tensor

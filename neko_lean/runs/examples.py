@@ -18,7 +18,7 @@ from neko_lean.data import (
     read_anchor,
     read_rows,
     refusals,
-    truncation_line,
+    truncation_summary,
 )
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import tokenizer_fingerprint
@@ -37,7 +37,7 @@ class PreparedExamples:
     forget: list[EncodedExample]
     retain: list[EncodedExample]  # with the anchor's documents; empty if the recipe has no retain objective
     anchor: list[EncodedExample]
-    substitutes: list[EncodedExample] | None
+    substitutes: list[EncodedExample]  # one for each forget example, or none
     max_length: int  # the recipe's, or the number of positions that the model has
 
     def digests(self) -> dict[str, str]:
@@ -123,7 +123,7 @@ def report_truncation(prepared: PreparedExamples, recipe: Recipe, quiet: bool) -
         log_line(f"retain: not used, because recipe {recipe.name} has no retain objective", quiet)
     for name, examples in (("forget", prepared.forget), ("retain", prepared.retain)):
         if examples:
-            log_line(f"{name}: {truncation_line(examples, prepared.max_length)}", quiet)
+            log_line(f"{name}: {truncation_summary(examples, prepared.max_length)}", quiet)
 
     lost = count_lost_answers(prepared.forget)
     if lost:
@@ -158,10 +158,10 @@ def _substitutes(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     seed: int,
-) -> list[EncodedExample] | None:
+) -> list[EncodedExample]:
     """The recipe's replacement for each forget answer."""
     if recipe.substitute == "none":
-        return None
+        return []
     forget_texts = [encoded.example for encoded in forget]
     if recipe.substitute == "refusal":
         replaced = refusals(forget_texts)

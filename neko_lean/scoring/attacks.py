@@ -237,5 +237,5 @@ def _write_rows(folder: Path, rows: Sequence[Example]) -> None:
 
 def _train(model: Path, data: Path, out: Path, change: Mapping[str, Any], seed: int, device: str | None) -> None:
     with as_single_process():  # the others wait for it, and take no part
-        options = RunOptions(seed=seed, device=device, quiet=True)
-        memorize(model, data, out, sets=("forget",), overrides=change, options=options)
+        run = RunOptions(seed=seed, device=device, quiet=True)
+        memorize(model, data, out, sets=("forget",), overrides=change, run=run)

@@ -15,7 +15,7 @@ from torch import Tensor
 from neko_lean.data import Example, encode_texts
 from neko_lean.distributed import items_of_rank
 from neko_lean.errors import NekoLeanError
-from neko_lean.models import CausalLM, end_ids, likeliest, refuse_unknown_ids, unknown_ends
+from neko_lean.models import CausalLM, eos_token_ids, greedy_tokens, refuse_unknown_ids, unknown_eos_token_ids
 from neko_lean.scoring.decoding import Prompts
 from neko_lean.scoring.decoding_probe import PADDED, decode_exactly, pick_method
 from neko_lean.scoring.limits import MAX_LENGTH, Cut, fitted, generation_batches
@@ -123,7 +123,7 @@ def generation_warnings(
     """What changes the generations of these rows without being asked for, in sentences; `cut` gets the counts."""
     cut = Cut() if cut is None else cut
     found = []
-    unknown = unknown_ends(lm)
+    unknown = unknown_eos_token_ids(lm)
     if unknown:
         named = ", ".join(map(repr, unknown[:5]))
         found.append(
@@ -172,7 +172,8 @@ def generate(
     """The greedy continuation of each row's input, a batch at a time, as (number of the row, generation).
 
     Prompts go in raw: no template, no BOS that the tokenizer does not add itself; or `prompts`, tokenised, in their
-    place. A generation stops at one of `end_ids`, after `max_new_tokens`, where the model's positions end, or, with
+    place. A generation stops at one of `eos_token_ids`, after `max_new_tokens`,
+    where the model's positions end, or, with
     `stop_early`, when it is settled. Questions go with questions and prompts with those of like length. In float32 the
     tokens are those of decoding each row alone, whatever the model's state: see `decoding_probe`.
     """
@@ -203,13 +204,13 @@ def _decode(
     done: Callable[[int, Sequence[int]], bool],
 ) -> list[tuple[list[int], str]]:
     """The new tokens of each prompt of one batch, at most so many as its limit, and how they ended."""
-    ends = end_ids(lm, tokenizer)
+    ends = eos_token_ids(lm, tokenizer)
     said: list[list[int]] = [[] for _ in prompts]
     ended = ["limit"] * len(prompts)
 
     def choose(rows: Sequence[int], scores: Tensor) -> list[int | None]:
         tokens: list[int | None] = []
-        for row, token in zip(rows, likeliest(scores, "a generated token").tolist(), strict=True):
+        for row, token in zip(rows, greedy_tokens(scores, "a generated token").tolist(), strict=True):
             said[row].append(token)
             if token in ends:
                 ended[row] = "eos"

@@ -69,8 +69,9 @@ def fitted_answer(one: EncodedExample, limit: int) -> EncodedExample:
     room = min(one.answer_length, ROOM, max(1, limit // 2))
     prompt = one.input_ids[: one.prompt_length][-max(1, limit - room) :]
     ids = [*prompt, *one.input_ids[one.prompt_length :]][:limit]
-    removed = len(one) - len(ids)
-    return replace(one, input_ids=ids, prompt_length=min(len(prompt), limit), num_truncated=one.num_truncated + removed)
+    return replace(
+        one, input_ids=ids, prompt_length=min(len(prompt), limit), num_truncated=one.num_truncated + len(one) - len(ids)
+    )
 
 
 def generation_batches(

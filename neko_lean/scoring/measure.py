@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from neko_lean.cache import TeacherCache
-from neko_lean.data import Document, EncodedExample, Example, encode, read_anchor, truncation_line
+from neko_lean.data import Document, EncodedExample, Example, encode, read_anchor, truncation_summary
 from neko_lean.distributed import (
     as_single_process,
     items_of_rank,
@@ -20,7 +20,7 @@ from neko_lean.distributed import (
 )
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import strict_json, write_jsonl
-from neko_lean.models import CausalLM, position_limit, refuse_unknown_rows, tokenizer_fingerprint
+from neko_lean.models import CausalLM, position_limit, refuse_unknown_examples, tokenizer_fingerprint
 from neko_lean.scoring import membership
 from neko_lean.scoring.generation import Decoding, Generation, generate, generation_warnings, method_line, own_rows
 from neko_lean.scoring.limits import MAX_LENGTH, Cut, fitted_answer
@@ -97,10 +97,10 @@ def row_numbers(
     cut.answers, cut.empty_answers = sum(one.num_truncated > 0 for one in encoded), len(encoded) - len(answered)
     if cut.answers:
         limit = position_limit(lm, MAX_LENGTH)
-        log_line(f"warning: answers are measured within the length limit: {truncation_line(encoded, limit)}")
+        log_line(f"warning: answers are measured within the length limit: {truncation_summary(encoded, limit)}")
     if cut.empty_answers:
         log_line(f"warning: {cut.empty_answers} of {len(rows)} rows have an answer of no tokens: it is not measured.")
-    refuse_unknown_rows(encoded, lm)
+    refuse_unknown_examples(encoded, lm)
 
     with progress_bar("answers", len(answered), "rows", quiet) as progress:
         views = view_documents(lm, tokenizer, [one.input_ids for one in answered], progress=progress)

@@ -25,7 +25,7 @@ from neko_lean.models import (
     CausalLM,
     logits,
     position_limit,
-    refuse_broken_outputs,
+    refuse_non_finite_outputs,
     refuse_unknown_ids,
     stated_positions,
 )
@@ -109,7 +109,7 @@ def answer(
     questions = ((f"question {n} of MMLU subject {subject.name}", one.ids) for n, one in enumerate(prompts, start=1))
     refuse_unknown_ids([letters, *questions], lm)
     found = letter_logits(lm, tokenizer, prompts, batch_tokens=batch_tokens, progress=progress)
-    refuse_broken_outputs(found, f"MMLU subject {subject.name}")
+    refuse_non_finite_outputs(found, f"MMLU subject {subject.name}")
     return Answered(
         chosen=found.argmax(1).tolist(),
         right=[question.answer for question in subject.test],
@@ -156,7 +156,7 @@ def letter_logits(
     from neko_lean.scoring.prefix import last_hidden
 
     tokens = torch.tensor(letter_tokens(tokenizer), device=lm.device)
-    letters, transform = lm.head[tokens], lm.transform.of(tokens)  # [4, d]
+    letters, transform = lm.head[tokens], lm.transform.for_tokens(tokens)  # [4, d]
     groups: dict[tuple[int, bool], list[int]] = {}
     for index, one in enumerate(prompts):  # what is alike in two prompts ends early if their examples differ
         groups.setdefault((one.shots, one.cut), []).append(index)

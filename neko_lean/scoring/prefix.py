@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers.cache_utils import Cache, DynamicCache, DynamicLayer
 
 from neko_lean.data import length_batches, pad
-from neko_lean.distributed import all_gather_tensors, items_of_rank, rank_by_rank, rounds
+from neko_lean.distributed import all_gather_tensors, flatten_in_rank_order, group_by_round, items_of_rank
 from neko_lean.models import CausalLM, position_limit
 from neko_lean.scoring.decoding_probe import (
     batch_length_limit,
@@ -45,7 +45,7 @@ def last_hidden(
     cache = _prefix_cache(lm, rows[0][:shared]) if shared else None
     batches = length_batches([len(row) for row in rows], max_rows=len(rows), max_tokens=batch_tokens)
     own = [lm.head.new_empty(0, lm.head.shape[1])]  # [B, d] a batch; a rank may have none
-    for batch, beside in zip(items_of_rank(batches), rounds(batches), strict=False):
+    for batch, beside in zip(items_of_rank(batches), group_by_round(batches), strict=False):
         input_ids, mask = pad([rows[i][shared:] for i in batch], pad_id, lm.device)  # [B, L] each
         hidden = lm.hidden(input_ids) if cache is None else _continued(lm, cache, input_ids)  # [B, L, d]
         place = torch.arange(len(batch), device=lm.device)
@@ -53,7 +53,7 @@ def last_hidden(
         if progress is not None:
             progress.advance(sum(map(len, beside)))
     out = lm.head.new_empty(len(rows), lm.head.shape[1])  # [N, d]
-    out[torch.tensor(rank_by_rank(batches), device=lm.device)] = torch.cat(all_gather_tensors(torch.cat(own)))
+    out[torch.tensor(flatten_in_rank_order(batches), device=lm.device)] = torch.cat(all_gather_tensors(torch.cat(own)))
     return out
 
 

@@ -12,14 +12,13 @@ from typing import TYPE_CHECKING, Any
 
 from neko_lean.cache import TeacherCache
 from neko_lean.checkpoints import versions
-from neko_lean.data import Document, Example, encode_texts, read_documents, read_rows, refuse_one_file
+from neko_lean.data import Document, Example, encode_texts, read_documents, read_rows, require_folder
 from neko_lean.distributed import run_on_main_and_broadcast, with_process_group
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import jsonl_text, strict_json
 from neko_lean.models import (
     check_seed,
     identify,
-    listed_ends,
     load_model,
     load_tokenizer,
     model_folder,
@@ -28,6 +27,7 @@ from neko_lean.models import (
     pick_device,
     pick_dtype,
     quantization_method,
+    stated_eos_token_id,
     usable_length,
 )
 from neko_lean.options import OutputOptions
@@ -90,33 +90,33 @@ def score(
     *,
     inputs: ScoreInputs = ScoreInputs(),
     settings: ScoreSettings = ScoreSettings(),
-    options: OutputOptions = OutputOptions(),
+    run: OutputOptions = OutputOptions(),
 ) -> dict[str, Any]:
-    """Score a checkpoint on forget and retain set as the shared task does, and measure what its number hides.
-
-    Under torchrun the ranks split the examples and the first one writes; the numbers are those of a single process.
+    """Score a checkpoint on forget and retain rows as the shared task does, and ask what its number hides.
 
     Args:
         model: checkpoint folder, or hub name: owner/name or owner/name@revision.
-        data: folder that holds `forget.*` and `retain.*` (with `inputs.split`: `forget_<split>.*`, ...).
-        out: folder to write: scores.json, generations.jsonl, documents.jsonl. It appears when it is complete.
-        inputs: what else is measured on.
-        settings: how the model is scored.
-        options: device, and how to treat an existing output.
+        data: folder holding `forget.*` and `retain.*` (with a split: `forget_<split>.*`, ...).
+        out: folder to write: scores.json, generations.jsonl, documents.jsonl. Appears only when it is complete.
+        inputs: further data to measure on.
+        settings: how to measure.
+        run: device, and what to do with an output that exists.
 
-    Returns:
-        The contents of scores.json; docs/score.md explains each key.
+    Under torchrun the ranks share the rows out and the first one writes; the numbers are those of one process.
 
-    Raises:
-        NekoLeanError: bad input, or an option that has no effect.
+    Returns what scores.json holds; docs/score.md says what each key means. Raises NekoLeanError for bad input, and
+    for an option that would change nothing.
     """
     mia, split, held, reference = inputs.mia, inputs.split, inputs.held, inputs.reference
     paraphrases, mmlu, before, official = inputs.paraphrases, inputs.mmlu, inputs.before, inputs.official
     shots, lm_eval, attacks, relearn_lr = settings.shots, settings.lm_eval, settings.attacks, settings.relearn_lr
     batch_size, max_new_tokens, seed, dtype = (
-        settings.batch_size, settings.max_new_tokens, settings.seed, settings.dtype
-    )  # fmt: skip
-    device, resume, overwrite, quiet = options.device, options.resume, options.overwrite, options.quiet
+        settings.batch_size,
+        settings.max_new_tokens,
+        settings.seed,
+        settings.dtype,
+    )
+    device, resume, overwrite, quiet = run.device, run.resume, run.overwrite, run.quiet
     if batch_size < 1 or max_new_tokens < 1:
         raise NekoLeanError("batch-size and max-new-tokens must be at least 1.")
     for name in attacks:
@@ -126,7 +126,7 @@ def score(
     if seed is not None:
         check_seed(seed)
     place = pick_device(device)
-    refuse_one_file(data, "--data", SPLITS, split)
+    require_folder(data, "--data", SPLITS, split)
     rows = [(name, row) for name in SPLITS for row in read_rows(data, name, split)]
     documents = [] if mia is None else [(s, d) for s in SIDES for d in read_documents(Path(mia) / f"{s}.jsonl", MIA)]
     unseen = [] if held is None else read_documents(Path(held), "--held wants a jsonl file with a column document")
@@ -145,9 +145,9 @@ def score(
             f"paraphrase; give that too."
         )
     folder = model_folder(model)
-    sources = [folder, data, mia, held, reference, paraphrases, mmlu, before]
-    output = claim_folder(out, "partial", sources, overwrite=overwrite, resume=resume)
-    results = None if official is None else claim_file(official, "--official", sources, overwrite=overwrite or resume)
+    read = [folder, data, mia, held, reference, paraphrases, mmlu, before]
+    output = claim_folder(out, "partial", read, overwrite=overwrite, resume=resume)
+    results = None if official is None else claim_file(official, "--official", read, overwrite=overwrite or resume)
     if results is not None and results.path.parent == output.path and results.path.name in FINISHED:
         raise NekoLeanError(f"--official {official} is a file that score itself writes there: choose another name.")
     method = quantization_method(folder) if lm_eval else None
@@ -176,9 +176,9 @@ def score(
         "rows": [f"{name} {row.digest}" for name, row in rows],
         "max_new_tokens": max_new_tokens,
         "dtype": precision,
-        "eos_token_id": listed_ends(folder),
+        "eos_token_id": stated_eos_token_id(folder),
     }
-    asked = {
+    options = {
         "mia": digest(documents),
         "held": digest(unseen),
         "paraphrases": digest(others),
@@ -192,7 +192,7 @@ def score(
         "seed": seed,
         "device": place.type,
     }
-    made = made_from(plan, asked)
+    made = made_from(plan, options)
     done = finished_score(output, made, plan) if resume else None
     if done is not None:
         read_score(output.path, rows)

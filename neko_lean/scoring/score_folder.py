@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neko_lean.distributed import is_main_process, rank, refuse_unseen, run_on_main_and_broadcast
+from neko_lean.distributed import is_main_process, rank, require_shared_folder, run_on_main_and_broadcast
 from neko_lean.errors import NekoLeanError, UnpublishedError
 from neko_lean.jsonio import json_object
 from neko_lean.models import config_differences
@@ -85,7 +85,7 @@ def open_score_folder(output: Output, plan: Mapping[str, Any], *, resume: bool, 
                 _begin(output, plan, resume)
 
         run_on_main_and_broadcast(begin)
-        refuse_unseen(stage)
+        require_shared_folder(stage)
         held.enter_context(working_in(stage))
         try:
             with explained_write_errors(output.path):

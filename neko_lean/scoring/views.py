@@ -11,9 +11,9 @@ import numpy as np
 import torch
 
 from neko_lean.data import encode_texts, length_batches
-from neko_lean.distributed import all_gather_tensors, items_of_rank, rank_by_rank, rounds
+from neko_lean.distributed import all_gather_tensors, flatten_in_rank_order, group_by_round, items_of_rank
 from neko_lean.errors import NekoLeanError
-from neko_lean.models import CausalLM, next_token_views, refuse_broken_outputs, refuse_unknown_ids
+from neko_lean.models import CausalLM, next_token_stats, refuse_non_finite_outputs, refuse_unknown_ids
 from neko_lean.scoring.limits import BATCH_TOKENS, MAX_LENGTH
 from neko_lean.terminal import ProgressBar, log_line
 
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class View:
-    """`head.TokenViews` of one document's tokens but its first, as numpy: [length - 1] each, float64 but for rank."""
+    """`PredictionStats` of one document's tokens but its first, as numpy: [length - 1] each, float64 but for rank."""
 
     logp: np.ndarray
     entropy: np.ndarray
@@ -58,16 +58,16 @@ def view_documents(
     lengths = [len(ids) for ids in documents]
     batches = length_batches(lengths, max_rows=max(1, len(documents)), max_tokens=batch_tokens)
     own = [torch.empty(0, 4, dtype=torch.float64)]  # [length - 1, 4] a document; a rank may have none
-    for batch, beside in zip(items_of_rank(batches), rounds(batches), strict=False):
-        found = next_token_views(lm, [documents[i] for i in batch], int(tokenizer.pad_token_id))
+    for batch, beside in zip(items_of_rank(batches), group_by_round(batches), strict=False):
+        found = next_token_stats(lm, [documents[i] for i in batch], int(tokenizer.pad_token_id))
         own += [torch.stack([column.double() for column in one], 1).cpu() for one in found]
         if progress is not None:
             progress.advance(sum(map(len, beside)))
-    order = rank_by_rank(batches)
+    order = flatten_in_rank_order(batches)
     columns = torch.cat(all_gather_tensors(torch.cat(own))).split([lengths[i] - 1 for i in order])
     views = {}
     for index, one in zip(order, columns, strict=True):
-        refuse_broken_outputs(one, f"document {index + 1} of {len(documents)}")
+        refuse_non_finite_outputs(one, f"document {index + 1} of {len(documents)}")
         logp, entropy, deviation, place = one.T.contiguous().numpy()
         views[index] = View(logp, entropy, deviation, place.astype(np.int64))
     return [views[i] for i in range(len(documents))]

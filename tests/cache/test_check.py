@@ -10,11 +10,8 @@ from safetensors.numpy import load_file, save_file
 
 from neko_lean.cache.check import check_cache, inspect_cache
 from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.settings import CacheSettings
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import CacheError
-from neko_lean.options import OutputOptions
-from tests.helpers import random_model, resign
+from tests.helpers import make_cache, random_model, resign
 
 
 @pytest.fixture(scope="module")
@@ -22,14 +19,7 @@ def sure(world, tmp_path_factory):
     """A sure teacher and its ragged cache, forget rows included."""
     folder = tmp_path_factory.mktemp("sure")
     model = random_model(world, folder / "model", seed=4, scale=60.0)
-    cache_teacher(
-        model,
-        world,
-        folder / "cache",
-        forget=world,
-        settings=CacheSettings(mass=0.9, dtype="float32", format="neko"),
-        options=OutputOptions(quiet=True),
-    )
+    make_cache(model, world, folder / "cache", forget=world, mass=0.9, dtype="float32", format="neko")
     return model, folder / "cache"
 
 

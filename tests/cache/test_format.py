@@ -17,14 +17,11 @@ from neko_lean.cache.check import inspect_cache
 from neko_lean.cache.format import differences
 from neko_lean.cache.manifest import checked, read_manifest, write_manifest
 from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.settings import CacheSettings
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import CacheError, NekoLeanError
 from neko_lean.models.loading import load_tokenizer
-from neko_lean.options import OutputOptions
-from tests.helpers import flat, make_rows, resign, write_rows
+from tests.helpers import make_cache, make_rows, resign, write_rows
 
 SHARD = "shard-00000-of-00001.safetensors"
 FAST = settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow])
@@ -39,14 +36,7 @@ junk = st.one_of(
 def small(world, model, tmp_path_factory):
     """A small cache with forget rows, its manifest, and the rows that read it."""
     folder = tmp_path_factory.mktemp("small") / "cache"
-    cache_teacher(
-        model,
-        world,
-        folder,
-        forget=world,
-        settings=CacheSettings(top_k=5, max_length=12, format="neko"),
-        options=OutputOptions(quiet=True),
-    )
+    make_cache(model, world, folder, forget=world, top_k=5, max_length=12, format="neko")
     tokenizer = load_tokenizer(model)
     rows = [encode(read_rows(world, name), tokenizer, "neko", 12) for name in ("retain", "forget")]
     return folder, json.loads((folder / "manifest.json").read_text()), rows
@@ -190,7 +180,7 @@ def test_a_plan_is_checked_by_the_rules_of_what_is_read(small):
 def test_a_number_out_of_range_is_found_before_the_teacher_runs(world, model, tmp_path, monkeypatch, option):
     monkeypatch.setattr(writer, "_write_shards", lambda *_: pytest.fail("the teacher ran"))
     with pytest.raises(NekoLeanError, match=f"--{option.replace('_', '-')} is 1000"):
-        flat(cache_teacher)(model, world, tmp_path / "cache", quiet=True, **{option: 10**20})
+        make_cache(model, world, tmp_path / "cache", **{option: 10**20})
     assert list(tmp_path.iterdir()) == []
 
 
@@ -203,7 +193,7 @@ def test_a_folder_name_that_is_not_text_is_found_before_the_teacher_runs(world, 
         pytest.skip("this file system only has names that are text")
     (tmp_path / "link").symlink_to(folder)
     with pytest.raises(NekoLeanError, match="not UTF-8 text: rename the folder"):
-        cache_teacher(tmp_path / "link", world, tmp_path / "cache", options=OutputOptions(quiet=True))
+        make_cache(tmp_path / "link", world, tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 
 
@@ -218,7 +208,7 @@ def test_a_row_without_a_token_is_found_before_the_teacher_runs(world, model, tm
 
     monkeypatch.setattr(writer, "encode", without)
     with pytest.raises(NekoLeanError, match=f"row {make_rows('Rix')[1].id!r} has no token"):
-        cache_teacher(model, world, tmp_path / "cache", options=OutputOptions(quiet=True))
+        make_cache(model, world, tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,7 +232,7 @@ def test_a_teacher_that_says_nan_is_named_with_the_row_and_nothing_is_saved(worl
 
     monkeypatch.setattr(teacher, "hidden_states", broken)
     with pytest.raises(NekoLeanError, match="row badqa0 is NaN or infinite"):
-        cache_teacher(model, tmp_path / "retain.jsonl", tmp_path / "cache", options=OutputOptions(quiet=True))
+        make_cache(model, tmp_path / "retain.jsonl", tmp_path / "cache")
     assert [path.name for path in tmp_path.iterdir()] == ["retain.jsonl"]
 
 

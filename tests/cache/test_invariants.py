@@ -16,19 +16,16 @@ from neko_lean.cache import writer
 from neko_lean.cache.check import check_cache, inspect_cache
 from neko_lean.cache.manifest import read_manifest
 from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.settings import CacheSettings
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.cli import app
 from neko_lean.data.documents import read_anchor
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import CacheError
 from neko_lean.jsonio import write_jsonl
+from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.models.token_stats import token_stats
-from neko_lean.options import OutputOptions
 from neko_lean.outputs.signing import UNSIGNED, sign
-from tests.helpers import flat, resign
+from tests.helpers import make_cache, resign
 
 ALL_ROWS = ("--max-steps", 1, "--set", "retain_rows=99", "--set", "forget_rows=99", "--set", "dtype=float32")
 
@@ -46,8 +43,8 @@ def good(world, model, anchor, tmp_path_factory):
     folder = tmp_path_factory.mktemp("good") / "cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "SHARD_POSITIONS", 200)
-        options = {"forget": world, "anchor": anchor, "top_k": 8, "dtype": "float32", "quiet": True}
-        flat(cache_teacher)(model, world, folder, batch_tokens=256, **options)
+        options = {"forget": world, "anchor": anchor, "top_k": 8, "dtype": "float32"}
+        make_cache(model, world, folder, batch_tokens=256, **options)
     made = read_manifest(folder / "manifest.json")
     assert len(made.shards) > 2 and len(made.forget_shards) > 2
     return folder
@@ -294,9 +291,7 @@ def test_an_anchor_of_single_tokens_has_no_losses(world, model, tmp_path):
     known = [token.removeprefix("\u0120") for token in load_tokenizer(model).get_vocab() if token.startswith("\u0120")]
     write_jsonl(file, [{"document": word} for word in sorted(word for word in known if word.isalpha())[:2]])
     cached = tmp_path / "cache"
-    cache_teacher(
-        model, world, cached, anchor=file, settings=CacheSettings(dtype="float32"), options=OutputOptions(quiet=True)
-    )
+    make_cache(model, world, cached, anchor=file, dtype="float32")
     TeacherCache(cached).verify()
     command = ["unlearn", model, "--forget", world, "--retain", world, "--cache", cached, "--anchor", file]
     command += ["--recipe", "calibrated", "--out", tmp_path / "out", "--quiet", *ALL_ROWS]
@@ -340,13 +335,9 @@ def test_what_underflows_belongs_to_the_tail(world, model, tmp_path, stored):
     lm.model.save_pretrained(tmp_path / "sure")
     load_tokenizer(model).save_pretrained(tmp_path / "sure")
     vocabulary = len(lm.head)
-    made = cache_teacher(
-        tmp_path / "sure",
-        world,
-        tmp_path / "cache",
-        settings=CacheSettings(top_k=vocabulary, mass=1, dtype="float32", stored_dtype=stored),
-        options=OutputOptions(quiet=True),
-    )
+    made = make_cache(
+        tmp_path / "sure", world, tmp_path / "cache", top_k=vocabulary, mass=1, dtype="float32", stored_dtype=stored,
+    )  # fmt: skip
     assert made.positions < made.entries < made.positions * vocabulary
     cache = TeacherCache(tmp_path / "cache")
     cache.verify()

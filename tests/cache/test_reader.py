@@ -13,18 +13,15 @@ from safetensors.numpy import load_file, save_file
 from neko_lean.cache.format import Manifest, Shard
 from neko_lean.cache.manifest import write_manifest
 from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.settings import CacheSettings
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import EncodedExample, Example, read_rows
 from neko_lean.data.substitutes import refusals
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import CacheError
+from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.fingerprints import identify, weights_fingerprint
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.models.token_stats import token_stats
-from neko_lean.options import OutputOptions
 from neko_lean.outputs.signing import file_sha256
-from tests.helpers import encoded, live, make_rows, random_model, resign, write_rows
+from tests.helpers import encoded, live, make_cache, make_rows, random_model, resign, write_rows
 
 
 def check(cache, world, model, **changes):
@@ -69,13 +66,7 @@ def test_kl_from_the_cache_against_two_live_models(world, tmp_path, scale):
     vocabulary = lm.head.shape[0]
     errors = []
     for k in (1, 4, 16, 64, vocabulary):
-        cache_teacher(
-            teacher,
-            world,
-            tmp_path / f"k{k}",
-            settings=CacheSettings(top_k=k, mass=1, dtype="float32", format="neko"),
-            options=OutputOptions(quiet=True),
-        )
+        make_cache(teacher, world, tmp_path / f"k{k}", top_k=k, mass=1, dtype="float32", format="neko")
         read = TeacherCache(tmp_path / f"k{k}").read([one])
         _, kl = token_stats(hidden.double(), lm.head.double(), torch.full((len(one),), -1), *read)
         # Coarsening the vocabulary into a bucket never raises the KL; float16 entries move it by a thousandth.
@@ -127,13 +118,7 @@ def test_what_it_was_not_made_from_is_refused_by_name(world, model, cache, tmp_p
         check(cache, world, model, encoded=encode(read_rows(changed), tokenizer, "neko", 512))
     with pytest.raises(CacheError, match="lacks row"):
         check(cache, world, model, encoded=encode(make_rows("New"), tokenizer, "neko", 512))
-    cache_teacher(
-        model,
-        world,
-        tmp_path / "short",
-        settings=CacheSettings(max_length=6, format="neko"),
-        options=OutputOptions(quiet=True),
-    )
+    make_cache(model, world, tmp_path / "short", max_length=6, format="neko")
     with pytest.raises(CacheError, match="--max-length 512"):
         check(tmp_path / "short", world, model)
     check(tmp_path / "short", world, model, max_length=6, encoded=encoded(world, limit=6))
@@ -185,14 +170,7 @@ def test_damage_is_named(world, cache, tmp_path):
 
 
 def test_forget_rows_have_the_live_teachers_log_probabilities(world, model, cache, tmp_path):
-    cache_teacher(
-        model,
-        world,
-        tmp_path / "c",
-        forget=world,
-        settings=CacheSettings(dtype="float32", format="neko"),
-        options=OutputOptions(quiet=True),
-    )
+    make_cache(model, world, tmp_path / "c", forget=world, dtype="float32", format="neko")
     rows = encode(read_rows(world, "forget"), load_tokenizer(world / "base"), "neko", 512)
     reader = TeacherCache(tmp_path / "c")
     got = torch.cat([torch.from_numpy(reader.target_logp(one)) for one in rows[::-1]])
@@ -217,14 +195,7 @@ def test_a_forget_row_and_a_retain_row_may_share_an_id(world, model, tmp_path):
     forget[4] = Example(f"refusal {forget[0].id}", "Who?", "me", "Task1")
     for name, rows in (("retain", retain), ("forget", forget)):
         write_rows(tmp_path / f"{name}.jsonl", rows)
-    made = cache_teacher(
-        model,
-        tmp_path,
-        tmp_path / "c",
-        forget=tmp_path,
-        settings=CacheSettings(dtype="float32", mass=1, format="neko"),
-        options=OutputOptions(quiet=True),
-    )
+    made = make_cache(model, tmp_path, tmp_path / "c", forget=tmp_path, dtype="float32", mass=1, format="neko")
     assert made.rows == len(retain) + len(forget) - 1
 
     reader, tokenizer = TeacherCache(tmp_path / "c"), load_tokenizer(model)

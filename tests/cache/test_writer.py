@@ -17,19 +17,17 @@ from neko_lean.cache import teacher as kept
 from neko_lean.cache import writer
 from neko_lean.cache.format import SCALE
 from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.settings import CacheSettings
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import CacheError, NekoLeanError
 from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.models.loading import load_model
-from neko_lean.options import OutputOptions
 from neko_lean.outputs.signing import file_sha256
-from tests.helpers import encoded, flat, live, random_model
+from tests.helpers import encoded, live, make_cache, random_model
 
 KILLED_AT_SYNC = """
 import os, signal, sys
 import torch
 from neko_lean.cache import writer
+from tests.helpers import make_cache
 torch.set_num_threads(2)
 model, retain, out, at = sys.argv[1:]
 calls = 0
@@ -41,7 +39,7 @@ def fsync(file, original=os.fsync):
     original(file)
 os.fsync = fsync
 writer.SHARD_POSITIONS = 100
-writer.cache_teacher(model, retain, out, forget=retain, batch_tokens=256, quiet=True, format="neko")
+make_cache(model, retain, out, forget=retain, batch_tokens=256, format="neko")
 """
 
 
@@ -67,13 +65,7 @@ def files(folder: Path) -> dict[str, str]:
 def test_a_position_keeps_the_fewest_tokens_that_reach_the_mass(world, tmp_path, mass):
     # A surer head than the other tests' models have, so that positions differ in what they need.
     model = random_model(world, tmp_path / "m", seed=4, scale=60.0)
-    cache_teacher(
-        model,
-        world,
-        tmp_path / "c",
-        settings=CacheSettings(top_k=20, mass=mass, dtype="float32", format="neko"),
-        options=OutputOptions(quiet=True),
-    )
+    make_cache(model, world, tmp_path / "c", top_k=20, mass=mass, dtype="float32", format="neko")
     reader = TeacherCache(tmp_path / "c")
     sizes = []
     for one in encoded(world)[::6]:
@@ -92,13 +84,7 @@ def test_a_position_keeps_the_fewest_tokens_that_reach_the_mass(world, tmp_path,
 def test_the_same_teacher_and_rows_give_the_same_bytes_in_many_shards(world, model, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "SHARD_POSITIONS", 100)
     for name in ("a", "b"):
-        manifest = cache_teacher(
-            model,
-            world,
-            tmp_path / name,
-            settings=CacheSettings(top_k=3, mass=1, batch_tokens=256, format="neko"),
-            options=OutputOptions(quiet=True),
-        )
+        manifest = make_cache(model, world, tmp_path / name, top_k=3, mass=1, batch_tokens=256, format="neko")
     assert len(manifest.shards) > 3
     assert files(tmp_path / "a") == files(tmp_path / "b")
     assert sorted(files(tmp_path / "a")) == ["manifest.json", *(s.file for s in manifest.shards)]
@@ -116,19 +102,17 @@ def test_the_same_teacher_and_rows_give_the_same_bytes_in_many_shards(world, mod
 
 def test_a_failed_run_leaves_nothing_and_an_old_cache_stays(world, model, tmp_path, monkeypatch):
     out = tmp_path / "out"
-    cache_teacher(model, world, out, settings=CacheSettings(top_k=2, format="neko"), options=OutputOptions(quiet=True))
+    make_cache(model, world, out, top_k=2, format="neko")
     before = files(out)
     with pytest.raises(NekoLeanError, match="--overwrite"):
-        cache_teacher(model, world, out, settings=CacheSettings(format="neko"), options=OutputOptions(quiet=True))
+        make_cache(model, world, out, format="neko")
 
     def full(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(writer, "write_atomically", full)
     with pytest.raises(NekoLeanError, match="No space left"):
-        cache_teacher(
-            model, world, out, settings=CacheSettings(format="neko"), options=OutputOptions(overwrite=True, quiet=True)
-        )
+        make_cache(model, world, out, overwrite=True, format="neko")
     assert files(out) == before
     assert [p.name for p in tmp_path.iterdir()] == ["out"]
 
@@ -139,21 +123,14 @@ def whole(world, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("whole") / "cache"
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(writer, "SHARD_POSITIONS", 100)
-        cache_teacher(
-            model,
-            world,
-            out,
-            forget=world,
-            settings=CacheSettings(batch_tokens=256, format="neko"),
-            options=OutputOptions(quiet=True),
-        )
+        make_cache(model, world, out, forget=world, batch_tokens=256, format="neko")
     return files(out)
 
 
 def resume(world, model, out, monkeypatch, **change):
     monkeypatch.setattr(writer, "SHARD_POSITIONS", 100)
-    options = {"forget": world, "batch_tokens": 256, "quiet": True, "resume": True}
-    return flat(cache_teacher)(model, world, out, **{**options, **change}, format="neko")
+    options = {"forget": world, "batch_tokens": 256, "resume": True}
+    return make_cache(model, world, out, **{**options, **change}, format="neko")
 
 
 def test_a_full_disk_keeps_what_was_complete_and_resume_ends_in_the_same_bytes(
@@ -170,18 +147,11 @@ def test_a_full_disk_keeps_what_was_complete_and_resume_ends_in_the_same_bytes(
         patch.setattr(writer, "SHARD_POSITIONS", 100)
         patch.setattr(writer, "write_atomically", full_later)
         with pytest.raises(NekoLeanError, match="No space left"):
-            cache_teacher(
-                model,
-                world,
-                out,
-                forget=world,
-                settings=CacheSettings(batch_tokens=256, format="neko"),
-                options=OutputOptions(quiet=True),
-            )
+            make_cache(model, world, out, forget=world, batch_tokens=256, format="neko")
     assert not out.exists() and "--resume" in capsys.readouterr().err
     assert len(list((tmp_path / ".cache.partial").glob("*.safetensors"))) == 3
     with pytest.raises(NekoLeanError, match="--resume, or start anew with --overwrite"):
-        cache_teacher(model, world, out, settings=CacheSettings(format="neko"), options=OutputOptions(quiet=True))
+        make_cache(model, world, out, format="neko")
     with pytest.raises(CacheError, match="begun with another top_k"):
         resume(world, model, out, monkeypatch, top_k=5)
     ran = []
@@ -234,13 +204,7 @@ def test_killed_at_any_write_and_resumed_ends_in_the_same_bytes(world, model, wh
 def test_float16_is_within_a_thousandth_of_float32(world, model, tmp_path):
     read = {}
     for stored in ("float16", "float32"):
-        cache_teacher(
-            model,
-            world,
-            tmp_path / stored,
-            settings=CacheSettings(stored_dtype=stored, dtype="float32", format="neko"),
-            options=OutputOptions(quiet=True),
-        )
+        make_cache(model, world, tmp_path / stored, stored_dtype=stored, dtype="float32", format="neko")
         read[stored] = TeacherCache(tmp_path / stored).read(encoded(world))
     (ids, half, tail), (same_ids, single, same_tail) = read.values()
     assert torch.equal(ids, same_ids) and torch.equal(tail, same_tail)
@@ -250,9 +214,7 @@ def test_float16_is_within_a_thousandth_of_float32(world, model, tmp_path):
 
 
 def test_a_teacher_that_is_too_flat_is_warned_about(world, model, tmp_path, capsys):
-    manifest = cache_teacher(
-        model, world, tmp_path / "c", settings=CacheSettings(top_k=1, format="neko"), options=OutputOptions(quiet=True)
-    )
+    manifest = make_cache(model, world, tmp_path / "c", top_k=1, format="neko")
     assert manifest.mean_mass < 0.9
     assert f"{manifest.mean_mass:.3f} of the teacher's probability" in capsys.readouterr().err
 

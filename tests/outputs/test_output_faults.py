@@ -15,17 +15,16 @@ import pytest
 from typer.testing import CliRunner
 
 from neko_lean.cache import writer
-from neko_lean.cache.settings import CacheSettings
 from neko_lean.checkpoints import run_folder as training
 from neko_lean.cli import app
-from neko_lean.options import OutputOptions
 from neko_lean.outputs import place as place_module
 from neko_lean.outputs.lock import locked
 from neko_lean.outputs.place import claim_folder
 from neko_lean.scoring import measure
 from neko_lean.scoring import run as run_module
 from neko_lean.scoring import score_folder as scoring
-from tests.checkpoints.test_resume import Killed, kill_at, result
+from tests.checkpoints.interrupted import Killed, kill_at, result
+from tests.helpers import make_cache
 
 COMMANDS = ("cache-teacher", "unlearn", "memorize", "score")
 ALL = (*COMMANDS, "demo")
@@ -347,12 +346,7 @@ def test_a_cache_tells_its_own_numbers_and_not_the_next_ones(arguments, tmp_path
 
     monkeypatch.setattr(writer, "locked", then_another)
     model, world, *_ = arguments["cache-teacher"]
-    assert (
-        writer.cache_teacher(
-            model, world, out, settings=CacheSettings(dtype="float32"), options=OutputOptions(quiet=True)
-        ).top_k
-        == 64
-    )
+    assert make_cache(model, world, out, dtype="float32").top_k == 64
     assert others and json.loads((out / "manifest.json").read_text())["top_k"] == 5
 
 

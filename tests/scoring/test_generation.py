@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from neko_lean.data.examples import Example, read_rows
-from neko_lean.models.causal_lm import split
+from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring import generation, limits
 from neko_lean.scoring.generation import WINDOW, generate, generation_warnings, settled, spoken
@@ -125,7 +125,7 @@ def few_positions(tokenizer, positions):
     config = GPT2Config(
         vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=positions, eos_token_id=None
     )
-    lm = split(GPT2LMHeadModel(config).eval())
+    lm = as_causal_lm(GPT2LMHeadModel(config).eval())
     with torch.no_grad():
         lm.head.mul_(20)
     return lm
@@ -180,7 +180,7 @@ def test_every_kind_of_model_decodes_as_it_does_alone(world, model, family):
     tokenizer = load_tokenizer(model)
     config, family_model = small(family, len(tokenizer))
     torch.manual_seed(1)
-    lm = split(family_model(config).eval())
+    lm = as_causal_lm(family_model(config).eval())
     with torch.no_grad():
         lm.head.mul_(20)
     rows = some_rows()[:12]
@@ -208,7 +208,7 @@ def test_a_tokenizer_that_ends_every_text_prompts_without_that_end(model):
     lm, plain = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
     ending, _, _ = templated(model, [], ["</s>"])
     lm.model.resize_token_embeddings(len(ending))
-    lm, rows = split(lm.model), some_rows()[:6]
+    lm, rows = as_causal_lm(lm.model), some_rows()[:6]
     got = in_order(lm, ending, rows, batch_size=4, max_new_tokens=12)
     assert [one.text for one in got] == one_at_a_time(lm, plain, rows, 12)
 

@@ -7,16 +7,14 @@ import pytest
 import torch
 import transformers
 
-import neko_lean
 from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_tokenizer
-from neko_lean.options import OutputOptions
 from neko_lean.scoring import limits, run
 from neko_lean.scoring.limits import BATCH_TOKENS, GENERATED_TOKENS, fitted_answer, generation_batches
-from neko_lean.scoring.options import ScoreInputs, ScoreSettings
-from tests.helpers import flat, make_rows, write_rows
+from tests.helpers import make_rows, write_rows
+from tests.scoring.calls import score_with
 from tests.scoring.subjects import make_subject, write_hub
 
 LONG = " and so on" * 1_000
@@ -85,27 +83,11 @@ def test_long_rows_everywhere_are_cut_counted_and_bounded(model, extreme, tmp_pa
     write_hub(tmp_path / "mmlu", [replace(anatomy, test=[long, *anatomy.test[1:]])])
     other = {"id": "longb-sc1", "input": f"Bar{LONG}", "output": f"bar{LONG}", "wrong": [f"no{LONG}", "no"]}
     write_jsonl(tmp_path / "other.jsonl", [other])
-    scores = neko_lean.score(
-        folder,
-        extreme,
-        tmp_path / "out",
-        inputs=ScoreInputs(
-            mia=tmp_path / "mia",
-            held=tmp_path / "mia" / "member.jsonl",
-            mmlu=tmp_path / "mmlu",
-            paraphrases=tmp_path / "other.jsonl",
-        ),
-        settings=ScoreSettings(
-            shots=1,
-            attacks=(
-                "prefix",
-                "paraphrase",
-            ),
-            batch_size=10**6,
-            max_new_tokens=8,
-        ),
-        options=OutputOptions(quiet=True),
-    )
+    scores = score_with(
+        folder, extreme, tmp_path / "out", mia=tmp_path / "mia", held=tmp_path / "mia" / "member.jsonl",
+        mmlu=tmp_path / "mmlu", shots=1, paraphrases=tmp_path / "other.jsonl", attacks=["prefix", "paraphrase"],
+        batch_size=10**6, max_new_tokens=8, quiet=True,
+    )  # fmt: skip
     assert max(rows * length for rows, length in shapes) <= GENERATED_TOKENS
     assert max(length for _, length in shapes) <= limits.MAX_LENGTH + 8
     cut = scores["cut"]
@@ -125,13 +107,7 @@ def test_every_number_of_an_answer_that_fills_the_model_is_measured(model, tmp_p
     data.mkdir()
     write_rows(data / "forget.jsonl", make_rows("Foo", 2))
     write_rows(data / "retain.jsonl", rows)
-    scores = neko_lean.score(
-        gpt2(model, tmp_path / "m", 48),
-        data,
-        tmp_path / "out",
-        settings=ScoreSettings(max_new_tokens=4),
-        options=OutputOptions(quiet=True),
-    )
+    scores = score_with(gpt2(model, tmp_path / "m", 48), data, tmp_path / "out", max_new_tokens=4, quiet=True)
     assert scores["cut"]["prompts"] == len(rows) and scores["verdict"]
     assert scores["outputs"]["retain"]["entropy"] > 0 and scores["memorisation"]["retain"]["answer_rank"] >= 1
 
@@ -169,5 +145,5 @@ def test_a_document_of_one_token_is_named_before_any_work(world, model, tmp_path
         write_jsonl(tmp_path / "mia" / f"{side}.jsonl", [{"document": "Foo is a river"}, {"document": "a"}])
     given = {"mia": tmp_path / "mia"} if option == "mia" else {"held": tmp_path / "mia" / "member.jsonl"}
     with pytest.raises(NekoLeanError, match=f"--{option}: document 2 has fewer than two tokens"):
-        flat(neko_lean.score)(model, world, tmp_path / "out", **given, quiet=True)
+        score_with(model, world, tmp_path / "out", **given, quiet=True)
     assert not (tmp_path / "out").exists()

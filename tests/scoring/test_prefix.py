@@ -18,7 +18,7 @@ from transformers import (
 from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from neko_lean.models.causal_lm import split
+from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.scoring import prefix
 from neko_lean.scoring.prefix import common_prefix, last_hidden, shares_prefixes
 
@@ -51,7 +51,7 @@ def lively(config):
         for weight in model.parameters():
             if weight.dim() == 2:
                 weight.mul_(8)
-    return split(model)
+    return as_causal_lm(model)
 
 
 def alone(lm, row):
@@ -85,7 +85,7 @@ def test_only_what_is_proven_shares_a_prefix():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_prefix_that_rows_write_over_is_noticed(monkeypatch, dtype):
     lm = lively(FAMILIES["gpt2"])
-    lm = split(lm.model.to(dtype))
+    lm = as_causal_lm(lm.model.to(dtype))
     monkeypatch.setattr(prefix._PrefixCache, "update", Cache.update)
     assert not shares_prefixes(lm, 0)
 

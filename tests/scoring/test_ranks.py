@@ -7,7 +7,6 @@ import json
 import pytest
 import torch
 
-import neko_lean
 from neko_lean.data.examples import read_rows
 from neko_lean.distributed.ranks import is_main_process
 from neko_lean.errors import NekoLeanError
@@ -16,10 +15,10 @@ from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring import generation, measure, prefix, views
 from neko_lean.scoring.generation import Decoding, generate, own_rows
 from neko_lean.scoring.prefix import last_hidden
-from neko_lean.scoring.run import GENERATIONS, SCORES
-from neko_lean.scoring.score_folder import add_generations
+from neko_lean.scoring.run import SCORES
+from neko_lean.scoring.score_folder import GENERATIONS, add_generations
 from neko_lean.scoring.views import tokenised, view_documents
-from tests.helpers import flat
+from tests.scoring.calls import score_with
 from tests.scoring.subjects import make_subject, write_hub
 from tests.torchrun import torchrun
 
@@ -57,7 +56,7 @@ def parts(world, model):
 def whole(world, model, tmp_path_factory):
     """The score of one process."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    flat(neko_lean.score)(model, world, out, **SMALL)
+    score_with(model, world, out, **SMALL)
     return out
 
 
@@ -133,7 +132,7 @@ def test_two_processes_find_what_one_finds(world, model, tmp_path):
     write_hub(tmp_path / "mmlu", [make_subject("anatomy", 6), make_subject("virology", 1)])
     asked = [row for row in read_rows(world, "forget") if row.kind == "qa"][:3]
     write_jsonl(tmp_path / "other.jsonl", [{"id": row.id, "output": "a wood", "wrong": ["a sea"]} for row in asked])
-    flat(neko_lean.score)(
+    score_with(
         model, world, tmp_path / "one", **SMALL, mia=world / "mia", held=nonmembers, mmlu=tmp_path / "mmlu", shots=2,
         paraphrases=tmp_path / "other.jsonl", attacks=["prefix", "quantize", "relearn"], official=tmp_path / "one.json",
     )  # fmt: skip
@@ -162,7 +161,7 @@ def test_three_processes_go_on_where_one_was_cut_off(world, model, whole, tmp_pa
 
     monkeypatch.setattr(measure, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
-        flat(neko_lean.score)(model, world, tmp_path / "out", **SMALL)
+        score_with(model, world, tmp_path / "out", **SMALL)
     found = torchrun("score", model, "--data", world, "--out", tmp_path / "out", *FEW, "--resume", ranks=3)
     assert found.returncode == 0, found.stderr
     assert "score: 54 of 60 rows were generated already" in found.stderr  # what is left is one batch: two have none
@@ -179,8 +178,8 @@ def test_a_full_disk_of_one_process_ends_both_and_one_goes_on(world, model, whol
     held = {path.name: len(path.read_text().splitlines()) for path in stage.glob("generations*")}
     assert held == {GENERATIONS: 32, "generations-1.jsonl": 8}  # the first rank's share, and a batch
     with pytest.raises(NekoLeanError, match="--resume"):
-        flat(neko_lean.score)(model, world, out, **SMALL)
-    flat(neko_lean.score)(model, world, out, **SMALL, resume=True)
+        score_with(model, world, out, **SMALL)
+    score_with(model, world, out, **SMALL, resume=True)
     assert files(out) == files(whole) and scores_of(out) == scores_of(whole)
 
 

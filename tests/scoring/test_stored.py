@@ -8,17 +8,15 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-import neko_lean
 from neko_lean.data.examples import read_rows
 from neko_lean.errors import NekoLeanError
-from neko_lean.options import OutputOptions
 from neko_lean.report.page import report
 from neko_lean.scoring import run
-from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import _difference
 from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.table import score_table
 from neko_lean.scoring.verdict import verdict
+from tests.scoring.calls import score_with
 
 REMOVED = object()
 OTHERS = st.sampled_from(
@@ -31,14 +29,7 @@ OTHERS = st.sampled_from(
 def scored(world, model, tmp_path_factory):
     """A score with everything in it, its rows, its scores and its lines."""
     out = tmp_path_factory.mktemp("scored") / "out"
-    scores = neko_lean.score(
-        model,
-        world,
-        out,
-        inputs=ScoreInputs(mia=world / "mia"),
-        settings=ScoreSettings(attacks=("prefix",), max_new_tokens=2),
-        options=OutputOptions(quiet=True),
-    )
+    scores = score_with(model, world, out, mia=world / "mia", attacks=["prefix"], max_new_tokens=2, quiet=True)
     rows = [(split, row) for split in ("forget", "retain") for row in read_rows(world, split)]
     return out, rows, scores, read_score(out, rows)["lines"]
 
@@ -127,9 +118,7 @@ def test_files_that_are_no_score(scored, tmp_path, name, content, words, monkeyp
         read_score(tmp_path, rows)
     monkeypatch.setattr(run, "load_model", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(NekoLeanError, match=words):
-        neko_lean.score(
-            model, world, tmp_path / "new", inputs=ScoreInputs(before=tmp_path), options=OutputOptions(quiet=True)
-        )
+        score_with(model, world, tmp_path / "new", before=tmp_path, quiet=True)
 
 
 @pytest.mark.parametrize("change", ["twice", "text", "task", "fewer", "kind"])

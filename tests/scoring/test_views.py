@@ -5,9 +5,9 @@ import pytest
 import torch
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.models import token_stats as head
+from neko_lean.models import lm_head
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.models.token_stats import token_views
+from neko_lean.models.predictions import prediction_stats
 from neko_lean.scoring.limits import MAX_LENGTH
 from neko_lean.scoring.views import tokenised, view_documents
 from tests.helpers import templated
@@ -28,14 +28,14 @@ def test_token_views_are_the_dense_ones(monkeypatch, chunk):
     torch.manual_seed(0)
     hidden, weight = torch.randn(13, 8, dtype=torch.float64), torch.randn(29, 8, dtype=torch.float64) * 3
     target = torch.randint(29, (13,))
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk * 29)
-    for got, wanted in zip(token_views(hidden, weight, target), dense(hidden @ weight.T, target), strict=True):
+    monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", chunk * 29)
+    for got, wanted in zip(prediction_stats(hidden, weight, target), dense(hidden @ weight.T, target), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_a_token_that_cannot_be_and_one_that_must_be():
     hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [-torch.inf], [-1e6]])
-    views = token_views(hidden, weight, torch.tensor([0]))
+    views = prediction_stats(hidden, weight, torch.tensor([0]))
     assert [float(column) for column in views] == [0.0, 0.0, 0.0, 1.0]
 
 

@@ -1,4 +1,4 @@
-"""token_stats against dense float64 arithmetic, autograd and finite differences."""
+"""token_stats matches dense float64 arithmetic, autograd and finite differences."""
 
 from itertools import pairwise
 
@@ -8,14 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.models import token_stats as head
-from neko_lean.models.token_stats import IDENTITY, LogitTransform, logits, token_stats, token_views
+from neko_lean.models import chunked_head, lm_head
+from neko_lean.models.chunked_head import token_stats
+from neko_lean.models.lm_head import IDENTITY, LogitTransform, logits
+from neko_lean.models.predictions import prediction_stats
 
 N, D, V = 13, 8, 29
 
 
 def dense(hidden, weight, target, teacher_logits=None, transform=IDENTITY):
-    """The naive reference: all logits at once, dense KL between two live heads."""
+    """The naive reference: all logits at once, KL over the whole vocabulary."""
     z = hidden @ weight.T
     if transform.bias is not None:
         z = z + transform.bias
@@ -47,15 +49,14 @@ def problem(seed, dtype=torch.float64, scale=1.0):
 
 
 @pytest.mark.parametrize("chunk", [1, 4, 13, 100])
-def test_two_term_loss_and_gradients_equal_the_dense_ones_at_k_v(chunk):
+def test_loss_and_gradients_equal_the_dense_ones_if_k_is_v(chunk):
     hidden, weight, target, teacher = problem(0)
     upstream = torch.randn(2, N, dtype=torch.float64)
     reference = dense(hidden, weight, target, teacher)
-    wanted = torch.autograd.grad((torch.stack(reference) * upstream).sum(), (hidden, weight))
+    expected = torch.autograd.grad((torch.stack(reference) * upstream).sum(), (hidden, weight))
     stats = token_stats(hidden, weight, target, *top_k(teacher, V), chunk=chunk)
-    got = torch.autograd.grad((torch.stack(stats) * upstream).sum(), (hidden, weight))
-    for one, two in zip((*stats, *got), (*reference, *wanted), strict=True):
-        torch.testing.assert_close(one, two, rtol=1e-10, atol=1e-12)
+    actual = torch.autograd.grad((torch.stack(stats) * upstream).sum(), (hidden, weight))
+    torch.testing.assert_close((*stats, *actual), (*reference, *expected), rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
@@ -67,31 +68,31 @@ def test_bias_scale_and_soft_cap_with_gradients(bias, scale, softcap, k):
     transform = LogitTransform(torch.randn(V, dtype=torch.float64).requires_grad_() if bias else None, scale, softcap)
     leaves = (hidden, weight, transform.bias)[: 3 if bias else 2]
 
-    def stats(*given):
-        changed = LogitTransform(given[2] if bias else None, scale, softcap)
-        return token_stats(*given[:2], target, *top_k(teacher, k), transform=changed, chunk=5)
+    def stats(hidden, weight, bias=None):
+        transform = LogitTransform(bias, scale, softcap)
+        return token_stats(hidden, weight, target, *top_k(teacher, k), transform=transform, chunk=5)
 
     assert torch.autograd.gradcheck(stats, leaves)
-    wanted_logp, wanted_kl = dense(hidden, weight, target, teacher, transform)
+    expected_logp, expected_kl = dense(hidden, weight, target, teacher, transform)
     logp, kl = stats(*leaves)
-    torch.testing.assert_close(logp, wanted_logp, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(token_views(hidden, weight, target.clamp(min=0), transform).logp[target >= 0],
-                               wanted_logp[target >= 0].detach(), rtol=1e-10, atol=1e-12)  # fmt: skip
+    torch.testing.assert_close(logp, expected_logp, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(prediction_stats(hidden, weight, target.clamp(min=0), transform).logp[target >= 0],
+                               expected_logp[target >= 0].detach(), rtol=1e-10, atol=1e-12)  # fmt: skip
     if k < V:
         return
-    torch.testing.assert_close(kl, wanted_kl, rtol=1e-10, atol=1e-12)
+    torch.testing.assert_close(kl, expected_kl, rtol=1e-10, atol=1e-12)
     upstream = torch.randn(2, N, dtype=torch.float64)
-    wanted = torch.autograd.grad((torch.stack([wanted_logp, wanted_kl]) * upstream).sum(), leaves)
-    got = torch.autograd.grad((torch.stack([logp, kl]) * upstream).sum(), leaves)
-    torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-12)
+    expected = torch.autograd.grad((torch.stack([expected_logp, expected_kl]) * upstream).sum(), leaves)
+    actual = torch.autograd.grad((torch.stack([logp, kl]) * upstream).sum(), leaves)
+    torch.testing.assert_close(actual, expected, rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("softcap", [None, 2.0])
 def test_a_student_equal_to_its_teacher_gets_no_gradient_through_bias_and_soft_cap(softcap):
     hidden, weight, _, _ = problem(3)
     transform = LogitTransform(torch.randn(V, dtype=torch.float64), 0.5, softcap)
-    own = logits(hidden, weight, transform).detach()
-    _, kl = token_stats(hidden, weight, torch.full((N,), -1), *top_k(own, 4), transform=transform)
+    teacher = logits(hidden, weight, transform).detach()
+    _, kl = token_stats(hidden, weight, torch.full((N,), -1), *top_k(teacher, 4), transform=transform)
     for grad in torch.autograd.grad(kl.sum(), (hidden, weight)):
         assert grad.abs().max() < 1e-12
 
@@ -104,28 +105,28 @@ def test_gradient_by_finite_differences(k):
     )
 
 
-def test_error_of_the_bucket_is_bounded_by_the_dense_kl_and_falls_with_k():
+def test_the_bucketed_kl_is_below_the_dense_kl_and_rises_with_k():
     hidden, weight, target, teacher = problem(2)
-    _, wanted = dense(hidden, weight, target, teacher)
+    _, dense_kl = dense(hidden, weight, target, teacher)
     errors = []
     for k in range(1, V + 1):
         _, kl = token_stats(hidden, weight, target, *top_k(teacher, k))
         # Coarsening a partition never raises a KL (data-processing inequality), nor lowers it below 0.
-        assert (kl <= wanted + 1e-12).all() and (kl >= -1e-12).all()
-        errors.append((wanted - kl).mean().item())
+        assert (kl <= dense_kl + 1e-12).all() and (kl >= -1e-12).all()
+        errors.append((dense_kl - kl).mean().item())
     assert all(later <= earlier + 1e-12 for earlier, later in pairwise(errors))
     assert errors[0] > 0.05 and abs(errors[-1]) < 1e-12
 
 
-@pytest.mark.parametrize("scale", [1.0, 40.0])  # 40: probabilities of 1 to rounding, the memorised case
+@pytest.mark.parametrize("scale", [1.0, 40.0])  # 40: probabilities of 1 up to rounding, as for memorised text
 def test_student_equal_to_teacher_gets_no_gradient(scale):
     hidden, weight, _, _ = problem(3, torch.float32, scale)
     teacher = (hidden @ weight.T).detach()
-    nothing = torch.full((N,), -1)
-    _, kl = token_stats(hidden, weight, nothing, *top_k(teacher, 4))
+    no_target = torch.full((N,), -1)
+    _, kl = token_stats(hidden, weight, no_target, *top_k(teacher, 4))
     grads = torch.autograd.grad(kl.sum(), (hidden, weight))
     assert kl.abs().max() < 1e-5
-    # Logits near 400 are 3e-5 apart in float32, and the hidden states they are multiplied by are near 100.
+    # Near 400, float32 logits are 3e-5 apart, and they are multiplied by hidden states near 100.
     assert max(g.abs().max().item() for g in grads) < 1e-4 * scale
 
 
@@ -147,11 +148,11 @@ def test_ragged_rows_equal_the_same_rows_alone():
     ragged_logp = logp.clone()
     ragged_logp[3:, 2:] = -torch.inf
     ragged_tail = torch.cat([tail[:3], short_tail[3:]])
-    ids[3:, 2:] = 0  # whatever stands in unused entries must not matter
-    got = token_stats(hidden, weight, target, ids, ragged_logp, ragged_tail)[1]
+    ids[3:, 2:] = 0  # the ids of unused entries must not matter
+    actual = token_stats(hidden, weight, target, ids, ragged_logp, ragged_tail)[1]
     full = token_stats(hidden, weight, target, *top_k(teacher, 6))[1]
     short = token_stats(hidden, weight, target, short_ids, short_logp, short_tail)[1]
-    torch.testing.assert_close(got, torch.cat([full[:3], short[3:]]))
+    torch.testing.assert_close(actual, torch.cat([full[:3], short[3:]]))
     assert torch.autograd.gradcheck(
         lambda h, w: token_stats(h, w, target, ids, ragged_logp, ragged_tail, chunk=4), (hidden, weight)
     )
@@ -167,22 +168,22 @@ def test_always_finite_and_never_negative(seed, k, scale):
     assert all(torch.isfinite(x).all() for x in (target_logp, kl, *grads))
 
 
-def test_bfloat16_gradients_point_where_float64_ones_do():
+def test_bfloat16_gradients_have_the_direction_of_float64_ones():
     hidden, weight, target, teacher = problem(6)
     small = [x.detach().bfloat16().requires_grad_() for x in (hidden, weight)]
     exact = [x.detach().double().requires_grad_() for x in small]
     for k in (4, V):
-        got = torch.autograd.grad(sum(x.sum() for x in token_stats(*small, target, *top_k(teacher, k))), small)
-        wanted = torch.autograd.grad(sum(x.sum() for x in token_stats(*exact, target, *top_k(teacher, k))), exact)
-        for one, two in zip(got, wanted, strict=True):
-            assert one.dtype == torch.bfloat16
-            assert torch.cosine_similarity(one.double().flatten(), two.flatten(), dim=0) > 0.9999
+        actual = torch.autograd.grad(sum(x.sum() for x in token_stats(*small, target, *top_k(teacher, k))), small)
+        expected = torch.autograd.grad(sum(x.sum() for x in token_stats(*exact, target, *top_k(teacher, k))), exact)
+        for gradient, reference in zip(actual, expected, strict=True):
+            assert gradient.dtype == torch.bfloat16
+            assert torch.cosine_similarity(gradient.double().flatten(), reference.flatten(), dim=0) > 0.9999
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("k", [0, 3])
-def test_nothing_larger_than_a_chunk_of_logits_is_made(monkeypatch, dtype, k):
-    monkeypatch.setattr(head, "WEIGHT_SLICE", 100)
+def test_no_tensor_is_larger_than_a_chunk_of_logits(monkeypatch, dtype, k):
+    monkeypatch.setattr(lm_head, "WEIGHT_SLICE", 100)
     rows, width, vocabulary, chunk = 60, 8, 1000, 4
     torch.manual_seed(0)
     hidden = torch.randn(rows, width, dtype=dtype, requires_grad=True)
@@ -192,26 +193,26 @@ def test_nothing_larger_than_a_chunk_of_logits_is_made(monkeypatch, dtype, k):
     with LiveTensors() as live:
         sum(x.sum() for x in token_stats(hidden, weight, target, *teacher, chunk=chunk)).backward()
     assert live.largest <= max(4 * chunk * vocabulary, weight.nbytes)
-    # A few buffers of a chunk and one gradient of the weight, far from the rows x V of materialised logits.
+    # A few buffers of a chunk and one gradient of the weight, far less than rows x V logits.
     assert live.peak < 5 * 4 * chunk * vocabulary + weight.nbytes + 8 * hidden.nbytes < 4 * rows * vocabulary
 
 
-def test_rows_that_need_nothing_never_meet_the_weight(monkeypatch):
+def test_rows_without_teacher_and_target_are_not_multiplied_by_the_weight(monkeypatch):
     hidden, weight, target, teacher = problem(7)
     ids, logp, tail = top_k(teacher, 5)
     target[[0, 3, 4]] = -1
     logp[[0, 4, 6]], tail[[0, 4, 6]] = -torch.inf, -torch.inf
-    seen = []
+    row_counts = []
 
-    def counted(rows, weight, transform):
-        seen.append(len(rows))
-        return rows @ weight.T
+    def counted_logits(hidden, weight, transform):
+        row_counts.append(len(hidden))
+        return hidden @ weight.T
 
-    monkeypatch.setattr(head, "logits", counted)
+    monkeypatch.setattr(chunked_head, "logits", counted_logits)
     target_logp, kl = token_stats(hidden, weight, target, ids, logp, tail, chunk=2)
-    assert sum(seen) == N - 2
+    assert sum(row_counts) == N - 2
     assert (target_logp[[0, 3, 4]] == 0).all() and (kl[[0, 4, 6]] == 0).all() and kl[3] > 0 and target_logp[6] < 0
     (grad,) = torch.autograd.grad(target_logp.sum() + kl.sum(), hidden)
     assert (grad[[0, 4]] == 0).all() and (grad[[1, 2, 3, 5, 6]].abs().sum(1) > 0).all()
-    nothing = token_stats(hidden, weight, torch.full((N,), -1))
-    assert all(torch.equal(x, torch.zeros(N, dtype=x.dtype)) for x in nothing)
+    stats = token_stats(hidden, weight, torch.full((N,), -1))
+    assert all(torch.equal(x, torch.zeros(N, dtype=x.dtype)) for x in stats)
