@@ -36,7 +36,7 @@ from neko_lean.data.examples import EncodedExample, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.models.causal_lm import CausalLM
+from neko_lean.models.causal_lm import CausalLM, as_causal_lm
 from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.lm_head import CHUNK_ELEMENTS
 from neko_lean.models.loading import load_model, load_tokenizer, new_model
@@ -244,7 +244,7 @@ def main() -> None:
     teacher.model.eval()
     speeds = {"target": speed(teacher, examples)}
     if options.large:
-        large = split(random_olmo_1b().eval())
+        large = as_causal_lm(random_olmo_1b().eval())
         speeds["OLMo-1B-0724 geometry"] = speed(large, examples[:: len(examples) // 8], rounds=3)
     print(json.dumps({"device": "CPU", "threads": torch.get_num_threads(), "speed": speeds}))
 
