@@ -167,7 +167,7 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
     }
 
 
-def two_models(work: Path, passes: int, device: torch.device, way: TwoModelBaseline) -> dict[str, Any]:
+def two_models(work: Path, passes: int, device: torch.device, baseline: TwoModelBaseline) -> dict[str, Any]:
     """Two models in memory: a first step with its update, then timed passes of forward + backward."""
     student = load_model(work / "model", baseline.dtype, device).model.train()
     teacher = load_model(work / "model", baseline.dtype, device).model.eval()
