@@ -121,7 +121,7 @@ def make_small() -> None:
     disable_progress_bar()
     get_checkpoint_conversion_mapping("olmo")  # built once for all children
     gc.freeze()  # otherwise every run would traverse all imported objects
-    loop.predicted_peak = lambda *_: None  # a prediction takes twice as long as such a run
+    training_run.predicted_peak = lambda *_: None  # a prediction takes twice as long as such a run
     planning.SHARD_POSITIONS = 100
     demo_module.MEMORIZE = {"retain_rows": 4, "max_steps": 2, "backward": "plain", "max_length": 64}
     demo_module.VOCABULARY = 300

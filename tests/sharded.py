@@ -44,7 +44,7 @@ CPU = torch.device("cpu")
 
 def random_student(vocab_size: int, tied: bool):
     torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, attn_implementation="eager", **SHAPE)
+    config = LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=tied, attn_implementation="eager", **SHAPE)
     return as_causal_lm(LlamaForCausalLM(config).double())
 
 
@@ -67,11 +67,11 @@ def largest_difference(root: Path, recipe_name: str, overrides: dict, tied: bool
         plain_loss.backward()
         plain_gradients = {name: parameter.grad for name, parameter in plain.model.named_parameters()}
 
-    spread = student(len(tokenizer), tied)
-    layers = decoder_layers(spread)
-    shards = ShardedModel(spread, layers, torch.device("cpu"))
-    walk = LayerPass(spread, layers, shards=shards)
-    learning = dict(spread.model.named_parameters())
+    # The sharded student, layer by layer.
+    sharded = random_student(len(tokenizer), tied)
+    layers = decoder_layers(sharded)
+    layer_pass = LayerPass(sharded, layers, shards=ShardedModel(sharded, layers, CPU))
+    parameters = dict(sharded.model.named_parameters())
     worst = 0.0
     for _ in range(2):  # the second pass must not depend on what the first one leaves behind
         batch = make_batch(forget, retain, cache, recipe, 0, CPU, substitutes)

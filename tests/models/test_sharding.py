@@ -9,7 +9,6 @@ from safetensors.torch import load_file
 
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
-from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.runs import unlearn
 from neko_lean.training import optimizer as optim
 from tests import sharded

@@ -12,7 +12,8 @@ from neko_lean.distributed.ranks import is_main_process
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.scoring import generation, measure, prefix, views
+from neko_lean.scoring import generation, measure, views
+from neko_lean.scoring.attacks.prefix import prefix
 from neko_lean.scoring.generation import GenerationLimits, examples_of_rank, generate
 from neko_lean.scoring.run import SCORES
 from neko_lean.scoring.score_folder import GENERATIONS, add_generations
