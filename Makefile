@@ -1,14 +1,17 @@
-# Everything runs in .venv, which the first target makes from pyproject.toml and constraints.txt.
+# Every target runs in .venv, which is created from pyproject.toml and constraints.txt when it is first needed.
 PYTHON ?= python3
 BIN := .venv/bin
 
-.PHONY: demo test check format clean
+.PHONY: demo test test-fast check format clean
 
 demo: .venv/installed
 	$(BIN)/neko-lean demo --out demo-run --overwrite
 
 test: .venv/installed
-	$(BIN)/python -m pytest --numprocesses 2 --dist loadfile
+	$(BIN)/python -m pytest -m "not cuda" --numprocesses 2 --dist loadfile
+
+test-fast: .venv/installed
+	$(BIN)/python -m pytest -m "not slow and not cuda" --numprocesses 2 --dist loadfile
 
 check: .venv/installed
 	$(BIN)/ruff check .

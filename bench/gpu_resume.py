@@ -1,9 +1,9 @@
-"""Run training on a GPU twice, and once more killed with SIGKILL at a random step and resumed: are all bytes the same?
+"""Train on a GPU twice, and a third time killed with SIGKILL at a random step and resumed: are all bytes equal?
 
     .venv/bin/python bench/gpu_resume.py MODEL DATA --out gpu-resume.json
 
-MODEL is a small checkpoint, DATA a folder of forget.* and retain.*. Each run is a separate process, because a forked
-child cannot use CUDA once its parent has (bench/kill.py forks, on a CPU). One trial a job, all jobs at once.
+MODEL is a small checkpoint, DATA a folder with forget.* and retain.*. Each run is a separate process, because a forked
+child cannot use CUDA once its parent has (bench/kill.py forks, on a CPU). One trial per job, all jobs at the same time.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from typing import Any
 STEPS = 24
 TIMES = ("wait_seconds", "seconds", "peak_memory")
 SHORT = {"max_steps": STEPS, "max_length": 512, "forget_rows": 8, "retain_rows": 8, "lr": 1e-4}
-# Recipe, and what it changes.
+# Each job: a recipe and the values that it changes.
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {
     "calibrated, chosen by quality": ("calibrated", {"eval_every": 4, "eval_rows": 8, "choose": "quality"}),
     "neko in float32": ("neko", {"dtype": "float32"}),
@@ -35,9 +35,9 @@ JOBS: dict[str, tuple[str, dict[str, Any]]] = {
 
 def command(name: str, model: Path, data: Path, out: Path) -> list[str]:
     recipe, change = JOBS[name]
-    given = [sys.executable, "-m", "neko_lean", "unlearn", model, "--forget", data, "--retain", data, "--out", out]
+    arguments = [sys.executable, "-m", "neko_lean", "unlearn", model, "--forget", data, "--retain", data, "--out", out]
     values = [f"--set={key}={value}" for key, value in {**SHORT, **change}.items()]
-    return [*map(str, given), "--recipe", recipe, "--seed", "3", "--save-every", "3", "--quiet", *values]
+    return [*map(str, arguments), "--recipe", recipe, "--seed", "3", "--save-every", "3", "--quiet", *values]
 
 
 def finish(words: list[str]) -> None:
@@ -47,7 +47,7 @@ def finish(words: list[str]) -> None:
 
 
 def kill(words: list[str], out: Path, at: int) -> int:
-    """Start a run and kill it once it has taken `at` steps; returns how many it had taken then."""
+    """Start a run and kill it after `at` steps; return the number of steps that it had completed."""
     child = subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
     metrics, steps = out.parent / f".{out.name}.saved" / "metrics.jsonl", 0
     while child.poll() is None:
@@ -58,11 +58,11 @@ def kill(words: list[str], out: Path, at: int) -> int:
             child.wait()
             return steps
         time.sleep(0.005)
-    raise SystemExit(f"the run that was to be killed at step {at} ended with exit code {child.returncode}.")
+    raise SystemExit(f"the run ended with exit code {child.returncode} before it could be killed at step {at}.")
 
 
 def result(out: Path) -> tuple[str, list[dict[str, Any]]]:
-    """What has to be the same: the weights' checksum, and the metrics without times."""
+    """What must be equal: the checksum of the weights, and the metrics without times."""
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     digest = hashlib.sha256((out / "model.safetensors").read_bytes()).hexdigest()
     return digest, [{key: value for key, value in line.items() if key not in TIMES} for line in lines]
@@ -72,13 +72,13 @@ def trial(model: Path, data: Path, root: Path, name: str) -> dict[str, Any]:
     outs = [root / f"{list(JOBS).index(name)}-{way}" for way in ("whole", "again", "cut")]
     words = [command(name, model, data, out) for out in outs]
     with ThreadPoolExecutor(3) as pool:
-        whole = [pool.submit(finish, one) for one in words[:2]]
+        complete = [pool.submit(finish, line) for line in words[:2]]
         killed = pool.submit(kill, words[2], outs[2], random.randint(4, STEPS - 4)).result()
-        for one in whole:
-            one.result()
+        for run in complete:
+            run.result()
     finish([*words[2], "--resume"])
-    one, again, resumed = map(result, outs)
-    return {"killed after step": killed, "twice the same": one == again, "resumed the same": one == resumed}
+    first, second, resumed = map(result, outs)
+    return {"killed after step": killed, "twice the same": first == second, "resumed the same": first == resumed}
 
 
 def main() -> None:
@@ -88,10 +88,10 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("gpu-resume.json"))
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch, ThreadPoolExecutor(len(JOBS)) as pool:
-        each = pool.map(partial(trial, options.model, options.data, Path(scratch)), JOBS)
-        found = dict(zip(JOBS, each, strict=True))
-    print(json.dumps(found, indent=1))
-    options.out.write_text(json.dumps(found, indent=1) + "\n")
+        trials = pool.map(partial(trial, options.model, options.data, Path(scratch)), JOBS)
+        results = dict(zip(JOBS, trials, strict=True))
+    print(json.dumps(results, indent=1))
+    options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

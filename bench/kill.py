@@ -1,13 +1,13 @@
-"""Kill every command that writes with SIGKILL at random moments, resume it, and compare its bytes with an unbroken run.
+"""Kill every command with SIGKILL at random moments, resume it, and compare its bytes with an uninterrupted run.
 
     .venv/bin/python bench/kill.py --kills 200 --out kill.json
 
-A trial is killed one to three times, each time at a random time or before a random operation on a file, and then left
-to end: the same bytes except for times, and nothing left next to them. The runs are small but differ in all that a
-resume has to bring back: three ways through the backward pass, phases with an optimizer of their own, early stopping
-and a chosen checkpoint, levels that follow the anchor, dropout, a teacher cache on the way, membership. Of two ranks
-one is killed, or both; the other one has some seconds to notice, then it is killed, as torchrun does. A demo or a
-report is made anew in place of being resumed. Needs Linux or macOS (fork).
+A trial is killed one to three times, each time at a random time or before a random file operation, and then finishes.
+It must produce the same bytes except for times, and leave nothing next to its output. The runs are small but cover
+everything that a resume restores: three backward passes, phases with their own optimizer, early stopping and a chosen
+checkpoint, levels that follow the anchor, dropout, a teacher cache made along the way, and membership. With two ranks,
+one or both are killed. The other has some seconds to notice before it is killed too, as torchrun does. A demo or a
+report starts again instead of being resumed. Needs Linux or macOS (fork).
 """
 
 from __future__ import annotations
@@ -29,16 +29,16 @@ from rich.console import Console
 from rich.table import Table
 from small_jobs import Job, fingerprint, jobs, make_small, make_world, training_jobs
 
-ANEW = ("report", "demo")  # commands without --resume
+RESTARTED = ("report", "demo")  # commands without --resume
 
 
 @dataclass
 class Case:
-    """A job, by one process or by two, and what it makes when nobody kills it."""
+    """A job run by one or two processes, and its output when it is not killed."""
 
     name: str
     job: Job
-    ranks: tuple[int, ...] = (1,)  # how many there may be, drawn for each start
+    ranks: tuple[int, ...] = (1,)  # numbers of processes to draw from for each start
     digest: str | None = None
     value: Any = None
     seconds: float = 0.0
@@ -48,81 +48,89 @@ class Case:
 
 
 def all_cases(root: Path) -> list[Case]:
-    """What is killed."""
-    of = jobs(root)
+    """Every case to test."""
+    by_command = jobs(root)
     cases = [
-        Case("cache-teacher", of["cache-teacher"][0]),
-        Case("cache-teacher, one or two ranks", of["cache-teacher"][0], ranks=(2, 2, 1)),
-        Case("score with membership", of["score"][2]),
-        Case("score, one or two ranks", of["score"][0], ranks=(2, 2, 1)),
-        Case("unlearn, neko, a cache of its own", of["unlearn"][3]),
-        Case("unlearn, neko, two ranks", of["unlearn"][0], ranks=(2,)),
-        Case("memorize, layerwise, chosen by quality", of["memorize"][2]),
+        Case("cache-teacher", by_command["cache-teacher"][0]),
+        Case("cache-teacher, one or two ranks", by_command["cache-teacher"][0], ranks=(2, 2, 1)),
+        Case("score with membership", by_command["score"][2]),
+        Case("score, one or two ranks", by_command["score"][0], ranks=(2, 2, 1)),
+        Case("unlearn, neko, its own cache", by_command["unlearn"][3]),
+        Case("unlearn, neko, two ranks", by_command["unlearn"][0], ranks=(2,)),
+        Case("memorize, layerwise, chosen by quality", by_command["memorize"][2]),
     ]
     cases += [Case(f"unlearn, {name}", job) for name, job in training_jobs(root).items()]
-    return [*cases, Case("report", of["report"][0]), Case("demo", of["demo"][0])]
+    return [*cases, Case("report", by_command["report"][0]), Case("demo", by_command["demo"][0])]
 
 
 def attempt(case: Case, folder: Path, logs: Path, ranks: int, *, flags: dict[str, bool], **kills: Moment) -> Outcome:
-    """One run of a case, in which rank N is killed at the moment `killN`. Returns how the first rank ended, or the
-    one that crashed."""
+    """Run a case once and kill rank N at the moment `killN`. Returns the outcome of the first rank, or of one that
+    crashed."""
     out, number = folder / "out", len(list(logs.iterdir()))
     children = [
         Child(lambda: case.job(out, **flags), logs / f"{number}-{rank}", str(folder), kill=kills.get(f"kill{rank}"))
         for rank in range(ranks)
     ]
     outcomes = run_all(children) if ranks == 1 else run_ranks(children)
-    return next((one for one in outcomes if one.ended == "crashed"), outcomes[0])
+    return next((outcome for outcome in outcomes if outcome.ended == "crashed"), outcomes[0])
 
 
 def measure(case: Case, root: Path) -> None:
-    """Run a case twice without a kill: what it makes, and that it makes the same again."""
-    found = []
+    """Run a case twice without a kill, record its output, and check that both runs agree."""
+    results = []
     for number in range(2):
         folder, logs = root / f"whole-{number}", root / f"whole-{number}-logs"
         folder.mkdir()
         logs.mkdir()
         start = time.monotonic()
-        one = attempt(case, folder, logs, case.ranks[0], flags={})
+        outcome = attempt(case, folder, logs, case.ranks[0], flags={})
         case.seconds = time.monotonic() - start
-        assert one.ended == "ok", f"{case.name}: {one.sentence} {one.printed}"
-        case.digest, case.value, case.operations = fingerprint(folder / "out"), one.value, one.operations
-        found.append((case.digest, case.value))
+        assert outcome.ended == "ok", f"{case.name}: {outcome.sentence} {outcome.printed}"
+        case.digest, case.value = fingerprint(folder / "out"), outcome.value
+        case.operations = outcome.operations
+        results.append((case.digest, case.value))
         assert [path.name for path in folder.iterdir()] == ["out"], case.name
         shutil.rmtree(folder)
         shutil.rmtree(logs)
-    assert found[0] == found[1], f"{case.name} is not the same from run to run"
+    assert results[0] == results[1], f"{case.name}: two runs without a kill gave different results"
 
 
 def trial(case: Case, root: Path, rng: random.Random) -> list[str]:
-    """Kill a case and let it end; returns what is wrong with the end."""
+    """Kill a case one to three times, let it finish, and return what is wrong with the result."""
     folder, logs = root / "trial", root / "trial-logs"
     folder.mkdir()
     logs.mkdir()
     faults = []
-    anew = case.job.command in ANEW
+    restarted = case.job.command in RESTARTED
+
+    # Kill it.
     for number in range(rng.randint(1, 3)):
         ranks = rng.choice(case.ranks)
         moment = Moment.drawn(rng, case.seconds, case.operations)
         victims = [0] if ranks == 1 else rng.choice(([0], [1], [0, 1]))
-        flags = {"overwrite": number > 0} if anew else {"resume": number > 0}
-        one = attempt(case, folder, logs, ranks, flags=flags, **{f"kill{rank}": moment for rank in victims})
-        if one.ended == "crashed":
-            faults.append(f"crashed: {one.sentence} {one.printed[-2000:]}")
-        killed = one.ended == "killed" or (ranks > 1 and one.ended != "ok")
+        flags = {"overwrite": number > 0} if restarted else {"resume": number > 0}
+        kills = {f"kill{rank}": moment for rank in victims}
+        outcome = attempt(case, folder, logs, ranks, flags=flags, **kills)
+        if outcome.ended == "crashed":
+            faults.append(f"crashed: {outcome.sentence} {outcome.printed[-2000:]}")
+        killed = outcome.ended == "killed" or (ranks > 1 and outcome.ended != "ok")
         case.counts["kills" if killed else "ended before its kill"] += 1
         if killed:
             case.moments[stage_of(folder)] += 1
-    one = attempt(case, folder, logs, rng.choice(case.ranks), flags={"overwrite": True} if anew else {"resume": True})
-    if one.ended != "ok":
-        faults.append(f"the last run {one.ended}: {one.sentence} {one.printed[-2000:]}")
-    elif one.value != case.value:
-        faults.append("the last run told other numbers")
+
+    # Let it finish, and compare.
+    flags = {"overwrite": True} if restarted else {"resume": True}
+    outcome = attempt(case, folder, logs, rng.choice(case.ranks), flags=flags)
+    if outcome.ended != "ok":
+        faults.append(f"the last run {outcome.ended}: {outcome.sentence} {outcome.printed[-2000:]}")
+    elif outcome.value != case.value:
+        faults.append("the last run returned different numbers")
     if fingerprint(folder / "out") != case.digest:
-        faults.append("the output is not that of an unbroken run")
+        faults.append("the output differs from that of an uninterrupted run")
     left = [path.name for path in folder.iterdir() if path.name != "out"]
     if left:
-        faults.append(f"left behind: {left}")
+        faults.append(f"leftover files: {left}")
+
     case.counts["trials"] += 1
     case.counts["same bytes"] += not faults
     case.counts["faulty"] += bool(faults)
@@ -132,7 +140,7 @@ def trial(case: Case, root: Path, rng: random.Random) -> list[str]:
 
 
 def stage_of(folder: Path) -> str:
-    """When a run was killed, by what it left."""
+    """At which stage a run was killed, judged by the files that it left."""
     works = [path for path in folder.iterdir() if path.is_dir() and path.name.startswith(".out.")]
     if (folder / "out").exists():
         return "after its output was in place"
@@ -149,9 +157,11 @@ def stage_of(folder: Path) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=200, help="in all; of the demo every fourth round")
+    parser.add_argument(
+        "--kills", type=int, default=200, help="total number of kills; demo runs only in every fourth round"
+    )
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--cases", nargs="+", help="only those whose name begins so")
+    parser.add_argument("--cases", nargs="+", help="only cases whose names start with one of these")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     make_small()
@@ -174,10 +184,10 @@ def main() -> None:
 
 
 def finish(cases: list[Case], out: Path | None, seed: int) -> None:
-    """Print the tables, write the JSON, and end with 1 where a run did not end as an unbroken one."""
+    """Print the tables, write the JSON, and exit with 1 if any trial was faulty."""
     kills = sum(case.counts["kills"] for case in cases)
     columns = ("trials", "kills", "same bytes", "faulty")
-    table = Table("run", *columns, "seconds of a run", title=f"{kills} kills")
+    table = Table("run", *columns, "seconds per run", title=f"{kills} kills")
     for case in cases:
         table.add_row(case.name, *(str(case.counts[column]) for column in columns), f"{case.seconds:.2f}")
     Console(width=120).print(table)

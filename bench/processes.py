@@ -1,7 +1,7 @@
-"""Child processes for kill.py and two_processes.py, each stopped or killed at a moment that was drawn.
+"""Child processes for kill.py and two_processes.py, which are stopped or killed at random moments.
 
-A child is forked from a process that has the imports already, so that starting one takes milliseconds. What it prints
-goes to a file, and how it ended to another one. Needs Linux or macOS.
+A child is forked from a process that has already imported everything, so starting one takes milliseconds. Its output
+and its outcome are written to files. Needs Linux or macOS.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ import torch
 
 from neko_lean.errors import NekoLeanError
 
-# Of the interpreter: what it does to files and folders, each reported before it happens.
+# Audit events of the interpreter for operations on files and folders; each is raised before the operation.
 EVENTS = {
     "open",
     "os.rename",
@@ -38,11 +38,11 @@ EVENTS = {
     "os.scandir",
     "fcntl.flock",
 }
-GRACE = 5.0  # seconds that the other ranks have to end by themselves once one is dead
+GRACE = 5.0  # seconds that the other ranks have to end by themselves after one has died
 
 
 def forked(work: Callable[[], object], kill_after: float | None = None) -> int:
-    """Run `work` in a child, killed after so many seconds; returns the child's wait status."""
+    """Run `work` in a child, kill it after `kill_after` seconds if given, and return the child's wait status."""
     child = os.fork()
     if child == 0:
         torch.set_num_threads(1)
@@ -60,14 +60,14 @@ def forked(work: Callable[[], object], kill_after: float | None = None) -> int:
 
 @dataclass(frozen=True)
 class Moment:
-    """After so many seconds, or before the child's nth operation on the files of its output."""
+    """A moment in the life of a child: after some seconds, or before its nth operation on the files of its output."""
 
     seconds: float | None = None
     operation: int | None = None
 
     @classmethod
     def drawn(cls, rng: random.Random, seconds: float, operations: int) -> Moment:
-        """A random moment of a run that takes so many seconds and file operations."""
+        """A random moment of a run that takes `seconds` and makes `operations` file operations."""
         if rng.random() < 0.5:
             return cls(seconds=rng.uniform(0, 1.1 * seconds))
         return cls(operation=rng.randint(1, max(1, operations)))
@@ -86,7 +86,7 @@ class Outcome:
 
 @dataclass
 class Child:
-    """A child to be: what it does, and what is done to it."""
+    """A child process: what it does, and when it is stopped or killed."""
 
     work: Callable[[], Any]
     log: Path  # a file that does not exist yet
@@ -94,7 +94,7 @@ class Child:
     start: float = 0.0
     kill: Moment | None = None
     stop: Moment | None = None
-    stopped_for: float = 0.0  # infinite: until all others have ended
+    stopped_for: float = 0.0  # seconds; infinite: until all others have ended
     environment: Mapping[str, str] = field(default_factory=dict)
     pid: int = 0
     began: float = 0.0
@@ -102,7 +102,7 @@ class Child:
     outcome: Outcome | None = None
 
     def fork(self) -> None:
-        """Start it."""
+        """Start the child."""
         self.began = time.monotonic()
         self.pid = os.fork()
         if self.pid == 0:
@@ -115,25 +115,25 @@ class Child:
         os.environ.update(self.environment)
         torch.set_num_threads(1)
         count = _count_operations(self.watched, {"kill": self.kill, "stop": self.stop})
-        code, found = 0, {}
+        code, result = 0, {}
         try:
-            found = {"ended": "ok", "value": self.work()}
+            result = {"ended": "ok", "value": self.work()}
         except NekoLeanError as error:
-            code, found = 2, {"ended": "refused", "sentence": str(error)}
+            code, result = 2, {"ended": "refused", "sentence": str(error)}
         except BaseException as error:
             traceback.print_exc()
-            code, found = 1, {"ended": "crashed", "sentence": repr(error)}
+            code, result = 1, {"ended": "crashed", "sentence": repr(error)}
         finally:
             sys.stdout.flush()
             sys.stderr.flush()
-            self._result().write_text(json.dumps({**found, "operations": count[0]}, default=str))
+            self._result().write_text(json.dumps({**result, "operations": count[0]}, default=str))
             os._exit(code)
 
     def _result(self) -> Path:
         return self.log.with_name(self.log.name + ".json")
 
     def tend(self, elapsed: float, others_ended: bool) -> None:
-        """Do what is due by now, and see whether it has ended or stopped."""
+        """Start, stop, continue or kill the child if that is due, and check whether it has ended or stopped."""
         since = time.monotonic() - self.began
         if not self.pid:
             if elapsed >= self.start:
@@ -143,14 +143,14 @@ class Child:
             os.kill(self.pid, signal.SIGKILL)
         elif self.stop and self.stop.seconds is not None and since >= self.stop.seconds and self.stopped_at is None:
             os.kill(self.pid, signal.SIGSTOP)
-        found, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
-        if found and os.WIFSTOPPED(status):
+        changed, status = os.waitpid(self.pid, os.WNOHANG | os.WUNTRACED)
+        if changed and os.WIFSTOPPED(status):
             self.stopped_at = time.monotonic()
-        elif found:
+        elif changed:
             self._end(status)
         elif self.stopped_at and (others_ended or time.monotonic() - self.stopped_at >= self.stopped_for):
             os.kill(self.pid, signal.SIGCONT)
-            self.stopped_at = float("inf")  # once is enough
+            self.stopped_at = float("inf")  # it is continued only once
 
     def _end(self, status: int) -> None:
         killed = os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
@@ -165,19 +165,19 @@ class Child:
 
 
 def run_all(children: Sequence[Child]) -> list[Outcome]:
-    """Run children at the same time, each from its own start on."""
-    begun = time.monotonic()
+    """Run children at the same time, each from its own start time."""
+    start = time.monotonic()
     while any(child.outcome is None for child in children):
         for child in children:
             if child.outcome is None:
                 others = [other for other in children if other is not child]
-                child.tend(time.monotonic() - begun, bool(others) and all(other.outcome for other in others))
+                child.tend(time.monotonic() - start, bool(others) and all(other.outcome for other in others))
         time.sleep(0.001)
     return [child.outcome for child in children if child.outcome]
 
 
 def run_ranks(children: Sequence[Child]) -> list[Outcome]:
-    """Run children as the ranks of one command. As torchrun does, end all of them when one is dead."""
+    """Run children as the ranks of one command. Like torchrun, kill all of them after one has died."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -191,11 +191,11 @@ def run_ranks(children: Sequence[Child]) -> list[Outcome]:
             "MASTER_PORT": str(port),
             "TORCHELASTIC_RUN_ID": "bench",
         }
-    begun, dead = time.monotonic(), None
+    start, dead = time.monotonic(), None
     while any(child.outcome is None for child in children):
         for child in children:
             if child.outcome is None:
-                child.tend(time.monotonic() - begun, False)
+                child.tend(time.monotonic() - start, False)
             if child.outcome is None and dead and time.monotonic() - dead > GRACE:
                 os.kill(child.pid, signal.SIGKILL)
         if dead is None and any(child.outcome and child.outcome.ended != "ok" for child in children):
@@ -205,13 +205,13 @@ def run_ranks(children: Sequence[Child]) -> list[Outcome]:
 
 
 def _count_operations(watched: str, due: Mapping[str, Moment | None]) -> list[int]:
-    """Count this process's file operations from now on, and stop or kill it before those that are due."""
+    """Count this process's file operations from now on, and stop or kill it before the operations named in `due`."""
     count = [0]
     signals = {"kill": signal.SIGKILL, "stop": signal.SIGSTOP}
     numbers = {moment.operation: signals[name] for name, moment in due.items() if moment and moment.operation}
 
     def hook(event: str, arguments: tuple[Any, ...]) -> None:
-        if event in EVENTS and (event == "fcntl.flock" or any(watched in str(one) for one in arguments[:2])):
+        if event in EVENTS and (event == "fcntl.flock" or any(watched in str(argument) for argument in arguments[:2])):
             count[0] += 1
             if count[0] in numbers:
                 os.kill(os.getpid(), numbers[count[0]])

@@ -1,12 +1,12 @@
-"""Where one step's time goes at OLMo-1B-0724 geometry, and how much of the device's matrix arithmetic it uses.
+"""Where the time of one step goes at OLMo-1B-0724 geometry, and how much of the device's peak FLOP/s it uses.
 
-    .venv/bin/python bench/profile_step.py ../shared/data/lume --out bench-profile.json
+    .venv/bin/python bench/profile_step.py LUME --out bench-profile.json
 
-The rows are those of bench/step.py: 32 forget and 32 retain of LUME a step on a GPU, 4 and 4 on a CPU. One step warms
-up, one is timed by phase, and one more runs under torch.profiler for the operators. Model FLOPs are those that the
-mathematics of the step asks for: real tokens, causal attention, the head only at the positions that the loss looks at.
-Hardware FLOPs add what this way of going runs beside: padding, each layer's and the head's second forward. The peak is
-the card's dense bfloat16 peak from a table, or where it is not there, as on a CPU, that of a large matmul in this run.
+The examples are those of bench/step.py: 32 forget and 32 retain of LUME per step on a GPU, 4 and 4 on a CPU. One step
+warms up, one is timed by phase, and one runs under torch.profiler for the operators. Model FLOPs are those that the
+mathematics of the step requires: real tokens, causal attention, the head only at positions that the loss uses.
+Hardware FLOPs also include padding and the second forward pass of each layer and of the head. The peak is the GPU's
+dense bfloat16 peak from a table. If it is not listed, or on a CPU, the peak is that of a large matmul in the same run.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from contenders import clock, prepare, step_batches, step_rows, title
+from contenders import clock, prepare, step_batches, step_examples, title
 from rich.console import Console
 from rich.table import Table
 from torch import nn
@@ -32,16 +32,17 @@ from neko_lean.models.loading import load_model
 from neko_lean.recipes import Recipe, load_recipe
 from neko_lean.training.batch import Batch
 from neko_lean.training.determinism import deterministic
-from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.layers import decoder_layers
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 from neko_lean.training.optimizer import InBackwardAdam8bit
 
-# Dense bfloat16 FLOP/s by what torch calls the card, the longer names first.
+# Dense bfloat16 FLOP/s by the name that torch reports for the GPU; longer names first.
 PEAKS = {
     "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
     "RTX A6000": 155e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
 }  # fmt: skip
-# Operators by what is in their names; the first group that fits takes it.
+# Groups of operators by parts of their names; the first match counts.
 GROUPS = {
     "8-bit update": ("bitsandbytes", "optimizer_update", "random", "bitwise"),
     "attention": ("attention", "flash"),
@@ -54,8 +55,8 @@ PHASES = ("forward", "head", "backward of the layers", "update")
 
 
 def flops(lm: CausalLM, layers: nn.ModuleList, lengths: Iterable[int], positions: int) -> dict[str, float]:
-    """Of one forward pass: `layers`, the matmuls with their weights, over so many `positions`; and `attention`, over
-    rows of these lengths, each token with itself and those before it."""
+    """FLOPs of one forward pass: `layers`, the matmuls with the weights over `positions`, and `attention` over rows of
+    these lengths, in which each token attends to itself and the tokens before it."""
     config = lm.model.config
     width = config.num_attention_heads * (
         getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
@@ -66,30 +67,31 @@ def flops(lm: CausalLM, layers: nn.ModuleList, lengths: Iterable[int], positions
 
 
 def step_flops(lm: CausalLM, layers: nn.ModuleList, batch: Batch, lengths: list[int]) -> dict[str, float]:
-    """Model and hardware FLOPs of a step, and what each is made of. A matmul's backward is two of its size."""
+    """Model and hardware FLOPs of a step, and their parts. The backward of a matmul is two matmuls of the same size."""
     head = 2.0 * lm.head.numel() * len(batch.row)
-    real = sum(flops(lm, layers, lengths, batch.tokens).values())
+    needed = sum(flops(lm, layers, lengths, batch.tokens).values())
     padded = [ids.shape[1] for ids in batch.micro.input_ids for _ in range(ids.shape[0])]
-    done = sum(flops(lm, layers, padded, batch.positions).values())
-    parts = {"forward": real, "backward": 2 * real, "head": 3 * head}
-    extra = {"padding": 3 * (done - real), "layers again": done, "head again": head}
+    computed = sum(flops(lm, layers, padded, batch.positions).values())
+    parts = {"forward": needed, "backward": 2 * needed, "head": 3 * head}
+    extra = {"padding": 3 * (computed - needed), "layers again": computed, "head again": head}
     model = sum(parts.values())
     return {"model": model, "hardware": model + sum(extra.values()), **parts, **extra}
 
 
 def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
-    """FLOP/s of the best of ten matmuls of [4096, 4096], half as wide on a CPU."""
+    """FLOP/s of the fastest of ten matmuls of [4096, 4096] matrices ([2048, 2048] on a CPU)."""
     n = 4096 if device.type == "cuda" else 2048
-    one, two = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
-    spent = []
+    left, right = (torch.randn(n, n, device=device).to(dtype) for _ in range(2))
+    seconds = []
     for _ in range(10):
         start = clock(device)
-        one @ two
-        spent.append(clock(device) - start)
-    return 2 * n**3 / min(spent)
+        left @ right
+        seconds.append(clock(device) - start)
+    return 2 * n**3 / min(seconds)
 
 
 def known_peak(device: torch.device) -> float | None:
+    """The GPU's dense bfloat16 peak from the table, or None."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
     return next((peak for card, peak in PEAKS.items() if card in name), None)
 
@@ -97,7 +99,7 @@ def known_peak(device: torch.device) -> float | None:
 def take_step(
     walk: LayerPass, optimizer: InBackwardAdam8bit, batch: Batch, recipe: Recipe, device: torch.device
 ) -> dict[str, float]:
-    """Seconds of each phase of one step; on a GPU the host waits at each border."""
+    """Seconds of each phase of one step. On a GPU, the host synchronises between phases."""
     seconds = dict.fromkeys(PHASES, 0.0)
 
     def update(parameter: nn.Parameter) -> None:
@@ -120,41 +122,43 @@ def take_step(
 
 
 def group(name: str) -> str:
-    return next((title for title, marks in GROUPS.items() if any(mark in name.lower() for mark in marks)), "the rest")
+    """The group of an operator, by its name."""
+    return next((title for title, marks in GROUPS.items() if any(mark in name.lower() for mark in marks)), "other")
 
 
-def operators(found: profile, device: torch.device) -> dict[str, float]:
-    """Seconds that each operator spent itself, the longest first; on a GPU those of the kernels it launched, which the
-    profiler lists a second time by their own names."""
+def operators(profiler: profile, device: torch.device) -> dict[str, float]:
+    """Seconds that each operator spent itself, longest first. On a GPU, these are the seconds of the kernels that it
+    launched, which the profiler also lists under their own names."""
     own = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    by_host = (one for one in found.key_averages() if one.device_type == DeviceType.CPU)
-    spent = {one.key: getattr(one, own) / 1e6 for one in by_host}
-    return dict(sorted(spent.items(), key=lambda pair: -pair[1]))
+    on_host = (event for event in profiler.key_averages() if event.device_type == DeviceType.CPU)
+    seconds = {event.key: getattr(event, own) / 1e6 for event in on_host}
+    return dict(sorted(seconds.items(), key=lambda pair: -pair[1]))
 
 
-def grouped(spent: dict[str, float]) -> dict[str, float]:
-    found: dict[str, float] = defaultdict(float)
-    for name, seconds in spent.items():
-        found[group(name)] += seconds
-    return dict(sorted(found.items(), key=lambda pair: -pair[1]))
+def grouped(by_operator: dict[str, float]) -> dict[str, float]:
+    """Seconds by group of operators, longest first."""
+    by_group: dict[str, float] = defaultdict(float)
+    for name, seconds in by_operator.items():
+        by_group[group(name)] += seconds
+    return dict(sorted(by_group.items(), key=lambda pair: -pair[1]))
 
 
 def table(result: dict[str, Any]) -> Table:
-    found = Table(title=result["title"], title_justify="left")
+    rows = Table(title=result["title"], title_justify="left")
     for column in ("", "seconds", "share"):
-        found.add_column(column, justify="right" if column else "left")
+        rows.add_column(column, justify="right" if column else "left")
     for heading in ("phases", "operators"):
-        whole = sum(result[heading].values())
+        total = sum(result[heading].values())
         for name, seconds in result[heading].items():
-            found.add_row(name, f"{seconds:.2f}", f"{seconds / whole:.1%}")
-        found.add_row(f"all {heading}", f"{whole:.2f}", "", end_section=True)
-    return found
+            rows.add_row(name, f"{seconds:.2f}", f"{seconds / total:.1%}")
+        rows.add_row(f"all {heading}", f"{total:.2f}", "", end_section=True)
+    return rows
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lume", type=Path, help="folder of LUME's parquet files")
-    parser.add_argument("--work", type=Path, default=Path("/tmp/neko-lean-bench"), help="3 GB of scratch, kept")
+    parser.add_argument("lume", type=Path, help="folder with LUME's public splits")
+    parser.add_argument("--work", type=Path, default=Path("/tmp/neko-lean-bench"), help="work folder (3 GB), kept")
     parser.add_argument("--out", type=Path, default=Path("bench-profile.json"))
     options = parser.parse_args()
     device = pick_device()
@@ -172,20 +176,20 @@ def main() -> None:
         phases = take_step(walk, optimizer, batches[1], recipe, device)
         with profile(activities=[ProfilerActivity.CPU, *cuda]) as profiler:
             take_step(walk, optimizer, batches[2], recipe, device)
-    spent = operators(profiler, device)
-    forget, retain = step_rows(options.work, device)[1]
-    lengths = [len(one) for one in [*forget, *retain]]
+    by_operator = operators(profiler, device)
+    forget, retain = step_examples(options.work, device)[1]
+    lengths = [len(example) for example in [*forget, *retain]]
     counted = step_flops(lm, layers, batches[1], lengths)
     peak = known_peak(device) or measured_peak(device, torch.bfloat16)
     seconds = {"with": sum(phases.values()), "without": sum(phases.values()) - phases["update"]}
     result = {
         "title": title(device),
         "phases": phases,
-        "operators": grouped(spent),
-        "largest operators": dict(list(spent.items())[:30]),
+        "operators": grouped(by_operator),
+        "largest operators": dict(list(by_operator.items())[:30]),
         "flops": counted,
         "peak": peak,
-        "peak_is": "of a table" if known_peak(device) else "measured",
+        "peak_is": "from a table" if known_peak(device) else "measured",
         "tokens": batches[1].tokens,
         "positions": batches[1].positions,
         "head_positions": len(batches[1].row),

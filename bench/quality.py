@@ -1,14 +1,15 @@
-"""Every recipe from the same memorised model, scored, and set beside a model that never saw the forget set.
+"""Run every recipe on the same memorised model, score it, and compare with a model that never saw the forget set.
 
     .venv/bin/python bench/quality.py LUME [--full] [--half b] [--seeds 1 2 3] [--recipes NAME ...] [--out DIR]
 
-LUME is the folder with the dataset's public splits. A small model learns one half of the validation split's forget
-documents and all of its retain rows (the target); another learns the retain rows alone, from the same seed in as many
-steps (the gold model). The halves are there so that hyperparameters can be chosen on one (--half a --seeds 0) and
-reported on the other. The anchor is text that neither model saw: documents of the train split (60 of Task1 and of
-Task2), and of Task3 half of LUME's non-members, the other half being what the loss attack compares with. The held-out
-text is other documents of the train split, 60 a task. Runs go two at a time with one thread each; what DIR holds
-already is not made again. The quick set takes about an hour on 2 cores.
+LUME is the folder with the dataset's public splits. A small model (the target) learns one half of the validation
+split's forget documents and the whole retain set. Another (the gold model) learns only the retain set, from the same
+seed in as many steps. Hyperparameters are chosen on one half (--half a --seeds 0) and results reported on the other.
+
+The anchor is text that neither model saw: 60 documents each of Task1 and Task2 from the train split, and for Task3
+half of LUME's non-members. The loss attack compares with the other half. The held-out text is 60 other documents per
+task of the train split. Two models are trained at a time, with one thread each. Models that exist in DIR are not made
+again. The default set takes about an hour on 2 cores.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from neko_lean.runs.unlearn import memorize, unlearn
+from quality_table import table
 
 from neko_lean.data.batching import pad
 from neko_lean.data.documents import read_anchor
@@ -42,12 +43,12 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.options import OutputOptions, RunOptions
-from neko_lean.outputs.publish import staged_folder
+from neko_lean.outputs import staged_folder
 from neko_lean.recipes import load_recipe, parse_override, reads_cache, recipe_names
+from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
 from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import score
-from neko_lean.scoring.task import CELLS
 
 QUICK = ("gold", "destroyed", "neko", "npo", "calibrated")
 MEMORIZE: dict[str, Any] = {
@@ -57,30 +58,35 @@ MEMORIZE: dict[str, Any] = {
     "lr": 1.5e-3,
     "max_steps": 1600,
 }
-DOCUMENTS = 60  # of each task, in the held-out text and, but for Task3, in the anchor
+DOCUMENTS = 60  # per task in the held-out text, and in the anchor for Task1 and Task2
 
 
 def prepare(lume: Path, half: str, root: Path) -> Path:
-    """The rows and documents of one half under `root`/data, and config and tokenizer of the model."""
+    """Write the examples and documents of one half to `root`/data, with config and tokenizer of the model."""
     data = root / "data"
     if data.is_dir():
         return data
-    every = read_rows(lume, "forget", "validation")
-    names = sorted({row.document for row in every})
+
+    # The forget documents of this half, and the retain set.
+    all_forget = read_rows(lume, "forget", "validation")
+    names = sorted({example.document for example in all_forget})
     random.Random("halves").shuffle(names)
-    mine = set(names[: len(names) // 2] if half == "a" else names[len(names) // 2 :])
-    forget = [row for row in every if row.document in mine]
+    chosen = set(names[: len(names) // 2] if half == "a" else names[len(names) // 2 :])
+    forget = [example for example in all_forget if example.document in chosen]
     retain = read_rows(lume, "retain", "validation")
-    known = {row.input for row in [*every, *retain]}
+
+    # Documents that no model sees: for the anchor, the held-out text and the attack.
+    known = {example.input for example in [*all_forget, *retain]}
     unseen = {
         name: [row for row in read_rows(lume, name, "train") if row.kind == "sc" and row.input not in known]
         for name in ("forget", "retain")
     }
-    outside = [record.values for record in read_jsonl(lume / "mia" / "nonmember.jsonl")]
-    random.Random("halves").shuffle(outside)
-    like, others = outside[: len(outside) // 2], outside[len(outside) // 2 :]
-    anchor = [one for one in anchor_documents(unseen["retain"], DOCUMENTS) if one["task"] != "Task3"]
-    anchor += [{"document": one["document"], "task": "Task3"} for one in like]
+    nonmembers = [record.values for record in read_jsonl(lume / "mia" / "nonmember.jsonl")]
+    random.Random("halves").shuffle(nonmembers)
+    half_size = len(nonmembers) // 2
+    anchor = [row for row in anchor_documents(unseen["retain"], DOCUMENTS) if row["task"] != "Task3"]
+    anchor += [{"document": row["document"], "task": "Task3"} for row in nonmembers[:half_size]]
+
     with staged_folder(data) as stage:
         write_jsonl(stage / "forget.jsonl", map(asdict, forget))
         write_jsonl(stage / "retain.jsonl", map(asdict, retain))
@@ -88,60 +94,56 @@ def prepare(lume: Path, half: str, root: Path) -> Path:
         write_jsonl(stage / "held.jsonl", anchor_documents(unseen["forget"], DOCUMENTS))
         (stage / "mia").mkdir()
         write_jsonl(stage / "mia" / "member.jsonl", task3_documents(forget))
-        write_jsonl(stage / "mia" / "nonmember.jsonl", others)
-        # The tokenizer has read seen and unseen text alike, or its merges alone would tell members.
+        write_jsonl(stage / "mia" / "nonmember.jsonl", nonmembers[half_size:])
+        # The tokenizer is trained on seen and unseen text alike; otherwise its merges would reveal the members.
         write_base(stage / "base", [*forget, *retain, *unseen["forget"], *unseen["retain"]])
     return data
 
 
 def make_model(data: Path, out: Path, name: str, seed: int) -> None:
-    """The target, the gold model, or random weights."""
+    """Train the target or the gold model, or write random weights."""
     sets = ("retain",) if name == "gold" else ("forget", "retain")
     change = {**MEMORIZE, **({"max_steps": 1, "lr": 1e-12} if name == "destroyed" else {})}
-    memorize(data / "base", data, out, sets=sets, overrides=change, options=RunOptions(seed=seed, quiet=True))
+    memorize(data / "base", data, out, sets=sets, overrides=change, run=RunOptions(seed=seed, quiet=True))
 
 
-def forget_with(data: Path, target: Path, out: Path, recipe: str, change: dict[str, Any], seed: int) -> None:
-    """Cache the teacher as the recipe wants it, and unlearn."""
-    chosen = load_recipe(recipe, change)
-    anchor = data / "anchor.jsonl" if chosen.forget_objective == "calibrated" else None
+def unlearn_with(data: Path, target: Path, out: Path, recipe: str, change: dict[str, Any], seed: int) -> None:
+    """Cache the teacher with what the recipe needs, and unlearn."""
+    settings = load_recipe(recipe, change)
+    anchor = data / "anchor.jsonl" if settings.forget_objective == "calibrated" else None
     cache = target.parent / f"cache-{out.name}"
-    # In a process of its own, or its memory would count as the student's.
+    # In a separate process, because its memory would otherwise count as the student's.
     command = [sys.executable, "-m", "neko_lean", "cache-teacher", target, data, "--forget", data, "--out", cache]
-    command += ["--format", chosen.format, "--overwrite", "--quiet", *(["--anchor", anchor] if anchor else [])]
+    command += ["--format", settings.format, "--overwrite", "--quiet", *(["--anchor", anchor] if anchor else [])]
     subprocess.run(list(map(str, command)), check=True)
     unlearn(
         target,
         out,
         data,
         data,
-        cache=cache if reads_cache(chosen, anchor=anchor is not None) else None,
+        cache=cache if reads_cache(settings, anchor=anchor is not None) else None,
         anchor=anchor,
         recipe=recipe,
         overrides={"backward": "plain", **change},
-        options=RunOptions(seed=seed, quiet=True),
+        run=RunOptions(seed=seed, quiet=True),
     )
 
 
 def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dict[str, Any]:
-    """The task's score, membership by task, and what it did to text outside both sets."""
+    """Score a model: the task's metrics, membership by task, and the loss on text outside both sets."""
     scored = score(
-        model,
-        data,
-        out,
-        inputs=ScoreInputs(mia=data / "mia"),
-        settings=ScoreSettings(batch_size=64),
-        options=OutputOptions(quiet=True, overwrite=True),
-    )
+        model, data, out, inputs=ScoreInputs(mia=data / "mia"), settings=ScoreSettings(batch_size=64),
+        run=OutputOptions(quiet=True, overwrite=True),
+    )  # fmt: skip
     lines = [record.values for record in read_jsonl(out / "generations.jsonl")]
-    kept = [line for line in lines if line["split"] == "retain"]
-    exact = statistics.mean(line["generation"].strip().lower() == line["output"].strip().lower() for line in kept)
+    retained = [line for line in lines if line["split"] == "retain"]
+    exact = statistics.mean(line["generation"].strip().lower() == line["output"].strip().lower() for line in retained)
     tokenizer = load_tokenizer(target)
     cpu = torch.device("cpu")
     lm, perfect = (load_model(folder, torch.float32, cpu) for folder in (model, gold))
     held = read_anchor(data / "held.jsonl")
     rows = {name: read_rows(data, name) for name in ("forget", "retain")}
-    found: dict[str, Any] = {
+    result: dict[str, Any] = {
         "cells": scored["cells"],
         "aggregate": scored["task_aggregate"],
         "auc": scored["membership"]["auc"],
@@ -157,43 +159,47 @@ def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dic
     for task in TASKS:
         texts = [f"{r.input} {r.output}" for r in rows["forget"] if r.kind == "sc" and r.task == task]
         members = document_losses(lm, tokenizer, texts, batch_tokens=8192)
-        found[f"auc_{task}"] = auc(members, losses[task])
-        found[f"interval_{task}"] = auc_interval(members, losses[task])
-        found[f"tell_{task}"] = two_sided_auc(members, losses[task])
-        found[f"member_nll_{task}"], found[f"held_nll_{task}"] = float(members.mean()), float(losses[task].mean())
-    found["held_nll"] = statistics.mean(found[f"held_nll_{task}"] for task in TASKS)
+        result[f"auc_{task}"] = auc(members, losses[task])
+        result[f"interval_{task}"] = auc_interval(members, losses[task])
+        result[f"tell_{task}"] = two_sided_auc(members, losses[task])
+        result[f"member_nll_{task}"] = float(members.mean())
+        result[f"held_nll_{task}"] = float(losses[task].mean())
+    result["held_nll"] = statistics.mean(result[f"held_nll_{task}"] for task in TASKS)
+
     texts = [f"{r.input} {r.output}" for r in rows["retain"] if r.kind == "sc"]
-    found["retain_nll"] = float(document_losses(lm, tokenizer, texts, batch_tokens=8192).mean())
+    result["retain_nll"] = float(document_losses(lm, tokenizer, texts, batch_tokens=8192).mean())
     encoded = encode(rows["forget"], tokenizer, "plain", 512)
-    found |= distance(lm, perfect, encoded, int(tokenizer.pad_token_id))
+    result |= distance(lm, perfect, encoded, int(tokenizer.pad_token_id))
     run = json.loads((model / "run.json").read_text())
-    return {**found, "seconds": run["wall_seconds"], "steps": run["steps"], "peak": run["measured_peak"]}
+    return {**result, "seconds": run["wall_seconds"], "steps": run["steps"], "peak": run["measured_peak"]}
 
 
 def distance(lm: CausalLM, gold: CausalLM, encoded: Sequence[EncodedExample], pad_id: int) -> dict[str, float]:
-    """How far a model is from the gold model on the forget rows' answers: mean KL(gold to model) a token, and the
-    Kolmogorov-Smirnov test of the rows' answer probabilities, exp(mean log-probability) (TOFU's forget quality, which
-    has it of truth ratios, arXiv 2401.06121)."""
+    """Distance of a model from the gold model on the answers of the forget set.
+
+    The mean KL(gold to model) per token, and the Kolmogorov-Smirnov test between the examples' answer probabilities,
+    exp(mean log-probability). TOFU's forget quality is this test on truth ratios (arXiv 2401.06121).
+    """
     divergences: list[float] = []
-    chances: list[list[float]] = [[], []]
+    probabilities: list[list[float]] = [[], []]
     with torch.no_grad():
-        for one in encoded:
-            ids, _ = pad([one.input_ids], pad_id, lm.device)
-            place = slice(max(1, one.prompt_length) - 1, len(one) - 1)
+        for example in encoded:
+            ids, _ = pad([example.input_ids], pad_id, lm.device)
+            place = slice(max(1, example.prompt_length) - 1, len(example) - 1)
             target = ids[0, place.start + 1 :]
             p, q = (m.model(input_ids=ids).logits[0, place].log_softmax(1) for m in (gold, lm))
             divergences += (p.exp() * (p - q)).sum(1).tolist()
-            for chance, logp in zip(chances, (p, q), strict=True):
-                chance.append(logp.gather(1, target[:, None]).mean().exp().item())
-    statistic, p_value = kolmogorov_smirnov(*chances)
+            for values, logp in zip(probabilities, (p, q), strict=True):
+                values.append(logp.gather(1, target[:, None]).mean().exp().item())
+    statistic, p_value = kolmogorov_smirnov(*probabilities)
     return {"gold_kl": statistics.mean(divergences), "ks": statistic, "ks_p": p_value}
 
 
-def kolmogorov_smirnov(one: list[float], two: list[float]) -> tuple[float, float]:
+def kolmogorov_smirnov(left: list[float], right: list[float]) -> tuple[float, float]:
     """The two-sample statistic and its asymptotic p-value."""
-    a, b = np.sort(one), np.sort(two)
-    every = np.concatenate([a, b])
-    gaps = np.searchsorted(a, every, side="right") / len(a) - np.searchsorted(b, every, side="right") / len(b)
+    a, b = np.sort(left), np.sort(right)
+    values = np.concatenate([a, b])
+    gaps = np.searchsorted(a, values, side="right") / len(a) - np.searchsorted(b, values, side="right") / len(b)
     statistic = float(np.abs(gaps).max())
     x = statistic * np.sqrt(len(a) * len(b) / (len(a) + len(b)))
     terms = [(-1) ** (k - 1) * np.exp(-2 * k * k * x * x) for k in range(1, 101)]
@@ -201,7 +207,7 @@ def kolmogorov_smirnov(one: list[float], two: list[float]) -> tuple[float, float
 
 
 def job(work: tuple[Path, Path, str, str, dict[str, Any], int]) -> str:
-    """One model of one seed, made and measured, in a process of its own; what went wrong, or ''."""
+    """Make and measure one model for one seed, in a separate process; returns a traceback, or ''."""
     torch.set_num_threads(1)
     root, data, name, recipe, change, seed = work
     folder = root / f"seed-{seed}"
@@ -212,95 +218,58 @@ def job(work: tuple[Path, Path, str, str, dict[str, Any], int]) -> str:
             if name in ("target", "gold", "destroyed"):
                 make_model(data, model, name, seed)
             else:
-                forget_with(data, target, model, recipe, change, seed)
+                unlearn_with(data, target, model, recipe, change, seed)
         if not result.is_file() and all((m / "run.json").is_file() for m in (model, target, gold)):
-            found = {"name": name, "seed": seed, **measure(data, model, target, gold, folder / f"{name}-scores")}
-            result.write_text(json.dumps(found, indent=1) + "\n")
+            measured = measure(data, model, target, gold, folder / f"{name}-scores")
+            result.write_text(json.dumps({"name": name, "seed": seed, **measured}, indent=1) + "\n")
     except Exception:
         return f"{name}, seed {seed}:\n{traceback.format_exc()}"
     return ""
-
-
-def table(root: Path, names: list[str], seeds: list[int]) -> list[str]:
-    """One line a recipe, the median over seeds, with the range where seeds differ."""
-    found = {
-        name: [json.loads(p.read_text()) for seed in seeds if (p := root / f"seed-{seed}" / f"{name}.json").is_file()]
-        for name in ["target", *names]
-    }
-    before = {one["seed"]: one for one in found["target"]}
-    lines = ["| | " + " | ".join(title for title, _ in COLUMNS) + " |", "|---" * (len(COLUMNS) + 1) + "|"]
-    for name, runs in found.items():
-        if runs:
-            cells = [spread([value(one, before[one["seed"]]) for one in runs]) for _, value in COLUMNS]
-            lines.append(f"| {'do nothing' if name == 'target' else name} | {' | '.join(cells)} |")
-    lines += ["", "| | " + " | ".join(cell.replace(".", " ") for cell in CELLS) + " |", "|---" * 13 + "|"]
-    for name, runs in found.items():
-        if runs:
-            cells = [f"{statistics.median(one['cells'][cell] for one in runs):.2f}" for cell in CELLS]
-            lines.append(f"| {'do nothing' if name == 'target' else name} | {' | '.join(cells)} |")
-    return lines
-
-
-def spread(values: list[float]) -> str:
-    """Median and range."""
-    middle = statistics.median(values)
-    digits = 0 if abs(middle) >= 100 else 2 if abs(middle) >= 10 else 3
-    shown = [f"{value:.{digits}f}" for value in (middle, min(values), max(values))]
-    return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]} to {shown[2]})"
-
-
-COLUMNS: list[tuple[str, Any]] = [
-    ("task aggregate", lambda one, before: one["aggregate"]),
-    ("membership AUC", lambda one, before: one["auc"]),
-    ("membership score", lambda one, before: one["membership"]),
-    *((f"AUC {task}", lambda one, before, task=task: one[f"auc_{task}"]) for task in TASKS),
-    ("largest tell", lambda one, before: max(one["tell"], *(one[f"tell_{task}"] for task in TASKS))),
-    ("intervals with 0.5", lambda one, before: sum(
-        low <= 0.5 <= high for low, high in [one["interval"], *(one[f"interval_{task}"] for task in TASKS)]
-    )),
-    ("retain exact, change", lambda one, before: one["retain_exact"] - before["retain_exact"]),
-    ("retain perplexity", lambda one, before: float(np.exp(min(one["retain_nll"], 50)))),
-    ("held-out NLL", lambda one, before: one["held_nll"]),
-    ("held-out NLL, change %", lambda one, before: 100 * (one["held_nll"] / before["held_nll"] - 1)),
-    ("KL from gold", lambda one, before: one["gold_kl"]),
-    ("KS p", lambda one, before: one["ks_p"]),
-    ("seconds", lambda one, before: one["seconds"]),
-    ("peak GiB", lambda one, before: one["peak"] / 2**30),
-]  # fmt: skip
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("lume", type=Path, help="folder with LUME's public splits")
     parser.add_argument(
-        "--half", choices=("a", "b"), default="b", help="forget documents: a to choose by, b to report on"
+        "--half",
+        choices=("a", "b"),
+        default="b",
+        help="half of the forget documents: a for choosing hyperparameters, b for reporting",
     )
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
-    parser.add_argument("--full", action="store_true", help="every recipe that ships")
-    parser.add_argument("--recipes", nargs="+", help="these instead")
-    parser.add_argument("--set", dest="change", action="append", default=[], metavar="KEY=VALUE", help="of all of them")
+    parser.add_argument("--full", action="store_true", help="run every shipped recipe")
+    parser.add_argument("--recipes", nargs="+", help="run these models instead")
+    parser.add_argument(
+        "--set",
+        dest="change",
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="recipe value for all of them; repeatable",
+    )
     parser.add_argument("--out", type=Path, default=Path("quality-run"))
-    chosen = parser.parse_args()
+    options = parser.parse_args()
 
-    every = [name for name in recipe_names() if load_recipe(name).forget_objective != "none" or name == "idk"]
-    names = chosen.recipes or (["gold", "destroyed", *every] if chosen.full else list(QUICK))
-    root = chosen.out / chosen.half
-    data = prepare(chosen.lume, chosen.half, root)
-    change = dict(map(parse_override, chosen.change))
-    # Target and gold come first; a recipe's model waits for them.
-    first = [(root, data, name, name, change, seed) for seed in chosen.seeds for name in ("target", "gold")]
-    rest = [(root, data, name, name, change, seed) for name in names for seed in chosen.seeds]
+    shipped = [name for name in recipe_names() if load_recipe(name).forget_objective != "none" or name == "idk"]
+    names = options.recipes or (["gold", "destroyed", *shipped] if options.full else list(QUICK))
+    root = options.out / options.half
+    data = prepare(options.lume, options.half, root)
+    change = dict(map(parse_override, options.change))
+
+    # Target and gold first, because the models of the recipes need them.
+    first = [(root, data, name, name, change, seed) for seed in options.seeds for name in ("target", "gold")]
+    rest = [(root, data, name, name, change, seed) for name in names for seed in options.seeds]
     with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
         for work in (first, [*first, *rest]):
-            for number, wrong in enumerate(pool.imap(job, work, chunksize=1), start=1):
+            for number, error in enumerate(pool.imap(job, work, chunksize=1), start=1):
                 print(
                     f"{number}/{len(work)} {work[number - 1][2]} seed {work[number - 1][5]}",
                     file=sys.stderr,
                     flush=True,
                 )
-                if wrong:
-                    print(wrong, file=sys.stderr, flush=True)
-    lines = table(root, names, chosen.seeds)
+                if error:
+                    print(error, file=sys.stderr, flush=True)
+    lines = table(root, names, options.seeds)
     (root / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
 

@@ -1,9 +1,10 @@
-"""What a save costs: seconds and bytes beside a step's, for two sizes of model.
+"""The cost of a save compared with a training step, in seconds and bytes, for two model sizes.
 
     .venv/bin/python bench/saving.py --out bench-saving.json
 
-Random weights, 8 + 8 rows of the demo's world a step, every step saved; medians. A save is 8-bit Adam's state, the
-weights that learn, and little else: written, synced to the disk, read back for its SHA-256.
+Random weights, 8 + 8 examples of the demo's data per step, a save after every step; medians. A save consists of 8-bit
+Adam state, the trainable weights, and little else. Its time includes writing, syncing to disk, and reading back for
+SHA-256.
 """
 
 from __future__ import annotations
@@ -17,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from neko_lean.runs.unlearn import unlearn
 from rich.console import Console
 from rich.table import Table
 from transformers.utils.logging import disable_progress_bar
@@ -27,8 +27,10 @@ from neko_lean.demo.base_model import write_base
 from neko_lean.demo.world import build_world, write_world
 from neko_lean.models.loading import load_tokenizer, new_model
 from neko_lean.options import RunOptions
-from neko_lean.training import loop
-from neko_lean.training.optimizer import InBackwardAdam8bit, state_size
+from neko_lean.runs import unlearn
+from neko_lean.training.adam_state import state_size
+from neko_lean.training.checkpointing import Checkpointer
+from neko_lean.training.optimizer import InBackwardAdam8bit
 
 SIZES: dict[str, dict[str, int]] = {
     "the demo's": {},
@@ -39,7 +41,7 @@ CHANGE = {"max_steps": 5, "forget_rows": 8, "retain_rows": 8, "max_length": 128}
 
 
 def measure(root: Path, name: str) -> dict[str, Any]:
-    """One size: parameters, bytes of a save, seconds of a step and of a save."""
+    """Measure one model size: parameters, bytes of a save, seconds of a step and of a save."""
     world = build_world(0)
     write_world(world, root / "data")
     base = root / name
@@ -51,18 +53,18 @@ def measure(root: Path, name: str) -> dict[str, Any]:
     model.save_pretrained(base)
     tokenizer.save_pretrained(base)
     seconds, sizes = [], []
-    original = loop.Loop._save
+    original = Checkpointer.save
 
-    def timed(self: loop.Loop, optimizer: InBackwardAdam8bit) -> None:
+    def timed(self: Checkpointer, optimizer: InBackwardAdam8bit) -> None:
         start = time.monotonic()
         original(self, optimizer)
         seconds.append(time.monotonic() - start)
         sizes.append(sum(file.stat().st_size for file in self.work.saves()[0].iterdir()))
 
-    loop.Loop._save = timed  # type: ignore[method-assign]
+    Checkpointer.save = timed  # type: ignore[method-assign]
     data, out = root / "data", root / f"{name} out"
-    unlearn(base, out, data, data, recipe="graddiff", overrides=CHANGE, options=RunOptions(save_every=1, quiet=True))
-    loop.Loop._save = original  # type: ignore[method-assign]
+    unlearn(base, out, data, data, recipe="graddiff", overrides=CHANGE, run=RunOptions(save_every=1, quiet=True))
+    Checkpointer.save = original  # type: ignore[method-assign]
     steps = [json.loads(line)["seconds"] for line in (out / METRICS).read_text().splitlines()]
     step, save = statistics.median(steps), statistics.median(seconds)
     return {
@@ -80,23 +82,23 @@ def main() -> None:
     options = parser.parse_args()
     disable_progress_bar()
     with tempfile.TemporaryDirectory() as scratch:
-        found = {name: measure(Path(scratch) / name, name) for name in SIZES}
-    table = Table("model", "parameters", "a save", "bytes a parameter", "step", "save", "save in steps")
-    for name, one in found.items():
+        results = {name: measure(Path(scratch) / name, name) for name in SIZES}
+    table = Table("model", "parameters", "size of a save", "bytes per parameter", "step", "save", "save / step")
+    for name, result in results.items():
         table.add_row(
             name,
-            f"{one['parameters']:,}",
-            f"{one['bytes'] / 1e6:.1f} MB",
-            f"{one['bytes'] / one['parameters']:.2f}",
-            f"{one['step_seconds']:.2f} s",
-            f"{one['save_seconds']:.2f} s",
-            f"{one['steps_a_save']:.2f}",
+            f"{result['parameters']:,}",
+            f"{result['bytes'] / 1e6:.1f} MB",
+            f"{result['bytes'] / result['parameters']:.2f}",
+            f"{result['step_seconds']:.2f} s",
+            f"{result['save_seconds']:.2f} s",
+            f"{result['steps_a_save']:.2f}",
         )
     Console(width=120).print(table)
     large = 2 * LARGE + state_size(LARGE)
-    print(f"OLMo-1B-0724, by arithmetic: {large:,} bytes, {large / 2**30:.2f} GiB a save")
+    print(f"OLMo-1B-0724, calculated: {large:,} bytes ({large / 2**30:.2f} GiB) per save")
     if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+        options.out.write_text(json.dumps(results, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Every command that writes, on a model so small that a run takes a fraction of a second, and what it has to write.
+"""Every command that writes, on a model so small that a run takes a fraction of a second, and what it must write.
 
-For kill.py and two_processes.py: a job is a command with one of several sets of options, and `fingerprint` is what two
-outputs of the same job have in common byte for byte, which is all but times.
+For kill.py and two_processes.py: a job is a command with one of several sets of options. `fingerprint` covers what two
+outputs of the same job have in common byte for byte, which is everything except times.
 """
 
 from __future__ import annotations
@@ -11,24 +11,20 @@ import hashlib
 import json
 import re
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from neko_lean.runs.unlearn import memorize, unlearn
 
-# Loading would import these in every child again.
+# Imported here because loading a model would otherwise import them in every child.
 from transformers import AutoTokenizer, OlmoForCausalLM  # noqa: F401
 from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.logging import disable_progress_bar
 
 import neko_lean.demo.run as demo_module
-from neko_lean import scoring
-from neko_lean.cache import writer
-from neko_lean.cache.settings import CacheSettings
-from neko_lean.cache.writer import cache_teacher
+from neko_lean.cache import CacheOptions, cache_teacher, planning
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.demo import world as demo_world
 from neko_lean.demo.base_model import write_base
@@ -39,12 +35,12 @@ from neko_lean.models.loading import load_tokenizer, new_model
 from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe, reads_cache
 from neko_lean.report.page import report
-from neko_lean.scoring.options import ScoreSettings
+from neko_lean.runs import memorize, training_run, unlearn
+from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import score
-from neko_lean.training import loop
 from tests.helpers import flat
 
-# What differs from run to run without a difference in what was computed.
+# Keys whose values differ between runs that computed the same.
 TIMES = {"wait_seconds", "seconds", "wall_seconds", "peak_memory", "measured_peak", "measured_peaks"}
 SHAPE: dict[str, Any] = {
     "hidden_size": 32,
@@ -54,16 +50,17 @@ SHAPE: dict[str, Any] = {
     "attention_dropout": 0.1,
 }
 SHORT = {"forget_rows": 4, "retain_rows": 4, "max_length": 64, "eval_rows": 4, "lr": 1e-3, "max_steps": 6}
+QUIET = OutputOptions(quiet=True)
 ROWS = {"forget": 6, "retain": 10}
 COMMANDS = ("cache-teacher", "unlearn", "memorize", "score", "report", "demo")
 
 
 @dataclass(frozen=True)
 class Job:
-    """A command with options; two jobs of one name write the same bytes."""
+    """A command with options. Two jobs with the same name write the same bytes."""
 
     command: str
-    number: int  # of its options
+    number: int  # which set of options
     call: Callable[..., Any] = field(compare=False)
 
     @property
@@ -71,14 +68,14 @@ class Job:
         return f"{self.command} {self.number}"
 
     def __call__(self, out: Path, **flags: bool) -> Any:
-        """Run it; returns what it tells its caller, without times."""
+        """Run the command and return its result without times."""
         if self.command in ("report", "demo"):
             flags.pop("resume", None)
         return without_times(self.call(out, **flags), out)
 
 
 def make_world(root: Path) -> None:
-    """Data, a model with random weights, a teacher's cache of it, and scores for reports."""
+    """Write data, a model with random weights, teacher caches of it, and scores for reports."""
     world = build_world(0)
     write_world(world, root / "data")
     for name, count in ROWS.items():
@@ -96,47 +93,39 @@ def make_world(root: Path) -> None:
     tokenizer = load_tokenizer(root / "model")
     new_model(root / "model", torch.bfloat16, torch.device("cpu"), 0).model.save_pretrained(root / "model")
     tokenizer.save_pretrained(root / "model")
+    quiet = OutputOptions(quiet=True)
     cache_teacher(
-        root / "model",
-        root / "data",
-        root / "cache",
-        settings=CacheSettings(max_length=64, format="neko"),
-        options=OutputOptions(quiet=True),
+        root / "model", root / "data", root / "cache", cache=CacheOptions(max_length=64, format="neko"), run=quiet
     )
     anchor = root / "data" / "anchor.jsonl"
     cache_teacher(
-        root / "model",
-        root / "data",
-        root / "anchored",
-        anchor=anchor,
-        settings=CacheSettings(max_length=64),
-        options=OutputOptions(quiet=True),
+        root / "model", root / "data", root / "anchored", anchor=anchor, cache=CacheOptions(max_length=64), run=quiet
     )
     score(
         root / "model",
         root / "data",
         root / "scores",
         settings=ScoreSettings(max_new_tokens=3),
-        options=OutputOptions(quiet=True),
+        run=OutputOptions(quiet=True),
     )
 
 
 def shape(folder: Path, **change: Any) -> None:
-    """Shrink a model without weights to SHAPE."""
+    """Shrink the config of a model without weights to SHAPE."""
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, **SHAPE, **change}))
 
 
 def make_small() -> None:
-    """Pieces and demo so small that a short run has several of everything."""
+    """Shrink shards and the demo so that a short run has several of everything."""
     disable_progress_bar()
-    get_checkpoint_conversion_mapping("olmo")  # built once, here, for all children
-    gc.freeze()  # or every run would look through all that was imported
-    loop.predicted_peak = lambda *_: None  # which takes twice as long as such a run
-    writer.SHARD_POSITIONS = 100
+    get_checkpoint_conversion_mapping("olmo")  # built once for all children
+    gc.freeze()  # otherwise every run would traverse all imported objects
+    training_run.predicted_peak = lambda *_: None  # a prediction takes twice as long as such a run
+    planning.SHARD_POSITIONS = 100
     demo_module.MEMORIZE = {"retain_rows": 4, "max_steps": 2, "backward": "plain", "max_length": 64}
     demo_module.VOCABULARY = 300
-    demo_module.score = partial(scoring.score, max_new_tokens=2)
+    demo_module.ScoreSettings = partial(ScoreSettings, max_new_tokens=2)
     base = demo_module.write_base
 
     def small_world(seed: int) -> World:
@@ -151,12 +140,14 @@ def make_small() -> None:
 
 
 def jobs(root: Path) -> dict[str, list[Job]]:
-    """Each command with its sets of options, on the world in `root`."""
+    """Every command with its sets of options, on the data in `root`."""
     model, data, cache = root / "model", root / "data", root / "cache"
 
     def caching(out: Path, *, change: dict[str, Any], **flags: bool) -> dict[str, Any]:
-        given = {"top_k": 8, "max_length": 64, "batch_tokens": 128, "forget": data, "quiet": True}
-        return asdict(flat(cache_teacher)(model, data, out, **{**given, **change}, **flags))
+        options = CacheOptions(**{"top_k": 8, "max_length": 64, "batch_tokens": 128, **change})
+        return asdict(
+            cache_teacher(model, data, out, forget=data, cache=options, run=OutputOptions(quiet=True, **flags))
+        )
 
     def unlearning(out: Path, *, change: dict[str, Any], seed: int = 3, own_cache: bool = False, **flags: bool) -> Any:
         given = {"recipe": "neko", "overrides": {**SHORT, **change}, "save_every": 2, "quiet": True}
@@ -166,15 +157,16 @@ def jobs(root: Path) -> dict[str, list[Job]]:
         given = {"overrides": {**SHORT, **change}, "save_every": 2, "quiet": True}
         return flat(memorize)(model, data, out, seed=seed, **given, **flags)
 
-    def scoring_(out: Path, **given: Any) -> Any:
-        return flat(score)(model, data, out, batch_size=4, quiet=True, **given)
+    def scoring_(out: Path, *, max_new_tokens: int, inputs: ScoreInputs = ScoreInputs(), **flags: bool) -> Any:
+        settings = ScoreSettings(batch_size=4, max_new_tokens=max_new_tokens)
+        return score(model, data, out, inputs=inputs, settings=settings, run=replace(QUIET, **flags))
 
     def reporting(out: Path, **given: Any) -> Any:
         return report([root / "scores"], out, **given)
 
     def demoing(out: Path, *, seed: int, **flags: bool) -> Any:
-        told = flat(demo)(out, seed=seed, max_steps=2, quiet=True, **flags)
-        return {key: told[key] for key in ("verdict", "files")}
+        result = flat(demo)(out, seed=seed, max_steps=2, quiet=True, **flags)
+        return {key: result[key] for key in ("verdict", "files")}
 
     calls: dict[str, list[Callable[..., Any]]] = {
         "cache-teacher": [partial(caching, change=change) for change in ({}, {"top_k": 4}, {"max_length": 32})],
@@ -192,27 +184,27 @@ def jobs(root: Path) -> dict[str, list[Job]]:
         "score": [
             partial(scoring_, max_new_tokens=3),
             partial(scoring_, max_new_tokens=2),
-            partial(scoring_, max_new_tokens=3, mia=data / "mia"),
+            partial(scoring_, max_new_tokens=3, inputs=ScoreInputs(mia=data / "mia")),
         ],
         "report": [partial(reporting, title="One"), partial(reporting, title="Two"), partial(reporting, texts=False)],
         "demo": [partial(demoing, seed=seed) for seed in (0, 1)],
     }
-    return {name: [Job(name, number, call) for number, call in enumerate(some)] for name, some in calls.items()}
+    return {name: [Job(name, number, call) for number, call in enumerate(variants)] for name, variants in calls.items()}
 
 
 def training_jobs(root: Path) -> dict[str, Job]:
-    """Runs of `unlearn` that differ in all that the next step depends on, by what they have."""
+    """Runs of `unlearn` that together cover everything that the next step can depend on, by name."""
     model, data = root / "model", root / "data"
-    looks = {"max_steps": 12, "eval_every": 2, "lr": 5e-3}
+    evaluated = {"max_steps": 12, "eval_every": 2, "lr": 5e-3}
     runs: dict[str, tuple[str, dict[str, Any]]] = {
-        "calibrated, layerwise, chosen by quality": ("calibrated", {**looks, "choose": "quality", "patience": 3}),
+        "calibrated, layerwise, chosen by quality": ("calibrated", {**evaluated, "choose": "quality", "patience": 3}),
         "sequential, plain, dropout, a phase a chunk": (
             "sequential",
             {"max_steps": 12, "chunk_rows": 3, "epochs": 2.0, "backward": "plain", "dropout": True},
         ),
         "alternating, checkpointed, early stopping": (
             "alternating",
-            {**looks, "patience": 2, "backward": "checkpointed"},
+            {**evaluated, "patience": 2, "backward": "checkpointed"},
         ),
     }
 
@@ -229,7 +221,7 @@ def training_jobs(root: Path) -> dict[str, Job]:
 
 
 def fingerprint(out: Path) -> str | None:
-    """SHA-256 over an output's names and bytes, without times; None where nothing is there."""
+    """SHA-256 over the names and bytes of an output, without times; None if there is no output."""
     if not out.exists():
         return None
     digest = hashlib.sha256()
@@ -243,9 +235,9 @@ def fingerprint(out: Path) -> str | None:
 def _content(path: Path, out: Path) -> bytes:
     data = path.read_bytes()
     if path.name == "report.html" and path != out:
-        return b""  # of a demo: it tells how long everything took
+        return b""  # the report of a demo contains times
     if path.name in ("run.json", "scores.json", "demo.json"):
-        if (out / "demo.json").exists():  # its scores are made from an earlier one, times and all
+        if (out / "demo.json").exists():  # its digest covers earlier scores, including their times
             data = re.sub(rb'"made_from": "[0-9a-f]+"', b'"made_from": ""', data)
         return json.dumps(without_times(json.loads(data), out)).encode()
     if path.name == "metrics.jsonl":
@@ -254,11 +246,11 @@ def _content(path: Path, out: Path) -> bytes:
 
 
 def without_times(value: Any, out: Path) -> Any:
-    """What a command tells or writes, except times and where it wrote it."""
+    """A command's result without times and without the path of its output."""
     if isinstance(value, dict):
-        return {key: without_times(one, out) for key, one in value.items() if key not in TIMES}
+        return {key: without_times(item, out) for key, item in value.items() if key not in TIMES}
     if isinstance(value, list | tuple):
-        return [without_times(one, out) for one in value]
+        return [without_times(item, out) for item in value]
     if isinstance(value, str):
         text = value.replace(str(out), "OUT").replace(str(out.with_name(f".{out.name}.demo")), "OUT")
         return re.sub(r"\d+ s\b", "s", text)

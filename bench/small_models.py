@@ -1,7 +1,7 @@
-"""Small random models of every causal family that transformers has, for bench/families.py.
+"""Small random models of every causal family in transformers, for bench/families.py.
 
-A family's own configuration is shrunk by the names of its fields; OVERRIDES holds what that gets wrong. Weights are
-random in every parameter, norms, biases and gates included, so that a term that somebody forgets is seen.
+The default configuration of a family is shrunk by field name; OVERRIDES corrects what this gets wrong. Every parameter
+is random, including norms, biases and gates, so that a forgotten term is detected.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 FAMILIES = list(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 MAX_PARAMETERS = 5_000_000
-LOGITS_STD = 2.5  # of a row's logits: neither flat nor one-hot
+LOGITS_STD = 2.5  # standard deviation of a row of logits: neither flat nor one-hot
 
 HIDDEN, HEADS, KV_HEADS, HEAD_DIM, LAYERS, POSITIONS = 32, 4, 2, 8, 2, 512
-# What cannot be built here, and why.
+# Families that cannot be built here, and why.
 SKIPPED = {
     **dict.fromkeys(
         ["emu3", "mllama"],
-        "AutoModelForCausalLM makes its language model, and saves that under a configuration that it cannot load",
+        "AutoModelForCausalLM builds its language model and saves it with a configuration that it cannot load",
     ),
     "gemma3n": "its vision tower needs timm and pillow (gemma3n_text is the language model)",
     "gemma4_assistant": "a drafter: its forward takes another model's hidden states, not token ids",
@@ -32,7 +32,7 @@ SKIPPED = {
     "musicgen": "AutoModelForCausalLM cannot build it from its own configuration; it speaks audio codes",
     "musicgen_melody": "AutoModelForCausalLM cannot build it from its own configuration; it speaks audio codes",
 }
-# Values by a field's name, wherever a family has a field of that name.
+# Values by field name, for every family that has a field of that name.
 BY_NAME: dict[str, Any] = {
     **dict.fromkeys(
         ["hidden_size", "n_embd", "d_model", "dim", "emb_dim", "embedding_dim", "word_embed_proj_dim",
@@ -97,61 +97,61 @@ BY_NAME: dict[str, Any] = {
     "hidden_size_per_layer_input": 8, "num_mel_bins": 8, "image_size": 16, "patch_size": 8,
     "query_pre_attn_scalar": 8,
 }  # fmt: skip
-UNSET = ("head_dim", "num_key_value_heads")  # they count although a default configuration leaves them out
-# Lists that say what each layer is: one layer of each kind is kept.
+UNSET = ("head_dim", "num_key_value_heads")  # set even if the default configuration leaves them out
+# Lists with the kind of each layer: one layer of each kind is kept.
 LAYER_KINDS = ("layer_types", "layers_block_type", "block_types", "attn_layers")
 
 
 def shrunk(config: PreTrainedConfig, vocab_size: int) -> dict[str, Any]:
-    """Keyword arguments for a small configuration of the class of `config`, which is a default one."""
+    """Keyword arguments for a small configuration of the same class as `config`, a default configuration."""
     fields = {name: value for name, value in vars(config).items() if not name.startswith("_")}
-    given: dict[str, Any] = {}
+    kwargs: dict[str, Any] = {}
     for name, value in fields.items():
         if isinstance(value, PreTrainedConfig):
-            given[name] = {"model_type": value.model_type, **shrunk(value, vocab_size)}
+            kwargs[name] = {"model_type": value.model_type, **shrunk(value, vocab_size)}
         elif name in BY_NAME and (value is not None or name in UNSET) and not isinstance(value, list | dict):
-            given[name] = BY_NAME[name]
+            kwargs[name] = BY_NAME[name]
     for name in ("vocab_size", "vocab_size_per_layer_input"):
         if name in fields:
-            given[name] = vocab_size
+            kwargs[name] = vocab_size
     for name in LAYER_KINDS:
         if isinstance(fields.get(name), list) and fields[name]:
             kinds = list(dict.fromkeys(fields[name]))
-            given[name] = kinds if len(kinds) > 1 else kinds * LAYERS
+            kwargs[name] = kinds if len(kinds) > 1 else kinds * LAYERS
             for count in ("num_hidden_layers", "n_layer"):
                 if count in fields:
-                    given[count] = len(given[name])
+                    kwargs[count] = len(kwargs[name])
     if isinstance(fields.get("mlp_layer_types"), list):
         kinds = list(dict.fromkeys(fields["mlp_layer_types"]))
-        count = given["num_hidden_layers"] = max(given["num_hidden_layers"], len(kinds))
-        given["mlp_layer_types"] = (kinds * count)[:count]
-        if isinstance(given.get("layer_types"), list):
-            given["layer_types"] = (given["layer_types"] * count)[:count]
+        count = kwargs["num_hidden_layers"] = max(kwargs["num_hidden_layers"], len(kinds))
+        kwargs["mlp_layer_types"] = (kinds * count)[:count]
+        if isinstance(kwargs.get("layer_types"), list):
+            kwargs["layer_types"] = (kwargs["layer_types"] * count)[:count]
     if "is_decoder" in fields:
-        given["is_decoder"] = True
+        kwargs["is_decoder"] = True
     if "max_window_layers" in fields:
-        given["max_window_layers"] = 1
-    return given
+        kwargs["max_window_layers"] = 1
+    return kwargs
 
 
 def small_config(
     family: str, vocab_size: int, ids: Mapping[str, int], change: Mapping[str, Any] | None = None
 ) -> PreTrainedConfig:
-    """A small configuration of a family, with the tokenizer's special ids and, last of all, `change`."""
+    """A small configuration of a family, with the tokenizer's special ids, and then `change` applied."""
     kind = CONFIG_MAPPING[family]
-    given = {**merged(shrunk(kind(), vocab_size), OVERRIDES.get(family, {})), **ids}
-    if isinstance(given.get("text_config"), dict):
-        given["text_config"] = {**given["text_config"], **ids}
-    return kind(**merged(given, change or {}))
+    kwargs = {**merged(shrunk(kind(), vocab_size), OVERRIDES.get(family, {})), **ids}
+    if isinstance(kwargs.get("text_config"), dict):
+        kwargs["text_config"] = {**kwargs["text_config"], **ids}
+    return kind(**merged(kwargs, change or {}))
 
 
-def merged(one: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """`other` laid over `one`, dictionaries joined."""
-    found = dict(one)
-    for name, value in other.items():
-        both = isinstance(value, dict) and isinstance(found.get(name), dict)
-        found[name] = merged(found[name], value) if both else value
-    return found
+def merged(base: Mapping[str, Any], update: Mapping[str, Any]) -> dict[str, Any]:
+    """`base` updated with `update`; nested dictionaries are merged."""
+    result = dict(base)
+    for name, value in update.items():
+        both = isinstance(value, dict) and isinstance(result.get(name), dict)
+        result[name] = merged(result[name], value) if both else value
+    return result
 
 
 _QSA = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 8, "indexer_budget": 8,
@@ -160,7 +160,7 @@ _QSA = {"indexer_n_heads": 16, "indexer_kv_heads": 1, "indexer_head_dim": 8, "in
 _MLA = {"num_key_value_heads": HEADS, "qk_head_dim": 16}
 _DOTS3 = {**_MLA, "head_dim": 16, "swa_num_attention_heads": 4, "swa_num_key_value_heads": 4, "swa_q_lora_rank": 8,
           "swa_kv_lora_rank": 8, "swa_head_dim": 16, "swa_qk_nope_head_dim": 8, "swa_v_head_dim": 8}  # fmt: skip
-# What a family's shrunk configuration needs besides.
+# Further values that the shrunk configuration of a family needs.
 OVERRIDES: dict[str, dict[str, Any]] = {
     **dict.fromkeys(
         ["axk1", "axk2", "bailing_hybrid", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "kimi_linear",
@@ -214,14 +214,14 @@ OVERRIDES: dict[str, dict[str, Any]] = {
 
 
 def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
-    """A float32 model in evaluation mode with random values in every parameter, and logits that are spread."""
+    """A float32 model in evaluation mode with random values in every parameter and widely spread logits."""
     with torch.device("meta"):
         count = sum(p.numel() for p in AutoModelForCausalLM.from_config(config).parameters())
     if count > MAX_PARAMETERS:
-        raise ValueError(f"{count} parameters at the least")
+        raise ValueError(f"the smallest model has {count} parameters; at most {MAX_PARAMETERS} are allowed")
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(config, dtype=torch.float32).float().eval()
-    model.config.return_dict = True  # with False no forward of transformers' own runs
+    model.config.return_dict = True  # with False, transformers' own forward fails
     randomise(model)
     spread(model)
     return model
@@ -229,13 +229,13 @@ def build(config: PreTrainedConfig, seed: int) -> PreTrainedModel:
 
 @torch.no_grad()
 def randomise(model: nn.Module) -> None:
-    """Values that no initialisation has: matrices of the usual size, everything else moved off its default."""
+    """Set values that no initialisation has: matrices of the usual scale, all else moved away from its default."""
     vocab_size = len(model.get_output_embeddings().weight) if model.get_output_embeddings() is not None else 0
     for parameter in model.parameters():
         noise = torch.randn_like(parameter)
         if parameter.ndim > 1 and parameter.mean().abs() < 0.05 and parameter.std() < 0.05:
             parameter.copy_(noise / parameter.shape[-1] ** 0.5)
-        elif parameter.shape == (vocab_size,):  # a bias of the logits
+        elif parameter.shape == (vocab_size,):  # the bias of the logits
             parameter.copy_(noise)
         else:
             parameter.add_(0.2 * noise)
@@ -247,27 +247,27 @@ def randomise(model: nn.Module) -> None:
 
 @torch.no_grad()
 def spread(model: PreTrainedModel) -> None:
-    """Scale the head until a row's logits have a standard deviation near LOGITS_STD, or bite on a cap."""
+    """Scale the head until the logits have a standard deviation near LOGITS_STD, or reach the soft cap."""
     head = model.get_output_embeddings()
     if head is None:
         return
     ids = torch.arange(3, 35)[None] * 7 % (len(head.weight) - 3) + 3
-    wanted = LOGITS_STD if cap(model.config) is None else 0.6 * cap(model.config)
+    target = LOGITS_STD if cap(model.config) is None else 0.6 * cap(model.config)
     for _ in range(3):
-        found = float(plain_logits(model, ids).std(-1).mean())
-        head.weight.mul_(min(8.0, max(0.125, wanted / max(found, 1e-6))))
+        std = float(plain_logits(model, ids).std(-1).mean())
+        head.weight.mul_(min(8.0, max(0.125, target / max(std, 1e-6))))
 
 
 def cap(config: PreTrainedConfig) -> float | None:
-    """The soft cap of a model's logits, where it has one."""
+    """The soft cap of a model's logits, or None."""
     text = config.get_text_config(decoder=True)
     names = ("final_logit_softcapping", "logits_soft_cap", "output_logit_soft_cap", "logit_softcapping")
     return next((float(getattr(text, name)) for name in names if getattr(text, name, None)), None)
 
 
 def plain_logits(model: PreTrainedModel, ids: Tensor) -> Tensor:
-    """Logits [B, L, V] in float32 by the model's own forward: no mask, no padding, no cache."""
-    more = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
-    out = model(input_ids=ids, **more)
+    """Logits [B, L, V] in float32 from the model's own forward: no mask, no padding, no cache."""
+    kwargs = {"use_cache": False} if "use_cache" in signature(model.forward).parameters else {}
+    out = model(input_ids=ids, **kwargs)
     logits: Tensor = out.logits if hasattr(out, "logits") else out[0]
     return logits.float()

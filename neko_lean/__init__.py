@@ -7,14 +7,14 @@ from typing import TYPE_CHECKING, Any
 __version__ = "0.1.0"
 
 if TYPE_CHECKING:
-    from neko_lean.cache import CacheSettings, cache_teacher
+    from neko_lean.cache import CacheOptions, cache_teacher
     from neko_lean.errors import Interrupted, NekoLeanError
     from neko_lean.options import OutputOptions, RunOptions
     from neko_lean.runs import memorize, unlearn
     from neko_lean.scoring import ScoreInputs, ScoreSettings, score
 
 __all__ = [
-    "CacheSettings",
+    "CacheOptions",
     "Interrupted",
     "NekoLeanError",
     "OutputOptions",
@@ -28,7 +28,7 @@ __all__ = [
 ]
 
 _PACKAGE_OF = {
-    "CacheSettings": "neko_lean.cache",
+    "CacheOptions": "neko_lean.cache",
     "Interrupted": "neko_lean.errors",
     "NekoLeanError": "neko_lean.errors",
     "OutputOptions": "neko_lean.options",

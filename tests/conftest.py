@@ -13,11 +13,9 @@ import pytest
 import torch
 
 import neko_lean
-from neko_lean.cache.settings import CacheSettings
 from neko_lean.demo.base_model import write_base
 from neko_lean.jsonio import write_jsonl
-from neko_lean.options import OutputOptions
-from tests.helpers import SMALL, flat, make_rows, random_model, write_rows
+from tests.helpers import SMALL, flat, make_cache, make_rows, random_model, write_rows
 
 torch.set_num_threads(2)
 
@@ -62,12 +60,8 @@ def model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def cache(world: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The model's teacher cache of the world's retain set, in float32 and the neko format."""
-    from neko_lean.cache.writer import cache_teacher
-
     out = tmp_path_factory.mktemp("cache")
-    cache_teacher(
-        model, world, out, settings=CacheSettings(dtype="float32", format="neko"), options=OutputOptions(quiet=True)
-    )
+    make_cache(model, world, out, dtype="float32", format="neko")
     return out
 
 

@@ -3,12 +3,15 @@
 import json
 from dataclasses import asdict, fields, is_dataclass
 from pathlib import Path
-from typing import get_type_hints
+from typing import Any, get_type_hints
 
 import torch
 import transformers
+from safetensors.torch import load_file
 from tokenizers.processors import TemplateProcessing
 
+from neko_lean.cache import cache_teacher
+from neko_lean.cache.format import Manifest
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.jsonio import write_jsonl
@@ -69,6 +72,11 @@ def resign(folder: Path, **change: object) -> None:
     path.write_bytes(sign(json.dumps(manifest, indent=1, ensure_ascii=False).encode()))
 
 
+def make_cache(model: Path, retain: Path, out: Path, **options: Any) -> Manifest:
+    """`cache_teacher` without output, with the fields of its options dataclasses as plain keyword arguments."""
+    return flat(cache_teacher)(model, retain, out, **{"quiet": True, **options})
+
+
 def random_model(world: Path, out: Path, *, seed: int = 0, tied: bool = False, scale: float = 1.0) -> Path:
     """Save a 2-layer OLMo with random float32 weights and the world's tokenizer; `scale` multiplies its output head."""
     from transformers import AutoConfig, AutoTokenizer, OlmoForCausalLM
@@ -112,6 +120,11 @@ def live(folder, example, dtype=torch.float32):
     model = load_model(folder, dtype, torch.device("cpu")).model.eval()
     with torch.no_grad():
         return model(input_ids=torch.tensor([example.input_ids])).logits[0]
+
+
+def model_weights(folder):
+    """The tensors of a checkpoint in one file."""
+    return load_file(folder / "model.safetensors")
 
 
 def flat(function):

@@ -91,7 +91,7 @@ def main(root):
             cache=root / "cache",
             recipe="neko",
             overrides=OVERRIDES,
-            options=RunOptions(seed=3, quiet=True, save_every=3, resume=resume),
+            run=RunOptions(seed=3, quiet=True, save_every=3, resume=resume),
         )
 
     start = time.monotonic()

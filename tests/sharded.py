@@ -19,12 +19,13 @@ from neko_lean.data.substitutes import refusals
 from neko_lean.data.tokenization import encode
 from neko_lean.distributed.collectives import raise_on_any_rank, with_process_group
 from neko_lean.distributed.ranks import as_single_process, is_main_process
-from neko_lean.models.causal_lm import split
+from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_tokenizer
-from neko_lean.models.sharding import Shards
+from neko_lean.models.sharding import ShardedModel
 from neko_lean.recipes import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
-from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.layers import decoder_layers
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 
 # Two ranks cannot divide these weights evenly: each has at most 7 rows of a head, and the vocabulary has 355 rows.
@@ -44,7 +45,7 @@ CPU = torch.device("cpu")
 def random_student(vocab_size: int, tied: bool):
     torch.manual_seed(1)
     config = LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=tied, attn_implementation="eager", **SHAPE)
-    return split(LlamaForCausalLM(config).double())
+    return as_causal_lm(LlamaForCausalLM(config).double())
 
 
 def largest_difference(root: Path, recipe_name: str, overrides: dict, tied: bool) -> float:
@@ -69,7 +70,7 @@ def largest_difference(root: Path, recipe_name: str, overrides: dict, tied: bool
     # The sharded student, layer by layer.
     sharded = random_student(len(tokenizer), tied)
     layers = decoder_layers(sharded)
-    layer_pass = LayerPass(sharded, layers, shards=Shards(sharded, layers, CPU))
+    layer_pass = LayerPass(sharded, layers, shards=ShardedModel(sharded, layers, CPU))
     parameters = dict(sharded.model.named_parameters())
     worst = 0.0
     for _ in range(2):  # the second pass must not depend on what the first one leaves behind

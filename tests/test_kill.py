@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.checkpoints.test_resume import result, saved
+from tests.checkpoints.interrupted import result, saved
 from tests.killed import KILLS
 
 REPOSITORY = Path(__file__).parents[1]

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 import neko_lean
 from neko_lean.cache.manifest import read_manifest
-from neko_lean.checkpoints.saves import damage, seal
+from neko_lean.checkpoints.sealing import find_damage, seal
 from neko_lean.cli import app
 from neko_lean.data.documents import read_documents
 from neko_lean.data.examples import read_rows
@@ -24,7 +24,7 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_tokenizer, model_folder, model_name
 from neko_lean.models.weight_files import weight_files
 from neko_lean.outputs.signing import sign
-from neko_lean.report.read import collect
+from neko_lean.report.collect import collect
 from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.paraphrases import read_paraphrases
 from neko_lean.scoring.stored import read_score
@@ -113,7 +113,7 @@ def test_code_in_a_checkpoint_is_never_run(copied, tmp_path, world):
     ):
         result = call(*args)
         assert result.exit_code == 2 and "trust_remote_code" not in result.stderr, result.output
-        assert "runs none that came with a checkpoint" in result.stderr
+        assert "never runs code that comes with a checkpoint" in result.stderr
     assert not (tmp_path / "ran").exists()
 
 
@@ -131,7 +131,7 @@ def test_code_on_the_hub_is_never_run(copied, no_network, key, nested):
 def test_a_weight_index_cannot_name_files_outside_its_folder(copied, name):
     (copied / "model.safetensors").unlink()
     (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
-    with pytest.raises(NekoLeanError, match="no file of its folder"):
+    with pytest.raises(NekoLeanError, match="not a file in its folder"):
         weight_files(copied)
 
 
@@ -183,12 +183,12 @@ def test_a_save_manifest_cannot_name_files_outside_its_folder(tmp_path, name):
     (folder / "sub").mkdir(parents=True)
     (folder / "sub" / "state.json").write_text("{}")
     seal(folder)
-    assert damage(folder) is None
+    assert find_damage(folder) is None
     (folder / "link").symlink_to(tmp_path / "x")
     manifest = json.loads((folder / "manifest.json").read_text())
     manifest |= {"files": {name: manifest["files"]["sub/state.json"]}, "checksum": "0" * 64}
     (folder / "manifest.json").write_bytes(sign(json.dumps(manifest).encode()))
-    assert "lies elsewhere" in damage(folder)
+    assert "outside the folder" in find_damage(folder)
 
 
 @pytest.mark.parametrize("name", ["scores.json", "generations.jsonl"])
@@ -235,7 +235,8 @@ def test_a_hub_name_is_one_sentence_when_offline(tmp_path):
     command = [sys.executable, "-c", NO_SOCKETS, "plan", "owner/name"]
     process = subprocess.run(command, capture_output=True, text=True, env=env)
     assert process.returncode == 2 and "CONNECTS" not in process.stderr, process.stderr
-    assert "error: owner/name is no local folder, and the hub did not give it" in process.stderr.splitlines()[-1]
+    refusal = "error: owner/name is not a local folder, and downloading it from the Hugging Face Hub failed"
+    assert refusal in process.stderr.splitlines()[-1]
 
 
 def test_a_revision_pins_the_download_and_is_recorded(world, model, tmp_path, monkeypatch):

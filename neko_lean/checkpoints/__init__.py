@@ -1,9 +1,13 @@
-"""Saves of an unfinished run, exact resume from them, and the signals that ask for one."""
+"""Saves of a training run, exact resume from them, and signals that stop a run after a save."""
 
-from neko_lean.checkpoints.run_folder import RunFolder, finished_run, link_tree, open_run_folder
+from neko_lean.checkpoints.finished import finished_run
+from neko_lean.checkpoints.open_run import open_run_folder
+from neko_lean.checkpoints.run_folder import RunFolder
 from neko_lean.checkpoints.run_identity import digests, rows_digest, versions
-from neko_lean.checkpoints.saves import METRICS, RunState, Save, load_weights, random_states, set_random_states
+from neko_lean.checkpoints.run_state import RunState, random_states, set_random_states
+from neko_lean.checkpoints.saves import METRICS, Save, link_tree
 from neko_lean.checkpoints.signals import Signals, handle_signals
+from neko_lean.checkpoints.tensors import load_weights
 
 __all__ = [
     "METRICS",

@@ -1,4 +1,4 @@
-"""What makes two runs the same: the inputs that determine the final weights."""
+"""The identity of a run: the inputs that determine its final weights."""
 
 from __future__ import annotations
 
@@ -12,42 +12,53 @@ from neko_lean import __version__
 from neko_lean.data import EncodedExample
 from neko_lean.models import config_differences
 
-MAY_DIFFER = ("offload_state", "offload_activations")  # of a recipe: where things lie changes no bit of the result
+# Recipe values that may change on resume: they decide where tensors are stored, not what is computed.
+STORAGE_KEYS = ("offload_state", "offload_activations")
+
+# Parts of an identity whose old and new values are shown when they differ.
+SHOWN_KEYS = ("command", "device", "ranks", "seed")
 
 
 def versions() -> dict[str, str]:
-    """Versions of neko-lean and of the packages that decide a run's numbers."""
+    """Versions of neko-lean and of the packages that determine a run's numbers, by package."""
     names = ("torch", "transformers", "bitsandbytes", "safetensors", "numpy")
     return {"neko-lean": __version__, **{name: version(name) for name in names}}
 
 
-def rows_digest(encoded: Iterable[EncodedExample]) -> str:
-    """SHA-256 over rows as a run reads them: their text and their tokens."""
+def rows_digest(examples: Iterable[EncodedExample]) -> str:
+    """SHA-256 (hexadecimal) over the text and the tokens of examples."""
     digest = hashlib.sha256()
-    for one in encoded:
-        digest.update(json.dumps([one.example.digest, one.example.task, one.prompt_length, one.input_ids]).encode())
+    for encoded in examples:
+        content = [encoded.example.digest, encoded.example.task, encoded.prompt_length, encoded.input_ids]
+        digest.update(json.dumps(content).encode())
     return digest.hexdigest()
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
-    """Names of what makes two runs differ; of a recipe and of a seed with both values."""
-    found = []
+    """Compare two identities.
+
+    Returns a description of each difference, with both values where these are short. An empty list means that the runs
+    end in the same weights.
+    """
+    changes = []
     for key in sorted({*old, *new}):
-        one, two = old.get(key), new.get(key)
-        if key == "recipe" and isinstance(one, dict) and isinstance(two, dict):
-            values = [k for k in sorted({*one, *two}) if one.get(k) != two.get(k) and k not in MAY_DIFFER]
-            found += [f"recipe value {k} ({one.get(k)}, now {two.get(k)})" for k in values]
-        elif key == "config" and isinstance(one, dict) and isinstance(two, dict):
-            found += [f"config value {changed}" for changed in config_differences(one, two)]
-        elif key == "config" and one is None:
-            found.append("config.json (the version that began it did not write it down)")
-        elif one != two:
-            found.append(f"{key} ({one}, now {two})" if key in ("command", "device", "ranks", "seed") else key)
-    return found
+        before, after = old.get(key), new.get(key)
+        if key == "recipe" and isinstance(before, dict) and isinstance(after, dict):
+            names = [n for n in sorted({*before, *after}) if before.get(n) != after.get(n) and n not in STORAGE_KEYS]
+            changes += [f"recipe value {name} ({before.get(name)}, now {after.get(name)})" for name in names]
+        elif key == "config" and isinstance(before, dict) and isinstance(after, dict):
+            changes += [f"config value {change}" for change in config_differences(before, after)]
+        elif key == "config" and before is None:
+            changes.append("config.json (not recorded by the version that started the run)")
+        elif before != after:
+            changes.append(f"{key} ({before}, now {after})" if key in SHOWN_KEYS else key)
+    return changes
 
 
 def digests(identity: Mapping[str, Any]) -> dict[str, str]:
-    """An identity in a few characters a part, for run.json."""
-    recipe = {k: v for k, v in identity["recipe"].items() if k not in MAY_DIFFER}
+    """The first 16 hexadecimal digits of the SHA-256 of each part of an identity, for run.json."""
+    recipe = {name: value for name, value in identity["recipe"].items() if name not in STORAGE_KEYS}
     parts = {**identity, "recipe": recipe}
-    return {k: hashlib.sha256(json.dumps(v, sort_keys=True).encode()).hexdigest()[:16] for k, v in parts.items()}
+    return {
+        key: hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()[:16] for key, value in parts.items()
+    }

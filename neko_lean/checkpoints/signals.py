@@ -1,9 +1,6 @@
-"""Ctrl-C, SIGTERM and SIGHUP in a long run: while it trains the first one waits for the step's end, a second one does
-not.
+"""Ctrl-C, SIGTERM and SIGHUP during a long run: the first signal waits for the end of the training step.
 
-When a terminal closes, its shell and the kernel may each send a SIGHUP, so that a second one of those changes nothing.
-
-Handlers are installed in the main thread only, where Python lets one, and restored afterwards. A signal that the
+Handlers are installed only in the main thread, where Python allows it, and are restored afterwards. A signal that the
 process was told to ignore stays ignored.
 """
 
@@ -22,46 +19,51 @@ SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
 class Signals:
-    """What arrived: `received` is the signal that waits for the end of the step."""
+    """Signals that arrived. `received` is the one that waits for the end of the step, if any."""
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._patient = False
+        self._deferring = False
 
     @contextmanager
     def deferred(self) -> Iterator[None]:
-        """Within it the first signal is only noted down. Outside, and from the second on, a signal raises at once."""
-        self._patient = True
+        """Within this context the first signal is only recorded in `received`. Any other signal raises at once."""
+        self._deferring = True
         try:
             yield
         finally:
-            self._patient = False
+            self._deferring = False
 
-    def arrive(self, number: int, frame: FrameType | None = None) -> None:
-        """The handler."""
-        if self._patient and self.received is not None and number == signal.SIGHUP:
+    def handle(self, number: int, frame: FrameType | None = None) -> None:
+        """The signal handler.
+
+        A closing terminal may cause two SIGHUPs, one from its shell and one from the kernel. A second SIGHUP is
+        therefore ignored. Raises Interrupted unless the signal is deferred or ignored.
+        """
+        if self._deferring and self.received is not None and number == signal.SIGHUP:
             return
-        if not self._patient or self.received is not None:
+        if not self._deferring or self.received is not None:
             raise Interrupted(number, "at once")
         self.received = number
-        # Not through sys.stderr: the handler may have interrupted a write to it. A terminal that hung up takes nothing.
+        # Not through sys.stderr, as the handler may have interrupted a write to it. After a hangup the write fails.
         with suppress(OSError):
-            os.write(2, b"finishing the step, then saving; once more stops at once\n")
+            os.write(2, b"finishing the step, then saving; send another signal to stop at once\n")
 
 
 @contextmanager
 def handle_signals() -> Iterator[Signals]:
-    """Signals, with handlers for SIGINT, SIGTERM and SIGHUP while it lasts."""
+    """Handle SIGINT, SIGTERM and SIGHUP within this context."""
     signals = Signals()
-    before = {}
+    previous = {}
     if threading.current_thread() is threading.main_thread():
-        before = {one: signal.getsignal(one) for one in SIGNALS}
-        # None is a handler that is not Python's: it could not be put back.
-        before = {one: handler for one, handler in before.items() if handler not in (signal.SIG_IGN, None)}
-    for one in before:
-        signal.signal(one, signals.arrive)
+        handlers = {number: signal.getsignal(number) for number in SIGNALS}
+        # A handler of None was not installed by Python and could not be restored.
+        previous = {n: handler for n, handler in handlers.items() if handler not in (signal.SIG_IGN, None)}
+
+    for number in previous:
+        signal.signal(number, signals.handle)
     try:
         yield signals
     finally:
-        for one, handler in before.items():
-            signal.signal(one, handler)
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -17,7 +17,7 @@ from neko_lean.terminal import print_lines, print_table
 
 @command
 def demo(
-    options: DemoOptions,
+    run: DemoOptions,
     out: Annotated[Path, typer.Option(help="Folder to write: data, models, cache and scores.")] = Path("demo-run"),
     data: Annotated[
         Path | None, typer.Option(help="Real data instead of the made-up world: a folder with forget.* and retain.*.")
@@ -35,13 +35,13 @@ def demo(
     """
     if world_size() > 1:
         raise NekoLeanError("demo runs in a single process: run it without torchrun.")
-    from neko_lean.demo import demo as run
+    from neko_lean.demo import demo as run_demo
     from neko_lean.scoring.table import score_table
 
-    result = run(out, data=data, split=split, recipe=recipe, max_steps=max_steps, options=options)
+    result = run_demo(out, data=data, split=split, recipe=recipe, max_steps=max_steps, run=run)
     if json:
         emit(result)
-    elif not options.quiet:
+    elif not run.quiet:
         print_table(score_table(result["scores"]))
         print_lines(*result["verdict"].split("\n"))
         print_lines(*(f"  {name:<18} {path}" for name, path in result["files"].items()))

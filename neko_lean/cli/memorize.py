@@ -33,7 +33,7 @@ def memorize(
     data: Annotated[Path, typer.Option(help="Folder that holds forget.* and retain.*.")],
     out: Annotated[Path, typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.")],
     recipe: MemorizeFlags,
-    options: RunOptions,
+    run: RunOptions,
     retain_only: Annotated[
         bool, typer.Option("--retain-only", help="Learn only the retain set: makes the gold model.")
     ] = False,
@@ -45,9 +45,9 @@ def memorize(
 
     Example: neko-lean memorize base/ --data data/ --out target/ --set epochs=20
     """
-    from neko_lean.runs import memorize as run
+    from neko_lean.runs import memorize as run_memorize
 
-    result = run(
+    result = run_memorize(
         pinned(model, revision),
         data,
         out,
@@ -55,11 +55,11 @@ def memorize(
         overrides=recipe.overrides(),
         sets=("retain",) if retain_only else ("forget", "retain"),
         split=split,
-        options=options,
+        run=run,
     )
     if not is_main_process():
         return
     if json:
         emit({"out": str(out), **result})
-    elif not options.quiet:
+    elif not run.quiet:
         print_lines(f"{out}: {result['ended']}; {result['steps']} steps in {result['wall_seconds']:.0f} s")

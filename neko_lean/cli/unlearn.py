@@ -31,7 +31,7 @@ def unlearn(
     retain: Annotated[Path, typer.Option(help="Retain set: examples whose behaviour is preserved.")],
     out: Annotated[Path, typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.")],
     recipe: UnlearnFlags,
-    options: RunOptions,
+    run: RunOptions,
     cache: Annotated[
         Path | None, typer.Option(help="Folder that cache-teacher wrote.  [default: made first, deleted at the end]")
     ] = None,
@@ -52,9 +52,9 @@ def unlearn(
 
     Example: neko-lean unlearn allenai/OLMo-1B-0724-hf --forget data/ --retain data/ --cache cache/ --out unlearned/
     """
-    from neko_lean.runs import unlearn as run
+    from neko_lean.runs import unlearn as run_unlearn
 
-    result = run(
+    result = run_unlearn(
         pinned(model, revision),
         out,
         forget,
@@ -64,22 +64,22 @@ def unlearn(
         base_cache=base_cache,
         recipe=recipe.recipe,
         overrides=recipe.overrides(),
-        options=options,
+        run=run,
     )
     if not is_main_process():
         return
     if json:
         emit({"out": str(out), **result})
-    elif not options.quiet:
+    elif not run.quiet:
         _print_summary(out, result)
 
 
-def _print_summary(out: Path, run: dict[str, Any]) -> None:
-    predicted = run["predicted_peak"]
-    on_cpu = " (resident set, including the allocator's overhead)" if run["device"] == "cpu" else ""
+def _print_summary(out: Path, result: dict[str, Any]) -> None:
+    predicted = result["predicted_peak"]
+    on_cpu = " (resident set, including the allocator's overhead)" if result["device"] == "cpu" else ""
     print_lines(
-        f"{out}: {run['ended']}; weights of step {run['weights_of_step']}; "
-        f"{run['wall_seconds']:.0f} s, {run['padding']:.1%} padding",
-        f"peak memory: {gibibytes(run['measured_peak'])} measured, "
+        f"{out}: {result['ended']}; weights of step {result['weights_of_step']}; "
+        f"{result['wall_seconds']:.0f} s, {result['padding']:.1%} padding",
+        f"peak memory: {gibibytes(result['measured_peak'])} measured, "
         f"{'none' if predicted is None else gibibytes(predicted)} predicted{on_cpu}",
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from neko_lean.cache import CacheSettings, cache_teacher
+from neko_lean.cache import CacheOptions, cache_teacher
 from neko_lean.data import read_rows, require_folder
 from neko_lean.demo.base_model import write_base
 from neko_lean.demo.real_data import copy_rows
@@ -61,7 +61,7 @@ def demo(
     split: str | None = None,
     recipe: str | Path = DEFAULT,
     max_steps: int | None = None,
-    options: DemoOptions = DemoOptions(),
+    run: DemoOptions = DemoOptions(),
 ) -> dict[str, Any]:
     """Run all commands at small scale and write everything to the folder `out`.
 
@@ -73,13 +73,13 @@ def demo(
         split: part of the files' names, as LUME has them.
         recipe: name of a shipped recipe, or path of a .toml file. The paper's runs as well, for comparison.
         max_steps: number of steps for both recipes.
-        options: device, seed, and how to treat an existing output.
+        run: device, seed, and how to treat an existing output.
 
     Returns:
         `scores` (of the model before, and after each recipe), `verdict` in words, and the paths of the `files`.
     """
-    check_seed(options.seed)
-    device = pick_device(options.device)
+    check_seed(run.seed)
+    device = pick_device(run.device)
     recipes = _recipes(str(recipe), max_steps)
     if split is not None and data is None:
         raise NekoLeanError(
@@ -90,9 +90,9 @@ def demo(
 
     start = time.monotonic()
     inputs = [data, recipe if str(recipe).endswith(".toml") else None]
-    with staged_folder(out, "demo", inputs, overwrite=options.overwrite) as stage:
+    with staged_folder(out, "demo", inputs, overwrite=run.overwrite) as stage:
         # Emulated bfloat16 would turn minutes into an hour.
-        work = _Demo(stage, options, {} if has_bfloat16(device) else {"dtype": "float32"})
+        work = _Demo(stage, run, {} if has_bfloat16(device) else {"dtype": "float32"})
         _write_data(work, data, split)
         _memorize(work)
         for path, overrides, chosen in recipes:
@@ -139,7 +139,7 @@ def _memorize(work: _Demo) -> None:
     log_line(f"world: {len(forget)} forget rows, {len(retain)} retain rows", work.options.quiet)
     base, target = work.stage / "base", work.stage / "target"
     write_base(base, [*forget, *retain])
-    memorize(base, work.data, target, overrides={**MEMORIZE, **work.dtype}, options=work.run)
+    memorize(base, work.data, target, overrides={**MEMORIZE, **work.dtype}, run=work.run)
     work.scores["before"] = _score(work, target, "scores-before", None)
     work.files += ["target", "scores-before"]
 
@@ -160,11 +160,11 @@ def _forget(work: _Demo, path: str, overrides: dict[str, Any], recipe: Recipe) -
             work.stage / teacher,
             anchor=anchor if has_anchor else None,
             forget=work.data if needs_forget_cache(recipe) else None,
-            settings=CacheSettings(format=recipe.format, max_length=recipe.max_length, **work.dtype),
-            options=work.output,
+            cache=CacheOptions(format=recipe.format, max_length=recipe.max_length, **work.dtype),
+            run=work.output,
         )
         work.files.append(teacher)
-    run = unlearn(
+    result = unlearn(
         target,
         work.stage / unlearned,
         work.data,
@@ -173,11 +173,11 @@ def _forget(work: _Demo, path: str, overrides: dict[str, Any], recipe: Recipe) -
         anchor=anchor if has_anchor else None,
         recipe=path,
         overrides={**work.dtype, **overrides},
-        options=work.run,
+        run=work.run,
     )
     after = _score(work, work.stage / unlearned, scores, work.stage / "scores-before")
     work.scores[recipe.name] = after
-    work.sentences.append(summary_sentence(recipe.name, run, work.scores["before"], after))
+    work.sentences.append(summary_sentence(recipe.name, result, work.scores["before"], after))
     work.files += [unlearned, scores]
 
 
@@ -189,7 +189,7 @@ def _score(work: _Demo, model: Path, out: str, before: Path | None) -> dict[str,
         work.stage / out,
         inputs=ScoreInputs(mia=mia if mia.is_dir() else None, before=before),
         settings=ScoreSettings(batch_size=64),
-        options=work.output,
+        run=work.output,
     )
 
 

@@ -1,7 +1,17 @@
-"""Predict the peak memory of a run from a config alone, and compare with two models."""
+"""Predict the peak memory of a run from a model's config, and compare it with training next to a live teacher."""
 
+from neko_lean.memory.estimate import CONTEXT, MemoryEstimate
 from neko_lean.memory.plan import plan_run
-from neko_lean.memory.prediction import CONTEXT, predicted_peak
-from neko_lean.memory.two_models import WAYS, Way, two_model_loss
+from neko_lean.memory.prediction import predict, predicted_peak
+from neko_lean.memory.two_models import TWO_MODEL_BASELINES, TwoModelBaseline, two_model_loss
 
-__all__ = ["CONTEXT", "WAYS", "Way", "plan_run", "predicted_peak", "two_model_loss"]
+__all__ = [
+    "CONTEXT",
+    "TWO_MODEL_BASELINES",
+    "MemoryEstimate",
+    "TwoModelBaseline",
+    "plan_run",
+    "predict",
+    "predicted_peak",
+    "two_model_loss",
+]

@@ -1,86 +1,90 @@
-"""Count the bytes of live tensors while code runs, on fake tensors too."""
+"""Count the bytes of live tensors while code runs, also on fake tensors."""
 
 from __future__ import annotations
 
 import weakref
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-if TYPE_CHECKING:
-    pass
+# glibc maps blocks of at least this size one by one and returns each to the system when it is freed. Smaller blocks
+# come from its heap, which stays resident (DEFAULT_MMAP_THRESHOLD_MAX in malloc.c on 64-bit systems).
+MMAP_THRESHOLD = 2**25
 
-
-# glibc maps blocks from this size on one by one and returns each when it is freed; smaller ones lie in its heap, which
-# stays resident where blocks were freed between others (DEFAULT_MMAP_THRESHOLD_MAX of its malloc.c on 64 bits).
-OWN_MAPPING = 2**25
+_MATMULS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
 
 
 class LiveTensors(TorchDispatchMode):
-    """Within `with LiveTensors() as live:` counts the storages that operators create, until each is freed.
+    """Count the storages that operators create within `with LiveTensors() as live:`, until each is freed.
 
-    `live.now` and `live.peak` are bytes, `live.largest` those of the largest storage. Works on fake tensors too.
-
-    `live.resident` is the peak that a CPU's process would see. Its heap does not shrink while a step runs, so the most
-    that lay there at any time is counted together with the most that was mapped apart, whenever that was; and kernels
-    take scratch that no tensor shows.
+    Attributes:
+        now: bytes alive.
+        peak: largest value of `now`.
+        largest: bytes of the largest storage.
     """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
         self.now = self.peak = self.largest = 0
-        self._alive: dict[int, int] = {}
+        self._alive: dict[int, int] = {}  # bytes by the storage's address
         self._mapped = self._mapped_peak = self._heap_peak = 0
 
     @property
     def resident(self) -> int:
+        """Peak of the resident set of a process on a CPU, as far as these tensors cause it.
+
+        The heap does not shrink during a step, so its peak and the peak of the mapped blocks add up, whenever each of
+        them occurred. Scratch memory of kernels, which no tensor shows, is included.
+        """
         return self._heap_peak + self._mapped_peak
 
     def scratch(self, count: int) -> None:
-        """Count `count` bytes of scratch that a CPU kernel allocates and frees while everything else is alive."""
-        mapped = count if count >= OWN_MAPPING else 0
+        """Count `count` bytes that a CPU kernel allocates and frees while everything else is alive."""
+        mapped = count if count >= MMAP_THRESHOLD else 0
         self._mapped_peak = max(self._mapped_peak, self._mapped + mapped)
         self._heap_peak = max(self._heap_peak, self.now - self._mapped + count - mapped)
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        given = {_key(one) for one in tree_leaves((args, kwargs)) if isinstance(one, Tensor)}
+        inputs = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
         out = operator(*args, **(kwargs or {}))
-        for one in tree_leaves(out):
-            if isinstance(one, Tensor) and _key(one) not in given and _key(one) not in self._alive:
-                storage = one.untyped_storage()
-                self._alive[_key(one)] = storage.nbytes()
-                self.largest = max(self.largest, storage.nbytes())
-                self.now += storage.nbytes()
-                self.peak = max(self.peak, self.now)
-                self._mapped += storage.nbytes() if storage.nbytes() >= OWN_MAPPING else 0
-                self.scratch(0)
-                weakref.finalize(storage, self._freed, _key(one))
-        if operator in _PRODUCTS:
-            self.scratch(_product_scratch(args[-2], out))
+        for leaf in tree_leaves(out):
+            if isinstance(leaf, Tensor) and _address(leaf) not in inputs and _address(leaf) not in self._alive:
+                self._add(leaf)
+        if operator in _MATMULS:
+            self.scratch(_matmul_scratch(args[-2], out))
         return out
 
-    def _freed(self, key: int) -> None:
-        count = self._alive.pop(key, 0)
+    def _add(self, tensor: Tensor) -> None:
+        """Count a new storage until it is freed."""
+        storage, address = tensor.untyped_storage(), _address(tensor)
+        count = storage.nbytes()
+        self._alive[address] = count
+        self.largest = max(self.largest, count)
+        self.now += count
+        self.peak = max(self.peak, self.now)
+        self._mapped += count if count >= MMAP_THRESHOLD else 0
+        self.scratch(0)
+        weakref.finalize(storage, self._remove, address)
+
+    def _remove(self, address: int) -> None:
+        count = self._alive.pop(address, 0)
         self.now -= count
-        self._mapped -= count if count >= OWN_MAPPING else 0
+        self._mapped -= count if count >= MMAP_THRESHOLD else 0
 
 
-_PRODUCTS = (torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+def _matmul_scratch(left: Tensor, out: Tensor) -> int:
+    """Scratch bytes that a CPU kernel allocates for `out = left @ right`.
 
-
-def _product_scratch(left: Tensor, out: Tensor) -> int:
-    """Scratch bytes that a CPU kernel allocates for out = left @ right.
-
-    torch adds up a bfloat16 product in float32. Where the left matrix is transposed, as for every weight's gradient, it
-    holds all of the result at once so.
+    PyTorch accumulates a bfloat16 product in float32. If the left matrix is transposed, as it is for every weight
+    gradient, the kernel holds the whole result in float32 at once.
     """
-    adds_up = out.dtype == torch.bfloat16 and left.dim() == 2 and left.stride(-1) != 1
-    return 4 * out.numel() if adds_up else 0
+    accumulates = out.dtype == torch.bfloat16 and left.dim() == 2 and left.stride(-1) != 1
+    return 4 * out.numel() if accumulates else 0
 
 
-def _key(tensor: Tensor) -> int:
+def _address(tensor: Tensor) -> int:
     address: int = tensor.untyped_storage()._cdata
     return address

@@ -1,4 +1,4 @@
-"""`neko-lean plan`: what a run needs, and what fits a card."""
+"""`neko-lean plan` as a function: the memory a recipe needs, and the options with which it fits a GPU."""
 
 from __future__ import annotations
 
@@ -6,91 +6,113 @@ import dataclasses
 from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from neko_lean.errors import NekoLeanError, first_line
-from neko_lean.memory.two_models import WAYS
-from neko_lean.models import (
-    model_folder,
-    model_name,
-    usable_length,
-)
+from neko_lean.memory.estimate import CONTEXT, MemoryEstimate, StepMemory
+from neko_lean.memory.largest_step import first_rank_share, largest_step
+from neko_lean.memory.prediction import step_memory
+from neko_lean.memory.two_models import TWO_MODEL_BASELINES, predict_two_models
+from neko_lean.models import model_folder, model_name, usable_length
 from neko_lean.recipes import Recipe, forgets, load_recipe
-
-if TYPE_CHECKING:
-    pass
-from neko_lean.memory.prediction import CONTEXT, Need, _held, _need, _of_one, full_step
-from neko_lean.memory.two_models import predict_two_models
 
 
 def plan_run(
-    model: str | Path, recipe: str | Path, overrides: Mapping[str, Any], card: int | None, gpus: int = 1
+    model: str | Path,
+    recipe_name: str | Path,
+    overrides: Mapping[str, Any],
+    gpu_bytes: int | None,
+    gpus: int = 1,
 ) -> dict[str, Any]:
-    """The need of a recipe's largest step, for this tool (with several `gpus` that of each) and for two models, and
-    which options fit a card of `card` bytes (`options`, flags of unlearn, or --set where the recipe is memorize's; None
-    when not even all of them do)."""
+    """Predict the memory of a recipe's largest step.
+
+    Args:
+        model: checkpoint folder or hub name; only its config is read.
+        recipe_name: name of a shipped recipe, or a .toml file.
+        overrides: recipe values to replace, by key.
+        gpu_bytes: memory of a GPU that the run has to fit, or None.
+        gpus: number of GPUs that share the student.
+
+    Returns:
+        `title`, and in `ways` the estimate for neko-lean (on each GPU) and for each two-model baseline. With
+        `gpu_bytes`, also the cheapest `options` with which the run fits (flags of `unlearn`, or `--set` for a recipe of
+        `memorize`; None if it does not fit at all) and in `fits` the estimate with these options.
+
+    Raises NekoLeanError if the memory cannot be predicted.
+    """
     folder = model_folder(model, config_only=True)
-    chosen = load_recipe(recipe, overrides)
-    chosen = dataclasses.replace(chosen, max_length=usable_length(folder, chosen.max_length))
+    recipe = load_recipe(recipe_name, overrides)
+    recipe = dataclasses.replace(recipe, max_length=usable_length(folder, recipe.max_length))
+
+    # neko-lean: fall back to checkpointing for a model whose layers cannot be run one by one, as training does.
+    note = ""
     try:
-        held = _held_by_full_step(folder, chosen, gpus)
-        note = ""
+        memory = _largest_step_memory(folder, recipe, gpus)
     except NekoLeanError as error:
-        if gpus > 1 or chosen.backward != "layerwise":
+        if gpus > 1 or recipe.backward != "layerwise":
             raise
-        chosen = dataclasses.replace(chosen, backward="checkpointed", offload_activations=False)
-        held = _held_by_full_step(folder, chosen, gpus)
+        recipe = dataclasses.replace(recipe, backward="checkpointed", offload_activations=False)
+        memory = _largest_step_memory(folder, recipe, gpus)
         note = f" with backward=checkpointed, as {str(error).removesuffix('.')}"
+    estimates = {"neko-lean": memory.estimate(recipe.offload_state, recipe.offload_activations)}
 
-    micro = full_step(chosen)
+    # Two models.
+    micro = largest_step(recipe)
     length = micro[0][1]
-    rows = sum(one[0] for one in micro)
-    needs = {"neko-lean": _need(*held, chosen.offload_state, chosen.offload_activations)}
-    for way in WAYS:
-        with suppress(Exception):  # of the family's code in a dtype that it does not predict, as experts in float32
-            needs[way.name] = predict_two_models(folder, way, max(1, rows // 2), length)
-    found: dict[str, Any] = {
-        "title": f"{model_name(model)}, recipe {chosen.name}: {rows} rows of {length} tokens a step, all used{note}",
-        "ways": {name: dataclasses.asdict(need) for name, need in needs.items()},
+    rows = sum(count for count, _ in micro)
+    for baseline in TWO_MODEL_BASELINES:
+        with suppress(Exception):  # some families cannot run on fake tensors in some dtypes, such as experts in float32
+            estimates[baseline.name] = predict_two_models(folder, baseline, max(1, rows // 2), length)
+
+    plan: dict[str, Any] = {
+        "title": f"{model_name(model)}, recipe {recipe.name}: {rows} rows of {length} tokens a step, all used{note}",
+        "ways": {name: dataclasses.asdict(estimate) for name, estimate in estimates.items()},
     }
-    if card is not None:
-        options, fits = _fitting(folder, chosen, held, card, gpus)
-        found |= {"options": options, "fits": fits and dataclasses.asdict(fits)}
-    return found
+    if gpu_bytes is not None:
+        options, fits = _fitting_options(folder, recipe, memory, gpu_bytes, gpus)
+        plan |= {"options": options, "fits": fits and dataclasses.asdict(fits)}
+    return plan
 
 
-def _held_by_full_step(folder: Path, recipe: Recipe, gpus: int) -> tuple[dict[str, int], int, int]:
-    """`_held` of a recipe's largest step, on each of several GPUs. Raises NekoLeanError where the model's own code does
-    not run on tensors without storage."""
+def _largest_step_memory(folder: Path, recipe: Recipe, gpus: int) -> StepMemory:
+    """Memory of a recipe's largest step on each GPU.
+
+    Raises NekoLeanError if the model's own code does not run on fake tensors.
+    """
     try:
-        return _held(folder, recipe, _of_one(full_step(recipe), gpus), ranks=gpus)
+        return step_memory(folder, recipe, first_rank_share(largest_step(recipe), gpus), ranks=gpus)
     except NekoLeanError:
         raise
     except Exception as error:
-        line = first_line(error)
         raise NekoLeanError(
-            f"the memory of {folder} cannot be predicted: its code needs real tensors ({line})."
+            f"the memory of {folder} cannot be predicted: its code needs real tensors ({first_line(error)})."
         ) from error
 
 
-def _fitting(
-    folder: Path, recipe: Recipe, held: tuple[dict[str, int], int, int], card: int, gpus: int
-) -> tuple[list[str] | None, Need | None]:
-    """The cheapest options, in flags, with which the recipe's largest step fits the card; and its need with them.
-    `held` is what `_held` found for that step."""
-    less = 512 if recipe.backward == "layerwise" else recipe.micro_tokens
-    for positions in sorted({recipe.micro_tokens, min(less, recipe.micro_tokens)}, reverse=True):
-        smaller = ["--set micro_tokens=512"] if positions < recipe.micro_tokens else []
-        if smaller:
-            changed = dataclasses.replace(recipe, micro_tokens=positions)
-            held = _held_by_full_step(folder, changed, gpus)
-        ways: list[list[str]] = [[], ["activations"], ["state"], ["state", "activations"]]
-        if recipe.backward != "layerwise":  # no other keeps layer inputs apart
-            ways = [[], ["state"]]
-        for flags in ways:
-            state, activations = (getattr(recipe, f"offload_{f}") or f in flags for f in ("state", "activations"))
-            need = _need(*held, state, activations)
-            if need.peak + CONTEXT <= card:
-                flag = "--offload-{}" if forgets(recipe) else "--set offload_{}=true"  # memorize has no such flags
-                return [flag.format(one) for one in flags] + smaller, need
+def _fitting_options(
+    folder: Path, recipe: Recipe, memory: StepMemory, gpu_bytes: int, gpus: int
+) -> tuple[list[str] | None, MemoryEstimate | None]:
+    """The cheapest command-line options with which the largest step fits a GPU, and its estimate with them.
+
+    `memory` is that of the largest step without changes. Returns None twice if no options make it fit.
+    """
+    layerwise = recipe.backward == "layerwise"
+    smaller = min(512, recipe.micro_tokens) if layerwise else recipe.micro_tokens
+    flag = "--offload-{}" if forgets(recipe) else "--set offload_{}=true"  # memorize has no --offload options
+    combinations: list[list[str]] = [[], ["activations"], ["state"], ["state", "activations"]]
+    if not layerwise:  # only the layerwise backward pass keeps layer inputs apart
+        combinations = [[], ["state"]]
+
+    for micro_tokens in sorted({recipe.micro_tokens, smaller}, reverse=True):
+        micro_option = []
+        if micro_tokens < recipe.micro_tokens:
+            micro_option = [f"--set micro_tokens={micro_tokens}"]
+            memory = _largest_step_memory(folder, dataclasses.replace(recipe, micro_tokens=micro_tokens), gpus)
+        for offloaded in combinations:
+            estimate = memory.estimate(
+                recipe.offload_state or "state" in offloaded,
+                recipe.offload_activations or "activations" in offloaded,
+            )
+            if estimate.peak + CONTEXT <= gpu_bytes:
+                return [flag.format(name) for name in offloaded] + micro_option, estimate
     return None, None

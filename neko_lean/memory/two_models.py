@@ -1,89 +1,93 @@
-"""The two-model way, as `plan` and the benches compare with it: a student, a live teacher, and torch's own AdamW."""
+"""The usual setup that `plan` and the benchmarks compare with: a student, a live teacher and PyTorch's AdamW."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
-from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensorMode
-
-from neko_lean.models import (
-    checkpoint_activations,
-)
-
-if TYPE_CHECKING:
-    pass
 import torch.nn.functional as F
+from torch import Tensor
 
+from neko_lean.memory.estimate import ADAM_STATE, STUDENT, TRANSIENT, MemoryEstimate, tensor_bytes
+from neko_lean.memory.fake_step import fake_model, fake_tensors
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.memory.prediction import Need, _bytes, _silent_fake_tensors, fake_model
-
-
-def predict_two_models(config: Path, way: Way, rows: int, length: int) -> Need:
-    """What one step of the two-model way needs, with `rows` rows of `length` tokens of each set; on a GPU."""
-    shape = (rows, way.max_length or length)
-    with FakeTensorMode(), _silent_fake_tensors():
-        lm = fake_model(config, way.dtype)
-        teacher = fake_model(config, way.dtype)
-        if way.checkpointing:
-            checkpoint_activations(lm.model)
-        ids = torch.zeros(shape, dtype=torch.int64)
-        with LiveTensors() as live:
-            two_model_loss(lm.model, teacher.model, (ids, ids), (ids, ids), 0.2).backward()
-    weights = _bytes(lm.model.parameters())
-    # After backward all gradients are there, and AdamW's foreach form takes as much again for its denominators.
-    moving = max(live.peak, 2 * weights)
-    lines = {
-        "student weights": weights,
-        "teacher weights": weights,
-        "Adam state": 2 * weights,
-        "gradients, all": weights,
-        "peak of all but weights and state": moving,
-    }
-    return Need(lines, 4 * weights + moving, 0)
+from neko_lean.models import checkpoint_activations
 
 
 @dataclass(frozen=True)
-class Way:
-    """How somebody without a teacher cache would train."""
+class TwoModelBaseline:
+    """A setup for training without a teacher cache."""
 
     name: str
-    dtype: torch.dtype  # of both models, the gradients and the optimizer's state
+    dtype: torch.dtype
+    """Dtype of both models, the gradients and the optimizer's state."""
     checkpointing: bool
-    max_length: int | None  # every row is padded to this; None: to the longest of its batch
+    """Whether the student's activations are checkpointed."""
+    max_length: int | None
+    """Length to which every example is padded; None pads to the longest of the batch."""
 
 
-LEAN = Way("two bfloat16 models, AdamW, checkpointing", torch.bfloat16, True, None)
+LEAN_BASELINE = TwoModelBaseline("two bfloat16 models, AdamW, checkpointing", torch.bfloat16, True, None)
+PUBLISHED_BASELINE = TwoModelBaseline("two float32 models, AdamW, padded to 128", torch.float32, False, 128)
+TWO_MODEL_BASELINES = (LEAN_BASELINE, PUBLISHED_BASELINE)
 
 
-PUBLISHED = Way("two float32 models, AdamW, padded to 128", torch.float32, False, 128)
+def predict_two_models(config: Path, baseline: TwoModelBaseline, rows: int, length: int) -> MemoryEstimate:
+    """Memory of one step with two models on a GPU.
 
+    Args:
+        config: folder that holds the model's config.json.
+        baseline: the setup.
+        rows: number of examples of each of the forget and retain sets.
+        length: tokens of each example, unless the baseline pads to a fixed length.
+    """
+    with fake_tensors():
+        lm = fake_model(config, baseline.dtype)
+        teacher = fake_model(config, baseline.dtype)
+        if baseline.checkpointing:
+            checkpoint_activations(lm.model)
+        ids = torch.zeros((rows, baseline.max_length or length), dtype=torch.int64)  # [B, L]
+        with LiveTensors() as live:
+            two_model_loss(lm.model, teacher.model, (ids, ids), (ids, ids), 0.2).backward()
 
-WAYS = (LEAN, PUBLISHED)
+    # All gradients are alive after backward, and AdamW's foreach form takes as much again for its denominators.
+    weights = tensor_bytes(lm.model.parameters())
+    transient = max(live.peak, 2 * weights)
+    lines = {
+        STUDENT: weights,
+        "teacher weights": weights,
+        ADAM_STATE: 2 * weights,
+        "gradients, all": weights,
+        TRANSIENT: transient,
+    }
+    return MemoryEstimate(lines, 4 * weights + transient, 0)
 
 
 def two_model_loss(
     student: Any, teacher: Any, forget: tuple[Tensor, Tensor], retain: tuple[Tensor, Tensor], forget_weight: float
 ) -> Tensor:
-    """Gradient ascent on forget plus KL to a live teacher on retain, from materialised logits, as the paper's code
-    computes it (aclanthology.org/2025.semeval-1.64).
+    """Gradient ascent on the forget set plus the KL divergence from a live teacher on the retain set.
+
+    The loss is computed from materialised logits, as in the code of https://aclanthology.org/2025.semeval-1.64.
 
     Args:
-        student, teacher: transformers' causal language models.
+        student, teacher: causal language models of transformers.
         forget, retain: token ids [B, L] and 0/1 masks [B, L], right-padded.
-        forget_weight: of the ascent.
+        forget_weight: weight of the ascent.
+
+    Returns the scalar loss in nats.
     """
     ids, mask = forget
     logits = student(input_ids=ids, attention_mask=mask, use_cache=False).logits[:, :-1].float()  # [B, L - 1, V]
-    labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)
+    labels = ids[:, 1:].masked_fill(mask[:, 1:] == 0, -100)  # [B, L - 1]
     ascent = -F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=-100)
     del logits
+
     ids, mask = retain
     with torch.no_grad():
-        p = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)
+        p = teacher(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)  # [B, L, V]
     q = student(input_ids=ids, attention_mask=mask, use_cache=False).logits.float().log_softmax(-1)  # [B, L, V]
     kl = F.kl_div(q, p, reduction="none", log_target=True).sum(-1)  # [B, L]
     return forget_weight * ascent + (kl * mask).sum() / mask.sum()

@@ -1,25 +1,9 @@
 """Causal language models: load and check a checkpoint, split it into backbone and head, fingerprint it."""
 
-from neko_lean.models.causal_lm import (
-    CausalLM,
-    checkpoint_activations,
-    next_token_logp,
-    next_token_views,
-    position_limit,
-    supports_packing,
-)
-from neko_lean.models.devices import (
-    check_seed,
-    has_bfloat16,
-    peak_memory,
-    pick_device,
-    pick_dtype,
-    reset_peak,
-    resident,
-    settle,
-    warn_emulated_bfloat16,
-)
-from neko_lean.models.families import backbone_of, plain_outputs, stated_softcap
+from neko_lean.models.causal_lm import CausalLM, as_causal_lm, checkpoint_activations, position_limit
+from neko_lean.models.chunked_head import token_stats
+from neko_lean.models.devices import check_seed, has_bfloat16, pick_device, pick_dtype, warn_emulated_bfloat16
+from neko_lean.models.families import config_softcap, find_backbone, reset_output_switches
 from neko_lean.models.fingerprints import (
     ModelIdentity,
     config_differences,
@@ -28,8 +12,9 @@ from neko_lean.models.fingerprints import (
     tokenizer_fingerprint,
     weights_fingerprint,
 )
-from neko_lean.models.finite import likeliest, refuse_broken_outputs
-from neko_lean.models.generation_config import end_ids, listed_ends, unknown_ends
+from neko_lean.models.finite import greedy_tokens, refuse_non_finite_outputs
+from neko_lean.models.generation_config import eos_token_ids, stated_eos_token_id, unknown_eos_token_ids
+from neko_lean.models.lm_head import CHUNK_ELEMENTS, logits
 from neko_lean.models.loading import (
     load_config,
     load_model,
@@ -39,62 +24,65 @@ from neko_lean.models.loading import (
     new_model,
     usable_length,
 )
+from neko_lean.models.memory_use import peak_memory, reset_peak_memory, resident_memory, trim_memory
+from neko_lean.models.packing import supports_packing
 from neko_lean.models.positions import rescaling_length, stated_positions
+from neko_lean.models.predictions import next_token_logp, next_token_stats
 from neko_lean.models.quantized import quantization_method
-from neko_lean.models.sharding import Shards, local, save_checkpoint
-from neko_lean.models.token_stats import CHUNK_ELEMENTS, logits, token_stats
+from neko_lean.models.sharding import ShardedModel, local_shard, save_checkpoint
 from neko_lean.models.trust import is_inside, read_config
-from neko_lean.models.vocabulary import refuse_unknown_ids, refuse_unknown_rows
+from neko_lean.models.vocabulary import refuse_unknown_examples, refuse_unknown_ids
 from neko_lean.models.weight_files import holds_weights
 
 __all__ = [
     "CHUNK_ELEMENTS",
     "CausalLM",
     "ModelIdentity",
-    "Shards",
-    "backbone_of",
+    "ShardedModel",
+    "as_causal_lm",
     "check_seed",
     "checkpoint_activations",
     "config_differences",
-    "end_ids",
+    "config_softcap",
+    "eos_token_ids",
+    "find_backbone",
+    "greedy_tokens",
     "has_bfloat16",
     "holds_weights",
     "identify",
     "is_inside",
-    "likeliest",
-    "listed_ends",
     "load_config",
     "load_model",
     "load_tokenizer",
-    "local",
+    "local_shard",
     "logits",
     "model_config",
     "model_folder",
     "model_name",
     "new_model",
     "next_token_logp",
-    "next_token_views",
+    "next_token_stats",
     "peak_memory",
     "pick_device",
     "pick_dtype",
-    "plain_outputs",
     "position_limit",
     "quantization_method",
     "read_config",
-    "refuse_broken_outputs",
+    "refuse_non_finite_outputs",
+    "refuse_unknown_examples",
     "refuse_unknown_ids",
-    "refuse_unknown_rows",
     "rescaling_length",
-    "reset_peak",
-    "resident",
+    "reset_output_switches",
+    "reset_peak_memory",
+    "resident_memory",
     "save_checkpoint",
-    "settle",
+    "stated_eos_token_id",
     "stated_positions",
-    "stated_softcap",
     "supports_packing",
     "token_stats",
     "tokenizer_fingerprint",
-    "unknown_ends",
+    "trim_memory",
+    "unknown_eos_token_ids",
     "usable_length",
     "warn_emulated_bfloat16",
     "weights_fingerprint",

@@ -1,11 +1,7 @@
-"""Load a causal language model's parts: folder, tokenizer, student, backbone and head; and say what it is.
-
-Everything is read from safetensors in a local folder; a hub name is fetched into the hub's own cache first.
-"""
+"""CausalLM: a transformers model as training sees it, a backbone that computes hidden states and a head."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, cast
@@ -14,14 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from neko_lean.data import pad
 from neko_lean.errors import NekoLeanError
-from neko_lean.models.families import backbone_of, linear_head, logit_transform, plain_outputs
-from neko_lean.models.positions import (
-    embeddable_positions,
-    refuse_sight_of_later_tokens,
-)
-from neko_lean.models.token_stats import LogitTransform, TokenViews, logits, token_stats, token_views
+from neko_lean.models.families import detect_logit_transform, find_backbone, linear_head, reset_output_switches
+from neko_lean.models.lm_head import LogitTransform, logits
+from neko_lean.models.positions import embeddable_positions, refuse_non_causal
 from neko_lean.models.trust import reason
 
 if TYPE_CHECKING:
@@ -30,13 +22,13 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class CausalLM:
-    """A model split where training splits it: `backbone` computes hidden states, `head` and `transform` logits.
+    """A causal language model, split into the backbone and the head.
 
     Args:
-        model: the whole model.
-        backbone: the part of it whose last hidden states the head takes.
-        scale, softcap: of `transform`, see `head.LogitTransform`.
-        max_positions: the longest row that the model can embed; None: no table of positions sets a limit.
+        model: the whole transformers model.
+        backbone: the submodule whose last hidden states are the input of the head.
+        scale, softcap: parameters of `transform`, see LogitTransform.
+        max_positions: length in tokens of the longest sequence that the model can embed; None if nothing limits it.
     """
 
     model: PreTrainedModel
@@ -47,155 +39,134 @@ class CausalLM:
 
     @property
     def head(self) -> Tensor:
-        """The [V, d] weight of the output embedding."""
+        """Weight of the output embedding, [V, d]."""
         return cast(Tensor, self._output_embedding.weight)
 
     @property
     def transform(self) -> LogitTransform:
-        """What turns `hidden @ head.T` into logits."""
+        """The function from `hidden @ head.T` [N, V] to logits [N, V]."""
         return LogitTransform(cast("Tensor | None", self._output_embedding.bias), self.scale, self.softcap)
 
     @property
     def _output_embedding(self) -> nn.Module:
-        # Asked for at each use: FSDP replaces parameters when it gathers them.
+        # Looked up at each use, because FSDP replaces parameters when it unshards them.
         return cast(nn.Module, self.model.get_output_embeddings())
 
     @property
     def device(self) -> torch.device:
+        """The device of the head."""
         return self.head.device
 
     @property
     def embedding(self) -> Tensor:
-        """The [V, d] weight of the input embedding; `head` itself where the two are tied."""
+        """Weight of the input embedding, [V, d]; the same tensor as `head` if the two are tied."""
         return cast(Tensor, self.model.get_input_embeddings().weight)
 
     def hidden(self, input_ids: Tensor, position_ids: Tensor | None = None) -> Tensor:
-        """Last hidden states [B, L, d] after the final norm, for right-padded ids [B, L]; or [1, L, d] for rows packed
-        end to end, with `places` [1, L] int64, each token's position in its own row, where the model `packs`.
+        """Compute the last hidden states, after the final norm.
 
-        No mask is needed: attention is causal, so a real position never sees the padding behind it, and without a mask
-        the attention kernel skips the upper triangle instead of reading it.
+        No attention mask is needed: attention is causal, so tokens never see the padding to their right. Without a
+        mask the attention kernel skips the upper triangle instead of reading it.
+
+        Args:
+            input_ids: [B, L] int64, right-padded sequences; or [1, L], several sequences packed into one row, if
+                `supports_packing` is true for the model.
+            position_ids: [1, L] int64, the position of each token in its own sequence; only for packed sequences.
+
+        Returns:
+            [B, L, d] in the dtype of the head.
+
+        Raises:
+            NekoLeanError: the sequences are longer than `max_positions`, or the model's forward pass fails.
         """
-        if position_ids is None and self.max_positions is not None and input_ids.shape[1] > self.max_positions:
+        length, family = input_ids.shape[1], type(self.model).__name__
+        if position_ids is None and self.max_positions is not None and length > self.max_positions:
             raise NekoLeanError(
-                f"a row of {input_ids.shape[1]} tokens is longer than the {self.max_positions} positions of "
-                f"{type(self.model).__name__}: lower max_length."
+                f"a row has {length} tokens, but {family} has only {self.max_positions} positions; set max_length to "
+                f"at most {self.max_positions}."
             )
-        more = {} if position_ids is None else {"position_ids": position_ids}
+        kwargs = {} if position_ids is None else {"position_ids": position_ids}
         try:
-            hidden: Tensor = self.backbone(input_ids=input_ids, use_cache=False, **more).last_hidden_state
+            hidden: Tensor = self.backbone(input_ids=input_ids, use_cache=False, **kwargs).last_hidden_state
         except (NekoLeanError, torch.OutOfMemoryError):
             raise
-        except Exception as error:  # of the family's own code, such as a dtype or a length that it does not know
+        except Exception as error:  # modeling code raises any type, for example for a dtype that it does not support
+            dtype = str(self.head.dtype).removeprefix("torch.")
             raise NekoLeanError(
-                f"the forward pass of {type(self.model).__name__} fails on rows of {input_ids.shape[1]} tokens in "
-                f"{str(self.head.dtype).removeprefix('torch.')} ({reason(error)}): try another dtype or max_length."
+                f"the forward pass of {family} fails for rows of {length} tokens in {dtype} ({reason(error)}); try "
+                f"another dtype or a smaller max_length."
             ) from error
         return hidden.to(self.head.dtype)  # Mamba keeps its residual stream in float32
 
     def logits(self, hidden: Tensor) -> Tensor:
-        """Logits [c, V] in float32 (float64 for float64) of last hidden states [c, d], without gradient."""
+        """Logits [c, V] of last hidden states [c, d], in float32 (float64 for float64), without gradient."""
         return logits(hidden, self.head, self.transform)
 
 
 @torch.no_grad()
-def next_token_logp(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) -> Tensor:
-    """Log-probability of every token but the first of each row, row after row: [sum of (length - 1)] float32."""
-    input_ids, mask = pad(rows, pad_id, lm.device)
-    real = mask[:, 1:].bool()  # [B, L - 1]
-    hidden = lm.hidden(input_ids)[:, :-1][real]
-    target_logp: Tensor = token_stats(hidden, lm.head, input_ids[:, 1:][real], transform=lm.transform)[0]
-    return target_logp
+def as_causal_lm(model: PreTrainedModel) -> CausalLM:
+    """Wrap a transformers model: find its backbone, its logit transform and its number of positions.
 
+    Runs the model on a few tokens to verify the result, because a family's name does not tell.
 
-@torch.no_grad()
-def next_token_views(lm: CausalLM, rows: Sequence[Sequence[int]], pad_id: int) -> list[TokenViews]:
-    """What the model thinks of every token but the first of each row: one TokenViews a row, [length - 1] each."""
-    input_ids, mask = pad(rows, pad_id, lm.device)
-    real = mask[:, 1:].bool()  # [B, L - 1]
-    hidden = lm.hidden(input_ids)[:, :-1][real]
-    views = token_views(hidden, lm.head, input_ids[:, 1:][real], lm.transform)
-    columns = [column.split([len(row) - 1 for row in rows]) for column in views]
-    return [TokenViews(*one) for one in zip(*columns, strict=True)]
+    Args:
+        model: a model with weights, in training or evaluation mode; the mode is kept.
 
-
-@torch.no_grad()
-def split(model: PreTrainedModel) -> CausalLM:
-    """Find how a model's logits follow from its hidden states, and check that they do and that its attention is causal.
-
-    Raises NekoLeanError for families of which either is not so.
+    Raises:
+        NekoLeanError: the logits are not a LogitTransform of the last hidden states, or attention is not causal.
     """
-    family = type(model).__name__
     linear_head(model)
-    plain_outputs(model)
+    reset_output_switches(model)
     was_training = model.training
     model.eval()
     try:
-        backbone = backbone_of(model)
-        scale, softcap = logit_transform(model, backbone)
+        backbone = find_backbone(model)
+        scale, softcap = detect_logit_transform(model, backbone)
         lm = CausalLM(model, backbone, scale, softcap, embeddable_positions(model, model.config))
-        probe = torch.arange(4, device=lm.device)[None] % len(lm.head)  # [1, 4]
-        wanted = model(input_ids=probe, use_cache=False).logits[0].float()  # [4, V]
-        got = lm.logits(lm.hidden(probe)[0])  # [4, V]
-        refuse_sight_of_later_tokens(model, lm.hidden)
+
+        input_ids = torch.arange(4, device=lm.device)[None] % len(lm.head)  # [1, 4]
+        expected = model(input_ids=input_ids, use_cache=False).logits[0].float()  # [4, V]
+        actual = lm.logits(lm.hidden(input_ids)[0])  # [4, V]
+        refuse_non_causal(model, lm.hidden)
     finally:
         model.train(was_training)
-    tolerance = 0.02 if lm.head.dtype == torch.bfloat16 else 1e-4
-    # Where the model's own logits are NaN or infinite, later checks name the row.
-    if wanted.isfinite().all() and not (wanted - got).abs().max() <= tolerance * (1 + wanted.abs().max()):
-        raise NekoLeanError(f"{family} is not supported: its logits do not follow from its last hidden states.")
+
+    # If the model's own logits are NaN or infinite, later checks report the example that caused them.
+    error = (expected - actual).abs().max()
+    if expected.isfinite().all() and not error <= logit_tolerance(lm.head.dtype) * (1 + expected.abs().max()):
+        raise NekoLeanError(
+            f"{type(model).__name__} is not supported: its logits cannot be computed from its last hidden states and "
+            f"its output embedding; use a model with a linear head."
+        )
     return lm
 
 
-def position_limit(lm: CausalLM, wanted: int) -> int:
-    """The longest row that the model can embed, at most `wanted` tokens."""
-    return min(wanted, lm.max_positions or wanted)
+def logit_tolerance(dtype: torch.dtype) -> float:
+    """Largest relative difference between two ways to compute a model's outputs that rounding explains."""
+    return 0.02 if dtype == torch.bfloat16 else 1e-4
 
 
-@torch.no_grad()
-def supports_packing(lm: CausalLM) -> bool:
-    """Whether rows of a micro-batch may lie end to end as one [1, L], `hidden` being given their places.
-
-    Only where the attention kernel takes rows of any length (FlashAttention's own package, FlexAttention): elsewhere
-    keeping rows apart takes a mask [L, L], and with one SDPA leaves its flash kernel. And only where the model is seen
-    to keep them apart: two rows packed are what each is alone, and one does not change with what lies before it.
-    """
-    kernel = str(lm.model.config._attn_implementation)
-    return ("flash" in kernel or kernel == "flex_attention") and keeps_packed_rows_apart(lm)
-
-
-@torch.no_grad()
-def keeps_packed_rows_apart(lm: CausalLM) -> bool:
-    """Whether two packed rows are what each is alone, and one does not change with what lies before it."""
-    was_training = lm.model.training
-    lm.model.eval()
-    one, other, two = (torch.arange(n, n + 24, device=lm.device)[None] % len(lm.head) for n in (0, 24, 48))  # [1, 24]
-    position_ids = torch.arange(24, device=lm.device).repeat(2)[None]  # [1, 48]
-    try:
-        packed = lm.hidden(torch.cat([one, two], 1), position_ids).float()
-        changed = lm.hidden(torch.cat([other, two], 1), position_ids).float()
-        alone = torch.cat([lm.hidden(one), lm.hidden(two)], 1).float()
-    except NekoLeanError:  # it takes no positions, or its kernel does not run here
-        return False
-    finally:
-        lm.model.train(was_training)
-    tolerance = 0.02 if lm.head.dtype == torch.bfloat16 else 1e-4
-    near = bool((packed - alone).abs().max() <= tolerance * (1 + alone.abs().max()))
-    return near and torch.equal(packed[:, 24:], changed[:, 24:])
+def position_limit(lm: CausalLM, max_length: int) -> int:
+    """`max_length`, or the number of positions of the model if that is smaller; in tokens."""
+    return min(max_length, lm.max_positions or max_length)
 
 
 def checkpoint_activations(model: nn.Module) -> list[nn.Module]:
-    """Keep only each layer's input for the backward pass and compute the rest again there; returns those layers.
+    """Keep only each layer's input for the backward pass and recompute the other activations there.
 
-    transformers' own switch works in training mode only, in which dropout is on as well; this one works in both.
+    transformers' `gradient_checkpointing_enable` has no effect in evaluation mode, and training mode enables dropout;
+    this function works in both modes.
+
+    Returns:
+        The layers whose forward was wrapped.
     """
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     layers: list[nn.Module] = []
-    inside: set[nn.Module] = set()  # of a layer that is checkpointed already
+    nested: set[nn.Module] = set()  # modules of the layers that are wrapped already
     for module in model.modules():
-        if isinstance(module, GradientCheckpointingLayer) and module not in inside:
-            inside.update(module.modules())
+        if isinstance(module, GradientCheckpointingLayer) and module not in nested:
+            nested.update(module.modules())
             module.forward = partial(checkpoint, module.forward, use_reentrant=False)
             layers.append(module)
     return layers

@@ -1,6 +1,6 @@
-"""Numbers that are NaN or infinite: an error where a result would be wrong, null where only a log holds them.
+"""Model outputs that are NaN or infinite are errors, because no result computed from them would be right.
 
-JSON knows neither, and a comparison with NaN is always false, so that a broken model can look like a perfect one.
+A comparison with NaN is always false, so a broken model could otherwise look like a perfect one.
 """
 
 from __future__ import annotations
@@ -11,17 +11,21 @@ from torch import Tensor
 from neko_lean.errors import NekoLeanError
 
 
-def refuse_broken_outputs(values: Tensor, what: str) -> None:
-    """Raise NekoLeanError when a model's outputs hold NaN or infinite values; `what` says which, in the singular."""
+def refuse_non_finite_outputs(values: Tensor, what: str) -> None:
+    """Raise NekoLeanError if `values`, the model's output for `what`, holds NaN or infinite values."""
     if not bool(torch.isfinite(values).all()):
         raise NekoLeanError(
-            f"the model's output for {what} is NaN or infinite, so no result would be right: run it with --dtype "
-            f"float32, or give a checkpoint whose training did not diverge."
+            f"the model's output for {what} is NaN or infinite, so no result would be right; run with --dtype float32, "
+            f"or use a checkpoint whose training did not diverge."
         )
 
 
-def likeliest(logits: Tensor, what: str) -> Tensor:
-    """The likeliest token of each row of logits [N, V]: [N] int64. NaN would win every comparison, and is refused."""
-    best, token = logits.max(1)
-    refuse_broken_outputs(best, what)
-    return token
+def greedy_tokens(logits: Tensor, what: str) -> Tensor:
+    """The most likely token of each row of `logits` [N, V], as [N] int64.
+
+    Raises:
+        NekoLeanError: a largest logit is NaN or infinite; NaN would win every comparison.
+    """
+    largest, tokens = logits.max(1)
+    refuse_non_finite_outputs(largest, what)
+    return tokens

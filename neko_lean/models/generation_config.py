@@ -1,6 +1,6 @@
-"""A checkpoint's generation_config.json: it says which tokens end a generation, and goes into every checkpoint written.
+"""A checkpoint's generation_config.json: which tokens end a generation. It is copied into every checkpoint written.
 
-Nothing else in it changes how neko-lean decodes.
+neko-lean ignores the other decoding settings in it.
 """
 
 from __future__ import annotations
@@ -17,27 +17,27 @@ if TYPE_CHECKING:
 
     from neko_lean.models.causal_lm import CausalLM
 
-
 GENERATION_CONFIG = "generation_config.json"
 
 
-def end_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
+def eos_token_ids(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> frozenset[int]:
     """Tokens that end a generation: the tokenizer's EOS token and those of the model's generation config.
 
-    Instruct models end a turn with another token than the tokenizer's. transformers derives the generation config from
-    config.json where a checkpoint has no generation_config.json. Entries that are no tokens of the model are left out.
+    Instruct models end a turn with a token other than the tokenizer's EOS. transformers derives the generation config
+    from config.json if a checkpoint has no generation_config.json. Entries outside the vocabulary are left out.
     """
     eos = tokenizer.eos_token_id
-    return frozenset([*_listed(lm)[0], *([] if eos is None else [int(eos)])])
+    return frozenset([*_configured_ends(lm)[0], *([] if eos is None else [int(eos)])])
 
 
-def unknown_ends(lm: CausalLM) -> list[object]:
-    """Entries of the generation config's eos_token_id that are no tokens of the model."""
-    return _listed(lm)[1]
+def unknown_eos_token_ids(lm: CausalLM) -> list[object]:
+    """Entries of the generation config's eos_token_id that are not tokens of the model."""
+    return _configured_ends(lm)[1]
 
 
-def _listed(lm: CausalLM) -> tuple[list[int], list[object]]:
-    """The entries of eos_token_id, an id or a list of ids, that are tokens of the model, and those that are not."""
+def _configured_ends(lm: CausalLM) -> tuple[list[int], list[object]]:
+    """The entries of eos_token_id (an id or nested lists of ids) that are tokens of the model, and those that are
+    not."""
     config = getattr(lm.model, "generation_config", None)
     pending: list[object] = [getattr(config, "eos_token_id", None)]
     ids: list[int] = []
@@ -54,31 +54,37 @@ def _listed(lm: CausalLM) -> tuple[list[int], list[object]]:
     return ids, unknown
 
 
-def listed_ends(folder: Path) -> Any:
-    """What a checkpoint's generation_config.json says of `eos_token_id`, as it stands there; None without such a file.
+def stated_eos_token_id(folder: Path) -> Any:
+    """The raw `eos_token_id` in a checkpoint's generation_config.json; None if there is no such file or entry.
 
-    Raises NekoLeanError where the file is not a JSON object. transformers passes over such a file without a word, and
-    with it over the tokens that end a generation.
+    Raises:
+        NekoLeanError: the file is not a JSON object. transformers silently ignores such a file, and with it the tokens
+            that end a generation.
     """
-    path = folder / GENERATION_CONFIG
-    if not path.is_file():
+    file = folder / GENERATION_CONFIG
+    if not file.is_file():
         return None
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise NekoLeanError(
-            f"{path} is not readable JSON ({error}), but names the tokens that end a generation: get the file again."
+            f"{file} is not readable JSON ({error}), but it names the tokens that end a generation; download it again."
         ) from error
-    if not isinstance(found, dict):
-        raise NekoLeanError(f"{path} holds a JSON {type(found).__name__} instead of an object: get the file again.")
-    return found.get("eos_token_id")
+    if not isinstance(config, dict):
+        raise NekoLeanError(f"{file} holds a JSON {type(config).__name__}, expected an object; download it again.")
+    return config.get("eos_token_id")
 
 
 def save_model(model: PreTrainedModel, save: Callable[[], None], folder: Path) -> None:
-    """Call `save`, which is to run `model.save_pretrained` into `folder`, with any generation config.
+    """Save a model with its generation config, even one that `save_pretrained` refuses.
 
-    Published generation configs combine settings that save_pretrained refuses, such as a temperature without sampling.
-    They change no decoding here, and must not cost a finished run its checkpoint.
+    Published generation configs combine settings that save_pretrained rejects, such as a temperature without sampling.
+    They do not affect decoding here, and must not cost a finished run its checkpoint.
+
+    Args:
+        model: the model.
+        save: function that calls `model.save_pretrained(folder)`.
+        folder: the folder that `save` writes to.
     """
     from transformers import GenerationConfig
 
@@ -86,6 +92,8 @@ def save_model(model: PreTrainedModel, save: Callable[[], None], folder: Path) -
     if not isinstance(config, GenerationConfig):
         save()
         return
+
+    # Save with an empty generation config, which is always accepted, then write the real one over it.
     model.generation_config = GenerationConfig()
     try:
         save()

@@ -1,118 +1,164 @@
-"""How many positions a model can embed, and whether its attention is causal."""
+"""Positions and causality: how long a sequence a model can embed, and whether tokens see what follows them."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.models.families import linear_head
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
-from neko_lean.models.families import linear_head
 
+# Tokens of the sequence on which causality is probed.
 PROBE_LENGTH = 12
 
+# Chunked attention with longer chunks is not probed beyond one chunk, because that would take long.
+MAX_PROBED_CHUNK = 256
 
-LONGEST_CHUNK = 256  # of tokens that a layer reads at once: longer ones are not probed, as that would take long
+# Config keys for the number of positions, used by families whose attribute_map does not map theirs to the first.
+POSITION_KEYS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx")
 
 
-# What config.json calls the number of positions, where attribute_map does not map it to the first.
-POSITIONS = ("max_position_embeddings", "n_positions", "max_target_positions", "max_seq_len", "n_ctx")
+@dataclass(frozen=True)
+class CausalityProbe:
+    """A sequence, the hidden states that it gives alone, and what is needed to vary it."""
+
+    hidden_of: Callable[[Tensor], Tensor]  # from ids [1, L] to hidden states [1, L, d]
+    input_ids: Tensor  # [1, L]
+    hidden: Tensor  # [L, d] float32
+    tokens: list[int]  # ordinary token ids, neither 0 nor padding
+    tolerance: float  # largest difference that rounding explains
+
+    def changes(self, other_ids: Tensor, length: int) -> bool:
+        """Whether the first `length` hidden states differ for `other_ids` [1, L']."""
+        other_hidden = self.hidden_of(other_ids)[0, :length].float()
+        return bool((other_hidden - self.hidden[:length]).abs().max() > self.tolerance)
+
+    def with_other_end(self, start: int) -> Tensor:
+        """The sequence with other tokens from `start` on."""
+        other_ids, length = self.input_ids.clone(), self.input_ids.shape[1]
+        other_ids[0, start:] = torch.tensor(
+            [self.tokens[(5 * n + 1) % len(self.tokens)] for n in range(length - start)]
+        )
+        return other_ids
+
+    def padded(self, count: int, token: int) -> Tensor:
+        """The sequence followed by `count` padding tokens."""
+        return torch.cat([self.input_ids, self.input_ids.new_full((1, count), token)], dim=1)
 
 
-def refuse_sight_of_later_tokens(model: PreTrainedModel, hidden_of: Callable[[Tensor], Tensor]) -> None:
-    """Raise NekoLeanError where a token's hidden state changes with the tokens or the padding behind it.
+def refuse_non_causal(model: PreTrainedModel, hidden_of: Callable[[Tensor], Tensor]) -> None:
+    """Check that hidden states depend neither on later tokens nor on padding to their right.
 
-    Rows are padded on the right and no mask is given, which is exact only if attention is causal. `hidden_of` takes ids
-    [1, L] to hidden states [1, L, d]. A sight of later tokens shows wherever they change; a router on the edge between
-    two experts can flip anywhere in bfloat16, but not in each of the trials.
+    Sequences are padded on the right and run without an attention mask, which is exact only for causal attention. A
+    violation must show in every trial: non-causal attention shows wherever later tokens change, while in bfloat16 a
+    router that is undecided between two experts can flip in one trial but not in all.
+
+    Args:
+        model: the model, for its config and head.
+        hidden_of: function from ids [1, L] to hidden states [1, L, d].
+
+    Raises:
+        NekoLeanError: hidden states depend on later tokens or on padding.
     """
     config, family = model.config.get_text_config(), type(model).__name__
-    vocabulary, device = len(linear_head(model).weight), linear_head(model).weight.device
-    ids = (config.pad_token_id, config.eos_token_id)
-    padding = next((i for i in ids if isinstance(i, int) and 0 <= i < vocabulary), 0)
-    positions = stated_positions(config) or 4 * LONGEST_CHUNK
-    chunk = _chunk_length(config)
+    vocab_size = len(linear_head(model).weight)
+    special_ids = (config.pad_token_id, config.eos_token_id)
+    padding = next((i for i in special_ids if isinstance(i, int) and 0 <= i < vocab_size), 0)
+
+    # The sequence is longer than a chunk of chunked attention, if the model has positions for that.
+    positions = stated_positions(config) or 4 * MAX_PROBED_CHUNK
+    chunk = _attention_chunk(config)
     if PROBE_LENGTH + 3 * chunk > positions:
         chunk = 0
     length = min(PROBE_LENGTH + chunk, positions - 2)
     if length < 2:
         return
-    ordinary = [i for i in range(vocabulary) if i not in (0, padding)] or [0]
-    row = torch.tensor([[ordinary[(7 * n + 3) % len(ordinary)] for n in range(length)]], device=device)  # [1, L]
-    alone = hidden_of(row)[0].float()  # [L, d]
-    tolerance = (2e-2 if linear_head(model).weight.dtype in (torch.bfloat16, torch.float16) else 1e-4) * (
-        1 + float(alone.abs().max())
-    )
+    probe = _causality_probe(model, hidden_of, padding, length)
 
-    def changes(other: Tensor, first: int) -> bool:
-        """Whether the first so many hidden states are others in the row `other` [1, L']."""
-        return bool((hidden_of(other)[0, :first].float() - alone[:first]).abs().max() > tolerance)
-
-    def with_other_end(start: int) -> Tensor:
-        other = row.clone()
-        other[0, start:] = torch.tensor([ordinary[(5 * n + 1) % len(ordinary)] for n in range(length - start)])
-        return other
-
-    def padded(count: int, token: int) -> Tensor:
-        return torch.cat([row, row.new_full((1, count), token)], dim=1)
-
-    not_a_decoder = getattr(config, "is_decoder", None) is False
     starts = sorted({max(1, length // 3), max(1, length // 2), length - 1})
-    if all(changes(with_other_end(start), start) for start in starts):
+    if all(probe.changes(probe.with_other_end(start), start) for start in starts):
+        is_encoder = getattr(config, "is_decoder", None) is False
+        fix = "set is_decoder to true in config.json" if is_encoder else "use a causal language model"
         raise NekoLeanError(
-            f"{family} is not supported as configured: its attention is not causal, a token's hidden state changes "
-            f"with later tokens{'; set is_decoder to true in config.json' if not_a_decoder else ''}."
+            f"{family} is not supported as configured: its attention is not causal, the hidden state of a token "
+            f"depends on later tokens; {fix}."
         )
     for token in {padding, 0}:
-        if any(all(changes(padded(count * unit, token), length) for count in (1, 2)) for unit in {1, max(chunk, 1)}):
-            raise NekoLeanError(f"{family} is not supported: its hidden states change with the padding behind a row.")
+        for unit in {1, max(chunk, 1)}:
+            if all(probe.changes(probe.padded(count * unit, token), length) for count in (1, 2)):
+                raise NekoLeanError(
+                    f"{family} is not supported: its hidden states depend on the padding to the right of a row; use "
+                    f"another model."
+                )
 
 
-def _chunk_length(config: PreTrainedConfig) -> int:
-    """The longest chunk of tokens that layers of the model read at once, by config.json; 0 where it names none."""
-    found = [value for name, value in vars(config).items() if "chunk" in name and isinstance(value, int)]
-    return max((value for value in found if 1 < value <= LONGEST_CHUNK), default=0)
+def _causality_probe(
+    model: PreTrainedModel, hidden_of: Callable[[Tensor], Tensor], padding: int, length: int
+) -> CausalityProbe:
+    weight = linear_head(model).weight
+    tokens = [token for token in range(len(weight)) if token not in (0, padding)] or [0]
+    input_ids = torch.tensor([[tokens[(7 * n + 3) % len(tokens)] for n in range(length)]], device=weight.device)
+    hidden = hidden_of(input_ids)[0].float()  # [L, d]
+
+    relative = 2e-2 if weight.dtype in (torch.bfloat16, torch.float16) else 1e-4
+    tolerance = relative * (1 + float(hidden.abs().max()))
+    return CausalityProbe(hidden_of, input_ids, hidden, tokens, tolerance)
+
+
+def _attention_chunk(config: PreTrainedConfig) -> int:
+    """The longest chunk of chunked attention in config.json, in tokens, up to MAX_PROBED_CHUNK; 0 if there is none."""
+    chunks = [value for name, value in vars(config).items() if "chunk" in name and isinstance(value, int)]
+    return max((chunk for chunk in chunks if 1 < chunk <= MAX_PROBED_CHUNK), default=0)
 
 
 def stated_positions(config: PreTrainedConfig) -> int | None:
-    """How many positions config.json says that the model was made for; None where it does not say."""
-    text = config.get_text_config()
-    values = [getattr(text, name, None) for name in POSITIONS]
-    found = [value for value in values if isinstance(value, int) and value > 0]
-    return found[0] if found else None
+    """The number of positions that config.json states; None if it states none."""
+    text_config = config.get_text_config()
+    values = [getattr(text_config, key, None) for key in POSITION_KEYS]
+    return next((value for value in values if isinstance(value, int) and value > 0), None)
 
 
 def rescaling_length(config: PreTrainedConfig) -> int | None:
-    """The length beyond which rotary embeddings depend on the longest row of a batch (dynamic and LongRoPE scaling), so
-    that a row's numbers would depend on its neighbours; None for other models."""
-    text = config.get_text_config()
-    parameters = getattr(text, "rope_parameters", None) or {}
+    """The length in tokens beyond which rotary embeddings depend on the longest sequence of a batch.
+
+    Dynamic and LongRoPE scaling do this: the numbers of a sequence would then depend on its neighbours in the batch.
+    None for other models.
+    """
+    text_config = config.get_text_config()
+    parameters = getattr(text_config, "rope_parameters", None) or {}
     limits: list[int | None] = []
-    for rope in (parameters, *parameters.values()):  # of the model, or of each type of layer
+    for rope in (parameters, *parameters.values()):  # of the model, or one for each type of layer
         if isinstance(rope, dict) and rope.get("rope_type") in ("dynamic", "longrope"):
             limits.append(rope.get("original_max_position_embeddings"))
-            limits.append(getattr(text, "original_max_position_embeddings", None))
-            limits.append(getattr(text, "max_position_embeddings", None))
+            limits.append(getattr(text_config, "original_max_position_embeddings", None))
+            limits.append(getattr(text_config, "max_position_embeddings", None))
     return min((limit for limit in limits if limit), default=None)
 
 
 def embeddable_positions(model: nn.Module, config: PreTrainedConfig) -> int | None:
-    """The longest row that the model can embed by itself; None where nothing sets a limit.
+    """The length in tokens of the longest sequence that a model can embed; None if nothing limits it.
 
-    A limit is a table (learned, sinusoidal or rotary) with a row for each of config.json's positions, give or take the
-    offset of 2 that OPT and BART have; or `rescaling_length`. Other rotary embeddings that are computed as needed set
-    none. A model on the meta device is enough.
+    The limit is a table of positions (learned, sinusoidal or rotary) with one row for each position in config.json, up
+    to the offset of 2 that OPT and BART have; or `rescaling_length`. Rotary embeddings that are computed on the fly set
+    no limit.
+
+    Args:
+        model: the model, which may be on the meta device.
+        config: its config.
     """
     limits = (_positions_in_tables(model, config), rescaling_length(config))
     return min((limit for limit in limits if limit is not None), default=None)
 
 
 def _positions_in_tables(model: nn.Module, config: PreTrainedConfig) -> int | None:
+    """`stated_positions`, if the model has a table of that many positions."""
     stated = stated_positions(config)
     if stated is None:
         return None
@@ -121,9 +167,10 @@ def _positions_in_tables(model: nn.Module, config: PreTrainedConfig) -> int | No
     for module in model.modules():
         if isinstance(module, nn.Embedding) and module is not embedding and module.num_embeddings in sizes:
             return stated
-        learned = (p for name, p in module.named_parameters(recurse=False) if "pos" in name)
-        kept = (value for value in vars(module).values() if isinstance(value, Tensor))
-        tables = [*module.buffers(recurse=False), *learned, *kept]
+
+        learned = (parameter for name, parameter in module.named_parameters(recurse=False) if "pos" in name)
+        attributes = (value for value in vars(module).values() if isinstance(value, Tensor))
+        tables = [*module.buffers(recurse=False), *learned, *attributes]
         if any(table.ndim in (2, 4) and {table.shape[0], table.shape[-2]} & set(sizes) for table in tables):
             return stated
     return None

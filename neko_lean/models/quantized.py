@@ -1,6 +1,6 @@
-"""Quantised checkpoints: dequantised where transformers can, refused before a weight is read where it cannot.
+"""Quantised checkpoints: dequantised if transformers can, refused before any weight is read if it cannot.
 
-Only plain weights can be trained and saved here, so that this is decided from config.json, by every command.
+Training and saving need plain weights, so every command decides this from config.json.
 """
 
 from __future__ import annotations
@@ -17,17 +17,15 @@ from neko_lean.models.trust import nested_values, read_config
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-
-# How config.json calls what was done to the weights: transformers' key, and those of compressed-tensors and MLX.
+# Config keys that declare quantisation: those of transformers, compressed-tensors and MLX.
 KEYS = ("quantization_config", "compression_config", "quantization")
 
-
-# What transformers can turn back into plain weights, and the package that it needs for that.
-DEQUANTIZED = {"bitsandbytes": "accelerate", "fp8": "accelerate", "mxfp4": None}
+# Methods that transformers can dequantise, and the package that each requires.
+DEQUANTIZABLE = {"bitsandbytes": "accelerate", "fp8": "accelerate", "mxfp4": None}
 
 
 def quantization_method(folder: Path) -> str | None:
-    """How a checkpoint is quantised by its config.json, such as 'gptq'; None where it is not."""
+    """The quantisation method that a checkpoint's config.json declares, such as 'gptq'; None if it declares none."""
     for key, value in nested_values(read_config(folder)):
         if key in KEYS and isinstance(value, dict) and value:
             loads_bits = value.get("load_in_4bit") or value.get("load_in_8bit")
@@ -36,31 +34,31 @@ def quantization_method(folder: Path) -> str | None:
 
 
 def refuse_quantized(folder: Path) -> None:
-    """Raise NekoLeanError for a quantised checkpoint that cannot be dequantised here, naming the method."""
+    """Raise NekoLeanError, naming the method, if a checkpoint is quantised and cannot be dequantised here."""
     method = quantization_method(folder)
     if method is None:
         return
-    needs = DEQUANTIZED.get(method)
-    if method in DEQUANTIZED and (needs is None or importlib.util.find_spec(needs) is not None):
+    package = DEQUANTIZABLE.get(method)
+    if method in DEQUANTIZABLE and (package is None or importlib.util.find_spec(package) is not None):
         return
-    install = f", or pip install {needs} to have it dequantised" if needs else ""
+    install = f", or pip install {package} to dequantise it" if package else ""
     raise NekoLeanError(
-        f"{folder / 'config.json'} says that the weights are quantised ({method}), and neko-lean needs plain ones: "
-        f"give the checkpoint in bfloat16, float16 or float32{install}; if it is, remove that from config.json."
+        f"{folder / 'config.json'} says that the weights are quantised ({method}), but neko-lean needs plain weights; "
+        f"use the checkpoint in bfloat16, float16 or float32{install}; if the weights are plain, remove that entry."
     )
 
 
 def refuse_gguf(folder: Path) -> None:
-    """Raise NekoLeanError for a folder with GGUF files, which transformers does not read as a checkpoint."""
+    """Raise NekoLeanError if a folder holds GGUF files, which transformers does not load as a checkpoint."""
     if any(folder.glob("*.gguf")):
         raise NekoLeanError(
-            f"{folder} holds its weights as GGUF, which is quantised: neko-lean trains plain weights, so give the "
+            f"{folder} holds its weights as GGUF, which is quantised, but neko-lean needs plain weights; use the "
             f"original checkpoint in safetensors."
         )
 
 
-def loading_options(method: str | None, device: torch.device) -> dict[str, Any]:
-    """What transformers' from_pretrained needs in addition to load plain weights."""
+def loading_kwargs(method: str | None, device: torch.device) -> dict[str, Any]:
+    """Arguments of `from_pretrained` that a quantisation method requires."""
     if method is None:
         return {}
     from transformers.utils.quantization_config import FineGrainedFP8Config, Mxfp4Config
@@ -72,22 +70,26 @@ def loading_options(method: str | None, device: torch.device) -> dict[str, Any]:
     return {"device_map": {"": str(device)}}
 
 
-def dequantized(model: PreTrainedModel, method: str | None, dtype: torch.dtype) -> PreTrainedModel:
-    """The model with plain weights of `dtype`, which is saved as any other; itself where it was not quantised.
+def dequantize(model: PreTrainedModel, method: str | None, dtype: torch.dtype) -> PreTrainedModel:
+    """The model with plain weights of `dtype`, which can be saved like any other; unchanged if `method` is None.
 
-    Raises NekoLeanError where something quantised is left.
+    Raises:
+        NekoLeanError: a weight is still quantised.
     """
     if method is None:
         return model
     if getattr(model, "is_quantized", False):
         model = model.dequantize(dtype=dtype)
-    model = model.to(dtype)  # type: ignore[arg-type]  # scales, and what was not quantised, can leave it in float32
-    # Saving would call the plain weights by the names of the quantised ones.
+    # Dequantised weights, and weights that were not quantised, can be float32.
+    model = model.to(dtype)  # type: ignore[arg-type]
+    # Otherwise saving would give the plain weights the names of the quantised ones.
     model.__dict__["_weight_conversions"] = None
-    left = next((name for name, p in model.named_parameters() if p.dtype != dtype), None)
-    if left is not None or getattr(model.config, "quantization_config", None) is not None:
+
+    remaining = next((name for name, parameter in model.named_parameters() if parameter.dtype != dtype), None)
+    if remaining is not None or getattr(model.config, "quantization_config", None) is not None:
+        example = f" (for example {remaining})" if remaining else ""
         raise NekoLeanError(
-            f"the {method} weights of this {type(model).__name__} were not dequantised{f' ({left})' if left else ''}: "
-            f"give the checkpoint in bfloat16, float16 or float32."
+            f"transformers did not dequantise the {method} weights of this {type(model).__name__}{example}; use the "
+            f"checkpoint in bfloat16, float16 or float32."
         )
     return model

@@ -1,8 +1,8 @@
-"""A student spread over the ranks: each holds a part of every weight, and a layer is gathered where it is needed.
+"""Fully sharded models: each rank holds a shard of every parameter and unshards one layer at a time.
 
-FSDP2 (`fully_shard`) does the spreading and the gathering. What it would do by hooks on the way back, LayerPass does
-itself, one layer at a time over all micro-batches: so a layer is gathered once and its gradients are reduced once,
-however many micro-batches there are, and each rank then steps its part with its part of Adam's state.
+FSDP2 (`fully_shard`) shards and unshards. The backward pass is driven by LayerPass instead of FSDP's hooks, one layer
+at a time over all micro-batches: a layer is unsharded once and its gradients are reduce-scattered once, however many
+micro-batches there are. Each rank then updates its shard with its shard of Adam's state.
 """
 
 from __future__ import annotations
@@ -27,95 +27,112 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-def local(tensor: Tensor) -> Tensor:
-    """This rank's part of a tensor that is spread over the ranks: its rows, the first rank's first. Else itself."""
+def local_shard(tensor: Tensor) -> Tensor:
+    """This rank's rows of a sharded tensor (a DTensor); other tensors are returned unchanged."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-class Shards:
-    """Spread `lm`, which lies whole on the CPU, over the ranks' devices of type `device`.
+def save_checkpoint(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
+    """Save model and tokenizer into a folder. All ranks must call it; the main process gathers the weights and
+    writes."""
+    state_dict = None
+    if world_size() > 1:
+        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+        state_dict = get_model_state_dict(lm.model, options=options)
+    if is_main_process():
+        save_model(lm.model, lambda: lm.model.save_pretrained(folder, state_dict=state_dict), folder)
+        tokenizer.save_pretrained(folder)
 
-    Its layers are groups of their own, an untied head is one, and the rest, embedding and final norm, is one more,
-    `lm.model`. Parameters that are not gathered are DTensors, sharded by rows.
+
+class ShardedModel:
+    """A model whose parameters are sharded over all ranks by rows, as DTensors.
+
+    Each layer is one FSDP group, and so is an untied head. The root group, `lm.model`, holds the rest: the embedding
+    and the final norm.
+
+    Args:
+        lm: the model, unsharded on the CPU; it is sharded in place.
+        layers: its decoder layers.
+        device: the type of device that holds the shards.
     """
 
     def __init__(self, lm: CausalLM, layers: Iterable[nn.Module], device: torch.device) -> None:
         self.lm = lm
         self.mesh = init_device_mesh(device.type, (world_size(),))
+
         for layer in layers:
             fully_shard(layer, mesh=self.mesh)
+        # The head is a separate group, because FSDP briefly holds twice what it unshards. Its forward never runs: the
+        # loss reads the weight.
         head = cast(nn.Module, lm.model.get_output_embeddings())
-        # Apart, as FSDP holds twice what it gathers for a moment. Its forward never runs: the loss takes the weight.
         self.head = None if head.weight is lm.embedding else fully_shard(head, mesh=self.mesh)
         fully_shard(lm.model, mesh=self.mesh)
-        with torch.no_grad():  # FSDP takes for its root what runs first
-            lm.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
         self.root = cast(FSDPModule, lm.model)
-        self.parts: dict[nn.Module, dict[str, nn.Parameter]] = {}
-        self.release()
-        for module in (*layers, lm.model):
-            self.parts[module] = dict(module.named_parameters())
 
-    def gather(self) -> None:
-        """Have embedding and final norm whole, for `lm.hidden`; each layer gathers itself when it is called."""
+        # FSDP makes the module that runs first the root.
+        with torch.no_grad():
+            lm.model(input_ids=torch.zeros(1, 1, dtype=torch.int64, device=device), use_cache=False)
+        self.reset()
+
+        # The sharded parameters of each group, by name: unsharding replaces them in their modules.
+        self.shards: dict[nn.Module, dict[str, nn.Parameter]] = {
+            module: dict(module.named_parameters()) for module in (*layers, lm.model)
+        }
+
+    def unshard(self) -> None:
+        """Unshard embedding and final norm, for `lm.hidden`; each layer is unsharded when it is called."""
         self.root.unshard()
 
-    def gather_head(self) -> None:
-        """Have the head whole, too."""
+    def unshard_head(self) -> None:
+        """Unshard the head."""
         if self.head is not None:
             self.head.unshard()
 
     def reshard(self) -> None:
-        """The opposite of both, in the middle of a pass."""
+        """Reshard embedding, final norm and head, in the middle of a pass."""
         self.root.reshard()
         if self.head is not None:
             self.head.reshard()
 
-    def release(self) -> None:
-        """Keep no more than this rank's part of anything; forget what FSDP noted down of a forward pass."""
+    def reset(self) -> None:
+        """Reshard everything and clear what FSDP recorded during a forward pass."""
         self.root.reset_iter_state()
 
     @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Embedding, final norm and head are whole while it lasts."""
-        self.gather()
-        self.gather_head()
+    def unsharded(self) -> Iterator[None]:
+        """Context in which embedding, final norm and head are unsharded."""
+        self.unshard()
+        self.unshard_head()
         try:
             yield
         finally:
-            self.release()
+            self.reset()
 
     @contextmanager
-    def whole_layer(self, layer: nn.Module) -> Iterator[None]:
-        """One layer is whole while it lasts, for `layer.forward`; then its gradients are `reduce`d."""
+    def unsharded_layer(self, layer: nn.Module) -> Iterator[None]:
+        """Context in which one layer is unsharded, for `layer.forward`; its gradients are reduce-scattered at the
+        end."""
         group = cast(FSDPModule, layer)
         group.unshard()
         yield
-        self.reduce(layer)
+        self.reduce_scatter_grads(layer)
         group.reshard()
 
-    def reduce(self, module: nn.Module, leave: Tensor | None = None) -> None:
-        """Add up the ranks' gradients of a module whose weights are whole, and give each rank its rows of the sum as
-        the gradient of its part. `leave` is a parameter whose gradient is to stay for later."""
-        for name, full in module.named_parameters():
-            part = self.parts[module][name]
-            if full is not part and full is not leave:
-                self.reduce_one(full, part)
+    def reduce_scatter_grads(self, module: nn.Module, skip: Tensor | None = None) -> None:
+        """Reduce-scatter the gradients of an unsharded module: sum them over ranks, and give each rank its rows.
 
-    def reduce_one(self, full: Tensor, part: Tensor) -> None:
-        """`reduce` of one parameter, which need no longer be whole."""
-        if full.grad is not None:
-            summed = DTensor.from_local(full.grad, self.mesh, [Partial()], run_check=False)
-            full.grad = None
-            part.grad = summed.redistribute(self.mesh, [Shard(0)])
+        Args:
+            module: an unsharded module.
+            skip: a parameter whose gradient is left for a later `reduce_scatter_grad`.
+        """
+        for name, parameter in module.named_parameters():
+            shard = self.shards[module][name]
+            if parameter is not shard and parameter is not skip:
+                self.reduce_scatter_grad(parameter, shard)
 
-
-def save_checkpoint(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Write model and tokenizer into a folder. Ranks all have to call it; the first one collects and writes."""
-    weights = None
-    if world_size() > 1:
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        weights = get_model_state_dict(lm.model, options=options)
-    if is_main_process():
-        save_model(lm.model, lambda: lm.model.save_pretrained(folder, state_dict=weights), folder)
-        tokenizer.save_pretrained(folder)
+    def reduce_scatter_grad(self, parameter: Tensor, shard: Tensor) -> None:
+        """Reduce-scatter the gradient of one parameter, which may have been resharded since, into `shard.grad`."""
+        if parameter.grad is not None:
+            summed = DTensor.from_local(parameter.grad, self.mesh, [Partial()], run_check=False)
+            parameter.grad = None
+            shard.grad = summed.redistribute(self.mesh, [Shard(0)])

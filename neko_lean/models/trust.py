@@ -1,6 +1,6 @@
-"""What is not believed: names in files that lead elsewhere, and checkpoints that want more done than numbers read.
+"""Limits of trust in checkpoint files: file names that lead out of their folder, and configs that would run code.
 
-SECURITY.md says what follows from it.
+SECURITY.md describes what follows from them.
 """
 
 from __future__ import annotations
@@ -12,14 +12,14 @@ from typing import Any
 
 from neko_lean.errors import NekoLeanError, first_line
 
-# Values of config.json by which transformers picks an implementation. With a slash it is a repository on the hub, whose
-# compiled code is fetched and run, whatever trust_remote_code says.
-_IMPLEMENTATIONS = ("attn_implementation", "experts_implementation")
+# Config keys by which transformers selects an implementation. A value with a slash is a repository on the hub, whose
+# compiled code is downloaded and run whatever trust_remote_code says.
+_IMPLEMENTATION_KEYS = ("attn_implementation", "experts_implementation")
 
 
 def is_inside(folder: Path, name: object) -> bool:
-    """Whether `name`, which a file in `folder` gave, is a path in that folder: relative, without `..`, and no link that
-    leads out of it."""
+    """Whether `name`, read from a file in `folder`, is a path inside it: relative, without `..`, and not through a link
+    that leads out."""
     if not isinstance(name, str) or not name or "\0" in name:
         return False
     path = Path(name)
@@ -29,29 +29,36 @@ def is_inside(folder: Path, name: object) -> bool:
 
 
 def is_plain(name: object) -> bool:
-    """Whether `name` is the name of a file without any folder before it."""
+    """Whether `name` is a file name without any directory."""
     return isinstance(name, str) and name not in ("", ".", "..") and "\0" not in name and Path(name).name == name
 
 
 def read_config(folder: Path) -> Any:
-    """What a checkpoint's config.json holds; NekoLeanError where it is not JSON."""
+    """The parsed config.json of a checkpoint. Raises NekoLeanError if it is not JSON."""
     file = folder / "config.json"
     try:
         return json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as error:
-        raise NekoLeanError(f"{file} is not readable JSON: get the checkpoint again.") from error
+        raise NekoLeanError(f"{file} is not readable JSON; download the checkpoint again.") from error
 
 
 def refuse_untrusted(folder: Path) -> None:
-    """Raise NekoLeanError for a checkpoint that names code to fetch, other weights, or another model to add to."""
+    """Raise NekoLeanError if a checkpoint names code to download, other weights, or a base model for an adapter."""
     file = folder / "config.json"
     for key, value in nested_values(read_config(folder)):
-        if key.removeprefix("_").startswith(_IMPLEMENTATIONS) and "/" in str(value):
-            raise NekoLeanError(f"{file} has {key} run code from the hub, which neko-lean never does: remove {key}.")
+        if key.removeprefix("_").startswith(_IMPLEMENTATION_KEYS) and "/" in str(value):
+            raise NekoLeanError(
+                f"{file} would run code from the hub ({key}), which neko-lean never does; remove {key} from it."
+            )
         if key == "transformers_weights" and value not in (None, "model.safetensors"):
-            raise NekoLeanError(f"{file} names weights that are not model.safetensors: call them so and remove {key}.")
+            raise NekoLeanError(
+                f"{file} names other weights than model.safetensors (transformers_weights); rename the file to "
+                f"model.safetensors and remove {key} from config.json."
+            )
     if (folder / "adapter_config.json").is_file():
-        raise NekoLeanError(f"{folder} is an adapter to a model elsewhere: merge the two and give the merged folder.")
+        raise NekoLeanError(
+            f"{folder} holds an adapter, not a whole model; merge it into its base model and pass the merged folder."
+        )
 
 
 def nested_values(config: Any) -> Iterator[tuple[str, Any]]:
@@ -63,7 +70,7 @@ def nested_values(config: Any) -> Iterator[tuple[str, Any]]:
 
 
 def reason(error: Exception) -> str:
-    """Why transformers could not load something, in a line; without its advice to run what came with the checkpoint."""
+    """Why transformers failed, in one line, without its advice to enable trust_remote_code."""
     if "trust_remote_code" in str(error):
-        return "it needs code of its own, and neko-lean runs none that came with a checkpoint"
-    return first_line(error)
+        return "it requires custom modeling code, and neko-lean never runs code that comes with a checkpoint"
+    return first_line(error).rstrip(".")

@@ -1,7 +1,6 @@
-"""Where results go: what may be written or replaced, by one process at a time, atomically, and never through a link.
+"""Writing outputs safely: what may be replaced, locks, atomic and durable writes, and work folders.
 
-Every command that writes asks `claim_folder` or `claim_file` for its place before it works, holds `locked` while it
-works, and ends with `publish`.
+Every command that writes claims its output before it works, and publishes the complete result at the end.
 """
 
 from neko_lean.errors import UnpublishedError
@@ -28,22 +27,23 @@ from neko_lean.outputs.place import (
     refuse_occupied_file,
     restore_interrupted,
 )
-from neko_lean.outputs.publish import (
+from neko_lean.outputs.publish import discard, publish, publish_file, remove_replaced
+from neko_lean.outputs.signing import SHA256_HEX, UNSIGNED, file_sha256, is_signed, sign
+from neko_lean.outputs.work_folder import (
     clear_work,
-    publish,
-    publish_file,
+    keep_or_discard,
+    open_work_folder,
     refuse_strange_work,
     refuse_unfinished,
     refuse_unplanned,
-    remove_replaced,
     staged_folder,
 )
-from neko_lean.outputs.signing import UNSIGNED, file_sha256, is_signed, sign
 from neko_lean.outputs.write_errors import explained_write_errors, os_error_sentence
 
 __all__ = [
     "MANIFEST",
     "RUN",
+    "SHA256_HEX",
     "UNSIGNED",
     "Output",
     "Source",
@@ -51,12 +51,15 @@ __all__ = [
     "claim_file",
     "claim_folder",
     "clear_work",
+    "discard",
     "empty_folder",
     "explained_write_errors",
     "file_sha256",
     "is_signed",
+    "keep_or_discard",
     "locked",
     "no_follow",
+    "open_work_folder",
     "os_error_sentence",
     "publish",
     "publish_file",

@@ -1,4 +1,9 @@
-"""One process at a time writes an output: an advisory lock on `.NAME.lock`, which the system drops with the process."""
+"""Advisory locks: one process at a time writes an output.
+
+A run locks the file `.NAME.lock` next to its output. The system releases the lock when the process ends. Under
+torchrun only the main process holds it. The other ranks lock the work folder, so that they are noticed if they outlive
+the main process.
+"""
 
 from __future__ import annotations
 
@@ -16,17 +21,18 @@ from neko_lean.outputs.place import Output
 from neko_lean.outputs.write_errors import explained_write_errors
 from neko_lean.terminal import log_line
 
-_TRIES = 100  # another process can remove the file between our open and our lock this often in a row
+_MAX_TRIES = 100  # another process may remove the lock file between our open and our lock, but hardly this often
 
 
 @contextmanager
 def locked(output: Output) -> Iterator[None]:
     """Hold the lock of an output while the block runs.
 
-    The file stays empty, so that nothing can be lost by it, and is removed with the lock. Folders above the output that
-    are missing are made, and removed again if the block leaves nothing in them.
+    Missing folders above the output are created, and removed again if the block leaves nothing in them. The lock file
+    stays empty and is removed at the end.
 
-    Raises NekoLeanError when another process holds it, or when the file is a link or somebody's own.
+    Raises:
+        NekoLeanError: if another process holds the lock, or if the lock file is a link or is not a lock file.
     """
     folder = output.path.parent
     missing = [path for path in (folder, *folder.parents) if not path.exists()]
@@ -35,30 +41,32 @@ def locked(output: Output) -> Iterator[None]:
     try:
         yield
     finally:
-        # Removed while it is held: a process that opened it meanwhile sees that its file has no name any more.
+        # Remove the file before releasing the lock: a process that has opened it sees that it no longer has a name.
         with suppress(OSError):
             output.lock.unlink()
         os.close(descriptor)
-        with suppress(OSError):  # the first that holds something ends it
+        with suppress(OSError):  # stops at the first folder that is not empty
             for path in missing:
                 path.rmdir()
 
 
 @contextmanager
 def working_in(folder: Path) -> Iterator[None]:
-    """While it lasts, a later run on the same output finds that this process, a rank that is not the first, writes to
-    the work folder, also when the first rank has died and its lock with it. For the first rank it does nothing."""
+    """Mark a work folder as in use by this rank while the block runs. Does nothing on the main process.
+
+    A later run on the same output then notices this rank even if the main process has died and its lock is gone.
+    """
     if is_main_process():
         yield
         return
     with _opened(folder) as descriptor:
-        with suppress(OSError):  # without locks, as `locked` warns
+        with suppress(OSError):  # file system without locks; `locked` has warned about it
             fcntl.flock(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
         yield
 
 
 def refuse_orphans(folder: Path) -> None:
-    """Raise NekoLeanError where a rank of an earlier run still works in a folder whose output's lock we hold."""
+    """Raise NekoLeanError if a rank of an earlier run still works in a folder. Requires the lock of its output."""
     if folder.is_symlink() or not folder.is_dir():
         return
     with _opened(folder) as descriptor:
@@ -68,13 +76,13 @@ def refuse_orphans(folder: Path) -> None:
             raise NekoLeanError(
                 f"a process of an earlier run still writes to {folder}: wait for it or end it, or choose another --out."
             ) from error
-        except OSError:  # without locks
+        except OSError:  # file system without locks
             pass
 
 
 @contextmanager
 def _opened(folder: Path) -> Iterator[int]:
-    """The descriptor of a folder, which is no link, while the block runs."""
+    """Open a folder, which must not be a link, and yield its descriptor."""
     descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC)
     try:
         yield descriptor
@@ -83,12 +91,12 @@ def _opened(folder: Path) -> Iterator[int]:
 
 
 def _acquire(output: Output) -> int:
-    """The descriptor of the locked file."""
-    for _ in range(_TRIES):
+    """Lock the output's lock file and return its descriptor."""
+    for _ in range(_MAX_TRIES):
         output.path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            descriptor = _open(output.lock)
-        except FileNotFoundError:  # another process has removed the folder again
+            descriptor = _open_lock_file(output.lock)
+        except FileNotFoundError:  # another process has just removed the folder
             continue
         try:
             _lock(descriptor, output)
@@ -101,21 +109,24 @@ def _acquire(output: Output) -> int:
     raise NekoLeanError(f"another process is writing {output.path}: wait for it, or choose another --out.")
 
 
-def _open(path: Path) -> int:
+def _open_lock_file(path: Path) -> int:
+    """Open or create a lock file without following a link."""
     try:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC, 0o666)
     except OSError as error:
         if error.errno in (errno.ELOOP, errno.EMLINK):
-            raise NekoLeanError(f"{path} is a link, and the lock of an output must not be one: remove it.") from error
+            raise NekoLeanError(f"{path} is a link, but a lock file must not be one: remove it.") from error
         raise
-    found = os.fstat(descriptor)
-    if not stat.S_ISREG(found.st_mode) or found.st_size:
+
+    status = os.fstat(descriptor)
+    if not stat.S_ISREG(status.st_mode) or status.st_size:
         os.close(descriptor)
         raise NekoLeanError(f"{path} is not a lock that neko-lean made: move it away, or choose another --out.")
     return descriptor
 
 
 def _lock(descriptor: int, output: Output) -> None:
+    """Lock an open lock file, or warn if its file system has no locks."""
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
@@ -130,7 +141,7 @@ def _lock(descriptor: int, output: Output) -> None:
 
 
 def _is_named(descriptor: int, path: Path) -> bool:
-    """Whether `path` still names the file that was opened."""
+    """Whether `path` is still the name of the open file."""
     try:
         named, opened = path.stat(follow_symlinks=False), os.fstat(descriptor)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""The place of an output: checked before any work, so that a finished run can be moved there at its end."""
+"""Where an output goes: check, before any work, that the finished result can be moved there."""
 
 from __future__ import annotations
 
@@ -14,91 +14,110 @@ from neko_lean.outputs.ownership import why_not_our_file, why_not_ours
 from neko_lean.outputs.write_errors import explained_write_errors
 from neko_lean.terminal import log_line
 
-_DEEPEST = 200  # bytes that names inside a work folder add to its path, at most
+_WORK_PATH_BYTES = 200  # upper bound on how many bytes longer a path inside the work folder is than the output's path
 
-
-_MOUNTS = Path("/proc/self/mountinfo")  # Linux only; elsewhere os.path.ismount has to do
-
+_MOUNTS = Path("/proc/self/mountinfo")  # Linux only; elsewhere there is only os.path.ismount
 
 Source = str | os.PathLike[str]
 
 
 @dataclass(frozen=True)
 class Output:
-    """Where a command's result will lie, and the names it uses next to it until then."""
+    """The path of a command's result, and the paths that a run uses next to it.
 
-    path: Path  # absolute, with every link in it resolved
-    kind: str  # of work folder: 'partial', 'saved' or 'demo'
+    Attributes:
+        path: absolute path of the result, with all links resolved.
+        kind: suffix of the work folder: 'partial', 'saved' or 'demo'.
+        overwrite: whether the result may replace an output that neko-lean wrote.
+    """
+
+    path: Path
+    kind: str
     overwrite: bool = False
 
     @property
     def work(self) -> Path:
-        """The folder that a run works in."""
+        """The folder that a run works in until its result is complete."""
         return self.path.with_name(f".{self.path.name}.{self.kind}")
 
     @property
     def lock(self) -> Path:
-        """The file whose lock a run holds."""
+        """The file that a run locks."""
         return self.path.with_name(f".{self.path.name}.lock")
 
     @property
     def old(self) -> Path:
-        """Where an output that is replaced lies for a moment."""
+        """The name of a replaced output until it is removed."""
         return self.path.with_name(f".{self.path.name}.old")
 
 
 def claim_folder(
     out: Source, kind: str, inputs: Iterable[Source | None], *, overwrite: bool = False, resume: bool = False
 ) -> Output:
-    """Check that a run may write the folder `out`, and could move its result there, before it does any work.
+    """Check that a run may write the folder `out`, and will be able to move its result there.
 
     Args:
-        out: folder as the user named it; links in it are resolved.
-        kind: suffix of the folder to work in, see Output.
-        inputs: files and folders that the run reads; None and names that are no path here are skipped.
-        overwrite: replace a folder that a command of neko-lean wrote; never another one, and never an input.
-        resume: do not mind an output that is there already: the caller compares it with its own run.
+        out: folder, as the user named it. Links are resolved.
+        kind: suffix of the work folder, see Output.
+        inputs: files and folders that the run reads. None, and names that are not paths here, are skipped.
+        overwrite: allow to replace a folder that neko-lean wrote; never any other folder, and never an input.
+        resume: accept an output that already exists. The caller compares it with its own run.
 
-    Raises NekoLeanError when `out` is a file, holds something that may not be replaced, is a mount point, has too long
-    a name, or when an input is `out` or lies in it.
+    Returns:
+        The paths of the output.
+
+    Raises:
+        NekoLeanError: if `out` is a file, contains something that may not be replaced, is a mount point, has a name
+            that is too long, or is or contains an input.
     """
-    output = Output(_resolved(out), kind, overwrite)
+    output = Output(_resolve(out), kind, overwrite)
     with explained_write_errors(output.path):
-        _refuse_place(output, (output.work, output.old))
+        _refuse_unusable(output, (output.work, output.old))
         _refuse_inputs(output, inputs)
         if not resume:
             refuse_occupied(output)
         for path in (output.work, output.old):
             if path.is_symlink():
-                raise NekoLeanError(f"{path} is a link, and neko-lean works in no linked folder: remove it.")
+                raise NekoLeanError(f"{path} is a link, and neko-lean does not work in linked folders: remove it.")
     return output
 
 
 def claim_file(out: Source, option: str, inputs: Iterable[Source | None], *, overwrite: bool = False) -> Output:
-    """Check, before any work, that a command may write the file `out`; the arguments are those of claim_folder.
+    """Check that a command may write the file `out`.
 
-    Raises NekoLeanError, naming `option`, when `out` is a folder, exists and may not be replaced, or is an input.
+    Args:
+        out: file, as the user named it. Links are resolved.
+        option: the command-line option that names the file, for error messages.
+        inputs: as for claim_folder.
+        overwrite: allow to replace a file that neko-lean wrote.
+
+    Returns:
+        The paths of the output.
+
+    Raises:
+        NekoLeanError: if `out` is a folder, exists and may not be replaced, or is an input.
     """
-    output = Output(_resolved(out), "partial", overwrite)
+    output = Output(_resolve(out), "partial", overwrite)
     with explained_write_errors(output.path):
         if output.path.is_dir():
             raise NekoLeanError(f"{option} {output.path} is a folder: give the name of a file.")
-        _refuse_place(output, (temporary_name(output.path),))
+        _refuse_unusable(output, (temporary_name(output.path),))
         _refuse_inputs(output, inputs)
         refuse_occupied_file(output, option)
     return output
 
 
 def refuse_occupied(output: Output) -> None:
-    """Raise NekoLeanError when the output is a file, or a folder that holds something and may not be replaced."""
+    """Raise NekoLeanError if the output's path is a file, or a non-empty folder that may not be replaced."""
     try:
-        found = output.path.stat()  # once: another process may move it away at any time
+        status = output.path.stat()  # only once, because another process may move the folder away at any time
     except (FileNotFoundError, NotADirectoryError):
         return
-    if not stat.S_ISDIR(found.st_mode):
+    if not stat.S_ISDIR(status.st_mode):
         raise NekoLeanError(f"{output.path} is a file, not a folder: choose another --out.")
     if not any(output.path.iterdir()):
         return
+
     if not output.overwrite:
         raise NekoLeanError(f"{output.path} already holds something: choose another --out, or pass --overwrite.")
     reason = why_not_ours(output.path)
@@ -109,7 +128,7 @@ def refuse_occupied(output: Output) -> None:
 
 
 def refuse_occupied_file(output: Output, option: str) -> None:
-    """Raise NekoLeanError when the file is there and may not be replaced."""
+    """Raise NekoLeanError if the output file exists and may not be replaced."""
     if not output.path.exists():
         return
     if not output.overwrite:
@@ -123,9 +142,10 @@ def refuse_occupied_file(output: Output, option: str) -> None:
 
 
 def restore_interrupted(output: Output) -> None:
-    """Finish what a process left that was killed while it replaced an output. Needs the output's lock.
+    """Undo a replacement that a killed process did not finish: move the old output back. Requires the output's lock.
 
-    Raises NekoLeanError when the folder of that name is not one of ours.
+    Raises:
+        NekoLeanError: if the folder of that name was not written by neko-lean.
     """
     if not output.old.exists():
         return
@@ -138,8 +158,8 @@ def restore_interrupted(output: Output) -> None:
         log_line(f"{output.path}: put back the output that an interrupted run had moved aside.")
 
 
-def _resolved(out: Source) -> Path:
-    """`out` without links. A link that leads nowhere yet is resolved too: the output appears where it leads."""
+def _resolve(out: Source) -> Path:
+    """The absolute path of `out` without links. A dangling link is resolved, too: the output appears at its target."""
     text = os.fspath(out)
     if not text or "\0" in text:
         raise NekoLeanError("--out is empty or holds a NUL character: give the name of a folder or file.")
@@ -152,87 +172,102 @@ def _resolved(out: Source) -> Path:
     return path
 
 
-def _refuse_place(output: Output, temporary: Iterable[Path]) -> None:
-    """Raise NekoLeanError for a place that a finished result could not be moved to."""
-    parent = _nearest(output.path.parent)
+def _refuse_unusable(output: Output, neighbours: Iterable[Path]) -> None:
+    """Raise NekoLeanError if a finished result could not be moved to the output's path.
+
+    `neighbours` are the paths next to the output that the run uses, besides the lock.
+    """
+    # The folder above it.
+    parent = _nearest_existing(output.path.parent)
     if not parent.is_dir():
         raise NekoLeanError(f"{output.path} cannot be written to: {parent} is a file; choose another --out.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise NekoLeanError(f"{output.path} cannot be written to: {parent} is read-only; choose another --out.")
+
+    # A mount point cannot be replaced by a rename.
     if _is_mount(output.path):
         raise NekoLeanError(
-            f"{output.path} is a mount point, which no finished folder can take the place of: choose a folder in it, "
-            f"such as --out {output.path / 'out'}."
+            f"{output.path} is a mount point, which a finished folder cannot replace: choose a folder in it, such as "
+            f"--out {output.path / 'out'}."
         )
-    longest = os.pathconf(parent, "PC_NAME_MAX")
-    own = max(_bytes(path.name) for path in (*temporary, output.lock)) - _bytes(output.path.name)
-    if _bytes(output.path.name) + own > longest:
+
+    # The names next to the output are longer than its own.
+    name_limit = os.pathconf(parent, "PC_NAME_MAX")
+    name_bytes = _num_bytes(output.path.name)
+    added_bytes = max(_num_bytes(path.name) for path in (*neighbours, output.lock)) - name_bytes
+    if name_bytes + added_bytes > name_limit:
         raise NekoLeanError(
-            f"{output.path.name} is a name of {_bytes(output.path.name)} bytes: {longest - own} are possible here, as "
-            f"neko-lean lengthens it for its own files next to it; choose a shorter --out."
+            f"{output.path.name} is a name of {name_bytes} bytes, but at most {name_limit - added_bytes} are possible "
+            f"here, because neko-lean needs longer names next to it: choose a shorter --out."
         )
-    limit = os.pathconf(parent, "PC_PATH_MAX")
-    if _bytes(str(output.path)) + _DEEPEST > limit:
+    path_limit = os.pathconf(parent, "PC_PATH_MAX")
+    path_bytes = _num_bytes(str(output.path))
+    if path_bytes + _WORK_PATH_BYTES > path_limit:
         raise NekoLeanError(
-            f"{output.path.name} would lie at a path of {_bytes(str(output.path))} bytes: {limit - _DEEPEST} are "
-            f"possible here; choose a shorter --out."
+            f"{output.path.name} has a path of {path_bytes} bytes, but at most {path_limit - _WORK_PATH_BYTES} are "
+            f"possible here: choose a shorter --out."
         )
 
 
-def _bytes(name: str) -> int:
+def _num_bytes(name: str) -> int:
     return len(os.fsencode(name))
 
 
-def _nearest(folder: Path) -> Path:
-    """The folder itself, or the nearest one above it that exists."""
+def _nearest_existing(folder: Path) -> Path:
+    """The folder itself, or the nearest folder above it that exists."""
     return next(path for path in (folder, *folder.parents) if os.path.lexists(path))
 
 
 def _is_mount(path: Path) -> bool:
-    """Whether something is mounted at a path, also from the same file system (a bind mount)."""
+    """Whether `path` is a mount point, also of a folder of the same file system (a bind mount)."""
     if os.path.ismount(path):
         return True
     try:
         lines = _MOUNTS.read_bytes().splitlines()
     except OSError:
         return False
-    # Spaces and the like in the fifth field, the mount point, are written as \040.
-    points = {line.split()[4] for line in lines if len(line.split()) > 4}
+
+    # The fifth field is the mount point, in which whitespace and backslashes are escaped as in \040.
+    mount_points = {line.split()[4] for line in lines if len(line.split()) > 4}
     escaped = os.fsencode(path)
     for character in (b"\\", b" ", b"\t", b"\n"):
         escaped = escaped.replace(character, b"\\%03o" % ord(character))
-    return escaped in points
+    return escaped in mount_points
 
 
 def _refuse_inputs(output: Output, inputs: Iterable[Source | None]) -> None:
-    """Raise NekoLeanError when an input is, or lies in, what the run would replace or clear.
+    """Raise NekoLeanError if an input is, or is inside, a folder that the run would replace or clear.
 
-    Folders are compared by device and inode, so that no spelling of a path hides one.
+    Folders are compared by device and inode, so that the spelling of a path does not matter.
     """
-    doomed = {key: path for path in (output.path, output.work, output.old) if (key := _key(path)) is not None}
+    replaced = {key: path for path in (output.path, output.work, output.old) if (key := _inode(path)) is not None}
+    if not replaced:
+        return
     for source in inputs:
-        if source is None or not doomed:
+        if source is None:
             continue
-        for real in _real_paths(Path(source)):
-            above = next((doomed[key] for path in (real, *real.parents) if (key := _key(path)) in doomed), None)
-            if above is not None:
-                relation = "is" if _key(real) == _key(above) else "holds"
+        for path in _real_paths(Path(source)):
+            parents = (path, *path.parents)
+            folder = next((replaced[key] for parent in parents if (key := _inode(parent)) in replaced), None)
+            if folder is not None:
+                relation = "is" if _inode(path) == _inode(folder) else "holds"
                 raise NekoLeanError(
-                    f"{above} {relation} an input of this run ({source}), which the output would replace: choose "
+                    f"{folder} {relation} an input of this run ({source}), which the output would replace: choose "
                     f"another --out."
                 )
 
 
-def _key(path: Path) -> tuple[int, int] | None:
+def _inode(path: Path) -> tuple[int, int] | None:
+    """Device and inode of a file or folder; None if it does not exist."""
     try:
-        found = path.stat()
+        status = path.stat()
     except (OSError, ValueError):
         return None
-    return found.st_dev, found.st_ino
+    return status.st_dev, status.st_ino
 
 
 def _real_paths(source: Path) -> Iterator[Path]:
-    """Where an input lies, and where the links directly in it lead."""
+    """The resolved path of an input, and the targets of the links directly inside it."""
     try:
         if not source.exists():
             return

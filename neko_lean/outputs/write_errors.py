@@ -1,4 +1,4 @@
-"""The operating system's errors as one sentence: what could not be written, why, and what to do."""
+"""Turn errors of the operating system into one sentence: what could not be written, why, and what to do."""
 
 from __future__ import annotations
 
@@ -12,66 +12,71 @@ from pathlib import Path
 from neko_lean.errors import NekoLeanError, first_line
 
 _REMEDIES = {
-    errno.EACCES: "choose another --out, or ask for the right to write there",
-    errno.EPERM: "choose another --out, or ask for the right to write there",
-    errno.EROFS: "choose an --out on a disk that can be written to",
+    errno.EACCES: "choose another --out, or get write permission for it",
+    errno.EPERM: "choose another --out, or get write permission for it",
+    errno.EROFS: "choose an --out on a writable disk",
     errno.ENAMETOOLONG: "choose a shorter --out",
-    errno.EFBIG: "choose an --out on a file system that holds files of this size",
+    errno.EFBIG: "choose an --out on a file system that supports files of this size",
     errno.EIO: "check the disk, or choose an --out on another one",
-    errno.ENOENT: "something removed it meanwhile; run again",
+    errno.ENOENT: "another process removed it during the run; run again",
     errno.ENOTDIR: "a part of the path is a file; choose another --out",
     errno.EISDIR: "it is a folder; choose another name",
-    errno.EBUSY: "something holds it (a mount point, for one); choose another --out",
-    errno.ELOOP: "a link is in the way; remove it or choose another --out",
-    errno.EXDEV: "choose an --out that lies on one file system",
+    errno.EBUSY: "it is in use, for example as a mount point; choose another --out",
+    errno.ELOOP: "the path contains a link; remove it or choose another --out",
+    errno.EXDEV: "choose an --out whose folder is on a single file system",
     errno.EMFILE: "raise the limit on open files (ulimit -n)",
-    errno.ENFILE: "the system has too many files open; close some programs",
+    errno.ENFILE: "the system has too many open files; close some programs",
     errno.ESTALE: "the network file system lost it; mount it again",
 }
 
 
 @contextmanager
-def explained_write_errors(where: Path) -> Iterator[None]:
-    """Turn every error of the operating system into a NekoLeanError about `where`, the output being written."""
+def explained_write_errors(output: Path) -> Iterator[None]:
+    """Convert every OSError in the block, also one that a library has wrapped, into a NekoLeanError about `output`."""
     try:
         yield
     except NekoLeanError:
         raise
     except Exception as error:
-        sentence = os_error_sentence(error, where)
+        sentence = os_error_sentence(error, output)
         if sentence is None:
             raise
         raise NekoLeanError(sentence) from error
 
 
-def os_error_sentence(error: Exception, where: Path | None = None) -> str | None:
-    """The sentence for an error of the operating system, also one that a library has wrapped; None for any other.
+def os_error_sentence(error: Exception, output: Path | None = None) -> str | None:
+    """Describe an error of the operating system in one sentence.
 
     Args:
-        error: OSError and its kinds, or what safetensors and pyarrow make of one.
-        where: the output being written; without it the sentence names only the file of the error itself.
+        error: an OSError, or the exception that safetensors or pyarrow raises for one.
+        output: the output being written. Without it, the sentence names only the file that the error is about.
+
+    Returns:
+        The sentence, or None if `error` is not an error of the operating system.
     """
-    code = _error_number(error)
+    code = _errno_of(error)
     if code is None:
         return first_line(error) + "." if isinstance(error, OSError) else None
-    file = getattr(error, "filename", None)
-    file = Path(os.fsdecode(file)) if isinstance(file, str | bytes) else None
+
+    filename = getattr(error, "filename", None)
+    file = Path(os.fsdecode(filename)) if isinstance(filename, str | bytes) else None
     if code in (errno.ENOSPC, errno.EDQUOT):
-        what = "No space left on the disk" if code == errno.ENOSPC else "The disk quota is used up"
-        return f"{what} while writing {where or file}: free some and run again."
-    reason, remedy = os.strerror(code), _REMEDIES.get(code, "mend that and run again")
-    if where is None or file == where:
+        problem = "No space left on the disk" if code == errno.ENOSPC else "The disk quota is used up"
+        return f"{problem} while writing {output or file}: free some space and run again."
+
+    reason, remedy = os.strerror(code), _REMEDIES.get(code, "fix this and run again")
+    if output is None or file == output:
         return f"{file or 'a file'}: {reason}; {remedy}."
-    about = f" ({file}: {reason})" if file is not None else f" ({reason})"
-    return f"{where} cannot be written to{about}: {remedy}."
+    details = reason if file is None else f"{file}: {reason}"
+    return f"{output} cannot be written to ({details}): {remedy}."
 
 
-def _error_number(error: Exception) -> int | None:
-    """The errno of an error. safetensors keeps only Rust's text of it, which ends in '(os error 28)'."""
+def _errno_of(error: Exception) -> int | None:
+    """The errno of an error. safetensors keeps only Rust's message, which ends in '(os error 28)'."""
     code = getattr(error, "errno", None)
     if isinstance(error, OSError) and code is not None:
         return int(code)
-    found = re.search(r"\(os error (\d+)\)", str(error))
-    if found:
-        return int(found[1])
+    match = re.search(r"\(os error (\d+)\)", str(error))
+    if match:
+        return int(match[1])
     return errno.ENOSPC if "No space left" in str(error) else None

@@ -37,7 +37,7 @@ class PreparedExamples:
     forget: list[EncodedExample]
     retain: list[EncodedExample]  # with the anchor's documents; empty if the recipe has no retain objective
     anchor: list[EncodedExample]
-    substitutes: list[EncodedExample] | None
+    substitutes: list[EncodedExample]  # one for each forget example, or none
     max_length: int  # the recipe's, or the number of positions that the model has
 
     def digests(self) -> dict[str, str]:
@@ -158,10 +158,10 @@ def _substitutes(
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     seed: int,
-) -> list[EncodedExample] | None:
+) -> list[EncodedExample]:
     """The recipe's replacement for each forget answer."""
     if recipe.substitute == "none":
-        return None
+        return []
     forget_texts = [encoded.example for encoded in forget]
     if recipe.substitute == "refusal":
         replaced = refusals(forget_texts)

@@ -53,7 +53,7 @@ def memorize(
     overrides: Mapping[str, Any] | None = None,
     sets: Sequence[str] = ("forget", "retain"),
     split: str | None = None,
-    options: RunOptions = RunOptions(),
+    run: RunOptions = RunOptions(),
 ) -> dict[str, Any]:
     """Fine-tune a model with cross-entropy: makes a target model, or a gold model that never saw the forget set.
 
@@ -66,7 +66,7 @@ def memorize(
         overrides: values of the recipe to replace, by key.
         sets: which sets to learn; ('retain',) makes the gold model.
         split: part of the files' names, as LUME has them.
-        options: device, seed, saving, and how to treat an existing output.
+        run: device, seed, saving, and how to treat an existing output.
 
     Returns:
         The contents of run.json.
@@ -75,7 +75,7 @@ def memorize(
         NekoLeanError, Interrupted: as for `unlearn`.
     """
     # Check everything that can be checked without the model.
-    check_seed(options.seed)
+    check_seed(run.seed)
     chosen = load_recipe(recipe, overrides)
     if chosen.retain_objective != "ce" or forgets(chosen):
         raise NekoLeanError(
@@ -83,16 +83,16 @@ def memorize(
             f"forget_objective nor a substitute; use recipe memorize."
         )
     require_folder(data, "--data", sets, split)
-    folder, device = model_folder(model), pick_device(options.device)
+    folder, device = model_folder(model), pick_device(run.device)
     inputs = [folder, data, recipe_file(recipe)]
-    output = claim_folder(out, "saved", inputs, overwrite=options.overwrite, resume=options.resume)
+    output = claim_folder(out, "saved", inputs, overwrite=run.overwrite, resume=run.resume)
 
     # Examples.
     tokenizer = load_tokenizer(folder)
     max_length = usable_length(folder, chosen.max_length)
     rows = [row for name in sets for row in read_rows(data, name, split)]
     examples = encode(rows, tokenizer, chosen.format, max_length, append_eos=chosen.append_eos)
-    log_line(truncation_summary(examples, max_length), options.quiet)
+    log_line(truncation_summary(examples, max_length), run.quiet)
     if warning := position_warning(examples, max_length, chosen.max_length):
         log_line(warning)
 
@@ -102,10 +102,8 @@ def memorize(
     if is_trained:
         make_student = partial(load_model, folder, dtype)
     else:
-        make_student = partial(new_model, folder, dtype, seed=options.seed)
-        log_line(
-            f"{folder} holds no weights: starting from random ones, made from --seed {options.seed}.", options.quiet
-        )
+        make_student = partial(new_model, folder, dtype, seed=run.seed)
+        log_line(f"{folder} holds no weights: starting from random ones, made from --seed {run.seed}.", run.quiet)
     parts = {
         "model": weights_fingerprint(folder) if is_trained else "random weights",
         "tokenizer": tokenizer_fingerprint(tokenizer),
@@ -113,13 +111,13 @@ def memorize(
         "config": model_config(folder, training=chosen.dropout) if is_trained else read_config(folder),
         "rows": rows_digest(examples),
     }
-    identity = identity_of("memorize", chosen, options.seed, device, parts)
-    if (run := finished_before(output, identity, options)) is not None:
-        return run
+    identity = identity_of("memorize", chosen, run.seed, device, parts)
+    if (result := finished_before(output, identity, run)) is not None:
+        return result
 
-    with work_folder(output, identity, options) as (work, signals):
-        job = TrainingJob(make_student, tokenizer, TrainingExamples([], examples), None, chosen, device, options)
+    with work_folder(output, identity, run) as (work, signals):
+        job = TrainingJob(make_student, tokenizer, TrainingExamples(retain=examples), None, chosen, device, run)
         about = {"command": "memorize", "model": model_name(model), "random_start": not is_trained}
-        run = train(job, work, signals, {**about, "sets": list(sets)})
-    raise_failure(run, output.path)
-    return run
+        result = train(job, work, signals, {**about, "sets": list(sets)})
+    raise_failure(result, output.path)
+    return result

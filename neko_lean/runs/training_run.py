@@ -18,7 +18,7 @@ from neko_lean.distributed import all_gather_objects, is_main_process, world_siz
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import nan_to_null
 from neko_lean.memory import predicted_peak
-from neko_lean.models import CausalLM, resident, settle, warn_emulated_bfloat16
+from neko_lean.models import CausalLM, resident_memory, trim_memory, warn_emulated_bfloat16
 from neko_lean.options import RunOptions
 from neko_lean.outputs import RUN, Output, explained_write_errors, write_atomically
 from neko_lean.recipes import Recipe
@@ -85,8 +85,8 @@ def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[st
     Returns:
         The contents of run.json.
     """
-    settle()
-    resident_before = resident()
+    trim_memory()
+    resident_before = resident_memory()
     warn_emulated_bfloat16(job.recipe.dtype, job.device, job.options.quiet)
 
     # Ranks shard a student that is whole in host memory.
@@ -94,10 +94,10 @@ def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[st
     if job.teacher is not None:
         job.teacher.check_vocabulary(len(student.head))
     pad_id = int(job.tokenizer.pad_token_id)
-    trainer = Trainer(student, job.examples, job.teacher, job.recipe, pad_id, job.device)
+    trainer = Trainer(student, pad_id, job.examples, job.teacher, job.recipe, job.device)
     del student
     initial_student = partial(job.make_student, torch.device("cpu"))
-    loop = Loop(trainer, job.tokenizer, job.options.seed, work, signals, initial_student, job.options.quiet)
+    loop = Loop(trainer, job.tokenizer, work, signals, initial_student, job.options)
 
     # From here a signal waits for the end of the step, and after the last step for the output.
     with signals.deferred():

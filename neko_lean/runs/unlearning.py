@@ -7,7 +7,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neko_lean.cache import CacheSettings, TeacherCache, cache_teacher
+from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
 from neko_lean.distributed import run_on_main_and_broadcast, with_process_group
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import (
@@ -61,7 +61,7 @@ def unlearn(
     base_cache: str | Path | None = None,
     recipe: str | Path = DEFAULT,
     overrides: Mapping[str, Any] | None = None,
-    options: RunOptions = RunOptions(),
+    run: RunOptions = RunOptions(),
 ) -> dict[str, Any]:
     """Train a model to forget the forget set while its behaviour on the retain set is preserved.
 
@@ -83,7 +83,7 @@ def unlearn(
             it is available: its losses are then the levels of the forget tokens.
         recipe: name of a shipped recipe, or path of a .toml file.
         overrides: values of the recipe to replace, by key.
-        options: device, seed, saving, and how to treat an existing output.
+        run: device, seed, saving, and how to treat an existing output.
 
     Returns:
         The contents of run.json.
@@ -99,23 +99,23 @@ def unlearn(
         neko_lean.unlearn("allenai/OLMo-1B-0724-hf", "unlearned/", "data/", "data/", overrides={"lr": 1e-5})
     """
     # Check everything that can be checked without the model.
-    check_seed(options.seed)
+    check_seed(run.seed)
     chosen = load_recipe(recipe, overrides)
     _refuse_unused(chosen, overrides or {}, cache, anchor, base_cache)
-    folder, device = model_folder(model), pick_device(options.device)
+    folder, device = model_folder(model), pick_device(run.device)
     inputs = [folder, forget, retain, cache, anchor, base_cache, recipe_file(recipe)]
-    output = claim_folder(out, "saved", inputs, overwrite=options.overwrite, resume=options.resume)
+    output = claim_folder(out, "saved", inputs, overwrite=run.overwrite, resume=run.resume)
 
     # Examples, caches, and what makes this run the same run.
     tokenizer = load_tokenizer(folder)
     max_length = usable_length(folder, chosen.max_length)
-    prepared = prepare_examples(forget, retain, anchor, chosen, tokenizer, max_length, options.seed)
+    prepared = prepare_examples(forget, retain, anchor, chosen, tokenizer, max_length, run.seed)
     teacher, base = _open(cache), _open(base_cache)
     model_identity = identify(folder, tokenizer)
     identity = identity_of(
         "unlearn",
         chosen,
-        options.seed,
+        run.seed,
         device,
         {
             "model": model_identity.weights,
@@ -126,23 +126,23 @@ def unlearn(
             "base cache": _digest(base),
         },
     )
-    if (run := finished_before(output, identity, options)) is not None:
-        return run
+    if (result := finished_before(output, identity, run)) is not None:
+        return result
 
-    with work_folder(output, identity, options) as (work, signals):
+    with work_folder(output, identity, run) as (work, signals):
         if teacher is None and reads_cache(chosen, anchor=bool(prepared.anchor)):
-            teacher = _cache_teacher(folder, retain, anchor, forget, work.cache, chosen, options)
+            teacher = _cache_teacher(folder, retain, anchor, forget, work.cache, chosen, run)
         if teacher is not None:
             _check_teacher(teacher, model_identity, chosen, prepared, verify=cache is not None)
         examples = training_examples(prepared, chosen, teacher, base, tokenizer)
-        lost = report_truncation(prepared, chosen, options.quiet)
+        lost = report_truncation(prepared, chosen, run.quiet)
 
         make_student = partial(load_model, folder, pick_dtype(chosen.dtype))
-        job = TrainingJob(make_student, tokenizer, examples, teacher, chosen, device, options)
+        job = TrainingJob(make_student, tokenizer, examples, teacher, chosen, device, run)
         about = {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost}
-        run = train(job, work, signals, about)
-    raise_failure(run, output.path)
-    return run
+        result = train(job, work, signals, about)
+    raise_failure(result, output.path)
+    return result
 
 
 def _open(cache: _Path) -> TeacherCache | None:
@@ -171,10 +171,10 @@ def _cache_teacher(
         out,
         anchor=anchor,
         forget=forget if needs_forget_cache(recipe) else None,
-        settings=CacheSettings(
+        cache=CacheOptions(
             format=recipe.format, max_length=recipe.max_length, batch_tokens=recipe.batch_tokens, dtype=recipe.dtype
         ),
-        options=OutputOptions(device=options.device, resume=options.resume, quiet=options.quiet),
+        run=OutputOptions(device=options.device, resume=options.resume, quiet=options.quiet),
     )
     return TeacherCache(out)
 

@@ -1,4 +1,4 @@
-"""What a run looks at every so many steps to choose its checkpoint: is the forget set gone, is the rest still there?"""
+"""Evaluations during training, by which a checkpoint is chosen."""
 
 from __future__ import annotations
 
@@ -13,45 +13,71 @@ from neko_lean.training.micro_batches import micro_batches
 
 
 @torch.no_grad()
-def answers(
-    student: CausalLM, rows: Sequence[EncodedExample], pad_id: int, max_tokens: int = 2**20
+def answer_metrics(
+    student: CausalLM, examples: Sequence[EncodedExample], pad_id: int, max_tokens: int = 2**20
 ) -> dict[str, float]:
-    """Over the answers of some rows, the prompt and the true answer so far given (teacher-forced):
+    """Teacher-forced metrics of the true answers.
 
-    `exact`, the share of rows of whose answer every token is the likeliest one; `nll`, nats a token. Rows whose answer
-    was cut off are left out; without any row both are absent. At most `max_tokens` positions go through the model at
-    once.
+    Args:
+        student: the model.
+        examples: examples to evaluate; those whose answer was truncated away are left out.
+        pad_id: id of the padding token.
+        max_tokens: most positions, including padding, that go through the model at once.
+
+    Returns:
+        `exact`, the share of examples in whose answer each token is the most likely one, and `nll`, the answers' mean
+        negative log-likelihood in nats per token. Empty if no example has an answer.
     """
-    rows = [one for one in rows if one.answer_length]
-    if not rows:
+    examples = [example for example in examples if example.answer_length]
+    if not examples:
         return {}
-    right, nll, tokens = 0, 0.0, 0
-    for group in micro_batches([len(one) for one in rows], max_tokens):
-        some = [rows[i] for i in group]
-        found = _answers(student, some, pad_id)
-        right, nll, tokens = right + found[0], nll + found[1], tokens + found[2]
-    return {"exact": right / len(rows), "nll": nll / tokens}
+
+    num_exact, nll, num_tokens = 0, 0.0, 0
+    for indices in micro_batches([len(example) for example in examples], max_tokens):
+        batch_exact, batch_nll, batch_tokens = _batch_metrics(student, [examples[i] for i in indices], pad_id)
+        num_exact += batch_exact
+        nll += batch_nll
+        num_tokens += batch_tokens
+    return {"exact": num_exact / len(examples), "nll": nll / num_tokens}
 
 
-def _answers(student: CausalLM, rows: Sequence[EncodedExample], pad_id: int) -> tuple[int, float, int]:
-    """Rows answered exactly, the sum of the nats, and the tokens that it is over."""
-    ids, _ = pad([one.input_ids for one in rows], pad_id, student.device)
-    place = [(n, i - 1) for n, one in enumerate(rows) for i in range(max(1, one.prompt_length), len(one))]
-    row, position = torch.tensor(place, device=student.device).T
-    hidden, target = student.hidden(ids)[row, position], ids[row, position + 1]  # [N, d], [N]
-    right, nll = [], 0.0
+def _batch_metrics(student: CausalLM, examples: Sequence[EncodedExample], pad_id: int) -> tuple[int, float, int]:
+    """Number of exact answers, sum of the negative log-likelihoods in nats, and number of answer tokens."""
+    # Hidden states at the positions that predict answer tokens.
+    ids, _ = pad([example.input_ids for example in examples], pad_id, student.device)  # [b, l]
+    places = [
+        (number, position - 1)
+        for number, example in enumerate(examples)
+        for position in range(max(1, example.prompt_length), len(example))
+    ]
+    example_index, position = torch.tensor(places, device=student.device).T  # [N] each
+    hidden = student.hidden(ids)[example_index, position]  # [N, d]
+    targets = ids[example_index, position + 1]  # [N]
+
+    # Logits, in chunks.
+    correct, nll = [], 0.0
     chunk = max(1, CHUNK_ELEMENTS // len(student.head))
-    for some, wanted in zip(hidden.split(chunk), target.split(chunk), strict=True):
-        z = student.logits(some)  # [c, V]
-        right.append(z.argmax(1) == wanted)
-        nll -= (z.gather(1, wanted[:, None]).squeeze(1) - z.logsumexp(1)).double().sum().item()
-    wrong = torch.zeros(len(rows), device=student.device).index_add(0, row, (~torch.cat(right)).float())
-    return int((wrong == 0).sum()), nll, len(target)
+    for chunk_hidden, chunk_targets in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logits = student.logits(chunk_hidden)  # [c, V]
+        correct.append(logits.argmax(1) == chunk_targets)
+        nll -= (logits.gather(1, chunk_targets[:, None]).squeeze(1) - logits.logsumexp(1)).double().sum().item()
+
+    num_wrong = torch.zeros(len(examples), device=student.device)
+    num_wrong.index_add_(0, example_index, (~torch.cat(correct)).float())  # [b]
+    return int((num_wrong == 0).sum()), nll, len(targets)
 
 
 def quality(values: Mapping[str, float]) -> float:
-    """One number for a checkpoint, 0 to 1: the harmonic mean of 1 - forget exact match, retain exact match, and
-    exp(-retain KL), as an evaluation's `eval_...` values name them. Those that a run does not have are left out."""
+    """A score between 0 and 1 for choosing a checkpoint.
+
+    It is the harmonic mean of 1 - forget exact match, retain exact match, and exp(-retain KL).
+
+    Args:
+        values: metrics of an evaluation, with the names `eval_forget_exact`, `eval_retain_exact` and `eval_retain_kl`;
+            those that a run does not have are left out of the mean.
+
+    Returns NaN if one of them is NaN, and 0 if none is given.
+    """
     parts = []
     if "eval_forget_exact" in values:
         parts.append(1 - values["eval_forget_exact"])
@@ -59,6 +85,7 @@ def quality(values: Mapping[str, float]) -> float:
         parts.append(values["eval_retain_exact"])
     if "eval_retain_kl" in values:
         parts.append(math.exp(-values["eval_retain_kl"]))
+
     if any(math.isnan(part) for part in parts):
         return math.nan  # min() may overlook it
     if not parts or min(parts) <= 0:

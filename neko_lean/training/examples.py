@@ -1,23 +1,22 @@
-"""The encoded examples of a training run."""
+"""The examples of a training run."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from neko_lean.data import EncodedExample
 
 
 @dataclass(frozen=True)
 class TrainingExamples:
-    """What a trainer draws its batches from.
+    """What a run trains on. Batches refer to examples by their index in these sequences."""
 
-    Args:
-        forget: examples to forget; may be empty.
-        retain: examples whose behaviour is preserved, anchor documents included; may be empty.
-        substitutes: for each forget example, the same prompt with another answer; or None.
-    """
+    forget: Sequence[EncodedExample] = field(default=())
+    """Forget set: examples that the student is trained to forget. Empty for `memorize`."""
 
-    forget: Sequence[EncodedExample]
-    retain: Sequence[EncodedExample]
-    substitutes: Sequence[EncodedExample] | None = None
+    retain: Sequence[EncodedExample] = field(default=())
+    """Retain set: examples whose behaviour is preserved (or, for `memorize`, that are learned)."""
+
+    substitutes: Sequence[EncodedExample] = field(default=())
+    """The forget set with other answers, one example for each of `forget`; empty if the recipe uses none."""

@@ -1,17 +1,12 @@
-"""One layer at a time over all micro-batches: any number of rows a step with one layer's gradients alive.
+"""A forward and backward pass that holds the gradients of one layer at a time, for any number of micro-batches.
 
-Forward runs each micro-batch without gradient and keeps the layers' inputs. Backward goes from the last layer to the
-first; each layer is run again with gradient for every micro-batch, and is complete when all are through, so that its
-parameters can be stepped and their gradients freed before the next layer begins. The cost is that of gradient
-checkpointing. (L2L, arXiv 2002.05645, is the precedent; LOMO, arXiv 2306.09782, for stepping inside the backward.)
-
-It knows no architecture: hooks catch what the model's own forward hands to each layer. What comes before the first
-layer (embeddings) and after the last (the final norm) runs with gradient as part of that forward.
+The forward pass runs each micro-batch without gradient and stores the input of each layer. The backward pass goes from
+the last layer to the first, as in L2L (arXiv 2002.05645): it runs a layer again, with gradient, for all micro-batches,
+after which the layer's parameters can be updated and their gradients freed (LOMO, arXiv 2306.09782).
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -19,235 +14,201 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves
 
-from neko_lean.errors import NekoLeanError
-from neko_lean.models import CausalLM, Shards
+from neko_lean.models import CausalLM, ShardedModel
 from neko_lean.training.micro_batches import MicroBatches
 
 
 @dataclass
-class _Call:
-    """One layer's call on one micro-batch: its input [b, l, d] and all else that the model handed to it."""
+class LayerCall:
+    """The call of one layer on one micro-batch."""
 
-    hidden: Tensor
-    more: tuple[Any, ...]
-    named: dict[str, Any]
+    hidden: Tensor  # [b, l, d]
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
 
     def run_layer(self, layer: Callable[..., Any], hidden: Tensor) -> Tensor:
-        return _first(layer(hidden, *self.more, **self.named))
+        """Call `layer` with the same arguments but other hidden states. Returns its hidden states [b, l, d]."""
+        return _hidden_states(layer(hidden, *self.args, **self.kwargs))
 
 
-def decoder_layers(lm: CausalLM) -> nn.ModuleList:
-    """The model's layers, found to be such that one can be run again alone.
+@dataclass
+class LastOutput:
+    """Output of the last layer for one micro-batch, cut to the positions that the loss needs."""
 
-    Raises NekoLeanError where they are not: no list of layers that the forward pass walks through once and in order,
-    or a layer that takes from another layer more than the hidden states.
-    """
-    family = type(lm.model).__name__
-    layers = getattr(lm.backbone, "layers", None)
-    if not isinstance(layers, nn.ModuleList) or not len(layers):
-        raise NekoLeanError(f"{family} has no list of decoder layers.")
-    order: list[int] = []
-    entangled = False
+    leaf: Tensor  # [n, d], where the loss's gradient arrives
+    positions: Tensor  # [n] int64 into the flattened b * l
+    shape: torch.Size  # (b, l, d)
 
-    def watch(number: int) -> Callable[..., None]:
-        def before(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            nonlocal entangled
-            order.append(number)
-            others = tree_leaves((args[1:], {k: v for k, v in kwargs.items() if k != "hidden_states"}))
-            entangled |= any(isinstance(t, Tensor) and t.requires_grad for t in others)
-
-        return before
-
-    hooks = [layer.register_forward_pre_hook(watch(n), with_kwargs=True) for n, layer in enumerate(layers)]
-    try:
-        with torch.enable_grad():
-            lm.hidden(torch.zeros(1, 2, dtype=torch.int64, device=lm.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    if order != list(range(len(layers))) or entangled:
-        raise NekoLeanError(f"the layers of {family} hand on more than their hidden states.")
-    return layers
-
-
-def compile_layers(layers: nn.ModuleList) -> None:
-    """Have torch.compile make each layer's forward, for rows of any shape; what it makes for one layer serves all that
-    are like it. Hooks stay outside.
-    """
-    for layer in layers:
-        layer.forward = torch.compile(layer.forward, dynamic=True)
-
-
-@torch.no_grad()
-def _run_after(lm: CausalLM, layers: nn.ModuleList) -> list[nn.Module]:
-    """The parts of the backbone that run after its last layer: the final norm, and in some families a projection."""
-    inside = set(layers.modules())
-    after: list[nn.Module] = []
-    hooks = [layers[-1].register_forward_hook(lambda *_: after.clear())]
-    for module in lm.backbone.modules():
-        if module not in inside and not any(child in inside for child in module.modules()):
-            hooks.append(module.register_forward_hook(lambda module, *_: after.append(module)))
-    try:
-        lm.hidden(torch.zeros(1, 2, dtype=torch.int64, device=lm.device))
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return after
-
-
-def freeze(lm: CausalLM, last: int = 0, only: str = "") -> None:
-    """Choose what learns: with `last` above 0 the last so many layers, what follows them and an untied head; with
-    `only`, a regular expression, of those the parameters in whose names it is found."""
-    if last:
-        layers = decoder_layers(lm)
-        if last > len(layers):
-            raise NekoLeanError(f"train_last is {last}, but the model has {len(layers)} layers.")
-        following = _run_after(lm, layers)
-        learns = [*layers[len(layers) - last :], *following]
-        untied = lm.model.get_output_embeddings() if lm.head is not lm.embedding else None
-        chosen = {p for module in (*learns, untied) if module is not None for p in module.parameters()}
-        for parameter in lm.model.parameters():
-            parameter.requires_grad_(parameter.requires_grad and parameter in chosen)
-    if only:
-        learning = False
-        for name, parameter in lm.model.named_parameters():
-            parameter.requires_grad_(parameter.requires_grad and re.search(only, name) is not None)
-            learning |= parameter.requires_grad
-        if not learning:
-            raise NekoLeanError(f"train_only {only!r} is found in the name of no parameter that learns.")
+    def full_grad(self) -> Tensor:
+        """The gradient at all positions [b, l, d]."""
+        grad = self.leaf.new_zeros(self.shape)
+        if self.leaf.grad is not None:
+            grad.view(-1, self.shape[-1])[self.positions] = self.leaf.grad
+        return grad
 
 
 class LayerPass:
-    """One step's forward and backward pass.
+    """Forward and backward pass of a training step, layer by layer.
+
+    It works for any architecture whose layers `decoder_layers` accepts, because hooks record what the model's own
+    forward passes to each layer. What runs before the first layer (the embedding) and after the last one (the final
+    norm) runs with gradient as part of that forward.
+
+    The costs are those of gradient checkpointing: one additional forward pass, and one stored tensor per layer.
 
     Args:
         lm: the student.
-        layers: what `decoder_layers` found in it.
-        offload: keep the layers' inputs in host memory (pinned beside a GPU).
-        shards: of the student, where it is spread over ranks; each then runs its own micro-batches.
+        layers: its layers, from `decoder_layers`.
+        offload: store the layers' inputs in host memory, pinned if they come from a GPU.
+        shards: the student's shards, if it is sharded across ranks. Each rank runs its own micro-batches.
     """
 
     def __init__(
-        self, lm: CausalLM, layers: nn.ModuleList, *, offload: bool = False, shards: Shards | None = None
+        self, lm: CausalLM, layers: nn.ModuleList, *, offload: bool = False, shards: ShardedModel | None = None
     ) -> None:
         self.lm, self.layers, self.offload, self.shards = lm, layers, offload, shards
-        # As they are outside a step: within one, those of a model in shards are others.
-        self.own = [list(layer.parameters()) for layer in layers]
-        inside = {id(p) for p in layers.parameters()}
-        self.outside = [p for p in lm.model.parameters() if id(p) not in inside]
+
+        # Parameters by place. Recorded here because FSDP replaces parameters during a step.
+        self.layer_parameters = [list(layer.parameters()) for layer in layers]
+        in_layers = {id(parameter) for parameter in layers.parameters()}
+        self.other_parameters = [p for p in lm.model.parameters() if id(p) not in in_layers]
         self.embedding = lm.embedding
-        learns = [any(p.requires_grad for p in layer.parameters()) for layer in layers]
-        self.first = next((n for n, one in enumerate(learns) if one), len(layers))  # nothing below it learns
-        self.calls: list[list[_Call]] = []  # [micro-batch][layer]
-        self.embedded: list[torch.autograd.graph.GradientEdge] = []  # how the first layer's input came to be
-        self.ends: list[tuple[Tensor, Tensor, torch.Size]] = []  # leaf [n, d], its positions [n], shape (b, l, d)
+
+        # Layers below this one are frozen, and so is everything before them.
+        trained = [any(parameter.requires_grad for parameter in layer.parameters()) for layer in layers]
+        self.first_trained = next((number for number, flag in enumerate(trained) if flag), len(layers))
+
+        # What the forward pass stores for the backward pass, for each micro-batch.
+        self.calls: list[list[LayerCall]] = []  # one list per micro-batch, one call per layer
+        self.embedding_edges: list[torch.autograd.graph.GradientEdge] = []  # autograd nodes of the first layer's inputs
+        self.last_outputs: list[LastOutput] = []
 
     def forward(self, micro: MicroBatches) -> Tensor:
-        """Last hidden states [N, d] at the selected positions of all micro-batches, in order, with gradient."""
+        """Compute the last hidden states at the selected positions of all micro-batches.
+
+        Returns hidden states [N, d] with gradient, those of the first micro-batch first.
+        """
         self.clear()
         if self.shards is not None:
-            self.shards.gather()
-        rows = []
-        for ids, wanted, place in zip(micro.input_ids, micro.index, micro.position_ids, strict=True):
-            with self._caught(wanted):
-                rows.append(self.lm.hidden(ids, place)[0])  # [n, d]
+            self.shards.unshard()
+
+        hidden = []
+        for ids, position_ids, positions in zip(micro.input_ids, micro.position_ids, micro.index, strict=True):
+            with self._recording(positions):
+                hidden.append(self.lm.hidden(ids, position_ids)[0])  # [n, d]
+
         if self.shards is not None:
-            self.shards.gather_head()
-        return torch.cat(rows)
+            self.shards.unshard_head()
+        return torch.cat(hidden)
 
     def clear(self) -> None:
-        """Let go of what a step that was given up had kept."""
-        for kept in (self.calls, self.embedded, self.ends):
-            kept.clear()
+        """Free what the forward pass stored, after a step that was given up."""
+        self.calls.clear()
+        self.embedding_edges.clear()
+        self.last_outputs.clear()
         if self.shards is not None:
-            self.shards.release()
+            self.shards.reset()
 
     def pending_grads(self) -> Iterator[tuple[str, Tensor]]:
-        """The gradients that the loss's own `backward()` has left, with names: what can be looked at before anything is
-        stepped."""
-        found = [("the last layer's output", leaf.grad) for leaf, _, _ in self.ends]
-        found += [(name, parameter.grad) for name, parameter in self.lm.model.named_parameters()]
-        return ((name, gradient) for name, gradient in found if gradient is not None)
+        """Names and gradients that the loss's own `backward()` has produced, before any parameter is updated."""
+        grads = [("the last layer's output", output.leaf.grad) for output in self.last_outputs]
+        grads += [(name, parameter.grad) for name, parameter in self.lm.model.named_parameters()]
+        return ((name, grad) for name, grad in grads if grad is not None)
 
-    def backward(self, complete: Callable[[nn.Parameter], object]) -> None:
-        """Go back through the layers, once the loss's own `backward()` has reached the last layer's outputs.
+    def backward(self, update: Callable[[nn.Parameter], object]) -> None:
+        """Run the backward pass through the layers, after the loss's own `backward()`.
 
-        Calls `complete` for every parameter as soon as its gradient is; it has to free that gradient.
+        Args:
+            update: called for each parameter as soon as its gradient is complete; it has to free the gradient.
         """
-        # A tied head's gradient is complete only with the embedding's.
+        # Head and final norm. The gradient of a tied head is complete only with that of the embedding.
         embedding = self.lm.embedding
         if self.shards is not None:
-            self.shards.reduce(self.lm.model, leave=embedding)
-            self.shards.reshard()  # the embedding's gradient can do without its weight
-        for parameter in self.outside:
+            self.shards.reduce_scatter_grads(self.lm.model, skip=embedding)
+            self.shards.reshard()  # the embedding's gradient does not need its weight
+        for parameter in self.other_parameters:
             if parameter is not self.embedding:
-                complete(parameter)
-        flowing: list[Tensor | None] = []  # gradient at the output of the layer to come, a micro-batch each [b, l, d]
-        for leaf, wanted, shape in self.ends:
-            grad = leaf.new_zeros(shape)
-            if leaf.grad is not None:
-                grad.view(-1, shape[-1])[wanted] = leaf.grad
-            flowing.append(grad)
-        self.ends.clear()
-        for number in range(len(self.layers) - 1, self.first - 1, -1):
-            layer = self.layers[number]
-            with nullcontext() if self.shards is None else self.shards.whole_layer(layer):
-                run = layer if self.shards is None else layer.forward  # without the hooks that would gather it again
-                for m, calls in enumerate(self.calls):
-                    call = calls.pop()
-                    leaf = call.hidden.to(self.lm.device, non_blocking=True).detach()
-                    leaf.requires_grad_(number > self.first or bool(self.embedded))
-                    with torch.enable_grad():
-                        out = call.run_layer(run, leaf)
-                    torch.autograd.backward(out, flowing[m])
-                    flowing[m] = leaf.grad
-                    del call, out, leaf
-            for parameter in self.own[number]:
-                complete(parameter)
+                update(parameter)
+
+        # Layers, from the last to the first that is trained.
+        grads: list[Tensor | None] = [output.full_grad() for output in self.last_outputs]  # [b, l, d] per micro-batch
+        self.last_outputs.clear()
+        for number in range(len(self.layers) - 1, self.first_trained - 1, -1):
+            self._backward_layer(number, grads)
+            for parameter in self.layer_parameters[number]:
+                update(parameter)
         self.calls.clear()
-        for edge in self.embedded:
-            torch.autograd.backward(edge, flowing.pop(0))
-        self.embedded.clear()
+
+        # Embedding.
+        for edge in self.embedding_edges:
+            torch.autograd.backward(edge, grads.pop(0))
+        self.embedding_edges.clear()
         if self.shards is not None:
-            self.shards.reduce_one(embedding, self.embedding)
-            self.shards.release()
-        for parameter in self.outside:
-            complete(parameter)
+            self.shards.reduce_scatter_grad(embedding, self.embedding)
+            self.shards.reset()
+        for parameter in self.other_parameters:
+            update(parameter)
+
+    def _backward_layer(self, number: int, grads: list[Tensor | None]) -> None:
+        """Backward pass of one layer over all micro-batches.
+
+        `grads` holds the gradient of the layer's output [b, l, d] for each micro-batch, and is replaced by that of its
+        input.
+        """
+        layer = self.layers[number]
+        with nullcontext() if self.shards is None else self.shards.unsharded_layer(layer):
+            # For a sharded layer, `forward` skips the hooks that would gather its weights again.
+            run = layer if self.shards is None else layer.forward
+            for micro_batch, calls in enumerate(self.calls):
+                call = calls.pop()
+                leaf = call.hidden.to(self.lm.device, non_blocking=True).detach()
+                leaf.requires_grad_(number > self.first_trained or bool(self.embedding_edges))
+                with torch.enable_grad():
+                    out = call.run_layer(run, leaf)
+                torch.autograd.backward(out, grads[micro_batch])
+                grads[micro_batch] = leaf.grad
+                del call, out, leaf  # free them before the next micro-batch
 
     @contextmanager
-    def _caught(self, wanted: Tensor) -> Iterator[None]:
-        """While the model runs: gradient off from the first layer to the last, each layer's call kept, and only the
-        wanted positions [n] let through behind the last, as [1, n, d]."""
-        calls: list[_Call] = []
+    def _recording(self, positions: Tensor) -> Iterator[None]:
+        """Record one micro-batch's forward pass of the model.
+
+        Gradients are disabled from the first layer to the last. Each layer's call is stored, and only the hidden states
+        at `positions` [n] continue after the last layer, as [1, n, d].
+        """
+        calls: list[LayerCall] = []
         self.calls.append(calls)
 
-        def before(number: int) -> Callable[..., Any]:
+        def before_layer(number: int) -> Callable[..., Any]:
             def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-                named = dict(kwargs)
-                hidden = args[0] if args else named.pop("hidden_states")
+                kwargs = dict(kwargs)
+                hidden = args[0] if args else kwargs.pop("hidden_states")
                 if number == 0:
                     if hidden.requires_grad:
-                        self.first = 0
-                        self.embedded.append(torch.autograd.graph.get_gradient_edge(hidden))
+                        self.first_trained = 0
+                        self.embedding_edges.append(torch.autograd.graph.get_gradient_edge(hidden))
                     hidden = hidden.detach()
                     torch.set_grad_enabled(False)
-                if number >= self.first:
-                    calls.append(_Call(self._kept(hidden), args[1:], named))
-                return (hidden, *args[1:]), named
+                if number >= self.first_trained:
+                    calls.append(LayerCall(self._offloaded(hidden), args[1:], kwargs))
+                return (hidden, *args[1:]), kwargs
 
             return hook
 
-        def after(_: nn.Module, __: Any, out: Any) -> Any:
-            hidden = _first(out)
+        def after_last_layer(_: nn.Module, __: Any, out: Any) -> Any:
+            hidden = _hidden_states(out)
             torch.set_grad_enabled(True)
-            leaf = hidden.reshape(-1, hidden.shape[-1])[wanted].requires_grad_(self.first < len(self.layers))
-            self.ends.append((leaf, wanted, hidden.shape))
+            leaf = hidden.reshape(-1, hidden.shape[-1])[positions]  # [n, d]
+            leaf.requires_grad_(self.first_trained < len(self.layers))
+            self.last_outputs.append(LastOutput(leaf, positions, hidden.shape))
             return leaf[None] if isinstance(out, Tensor) else (leaf[None], *out[1:])
 
-        hooks = [l_.register_forward_pre_hook(before(n), with_kwargs=True) for n, l_ in enumerate(self.layers)]
-        hooks.append(self.layers[-1].register_forward_hook(after))
+        hooks = [
+            layer.register_forward_pre_hook(before_layer(number), with_kwargs=True)
+            for number, layer in enumerate(self.layers)
+        ]
+        hooks.append(self.layers[-1].register_forward_hook(after_last_layer))
         try:
             with torch.enable_grad():
                 yield
@@ -255,14 +216,15 @@ class LayerPass:
             for hook in hooks:
                 hook.remove()
 
-    def _kept(self, hidden: Tensor) -> Tensor:
+    def _offloaded(self, hidden: Tensor) -> Tensor:
+        """`hidden`, in host memory if activations are offloaded."""
         if not self.offload or not hidden.is_cuda:
             return hidden
         host = torch.empty(hidden.shape, dtype=hidden.dtype, pin_memory=True)
         return host.copy_(hidden, non_blocking=True)
 
 
-def _first(out: Any) -> Tensor:
-    """The hidden states of what a layer returns: a tensor, or a tuple that begins with them."""
+def _hidden_states(out: Any) -> Tensor:
+    """The hidden states in a layer's output, which is a tensor or a tuple that starts with them."""
     hidden: Tensor = out if isinstance(out, Tensor) else out[0]
     return hidden

@@ -1,8 +1,8 @@
-"""How unlikely each token of a forget row would be to a model that never saw it, judged from documents it never saw.
+"""Levels: for each token of a forget example, the loss at which it counts as forgotten.
 
-The teacher has never seen the anchor's documents, so its losses on them say what the tokens of an unseen document of
-the same kind cost: little in a phrase that every document shares, much in a name or a number. A forget row whose tokens
-cost the same stands out neither by being known nor by being avoided.
+The teacher has never seen the anchor's documents, so its losses on them tell what the tokens of unseen documents of
+this kind cost: little in a phrase that all documents share, much in a name or a number. A forget example whose tokens
+cost the same is neither recognised nor avoided.
 """
 
 from __future__ import annotations
@@ -16,80 +16,99 @@ import numpy as np
 from neko_lean.data import ANCHOR_TASK, EncodedExample
 from neko_lean.errors import NekoLeanError
 
-ORDERS = (1, 2, 3)  # tokens of context, the token itself among them, that an estimate looks at
-
-
-PRIOR = 2.0  # occurrences that the shorter context's estimate counts as
-
-
-class _Estimate:
-    """Mean loss of a token by its nearest context, from documents of one kind, shrunk towards shorter contexts."""
-
-    def __init__(self, documents: Sequence[EncodedExample], losses: Sequence[np.ndarray]) -> None:
-        self.sums: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
-        for one, loss in zip(documents, losses, strict=True):
-            for place, value in enumerate(loss, start=1):
-                for context in _contexts(one.input_ids, place):
-                    entry = self.sums[context]
-                    entry[0] += float(value)
-                    entry[1] += 1
-        # What a token costs that these documents hold once is the best guess for one that they do not hold.
-        once = [total for context, (total, count) in self.sums.items() if len(context) == 1 and count == 1]
-        self.unknown = float(np.mean(once or np.concatenate(losses)))
-
-    def __call__(self, ids: Sequence[int]) -> np.ndarray:
-        """Nats of every token but the first: [len(ids) - 1]."""
-        values = np.empty(len(ids) - 1)
-        for place in range(1, len(ids)):
-            guess = self.unknown
-            for context in _contexts(ids, place):
-                total, count = self.sums.get(context, (0.0, 0.0))
-                guess = (total + PRIOR * guess) / (count + PRIOR)
-            values[place - 1] = guess
-        return values
-
-
-def _contexts(ids: Sequence[int], place: int) -> list[tuple[int, ...]]:
-    return [tuple(ids[place + 1 - order : place + 1]) for order in ORDERS if order <= place + 1]
+CONTEXT_LENGTHS = (1, 2, 3)  # lengths of a token's contexts, which include the token itself
+PRIOR = 2.0  # occurrences that count for the estimate from the next shorter context
 
 
 def with_levels(
     forget: Sequence[EncodedExample], anchor: Sequence[EncodedExample], losses: Sequence[np.ndarray]
 ) -> list[EncodedExample]:
-    """The forget rows, each token with the nats that it would cost if it had never been seen.
+    """Set the levels of the forget examples from losses on unseen documents.
+
+    A token's level is the mean loss of the same token in the same context of up to two tokens, shrunk towards shorter
+    contexts. The sc examples of a task are then ranked by their mean level, and each is scaled to the mean loss of the
+    anchor document of its rank, so that their losses are spread as those of unseen documents are. The qa examples of a
+    task are scaled by the mean factor of its sc examples.
 
     Args:
-        forget: encoded forget rows.
-        anchor: at least one encoded document that the teacher never saw; those of a row's task where there are any.
-        losses: the teacher's loss of every token but the first of each, in nats: [len - 1] each.
+        forget: forget examples.
+        anchor: documents that the teacher has never seen, at least one. A task's examples are compared with the
+            documents of the same task if there are any.
+        losses: the teacher's losses in nats on each document, for all tokens but the first [length - 1].
 
-    A token's cost is the mean over the same token in the same context of up to two tokens, shrunk towards shorter
-    contexts. The sc rows of a task are then ranked by their mean cost, and each is scaled to the mean loss of the
-    anchor document of its rank, so that their losses are spread as those of unseen documents are; qa rows are scaled
-    as the task's sc rows are on average.
+    Returns the forget examples with `levels` set.
+
+    Raises NekoLeanError if no document has two tokens.
     """
-    by_task: dict[str, list[int]] = defaultdict(list)
+    # Group the documents by task.
     usable = [number for number, loss in enumerate(losses) if len(loss)]
     if not usable:
-        raise NekoLeanError("no document of the anchor has two tokens, so none has a loss: give longer ones.")
+        raise NekoLeanError("no document of the anchor has at least two tokens, so none has a loss; use longer ones.")
+    documents_of_task: dict[str, list[int]] = defaultdict(list)
     for number in usable:
-        by_task[anchor[number].example.task].append(number)
+        documents_of_task[anchor[number].example.task].append(number)
+
+    # Set the levels task by task.
     leveled: dict[int, EncodedExample] = {}
-    for task in sorted({one.example.task for one in forget}):
-        pool = by_task.get(task) or by_task.get(ANCHOR_TASK) or usable
-        rows = {n: one for n, one in enumerate(forget) if one.example.task == task}
-        leveled |= _of_task(rows, [anchor[i] for i in pool], [losses[i] for i in pool])
-    return [leveled[n] for n in range(len(forget))]
+    for task in sorted({encoded.example.task for encoded in forget}):
+        documents = documents_of_task.get(task) or documents_of_task.get(ANCHOR_TASK) or usable
+        examples = {number: encoded for number, encoded in enumerate(forget) if encoded.example.task == task}
+        leveled |= _with_levels_of_task(examples, [anchor[i] for i in documents], [losses[i] for i in documents])
+    return [leveled[number] for number in range(len(forget))]
 
 
-def _of_task(
-    rows: Mapping[int, EncodedExample], anchor: Sequence[EncodedExample], losses: Sequence[np.ndarray]
+def _with_levels_of_task(
+    examples: Mapping[int, EncodedExample], anchor: Sequence[EncodedExample], losses: Sequence[np.ndarray]
 ) -> dict[int, EncodedExample]:
-    estimate = _Estimate(anchor, losses)
-    raw = {n: estimate(one.input_ids) for n, one in rows.items()}
-    unseen = np.array([loss.mean() for loss in losses])
-    documents = sorted((n for n in rows if rows[n].example.kind == "sc" and raw[n].sum()), key=lambda n: raw[n].mean())
-    wanted = np.quantile(unseen, (np.arange(len(documents)) + 0.5) / max(1, len(documents)))
-    scale = {n: float(mean / raw[n].mean()) for n, mean in zip(documents, wanted, strict=True)}
-    usual = float(np.mean(list(scale.values()))) if scale else 1.0
-    return {n: replace(one, levels=tuple(raw[n] * scale.get(n, usual))) for n, one in rows.items()}
+    """`with_levels` for the examples of one task, by their number in the forget set."""
+    estimate = _TokenLossEstimate(anchor, losses)
+    levels = {number: estimate(encoded.input_ids) for number, encoded in examples.items()}
+
+    # Rank the documents by mean level, and scale each to the quantile of the anchor's losses at its rank.
+    anchor_means = np.array([loss.mean() for loss in losses])
+    documents = [number for number in examples if examples[number].example.kind == "sc" and levels[number].sum()]
+    documents.sort(key=lambda number: levels[number].mean())
+    ranks = (np.arange(len(documents)) + 0.5) / max(1, len(documents))
+    targets = np.quantile(anchor_means, ranks)
+    scales = {n: float(target / levels[n].mean()) for n, target in zip(documents, targets, strict=True)}
+
+    # Questions and answers get the mean factor.
+    mean_scale = float(np.mean(list(scales.values()))) if scales else 1.0
+    return {
+        number: replace(encoded, levels=tuple(levels[number] * scales.get(number, mean_scale)))
+        for number, encoded in examples.items()
+    }
+
+
+class _TokenLossEstimate:
+    """Mean loss of a token in its context, estimated from documents of one kind."""
+
+    def __init__(self, documents: Sequence[EncodedExample], losses: Sequence[np.ndarray]) -> None:
+        # Sum of losses and number of occurrences, by context.
+        self.sums: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
+        for document, document_losses in zip(documents, losses, strict=True):
+            for position, loss in enumerate(document_losses, start=1):
+                for context in _contexts(document.input_ids, position):
+                    entry = self.sums[context]
+                    entry[0] += float(loss)
+                    entry[1] += 1
+
+        # The best guess for a token that does not occur is the mean loss of tokens that occur once.
+        rare = [total for context, (total, count) in self.sums.items() if len(context) == 1 and count == 1]
+        self.unknown = float(np.mean(rare or np.concatenate(losses)))
+
+    def __call__(self, ids: Sequence[int]) -> np.ndarray:
+        """Estimated loss in nats of all tokens but the first [len(ids) - 1]."""
+        estimates = np.empty(len(ids) - 1)
+        for position in range(1, len(ids)):
+            estimate = self.unknown
+            for context in _contexts(ids, position):  # from the shortest to the longest
+                total, count = self.sums.get(context, (0.0, 0.0))
+                estimate = (total + PRIOR * estimate) / (count + PRIOR)
+            estimates[position - 1] = estimate
+        return estimates
+
+
+def _contexts(ids: Sequence[int], position: int) -> list[tuple[int, ...]]:
+    """The contexts of the token at `position`, each of which ends with it."""
+    return [tuple(ids[position + 1 - length : position + 1]) for length in CONTEXT_LENGTHS if length <= position + 1]

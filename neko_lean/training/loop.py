@@ -1,7 +1,8 @@
-"""The training loop: which steps there are, what is kept of them, and when they end.
+"""The training loop: which steps are taken, what is saved, and when training ends.
 
-All that the next step depends on is in `RunState`, the weights, the optimizer's state and torch's generators; the order
-of the rows follows from the seed. So a run that was cut off goes on from a save and ends in the same weights.
+Everything that the next step depends on is in `RunState`, the weights, the optimizer's state and torch's random
+generators; the order of the examples follows from the seed. A run that resumes from a save therefore ends in the same
+weights as an uninterrupted one.
 """
 
 from __future__ import annotations
@@ -26,263 +27,267 @@ from neko_lean.checkpoints import (
     Signals,
     link_tree,
     load_weights,
-    random_states,
-    set_random_states,
 )
 from neko_lean.distributed import all_reduce_max, is_main_process
 from neko_lean.errors import Interrupted, NekoLeanError, NonFiniteError, PartialStepError
 from neko_lean.jsonio import nan_to_null
-from neko_lean.models import CausalLM, peak_memory, reset_peak, save_checkpoint
-from neko_lean.outputs import MANIFEST, no_follow, write_in_place
+from neko_lean.models import CausalLM, peak_memory, reset_peak_memory, save_checkpoint
+from neko_lean.options import RunOptions
+from neko_lean.outputs import MANIFEST, no_follow
 from neko_lean.recipes import Recipe
-from neko_lean.terminal import log_line, progress_bar
+from neko_lean.terminal import progress_bar
 from neko_lean.training.batch import Batch
+from neko_lean.training.checkpointing import Checkpointer
 from neko_lean.training.determinism import deterministic
 from neko_lean.training.optimizer import InBackwardAdam8bit
-from neko_lean.training.schedules import Phase, after, batches, learning_rate, phases
-from neko_lean.training.trainer import Rows, Trainer, prefetched
+from neko_lean.training.prefetch import prefetched
+from neko_lean.training.schedules import (
+    Phase,
+    batches,
+    evaluation_sample,
+    learning_rate,
+    phases,
+    skip_steps,
+    total_steps,
+)
+from neko_lean.training.trainer import StepIndices, Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+# A batch that was prepared in advance: its indices, the recipe it was made with, and the batch.
+PreparedBatch = tuple[StepIndices, Recipe, Batch]
+
 
 class Loop:
-    """One training run. `origin` makes the model as it was when the run began, on the CPU.
+    """One training run.
 
-    What it writes before the output lies in `work`: saves, the best evaluation's checkpoint, metrics.jsonl.
+    Args:
+        trainer: takes the steps.
+        tokenizer: saved with each checkpoint.
+        work: the run's work folder, with saves, the best evaluation's checkpoint and metrics.jsonl.
+        signals: signals that ask for the end of the run.
+        load_original: loads the model as it was at the start of the run, on the CPU.
+        options: `seed` and `quiet` are used.
+
+    Raises NekoLeanError if the recipe makes no step of these examples.
     """
 
     def __init__(
         self,
         trainer: Trainer,
         tokenizer: PreTrainedTokenizerBase,
-        seed: int,
         work: RunFolder,
         signals: Signals,
-        origin: Callable[[], CausalLM],
-        quiet: bool,
+        load_original: Callable[[], CausalLM],
+        options: RunOptions,
     ) -> None:
-        self.trainer, self.tokenizer, self.seed, self.quiet = trainer, tokenizer, seed, quiet
-        self.work, self.signals, self.origin = work, signals, origin
+        self.trainer, self.tokenizer, self.work, self.signals = trainer, tokenizer, work, signals
+        self.checkpointer = Checkpointer(trainer, work, load_original, options)
+        self.seed, self.quiet = options.seed, options.quiet
         self.device = trainer.student.device
-        rows, recipe = (trainer.forget, trainer.retain), trainer.recipe
-        self.lengths = [len(one) for one in rows[0]], [len(one) for one in rows[1]]
-        self.steps = sum(phase.steps for phase in phases(recipe, *self.lengths, random.Random(seed)))
-        if not self.steps:
-            raise NekoLeanError(f"recipe {recipe.name} makes no step of {sum(map(len, self.lengths))} rows.")
-        chosen = random.Random(f"{seed} evaluation")
-        sample = [chosen.sample(range(len(some)), min(recipe.eval_rows, len(some))) for some in rows]
-        self.sample: Rows = sample[0], sample[1]
-        self.saved: Save | None = None  # what the run goes on from
-        self.began = 0.0  # when it would have begun, had it never been cut off
-        self.output: Path | Save | None = None  # whose weights are the result, where it is not the last step's
+
+        recipe, examples = trainer.recipe, trainer.examples
+        self.lengths = [len(example) for example in examples.forget], [len(example) for example in examples.retain]
+        self.steps = total_steps(recipe, *self.lengths, self.seed)
+        self.sample: StepIndices = evaluation_sample(recipe, *self.lengths, self.seed)
+        self.result: Path | Save | None = None  # where the final weights are, if not in the student
 
     @property
     def state(self) -> RunState:
+        """Where the run stands."""
         return self.trainer.state
 
     def train(self) -> dict[str, Any]:
-        """Train; returns what run.json says of the run. `write` then writes the checkpoint.
+        """Train, without writing the output (see `write`).
 
-        The output holds the weights after the last step, or with `choose` other than last those of the best
-        evaluation. When early stopping fired, or a loss or gradient stopped being finite, it holds the best
-        evaluation's anyway, or where there was none those of the last save; in the second case `failure` says so.
+        The output will have the weights after the last step, or those of the best evaluation if the recipe's `choose`
+        is not "last". If training stopped early, or a loss or gradient was not finite, it has those of the best
+        evaluation anyway, or of the last save if there was no evaluation.
 
-        Raises NekoLeanError when something stopped being finite before there was anything to fall back on, and
-        Interrupted, everything saved, when a signal asked for the end of the run.
+        Returns what run.json tells about the training. `failure` says why training failed, if it did.
+
+        Raises NekoLeanError if a loss or gradient was not finite before anything was saved, and Interrupted, after
+        saving, if a signal stopped the run.
         """
-        device, trainer = self.device, self.trainer
-        reset_peak(device)
-        failure = None
-        with torch.random.fork_rng([device] if device.type == "cuda" else []), deterministic(trainer.deterministic_on):
-            self._restore(self.work.found)
+        trainer, failure = self.trainer, None
+        reset_peak_memory(self.device)
+        devices = [self.device] if self.device.type == "cuda" else []
+        with torch.random.fork_rng(devices), deterministic(trainer.deterministic_on):
+            self.checkpointer.restore(self.work.resume_from)
             try:
                 ended = self._run()
             except NonFiniteError as error:
                 failure = ended = str(error)
+        self._select_result(failure)
+        return self._summary(ended, failure)
+
+    def _select_result(self, failure: str | None) -> None:
+        """Choose the weights of the output."""
         state = self.state
-        early = state.step < self.steps or trainer.recipe.choose != "last"
+        early = state.step < self.steps or self.trainer.recipe.choose != "last"
         if early and state.best_step:
-            self.output = self.work.best(state.best_step)
+            self.result = self.work.best_checkpoint(state.best_step)
         elif failure:
-            self.output = self.work.newest()
-            if self.output is None:
+            self.result = self.work.latest_save()
+            if self.result is None:
                 self.work.unrecoverable = True
                 raise NekoLeanError(f"{failure}; nothing was written: lower lr and run again.")
-        of_step = self.output.state.step if isinstance(self.output, Save) else state.best_step
+
+    def _summary(self, ended: str, failure: str | None) -> dict[str, Any]:
+        """What run.json tells about the training."""
+        state, examples = self.state, self.trainer.examples
+        result_step = self.result.state.step if isinstance(self.result, Save) else state.best_step
         return {
-            "recipe": trainer.recipe.values(),
+            "recipe": self.trainer.recipe.values(),
             "seed": self.seed,
-            "forget_rows": len(trainer.forget),
-            "retain_rows": len(trainer.retain),
-            "rows_truncated": sum(one.num_truncated > 0 for one in [*trainer.forget, *trainer.retain]),
+            "forget_rows": len(examples.forget),
+            "retain_rows": len(examples.retain),
+            "rows_truncated": sum(example.num_truncated > 0 for example in [*examples.forget, *examples.retain]),
             "steps": state.step,
-            "weights_of_step": of_step if self.output else state.step,
+            "weights_of_step": result_step if self.result else state.step,
             "ended": ended,
             "failure": failure,
             "padding": 1 - state.tokens / max(1, state.positions),
-            "wall_seconds": time.monotonic() - self.began,
+            "wall_seconds": self.checkpointer.seconds(),
             "wait_seconds": state.waited,
-            "peak_memory": self._peak(),
-            "device": str(device),
+            "peak_memory": self.checkpointer.peak_memory(),
+            "device": str(self.device),
         }
 
     def write(self, folder: Path) -> None:
-        """Write the checkpoint and metrics.jsonl of a run that is over."""
-        if isinstance(self.output, Path):
+        """Write the final checkpoint and metrics.jsonl to `folder`. Call it after `train`, on all ranks."""
+        if isinstance(self.result, Path):
             if is_main_process():
-                link_tree(self.output, folder, ignore=[MANIFEST])
+                link_tree(self.result, folder, ignore=[MANIFEST])
         else:
-            if self.output is not None:
-                load_weights(self.trainer.learning, self.output.tensors("weights"))
+            if self.result is not None:
+                load_weights(self.trainer.trainable, self.result.tensors("weights"))
             save_checkpoint(self.trainer.student, self.tokenizer, folder)
         if is_main_process():
             shutil.copyfile(self.work.metrics, folder / METRICS)
 
-    def _restore(self, save: Save | None, torn: RunState | None = None) -> None:
-        """Stand where a save stands, or without one at the beginning; after a step that left the weights `torn`, with
-        the smaller pieces that were chosen then."""
-        if save is not None:
-            state = save.state
-            load_weights(self.trainer.learning, save.tensors("weights"))
-            set_random_states(save.tensors("state", "random."), self.device)
-            write_in_place(self.work.metrics, (save.folder / METRICS).read_bytes())
-        else:
-            state = RunState(self.trainer.recipe.micro_tokens)
-            if torn is not None:
-                load_weights(self.trainer.learning, dict(self.origin().model.named_parameters()))
-            torch.manual_seed(self.seed)
-            write_in_place(self.work.metrics, b"")
-        if torn is not None:
-            state.micro_tokens, state.head_chunk = torn.micro_tokens, torn.head_chunk
-        if torn is not None or self.work.resume:
-            nothing = "" if save else "nothing was saved: "
-            log_line(f"{nothing}going on from step {state.step}", self.quiet)
-        self.saved, self.began = save, time.monotonic() - state.wall
-        self.trainer.load_state(state)
-
-    def _save(self, optimizer: InBackwardAdam8bit) -> None:
-        """Write down all that the next step depends on."""
-        self.state.wall = time.monotonic() - self.began
-        self.state.peak = self._peak()
-        tensors = {f"optimizer.{name}": t for name, t in optimizer.state_dict().items()}
-        tensors |= {f"random.{name}": t for name, t in random_states(self.device).items()}
-        self.work.save(self.state, self.trainer.learning, tensors)
-
-    def _peak(self) -> dict[str, int]:
-        """The run's peaks, those before it was cut off among them."""
-        now, before = peak_memory(self.device), self.state.peak
-        return {key: max(value, before.get(key, 0)) for key, value in now.items()}
-
-    def _ended(self) -> str | None:
-        """Why the run is over, if it is."""
-        state, patience = self.state, self.trainer.recipe.patience
-        if patience and state.best_step and state.worse >= patience:
-            return f"early stopping at step {state.step}: none better since step {state.best_step}"
-        return None
+    # Training
 
     def _run(self) -> str:
-        """Train on from where `state` stands; returns why it ended.
+        """Train from where `state` stands to the end. Returns why training ended.
 
-        Raises NotFinite when a loss or gradient is no number, and Interrupted at a signal.
+        Raises NonFiniteError if a loss or gradient is not finite, and Interrupted after a signal.
         """
-        self.trainer.ready()
+        self.trainer.train_mode()
         while True:
             try:
-                self._all_phases()
-                return self._ended() or "all steps taken"
+                self._run_phases()
+                return self._stopping_reason() or "all steps taken"
             except PartialStepError:
                 pass
-            # Out here, where the exception has let go of the step's tensors.
-            self._restore(self.work.newest(), torn=self.state)
+            # Restore outside of the handler, where the exception no longer keeps the step's tensors alive.
+            self.checkpointer.restore(self.work.latest_save(), self.state)
 
-    def _all_phases(self) -> None:
+    def _stopping_reason(self) -> str | None:
+        """Why training stops before the last step, if it does."""
+        state, patience = self.state, self.trainer.recipe.patience
+        if patience and state.best_step and state.worse >= patience:
+            return f"early stopping at step {state.step}: no evaluation was better than that of step {state.best_step}"
+        return None
+
+    def _run_phases(self) -> None:
+        """Run what is left of all phases."""
         rng = random.Random(self.seed)
-        start = 0  # the step that the phase begins after
-        label = "unlearn" if self.trainer.forget else "memorize"
+        label = "unlearn" if self.trainer.examples.forget else "memorize"
+        first_step = 0  # steps before the phase
         with (
             open(self.work.metrics, "a", opener=no_follow) as metrics,
             progress_bar(label, self.steps, "steps", self.quiet, self.state.step) as progress,
         ):
             for phase in phases(self.trainer.recipe, *self.lengths, rng):
-                done = min(self.state.step - start, phase.steps)
-                order = after(batches(self.trainer.recipe, phase, *self.lengths, rng), done, phase)
-                if done < phase.steps and not self._ended():
-                    for losses in self._phase(phase, order, start, metrics):
-                        progress.advance(note=f"loss {losses['loss']:.4g}")
-                        if self._ended():
-                            return
-                start += phase.steps
+                # Skip the steps that were taken before, which also restores the random generator.
+                done = min(self.state.step - first_step, phase.steps)
+                order = skip_steps(batches(self.trainer.recipe, phase, *self.lengths, rng), done, phase)
 
-    def _phase(self, phase: Phase, order: Iterator[Rows], start: int, metrics: IO[str]) -> Iterator[dict[str, float]]:
-        """Take what is left of a phase that began after step `start`, with an optimizer of its own; gives the losses
-        of each step."""
-        trainer, recipe, done = self.trainer, self.trainer.recipe, self.state.step - start
-        optimizer = InBackwardAdam8bit(
-            trainer.learning.items(),
-            betas=(recipe.beta1, recipe.beta2),
-            eps=recipe.eps,
-            weight_decay=recipe.weight_decay,
-            clip=recipe.clip,
-            bits=recipe.state_bits,
-            offload=recipe.offload_state,
-            seed=self.seed + start,
-        )
-        if done and self.saved is not None:
-            optimizer.load_state_dict(self.saved.tensors("state", "optimizer."))
-        if trainer.walk is None:
+                if done < phase.steps and not self._stopping_reason():
+                    for losses in self._run_phase(phase, order, first_step, metrics):
+                        progress.advance(note=f"loss {losses['loss']:.4g}")
+                        if self._stopping_reason():
+                            return
+                first_step += phase.steps
+
+    def _run_phase(
+        self, phase: Phase, order: Iterator[StepIndices], first_step: int, metrics: IO[str]
+    ) -> Iterator[dict[str, float]]:
+        """Run what is left of a phase, with its own optimizer, and yield the losses of each step.
+
+        Args:
+            phase: the phase.
+            order: indices of the examples of each step that is left.
+            first_step: steps before the phase.
+            metrics: open metrics.jsonl.
+        """
+        trainer, recipe, done = self.trainer, self.trainer.recipe, self.state.step - first_step
+        optimizer = trainer.new_optimizer(self.seed + first_step)
+        if done:
+            self.checkpointer.restore_optimizer(optimizer)
+        if trainer.layer_pass is None:
             optimizer.attach()
 
-        def ahead() -> tuple[Rows, Recipe, Batch]:
-            rows, made_by = next(order), trainer.recipe
-            return rows, made_by, trainer.batch(rows)
+        def prepare() -> PreparedBatch:
+            indices, current_recipe = next(order), trainer.recipe
+            return indices, current_recipe, trainer.batch(indices)
 
         try:
-            with closing(prefetched(ahead)) as prepared:
+            with closing(prefetched(prepare)) as prepared:
                 for step in range(done + 1, phase.steps + 1):
                     losses = self._step(optimizer, learning_rate(recipe, step, phase.steps), prepared, metrics)
-                    asked = all_reduce_max(self.signals.received or 0, self.device)
-                    if asked or (self.work.save_every and self.state.step % self.work.save_every == 0):
-                        self._save(optimizer)
-                    if asked:
-                        raise Interrupted(asked, f"after step {self.state.step} of {self.steps}")
+
+                    # Save, and stop if any rank has received a signal.
+                    signal = all_reduce_max(self.signals.received or 0, self.device)
+                    if signal or (self.work.save_every and self.state.step % self.work.save_every == 0):
+                        self.checkpointer.save(optimizer)
+                    if signal:
+                        raise Interrupted(signal, f"after step {self.state.step} of {self.steps}")
                     yield losses
         finally:
             optimizer.close()
 
     def _step(
-        self,
-        optimizer: InBackwardAdam8bit,
-        lr: float,
-        prepared: Iterator[tuple[Rows, Recipe, Batch]],
-        metrics: IO[str],
+        self, optimizer: InBackwardAdam8bit, lr: float, prepared: Iterator[PreparedBatch], metrics: IO[str]
     ) -> dict[str, float]:
-        trainer, state, start = self.trainer, self.state, time.monotonic()
-        rows, made_by, batch = next(prepared)
+        """Take one step, evaluate if it is time to, and write a line of metrics. Returns the step's losses."""
+        trainer, state = self.trainer, self.state
+
+        # Wait for the batch. It is made again if CUDA ran out of memory after it had been prepared.
+        start = time.monotonic()
+        indices, recipe, batch = next(prepared)
         waited = time.monotonic() - start
-        if made_by is not trainer.recipe:  # before the GPU's memory ran out
-            batch = trainer.batch(rows)
-        batch, values = trainer.step(optimizer, lr, rows, batch)
+        if recipe is not trainer.recipe:
+            batch = trainer.batch(indices)
+
+        # Train.
+        batch, losses = trainer.step(optimizer, lr, indices, batch)
         state.waited += waited
-        line: dict[str, Any] = {"step": state.step, **values, "lr": lr, "rows": batch.rows, "tokens": batch.tokens}
+        line: dict[str, Any] = {"step": state.step, **losses, "lr": lr, "rows": batch.rows, "tokens": batch.tokens}
         line["padding"] = 1 - batch.tokens / batch.positions
+
+        # Evaluate.
         if trainer.recipe.eval_every and state.step % trainer.recipe.eval_every == 0:
             line |= self._evaluate()
+
+        # Log.
         line["wait_seconds"] = waited
         line["seconds"] = time.monotonic() - start
         line["peak_memory"] = peak_memory(self.device)
         metrics.write(json.dumps(nan_to_null(line), allow_nan=False) + "\n")
         metrics.flush()
-        return values
+        return losses
 
     def _evaluate(self) -> dict[str, float]:
-        """Look at the fixed sample; the best so far by the recipe's rule is kept to fall back on."""
+        """Evaluate the fixed sample, and write a checkpoint if it is the best evaluation so far."""
         state = self.state
         values = self.trainer.evaluate(self.sample)
-        merit = values["eval_quality"] if self.trainer.recipe.choose == "quality" else -values["eval_loss"]
-        if math.isfinite(merit) and (state.best is None or merit > state.best):
-            state.best, state.best_step, state.worse = merit, state.step, 0
-            self.work.keep_best(state.step, self.trainer.student, self.tokenizer)
+        score = values["eval_quality"] if self.trainer.recipe.choose == "quality" else -values["eval_loss"]
+        if math.isfinite(score) and (state.best is None or score > state.best):
+            state.best, state.best_step, state.worse = score, state.step, 0
+            self.work.save_best_checkpoint(state.step, self.trainer.student, self.tokenizer)
         else:
             state.worse += 1
         return values

@@ -1,6 +1,6 @@
-"""Which rows a step takes: all sets together, forget and retain in turn, or the forget set chunk by chunk.
+"""Which examples each step of a run takes, and with which learning rate.
 
-The order follows from recipe, lengths and seed alone, so a run that goes on draws it again.
+Everything follows from the recipe, the examples' lengths and the seed, so a resumed run draws the same order again.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import TypeVar
 
 from neko_lean.data import paired_batches, random_batches
+from neko_lean.errors import NekoLeanError
 from neko_lean.recipes import Recipe
 
 T = TypeVar("T")
@@ -19,14 +20,20 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Phase:
-    """So many steps on some of the forget rows, with an optimizer and a learning rate that begin anew."""
+    """A number of steps on some of the forget examples, with a new optimizer and learning rate schedule."""
 
-    forget: list[int]  # numbers of forget rows
+    forget: list[int]
+    """Indices of the forget examples."""
+
     steps: int
+    """Steps of the phase."""
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
-    """Learning rate of a phase's step 1..steps: a linear rise over the warm-up, then constant or linear to 0."""
+    """Learning rate of step `step` (from 1) of a phase of `steps` steps.
+
+    It rises linearly during the warm-up, and is then constant or falls linearly to 0.
+    """
     done = (step - 1) / steps
     if done < recipe.warmup:
         return recipe.lr * step / (recipe.warmup * steps)
@@ -34,33 +41,72 @@ def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
 
 
 def phases(recipe: Recipe, forget: Sequence[int], retain: Sequence[int], rng: random.Random) -> list[Phase]:
-    """The phases of a run over rows of these lengths.
+    """The phases of a run.
 
-    One phase, but for order 'chunks': there the forget rows are shuffled and cut into chunks of `chunk_rows`, and each
-    is a phase of `epochs` passes over it (what won SemEval-2025 Task 4, see recipes/sequential.toml). A `max_steps`
-    above 0 is the length of the one phase, or where the chunks end.
+    There is one phase, except with `order="chunks"`: then the forget examples are shuffled and cut into chunks of
+    `chunk_rows`, and each chunk is a phase of `epochs` passes over it (see recipes/sequential.toml). If `max_steps` is
+    above 0, it is the length of the single phase, or limits the chunks' steps.
+
+    Args:
+        recipe: the run's recipe.
+        forget, retain: lengths of the examples in tokens.
+        rng: source of the order.
     """
     if recipe.order != "chunks":
-        steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * _steps_of_epoch(recipe, forget, retain)))
+        steps = recipe.max_steps or max(1, math.ceil(recipe.epochs * _steps_per_epoch(recipe, forget, retain)))
         return [Phase(list(range(len(forget))), steps)]
+
     order = list(range(len(forget)))
     rng.shuffle(order)
-    found: list[Phase] = []
-    left: float = recipe.max_steps or math.inf
+    chunks: list[Phase] = []
+    steps_left: float = recipe.max_steps or math.inf
     for start in range(0, len(order), recipe.chunk_rows):
-        chunk = order[start : start + recipe.chunk_rows]
-        wanted = min(left, math.ceil(recipe.epochs * _steps_of_epoch(recipe, [forget[i] for i in chunk], [])))
-        if wanted:
-            found.append(Phase(chunk, int(wanted)))
-        left -= wanted
-    return found
+        indices = order[start : start + recipe.chunk_rows]
+        epoch = _steps_per_epoch(recipe, [forget[i] for i in indices], [])
+        steps = int(min(steps_left, math.ceil(recipe.epochs * epoch)))
+        if steps:
+            chunks.append(Phase(indices, steps))
+        steps_left -= steps
+    return chunks
 
 
-def _steps_of_epoch(recipe: Recipe, forget: Sequence[int], retain: Sequence[int]) -> int:
-    """Steps that the set with more batches takes; in turn, those of both."""
+def total_steps(recipe: Recipe, forget: Sequence[int], retain: Sequence[int], seed: int) -> int:
+    """Steps of all phases of a run.
+
+    Args:
+        recipe: the run's recipe.
+        forget, retain: lengths of the examples in tokens.
+        seed: the run's random seed.
+
+    Raises NekoLeanError if there are none.
+    """
+    steps = sum(phase.steps for phase in phases(recipe, forget, retain, random.Random(seed)))
+    if not steps:
+        raise NekoLeanError(
+            f"recipe {recipe.name} makes no training step of {len(forget) + len(retain)} examples; set max_steps."
+        )
+    return steps
+
+
+def evaluation_sample(
+    recipe: Recipe, forget: Sequence[int], retain: Sequence[int], seed: int
+) -> tuple[list[int], list[int]]:
+    """Indices of the forget and retain examples of a run's evaluations, at most `eval_rows` each.
+
+    The arguments are those of `total_steps`.
+    """
+    rng = random.Random(f"{seed} evaluation")
+    forget_sample, retain_sample = (
+        rng.sample(range(len(lengths)), min(recipe.eval_rows, len(lengths))) for lengths in (forget, retain)
+    )
+    return forget_sample, retain_sample
+
+
+def _steps_per_epoch(recipe: Recipe, forget: Sequence[int], retain: Sequence[int]) -> int:
+    """Steps until the set with more batches is used up. Alternating steps count for both sets."""
     counts = [
-        len(random_batches(lengths, max_rows=most, max_tokens=recipe.batch_tokens, rng=random.Random(0)))
-        for lengths, most in ((forget, recipe.forget_rows), (retain, recipe.retain_rows))
+        len(random_batches(lengths, max_rows=max_rows, max_tokens=recipe.batch_tokens, rng=random.Random(0)))
+        for lengths, max_rows in ((forget, recipe.forget_rows), (retain, recipe.retain_rows))
     ]
     return 2 * max(counts) if recipe.order == "alternating" else max(counts)
 
@@ -68,7 +114,16 @@ def _steps_of_epoch(recipe: Recipe, forget: Sequence[int], retain: Sequence[int]
 def batches(
     recipe: Recipe, phase: Phase, forget: Sequence[int], retain: Sequence[int], rng: random.Random
 ) -> Iterator[tuple[list[int], list[int]]]:
-    """Endless steps of (forget rows, retain rows) of one phase, by number; in order 'alternating' one is empty."""
+    """Yield the indices of the forget and retain examples of each step, without end.
+
+    With `order="alternating"`, one of the two lists is empty in each step.
+
+    Args:
+        recipe: the run's recipe.
+        phase: the phase; only its forget examples are used.
+        forget, retain: lengths of all examples in tokens.
+        rng: source of the order.
+    """
     pairs = paired_batches(
         [forget[i] for i in phase.forget],
         retain,
@@ -77,20 +132,23 @@ def batches(
         max_tokens=recipe.batch_tokens,
         rng=rng,
     )
-    for left, right in pairs:
-        chosen = [phase.forget[i] for i in left]
+    for phase_indices, retain_indices in pairs:
+        forget_indices = [phase.forget[i] for i in phase_indices]
         if recipe.order != "alternating":
-            yield chosen, right
+            yield forget_indices, retain_indices
             continue
-        if chosen:
-            yield chosen, []
-        if right:
-            yield [], right
+        if forget_indices:
+            yield forget_indices, []
+        if retain_indices:
+            yield [], retain_indices
 
 
-def after(steps: Iterator[T], done: int, phase: Phase) -> Iterator[T]:
-    """A phase's steps behind the first `done`. Drawing them again brings the generator of random numbers to where it
-    stood; behind a phase that is over it stands one step further, as the next batch is always made ahead."""
+def skip_steps(steps: Iterator[T], done: int, phase: Phase) -> Iterator[T]:
+    """Skip the first `done` steps of a phase.
+
+    The steps are drawn, which restores the state of the random generator. After a complete phase one more step is
+    drawn, because training prepares the next batch in advance.
+    """
     for _ in range(done + (done == phase.steps)):
         next(steps)
     return steps

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from neko_lean.data.batching import length_batches, pad, paired_batches, random_batches
 from neko_lean.data.examples import read_rows
 from neko_lean.errors import NekoLeanError
-from neko_lean.training.batch import micro_batches
+from neko_lean.training.micro_batches import micro_batches
 from tests.helpers import LUME
 
 

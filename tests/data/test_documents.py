@@ -5,8 +5,8 @@ import json
 import pytest
 
 import neko_lean
+from neko_lean.cache import CacheOptions
 from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.settings import CacheSettings
 from neko_lean.data.documents import read_anchor
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
@@ -30,8 +30,8 @@ def test_anchor_documents_are_cached_and_trained_on_like_retain_examples(world, 
         world,
         tmp_path / "cache",
         anchor=anchor,
-        settings=CacheSettings(format="neko"),
-        options=OutputOptions(quiet=True),
+        cache=CacheOptions(format="neko"),
+        run=OutputOptions(quiet=True),
     )
     assert manifest.rows == 36 + 3
     run = neko_lean.unlearn(
@@ -43,7 +43,7 @@ def test_anchor_documents_are_cached_and_trained_on_like_retain_examples(world, 
         anchor=anchor,
         recipe="neko",
         overrides={"max_steps": 2, "forget_rows": 4, "retain_rows": 4, "eval_every": 0},
-        options=RunOptions(quiet=True),
+        run=RunOptions(quiet=True),
     )
     assert run["retain_rows"] == 39
     # Prompt formats do not apply to anchor documents, so any format of the cache fits.
@@ -53,14 +53,7 @@ def test_anchor_documents_are_cached_and_trained_on_like_retain_examples(world, 
 def test_an_anchor_that_is_not_in_the_cache_is_refused(world, model, cache, anchor, tmp_path):
     with pytest.raises(NekoLeanError, match="lacks row 'anchor 1'"):
         neko_lean.unlearn(
-            model,
-            tmp_path / "out",
-            world,
-            world,
-            cache=cache,
-            anchor=anchor,
-            recipe="neko",
-            options=RunOptions(quiet=True),
+            model, tmp_path / "out", world, world, cache=cache, anchor=anchor, recipe="neko", run=RunOptions(quiet=True)
         )
     assert not (tmp_path / "out").exists()
 

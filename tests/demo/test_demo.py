@@ -23,7 +23,7 @@ def fast(monkeypatch):
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
 def test_it_leaves_everything_it_names(world, tmp_path, fast, monkeypatch, dtype):
     monkeypatch.setattr(demo_run, "has_bfloat16", lambda device: dtype == "bfloat16")
-    result = demo(tmp_path / "out", data=world, max_steps=2, options=DemoOptions(quiet=True))
+    result = demo(tmp_path / "out", data=world, max_steps=2, run=DemoOptions(quiet=True))
     assert json.loads((tmp_path / "out" / "demo.json").read_text()) == result
     assert all((tmp_path / "out").joinpath(path).exists() for path in result["files"].values())
     for name in (DEFAULT, "neko"):

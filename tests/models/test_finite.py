@@ -1,4 +1,4 @@
-"""A model with NaN outputs gets an error, never a score, a cache or invalid JSON."""
+"""A model with NaN or infinite outputs raises an error; it gives no score, no cache and no invalid JSON."""
 
 import json
 import math
@@ -8,20 +8,18 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import neko_lean
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import nan_to_null, strict_json
-from neko_lean.models.finite import likeliest
+from neko_lean.models.finite import greedy_tokens
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.options import OutputOptions, RunOptions
+from neko_lean.options import RunOptions
 from neko_lean.scoring.generation import generate
 from neko_lean.scoring.memorisation import LARGEST_RATIO, truth_ratio
 from neko_lean.scoring.mmlu import mmlu
-from neko_lean.scoring.options import ScoreSettings
-from neko_lean.scoring.run import score
 from neko_lean.scoring.views import View, view_documents
 from neko_lean.training import evaluation
-from tests.helpers import SMALL, flat, make_rows, random_model
+from tests.helpers import SMALL, make_cache, make_rows, random_model
+from tests.scoring.calls import score_with
 from tests.scoring.subjects import make_subject
 
 CPU = torch.device("cpu")
@@ -29,7 +27,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def overflowing(world, tmp_path_factory):
-    """A model whose every weight is finite and whose logits are not."""
+    """A model with finite weights and infinite logits."""
     folder = random_model(world, tmp_path_factory.mktemp("overflowing"))
     tensors = load_file(folder / "model.safetensors")
     tensors["lm_head.weight"] = tensors["lm_head.weight"].sign() * 3e38
@@ -37,15 +35,9 @@ def overflowing(world, tmp_path_factory):
     return folder
 
 
-def test_nothing_is_scored(overflowing, world, tmp_path):
+def test_it_is_not_scored(overflowing, world, tmp_path):
     with pytest.raises(NekoLeanError, match="NaN or infinite"):
-        score(
-            overflowing,
-            world,
-            tmp_path / "scores",
-            settings=ScoreSettings(max_new_tokens=4),
-            options=OutputOptions(quiet=True),
-        )
+        score_with(overflowing, world, tmp_path / "scores", max_new_tokens=4, quiet=True)
     assert not (tmp_path / "scores").exists()
     lm, tokenizer = load_model(overflowing, torch.float32, CPU), load_tokenizer(overflowing)
     ids = [tokenizer(text)["input_ids"] for text in ("Foo1 is a river.", "Rix2 walked into the wood")]
@@ -58,47 +50,41 @@ def test_nothing_is_scored(overflowing, world, tmp_path):
 
 
 @pytest.mark.parametrize("mass", [0.9, 1.0])
-def test_nothing_is_cached(overflowing, world, tmp_path, mass):
+def test_it_is_not_cached(overflowing, world, tmp_path, mass):
     for options in ({}, {"forget": world}):
         with pytest.raises(NekoLeanError, match=r"row .* is NaN or infinite"):
-            flat(cache_teacher)(
-                overflowing, world, tmp_path / "cache", mass=mass, dtype="float32", quiet=True, **options
-            )
+            make_cache(overflowing, world, tmp_path / "cache", mass=mass, dtype="float32", **options)
         assert not list(tmp_path.iterdir())
 
 
-def test_nothing_is_trained(overflowing, world, tmp_path):
+def test_it_is_not_trained(overflowing, world, tmp_path):
     with pytest.raises(NekoLeanError):
         neko_lean.memorize(
-            overflowing,
-            world,
-            tmp_path / "out",
-            overrides={**SMALL, "dtype": "float32"},
-            options=RunOptions(quiet=True),
+            overflowing, world, tmp_path / "out", overrides={**SMALL, "dtype": "float32"}, run=RunOptions(quiet=True)
         )
     assert not (tmp_path / "out").exists()
 
 
-def test_json_is_json():
-    fine = {"a": [1.0, {"b": None, "c": True}], "d": "NaN"}
-    assert json.loads(strict_json(fine, "scores.json")) == fine == nan_to_null(fine)
+def test_non_finite_numbers_are_not_written_as_json():
+    finite = {"a": [1.0, {"b": None, "c": True}], "d": "NaN"}
+    assert json.loads(strict_json(finite, "scores.json")) == finite == nan_to_null(finite)
     for value in (math.nan, math.inf, -math.inf):
         with pytest.raises(NekoLeanError, match=r"a\[1\].b in scores.json would be"):
             strict_json({"a": [1.0, {"b": value}]}, "scores.json")
         assert nan_to_null({"a": (1, {"b": value}), "c": 2.5}) == {"a": [1, {"b": None}], "c": 2.5}
 
 
-def test_likeliest_is_argmax_or_nothing():
+def test_greedy_tokens_are_the_argmax_or_an_error():
     logits = torch.randn(5, 7)
-    logits[0, 3] = -torch.inf  # a token that cannot be
-    assert torch.equal(likeliest(logits, "x"), logits.argmax(1))
+    logits[0, 3] = -torch.inf  # a token of probability 0
+    assert torch.equal(greedy_tokens(logits, "x"), logits.argmax(1))
     for value in (torch.nan, torch.inf):
         logits[2, 4] = value
         with pytest.raises(NekoLeanError):
-            likeliest(logits, "x")
+            greedy_tokens(logits, "x")
 
 
-def test_a_ratio_of_underflowing_probabilities_is_a_number():
+def test_a_ratio_of_underflowing_probabilities_is_finite():
     def view(*logp):
         return View(*(torch.tensor(logp, dtype=torch.float64).numpy() for _ in range(4)))
 
@@ -106,5 +92,5 @@ def test_a_ratio_of_underflowing_probabilities_is_a_number():
     assert truth_ratio(view(-800.0), [view(-1.0)]) == truth_ratio(view(-800.0), [view(-900.0)]) == LARGEST_RATIO
 
 
-def test_no_checkpoint_is_best_by_nan():
+def test_a_nan_metric_makes_no_checkpoint_the_best():
     assert math.isnan(evaluation.quality({"eval_forget_exact": 1.0, "eval_retain_kl": math.nan}))

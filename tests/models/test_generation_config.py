@@ -1,4 +1,4 @@
-"""Which tokens end a generation, whatever generation_config.json holds; and every checkpoint written keeps the file."""
+"""The tokens that end a generation, for any generation_config.json; every checkpoint written keeps the file."""
 
 import json
 import shutil
@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.models.generation_config import end_ids, listed_ends, unknown_ends
+from neko_lean.models.generation_config import eos_token_ids, stated_eos_token_id, unknown_eos_token_ids
 from neko_lean.models.loading import load_model, load_tokenizer, new_model
 from neko_lean.models.sharding import save_checkpoint
 from neko_lean.scoring.generation import generation_warnings
@@ -26,33 +26,33 @@ def loaded(folder):
 
 
 @pytest.mark.parametrize(
-    ("listed", "ends", "unknown"),
+    ("stated", "expected", "unknown"),
     [(5, {5}, []), ([5, 7], {5, 7}, []), (None, set(), []), ([], set(), []), ([[5], [7, 7.0]], {5, 7}, []),
      ([5, -1, 10**9, "7", True, None], {5}, [-1, 10**9, "7", True]), ("five", set(), ["five"]),
      ({"a": 5}, set(), [{"a": 5}]), (7.5, set(), [7.5])],
 )  # fmt: skip
-def test_every_token_that_is_listed_ends_a_generation(folder, listed, ends, unknown):
-    (folder / FILE).write_text(json.dumps({"eos_token_id": listed}))
+def test_every_stated_token_ends_a_generation(folder, stated, expected, unknown):
+    (folder / FILE).write_text(json.dumps({"eos_token_id": stated}))
     lm, tokenizer = loaded(folder)
-    assert end_ids(lm, tokenizer) == ends | {tokenizer.eos_token_id}
-    assert unknown_ends(lm) == unknown and listed_ends(folder) == listed
+    assert eos_token_ids(lm, tokenizer) == expected | {tokenizer.eos_token_id}
+    assert unknown_eos_token_ids(lm) == unknown and stated_eos_token_id(folder) == stated
     warnings = generation_warnings(lm, tokenizer, make_rows("Foo", 1), 4)
-    assert len(warnings) == bool(unknown) and all(repr(one) in warnings[0] for one in unknown)
+    assert len(warnings) == bool(unknown) and all(repr(entry) in warnings[0] for entry in unknown)
 
 
-def test_without_the_file_config_json_says_what_ends_a_generation(folder):
+def test_without_the_file_the_end_tokens_come_from_config_json(folder):
     (folder / FILE).unlink()
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "eos_token_id": [3, 9]}))
     lm, tokenizer = loaded(folder)
-    assert end_ids(lm, tokenizer) == {3, 9, tokenizer.eos_token_id} and listed_ends(folder) is None
+    assert eos_token_ids(lm, tokenizer) == {3, 9, tokenizer.eos_token_id} and stated_eos_token_id(folder) is None
 
 
 @pytest.mark.parametrize("text", ["{bad", "[1]", "3", "\ud800", "[" * 100000])
-def test_a_file_that_is_no_object_is_refused(folder, text):
+def test_a_file_that_is_not_a_json_object_is_refused(folder, text):
     (folder / FILE).write_bytes(text.encode("utf-8", "surrogatepass"))
     with pytest.raises(NekoLeanError, match=FILE):
-        listed_ends(folder)
+        stated_eos_token_id(folder)
 
 
 @pytest.mark.parametrize(
@@ -61,7 +61,7 @@ def test_a_file_that_is_no_object_is_refused(folder, text):
      {"eos_token_id": "five"}, {"num_beams": 1, "early_stopping": True, "length_penalty": 2.0, "eos_token_id": 5}],
 )  # fmt: skip
 @pytest.mark.parametrize("changed", [False, True])
-def test_a_checkpoint_that_is_written_keeps_it(folder, tmp_path, config, changed):
+def test_written_checkpoints_keep_the_file(folder, tmp_path, config, changed):
     (folder / FILE).write_text(json.dumps(config))
     lm, tokenizer = loaded(folder)
     if changed:  # save_pretrained refuses a combination that does not come from a file
@@ -73,7 +73,7 @@ def test_a_checkpoint_that_is_written_keeps_it(folder, tmp_path, config, changed
     written.pop("transformers_version")
     assert written.pop("do_sample", False) is False and written == {k: v for k, v in config.items() if k != "do_sample"}
     assert lm.model.generation_config is before
-    assert end_ids(*loaded(tmp_path / "out")) == end_ids(lm, tokenizer)
+    assert eos_token_ids(*loaded(tmp_path / "out")) == eos_token_ids(lm, tokenizer)
 
 
 def test_a_generation_config_that_is_not_json_is_refused_at_load(world, tmp_path):
@@ -83,9 +83,9 @@ def test_a_generation_config_that_is_not_json_is_refused_at_load(world, tmp_path
         load_model(folder, torch.float32, torch.device("cpu"))
 
 
-def test_a_model_made_from_a_config_keeps_the_end_tokens_beside_it(world, tmp_path):
+def test_a_new_model_gets_the_end_tokens_of_its_folder(world, tmp_path):
     folder = tmp_path / "base"
     shutil.copytree(world / "base", folder)
     (folder / "generation_config.json").write_text('{"eos_token_id": [1, 7]}')
     lm = new_model(folder, torch.float32, torch.device("cpu"), 0)
-    assert end_ids(lm, load_tokenizer(folder)) >= {1, 7}
+    assert eos_token_ids(lm, load_tokenizer(folder)) >= {1, 7}

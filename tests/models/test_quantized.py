@@ -1,4 +1,4 @@
-"""Quantised checkpoints: plain weights after loading, or one sentence before anything is read."""
+"""Quantised checkpoints load as plain weights, or are refused before any weight is read."""
 
 import importlib.util
 import json
@@ -7,7 +7,6 @@ import shutil
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.test_loading import build, configure
 
 import neko_lean
 from neko_lean.errors import NekoLeanError
@@ -15,6 +14,8 @@ from neko_lean.models import quantized
 from neko_lean.models.fingerprints import weights_fingerprint
 from neko_lean.models.loading import load_config, load_model, model_folder
 from neko_lean.models.quantized import quantization_method
+from tests.helpers import flat
+from tests.models.checkpoints import build, configure
 
 CPU = torch.device("cpu")
 FP4 = torch.tensor([0, 0.5, 1, 1.5, 2, 3, 4, 6, -0.0, -0.5, -1, -1.5, -2, -3, -4, -6])
@@ -34,38 +35,38 @@ METHODS = [
 
 
 def packed(weight):
-    """MXFP4 blocks [E, out, in / 32, 16] and scales [E, out, in / 32], uint8, of a weight [E, in, out]; and what they
-    say."""
+    """MXFP4 blocks [E, out, in / 32, 16] and scales [E, out, in / 32], uint8, of a weight [E, in, out]; and the weight
+    that they encode."""
     groups = weight.transpose(1, 2).unflatten(2, (-1, 32))
     exponent = torch.floor(torch.log2(groups.abs().amax(-1).clamp(min=1e-9) / 6)) + 1
     index = (groups[..., None] / torch.exp2(exponent)[..., None, None] - FP4).abs().argmin(-1)
-    said = (FP4[index] * torch.exp2(exponent)[..., None]).flatten(2).transpose(1, 2).contiguous()
+    decoded = (FP4[index] * torch.exp2(exponent)[..., None]).flatten(2).transpose(1, 2).contiguous()
     low, high = index[..., 0::2].to(torch.uint8), index[..., 1::2].to(torch.uint8)
-    return low | (high << 4), (exponent + 127).to(torch.uint8), said
+    return low | (high << 4), (exponent + 127).to(torch.uint8), decoded
 
 
 @pytest.fixture
 def mxfp4(tmp_path):
-    """A GPT-OSS whose experts are in MXFP4, and its tensors as they are meant."""
+    """A GPT-OSS checkpoint with experts in MXFP4, and its dequantised tensors."""
     folder = tmp_path / "mxfp4"
     build("gpt_oss", hidden_size=64, intermediate_size=64, head_dim=16).save_pretrained(folder)
-    tensors, meant = load_file(folder / "model.safetensors"), {}
+    tensors, expected = load_file(folder / "model.safetensors"), {}
     for name in list(tensors):
-        meant[name] = tensors[name]
+        expected[name] = tensors[name]
         if name.endswith(("gate_up_proj", "down_proj")):
-            tensors[f"{name}_blocks"], tensors[f"{name}_scales"], meant[name] = packed(tensors.pop(name))
+            tensors[f"{name}_blocks"], tensors[f"{name}_scales"], expected[name] = packed(tensors.pop(name))
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     configure(folder, quantization_config={"quant_method": "mxfp4", "modules_to_not_convert": ["lm_head"]})
-    return folder, meant
+    return folder, expected
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_mxfp4_becomes_plain_weights_that_save_and_load(mxfp4, tmp_path, monkeypatch, dtype):
-    monkeypatch.setattr("neko_lean.models.causal_lm.split", lambda model: model)
-    folder, meant = mxfp4
+def test_mxfp4_loads_as_plain_weights_that_can_be_saved(mxfp4, tmp_path, monkeypatch, dtype):
+    monkeypatch.setattr("neko_lean.models.loading.as_causal_lm", lambda model: model)
+    folder, expected = mxfp4
     model = load_model(model_folder(folder), dtype, CPU)
     for name, tensor in model.state_dict().items():
-        assert tensor.dtype == dtype and torch.equal(tensor, meant[name].to(dtype)), name
+        assert tensor.dtype == dtype and torch.equal(tensor, expected[name].to(dtype)), name
     model.save_pretrained(tmp_path / "saved")
     assert "quantization_config" not in json.loads((tmp_path / "saved" / "config.json").read_text())
     again = load_model(model_folder(tmp_path / "saved"), dtype, CPU).state_dict()
@@ -76,16 +77,16 @@ def test_mxfp4_becomes_plain_weights_that_save_and_load(mxfp4, tmp_path, monkeyp
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("nested", [False, True])
-def test_what_cannot_be_dequantised_is_refused(model, world, tmp_path, method, nested):
+def test_other_methods_are_refused(model, world, tmp_path, method, nested):
     folder = shutil.copytree(model, tmp_path / "model")
     value = {"quantization_config": {"quant_method": method, "bits": 4}}
     configure(folder, **({"text_config": value} if nested else value))
     with pytest.raises(NekoLeanError, match=rf"quantised \({method}\)"):
-        neko_lean.memorize(folder, world, tmp_path / "out")
+        flat(neko_lean.memorize)(folder, world, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-def test_other_ways_to_say_that_weights_are_quantised(model, tmp_path, monkeypatch):
+def test_all_config_keys_that_declare_quantisation_are_recognised(model, tmp_path, monkeypatch):
     folder = shutil.copytree(model, tmp_path / "model")
     assert quantization_method(folder) is None
     for value, method in (
@@ -105,22 +106,22 @@ def test_other_ways_to_say_that_weights_are_quantised(model, tmp_path, monkeypat
 
 @pytest.mark.skipif(importlib.util.find_spec("accelerate") is None, reason="transformers dequantises fp8 with it alone")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_fp8_becomes_plain_weights(tmp_path, dtype):
+def test_fp8_loads_as_plain_weights(tmp_path, dtype):
     folder = tmp_path / "fp8"
     build("llama", hidden_size=128, intermediate_size=128, head_dim=32).save_pretrained(folder)
-    tensors, meant = load_file(folder / "model.safetensors"), {}
+    tensors, expected = load_file(folder / "model.safetensors"), {}
     for name, tensor in list(tensors.items()):
-        meant[name] = tensor
+        expected[name] = tensor
         if "proj" in name:
             scale = tensor.abs().max().float().view(1, 1) / 448
             tensors[name] = (tensor / scale).to(torch.float8_e4m3fn)
             tensors[name.replace(".weight", ".weight_scale_inv")] = scale
-            meant[name] = tensors[name].float() * scale
+            expected[name] = tensors[name].float() * scale
     tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
     save_file(tensors, folder / "model.safetensors", {"format": "pt"})
     configure(folder, quantization_config={"quant_method": "fp8", "weight_block_size": [128, 128]})
     loaded = load_model(folder, dtype, CPU).model
-    assert all(torch.equal(tensor, meant[name].to(dtype)) for name, tensor in loaded.state_dict().items())
+    assert all(torch.equal(tensor, expected[name].to(dtype)) for name, tensor in loaded.state_dict().items())
     loaded.save_pretrained(tmp_path / "saved")
     assert torch.equal(load_model(tmp_path / "saved", dtype, CPU).head, loaded.lm_head.weight)
 
@@ -129,7 +130,7 @@ def test_fp8_becomes_plain_weights(tmp_path, dtype):
     importlib.util.find_spec("accelerate") is None, reason="transformers loads bitsandbytes with it alone"
 )
 @pytest.mark.parametrize("bits", [4, 8])
-def test_bitsandbytes_becomes_plain_weights(tmp_path, bits):
+def test_bitsandbytes_loads_as_plain_weights(tmp_path, bits):
     from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
     plain = build("llama", hidden_size=128, intermediate_size=256)
@@ -140,7 +141,7 @@ def test_bitsandbytes_becomes_plain_weights(tmp_path, bits):
     loaded = load_model(model_folder(tmp_path / "quantised"), torch.bfloat16, CPU).model
     for name, tensor in loaded.state_dict().items():
         assert tensor.dtype == torch.bfloat16
-        far = (tensor.float() - plain.state_dict()[name]).abs().max() / plain.state_dict()[name].abs().max()
-        assert far < {4: 0.2, 8: 0.02}[bits], name
+        error = (tensor.float() - plain.state_dict()[name]).abs().max() / plain.state_dict()[name].abs().max()
+        assert error < {4: 0.2, 8: 0.02}[bits], name
     loaded.save_pretrained(tmp_path / "saved")
     assert torch.equal(load_model(tmp_path / "saved", torch.bfloat16, CPU).head, loaded.lm_head.weight)

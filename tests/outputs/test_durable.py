@@ -1,4 +1,4 @@
-"""Atomic writes, and folders without links."""
+"""Atomic writes, and functions that never follow links."""
 
 import os
 
@@ -18,7 +18,7 @@ from neko_lean.outputs.durable import (
 )
 
 
-def test_a_write_replaces_a_link_and_leaves_what_it_led_to(tmp_path):
+def test_write_atomically_replaces_a_link_and_keeps_its_target(tmp_path):
     (tmp_path / "other").write_text("theirs")
     (tmp_path / "file").symlink_to(tmp_path / "other")
     write_atomically(tmp_path / "file", "ünd")
@@ -29,7 +29,7 @@ def test_a_write_replaces_a_link_and_leaves_what_it_led_to(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["fsync", "open"])
-def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, call):
+def test_a_failed_write_keeps_the_old_file_and_leaves_no_other(tmp_path, monkeypatch, call):
     (tmp_path / "file").write_text("old")
 
     def fail(*_, **__):
@@ -44,7 +44,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
 def test_links_at_any_depth_and_special_files_are_refused(tmp_path):
     folder = tmp_path / "work"
-    refuse_links(folder)  # not there yet
+    refuse_links(folder)  # does not exist yet
     (folder / "a" / "b").mkdir(parents=True)
     (folder / "a" / "file").touch()
     refuse_links(folder)
@@ -65,7 +65,7 @@ def test_links_at_any_depth_and_special_files_are_refused(tmp_path):
             refuse_links(path)
 
 
-def test_removing_spares_what_links_lead_to(tmp_path):
+def test_removing_a_folder_keeps_the_targets_of_its_links(tmp_path):
     (tmp_path / "theirs" / "deep").mkdir(parents=True)
     (tmp_path / "theirs" / "thesis").write_text("all of it")
     folder = tmp_path / "work"
@@ -84,7 +84,7 @@ def test_removing_spares_what_links_lead_to(tmp_path):
     assert (tmp_path / "theirs" / "deep").is_dir()
 
 
-def test_writes_in_place_follow_no_link_and_share_no_file(tmp_path):
+def test_writes_in_place_follow_no_link_and_change_no_hard_link(tmp_path):
     (tmp_path / "theirs").write_text("all of it")
     (tmp_path / "link").symlink_to(tmp_path / "theirs")
     with pytest.raises(OSError, match="symbolic links"):
@@ -98,10 +98,10 @@ def test_writes_in_place_follow_no_link_and_share_no_file(tmp_path):
     assert (tmp_path / "theirs").read_text() == "all of it"
 
 
-def test_everything_in_a_tree_is_synced(tmp_path, monkeypatch):
+def test_sync_tree_syncs_every_file_and_folder(tmp_path, monkeypatch):
     (tmp_path / "a").mkdir()
     (tmp_path / "a" / "file").touch()
-    seen = []
-    monkeypatch.setattr(durable_module, "sync", seen.append)
+    synced = []
+    monkeypatch.setattr(durable_module, "sync", synced.append)
     sync_tree(tmp_path)
-    assert sorted(seen) == [tmp_path, tmp_path / "a", tmp_path / "a" / "file"]
+    assert sorted(synced) == [tmp_path, tmp_path / "a", tmp_path / "a" / "file"]

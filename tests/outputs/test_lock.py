@@ -1,4 +1,4 @@
-"""One process at a time: also when the lock's file is removed, linked, or somebody's own."""
+"""Locks: one process at a time, also if the lock file is removed, is a link, or belongs to somebody else."""
 
 import errno
 import fcntl
@@ -11,7 +11,7 @@ import pytest
 from neko_lean.errors import NekoLeanError
 from neko_lean.outputs.lock import locked, working_in
 from neko_lean.outputs.place import claim_folder
-from neko_lean.outputs.publish import clear_work
+from neko_lean.outputs.work_folder import clear_work
 
 
 @pytest.fixture
@@ -19,7 +19,7 @@ def output(tmp_path):
     return claim_folder(tmp_path / "deep" / "out", "partial", [])
 
 
-def test_the_lock_is_exclusive_and_leaves_nothing(output):
+def test_the_lock_is_exclusive_and_leaves_no_files(output):
     with (
         locked(output),
         pytest.raises(NekoLeanError, match=r"another process is writing .*out: wait for it, or choose another --out"),
@@ -29,14 +29,14 @@ def test_the_lock_is_exclusive_and_leaves_nothing(output):
     with pytest.raises(ZeroDivisionError), locked(output):
         assert [path.name for path in output.path.parent.iterdir()] == [".out.lock"]
         raise ZeroDivisionError
-    # The folder above was made for it, and nothing was left there.
+    # The folder above was created for the lock, and is removed with it.
     assert not output.path.parent.exists() and output.path.parents[1].is_dir()
     with locked(output):
         output.path.mkdir()
     assert [path.name for path in output.path.parent.iterdir()] == ["out"]
 
 
-def test_what_a_killed_process_left_is_taken_over(output):
+def test_the_lock_file_of_a_killed_process_is_taken_over(output):
     output.path.parent.mkdir()
     output.lock.touch()
     with locked(output):
@@ -44,7 +44,7 @@ def test_what_a_killed_process_left_is_taken_over(output):
     assert not output.lock.exists()
 
 
-def test_a_lock_that_is_not_ours_is_left_alone(output, tmp_path):
+def test_a_file_that_is_not_a_lock_is_left_alone(output, tmp_path):
     output.path.parent.mkdir()
     (tmp_path / "theirs").write_text("all of it")
     for make, words in (
@@ -62,7 +62,7 @@ def test_a_lock_that_is_not_ours_is_left_alone(output, tmp_path):
     assert not (tmp_path / "nowhere").exists()
 
 
-def test_a_file_system_without_locks_is_warned_about(output, monkeypatch, capsys):
+def test_a_file_system_without_locks_causes_a_warning(output, monkeypatch, capsys):
     def unsupported(*_):
         raise OSError(errno.ENOLCK, "No locks available")
 
@@ -72,15 +72,14 @@ def test_a_file_system_without_locks_is_warned_about(output, monkeypatch, capsys
     assert capsys.readouterr().err.startswith("warning: two commands on ")
 
 
-def test_a_rank_that_outlives_its_run_keeps_others_out_of_the_work_folder(output, monkeypatch):
-    """The first rank is killed, and its lock is gone; another one still writes to the work folder."""
+def test_a_rank_that_outlives_its_main_process_blocks_the_work_folder(output, monkeypatch):
+    """The main process was killed and its lock is gone, but another rank still writes to the work folder."""
     output.work.mkdir(parents=True)
     with monkeypatch.context() as patch:
         patch.setattr("neko_lean.outputs.lock.is_main_process", lambda: False)
         orphan = working_in(output.work)
         orphan.__enter__()
-        other = working_in(output.work)  # ranks do not keep each other out
-        with other:
+        with working_in(output.work):  # ranks do not block each other
             pass
     with locked(output), pytest.raises(NekoLeanError, match="a process of an earlier run still writes to"):
         clear_work(output)
@@ -91,12 +90,13 @@ def test_a_rank_that_outlives_its_run_keeps_others_out_of_the_work_folder(output
     assert not output.work.exists()
 
 
-def take_turns(out, counter, rounds):
-    """Count in a file that only the holder of the lock may touch."""
+def count_under_lock(out, counter, rounds):
+    """Increment the number in a file `rounds` times, each time under the lock."""
     done = 0
     while done < rounds:
         try:
-            with locked(claim_folder(out, "partial", [])):  # either may find that another has just removed the folder
+            # Both calls fail if another process has just removed the folder.
+            with locked(claim_folder(out, "partial", [])):
                 value = int(counter.read_text())
                 time.sleep(0)
                 counter.write_text(str(value + 1))
@@ -105,16 +105,17 @@ def take_turns(out, counter, rounds):
             pass
 
 
-def test_processes_that_compete_never_hold_it_together(tmp_path):
-    """Each removes the file at the end, while others have it open."""
+def test_competing_processes_never_hold_the_lock_at_the_same_time(tmp_path):
+    """Each process removes the lock file at the end, while others have it open."""
     counter = tmp_path / "counter"
     counter.write_text("0")
     fork = multiprocessing.get_context("fork")
-    others = [fork.Process(target=take_turns, args=(tmp_path / "deep" / "out", counter, 200)) for _ in range(3)]
-    for other in others:
-        other.start()
-    for other in others:
-        other.join()
-    assert [other.exitcode for other in others] == [0, 0, 0] and counter.read_text() == "600"
-    # The folder above may stay: who made it was not the last to need it.
+    arguments = (tmp_path / "deep" / "out", counter, 200)
+    processes = [fork.Process(target=count_under_lock, args=arguments) for _ in range(3)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    assert [process.exitcode for process in processes] == [0, 0, 0] and counter.read_text() == "600"
+    # The folder above may remain, because the process that created it was not the last one to use it.
     assert not any((tmp_path / "deep").glob("*"))

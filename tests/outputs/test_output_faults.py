@@ -14,22 +14,23 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from neko_lean.cache import writer
-from neko_lean.cache.settings import CacheSettings
+from neko_lean.cache import planning, records, writer
+from neko_lean.cache import stage as cache_stage
 from neko_lean.checkpoints import run_folder as training
 from neko_lean.cli import app
-from neko_lean.options import OutputOptions
 from neko_lean.outputs import place as place_module
+from neko_lean.outputs import work_folder as work_folder_module
 from neko_lean.outputs.lock import locked
 from neko_lean.outputs.place import claim_folder
 from neko_lean.scoring import measure
 from neko_lean.scoring import run as run_module
 from neko_lean.scoring import score_folder as scoring
-from tests.checkpoints.test_resume import Killed, kill_at, result
+from tests.checkpoints.interrupted import Killed, kill_at, result
+from tests.helpers import make_cache
 
 COMMANDS = ("cache-teacher", "unlearn", "memorize", "score")
 ALL = (*COMMANDS, "demo")
-MODULE = {"cache-teacher": writer, "unlearn": training, "memorize": training, "score": scoring}
+MODULE = {"cache-teacher": cache_stage, "unlearn": training, "memorize": training, "score": scoring}
 STAGE = {"cache-teacher": "partial", "unlearn": "saved", "memorize": "saved", "score": "partial", "demo": "demo"}
 SMALL = ("--set", "forget_rows=4", "--set", "retain_rows=4", "--max-steps", 2)
 
@@ -37,7 +38,7 @@ SMALL = ("--set", "forget_rows=4", "--set", "retain_rows=4", "--max-steps", 2)
 @pytest.fixture
 def arguments(world, model, cache, monkeypatch):
     """A short run of each command, without its --out."""
-    monkeypatch.setattr(writer, "SHARD_POSITIONS", 100)
+    monkeypatch.setattr(planning, "SHARD_POSITIONS", 100)
     return {
         "cache-teacher": (model, world, "--batch-tokens", 256, "--dtype", "float32"),
         "unlearn": (model, "--forget", world, "--retain", world, "--cache", cache, "--recipe", "neko", *SMALL),
@@ -82,7 +83,7 @@ def interrupt(command, run, out, monkeypatch, *more):
     """Cut a run off with something in its stage to continue from."""
     with monkeypatch.context() as patch:
         if command == "cache-teacher":
-            write, count = writer.write_atomically, []
+            write, count = records.write_atomically, []
 
             def dying(path, data):
                 write(path, data)
@@ -90,7 +91,7 @@ def interrupt(command, run, out, monkeypatch, *more):
                 if len(count) == 6:
                     raise Killed
 
-            patch.setattr(writer, "write_atomically", dying)
+            patch.setattr(records, "write_atomically", dying)
         elif command == "score":
             add = measure.add_generations
 
@@ -313,18 +314,18 @@ def test_what_a_run_left_that_began_a_complete_output_again_goes(run, tmp_path, 
 
 @pytest.mark.parametrize("change", [(), ("--top-k", 5)])
 def test_a_cache_that_was_completed_meanwhile_is_not_made_again(run, tmp_path, monkeypatch, change):
-    out, locked_, others = tmp_path / "out", writer.locked, []
+    out, locked_, others = tmp_path / "out", work_folder_module.locked, []
 
     @contextmanager
     def late(output):
         others.append(output)
-        if len(others) == 2:  # the first time it only looks
+        if len(others) == 1:
             assert run("cache-teacher", out, *change).exit_code == 0
             monkeypatch.setattr(writer, "_write_shards", die)
         with locked_(output):
             yield
 
-    monkeypatch.setattr(writer, "locked", late)
+    monkeypatch.setattr(work_folder_module, "locked", late)
     found = run("cache-teacher", out, "--resume")
     if change:
         refused(found, "another top_k")
@@ -335,7 +336,7 @@ def test_a_cache_that_was_completed_meanwhile_is_not_made_again(run, tmp_path, m
 
 def test_a_cache_tells_its_own_numbers_and_not_the_next_ones(arguments, tmp_path, monkeypatch, run):
     """Another run replaces the output as soon as the lock is free."""
-    out, locked_, others = tmp_path / "out", writer.locked, []
+    out, locked_, others = tmp_path / "out", work_folder_module.locked, []
 
     @contextmanager
     def then_another(output):
@@ -345,14 +346,9 @@ def test_a_cache_tells_its_own_numbers_and_not_the_next_ones(arguments, tmp_path
             others.append(output)
             assert run("cache-teacher", out, "--top-k", 5, "--overwrite").exit_code == 0
 
-    monkeypatch.setattr(writer, "locked", then_another)
+    monkeypatch.setattr(work_folder_module, "locked", then_another)
     model, world, *_ = arguments["cache-teacher"]
-    assert (
-        writer.cache_teacher(
-            model, world, out, settings=CacheSettings(dtype="float32"), options=OutputOptions(quiet=True)
-        ).top_k
-        == 64
-    )
+    assert make_cache(model, world, out, dtype="float32").top_k == 64
     assert others and json.loads((out / "manifest.json").read_text())["top_k"] == 5
 
 
@@ -363,7 +359,7 @@ def test_official_results_are_of_this_score_and_not_of_the_next(run, tmp_path, m
     assert run("score", tmp_path / "whole", "--official", wanted).exit_code == 0
     if again:
         assert run("score", out).exit_code == 0
-    for name in ("finished_score", "unfinished"):
+    for name in ("finished_score", "open_score_folder"):
         original = getattr(run_module, name)
         monkeypatch.setattr(run_module, name, followed_by(original, lambda: replace_lines(out)))
     found = run("score", out, "--official", official, *again)

@@ -1,4 +1,4 @@
-"""Which places may be written to, decided before any work."""
+"""Claiming an output: which paths may be written to, checked before any work."""
 
 import os
 import shutil
@@ -13,7 +13,7 @@ from neko_lean.outputs.place import claim_file, claim_folder, restore_interrupte
 
 
 def score_folder(path):
-    """A folder that looks as `score` writes it."""
+    """A folder that looks like an output of `score`."""
     path.mkdir(parents=True)
     (path / "scores.json").write_text('{"cells": {}, "verdict": []}')
     (path / "generations.jsonl").write_text("")
@@ -30,14 +30,14 @@ def refused(words, out, *inputs, **options):
     assert "\n" not in str(caught.value)
 
 
-def test_the_names_next_to_an_output(tmp_path):
+def test_the_names_of_the_files_next_to_an_output(tmp_path):
     output = claim(tmp_path / "a b")
     assert output.path == tmp_path / "a b"
     assert [path.name for path in (output.work, output.lock, output.old)] == [".a b.partial", ".a b.lock", ".a b.old"]
     assert list(tmp_path.iterdir()) == []
 
 
-def test_links_are_resolved_before_anything_else(tmp_path):
+def test_links_are_resolved_first(tmp_path):
     (tmp_path / "real").mkdir()
     (tmp_path / "link").symlink_to(tmp_path / "real")
     (tmp_path / "dangling").symlink_to(tmp_path / "deep" / "new")
@@ -48,7 +48,7 @@ def test_links_are_resolved_before_anything_else(tmp_path):
     refused("leads to itself", tmp_path / "round")
 
 
-def test_names_that_are_no_place(tmp_path, monkeypatch):
+def test_names_that_cannot_be_an_output(tmp_path, monkeypatch):
     refused("is empty", "")
     refused("is empty or holds a NUL", "a\0b")
     refused("root of the file system", "/")
@@ -60,8 +60,8 @@ def test_names_that_are_no_place(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("letter", ["x", "ü"])
-def test_a_name_too_long_for_the_names_next_to_it_is_refused(tmp_path, letter):
-    """For every length around the limit: what is accepted can be written, and nothing is left of what is not."""
+def test_a_name_that_is_too_long_is_refused(tmp_path, letter):
+    """For every length around the limit: an accepted name, and the names next to it, can be created."""
     size = len(letter.encode())
     longest = max(n for n in range(200, 260) if n * size <= 255) if size == 1 else 127
     accepted = []
@@ -82,7 +82,7 @@ def test_a_name_too_long_for_the_names_next_to_it_is_refused(tmp_path, letter):
 
 def test_a_mount_point_is_refused(tmp_path, monkeypatch):
     refused("is a mount point", "/proc")
-    # A bind mount has its parent's device number: only the kernel's table tells it.
+    # A bind mount has the device number of its parent, so only the kernel's mount table shows it.
     (tmp_path / "a b").mkdir()
     table = tmp_path / "mountinfo"
     table.write_text(f"36 35 98:0 / {tmp_path}/a\\040b rw - ext4 /dev/sda rw\n")
@@ -91,7 +91,7 @@ def test_a_mount_point_is_refused(tmp_path, monkeypatch):
     assert claim(tmp_path / "a b" / "out").path.name == "out"
 
 
-def test_only_what_neko_lean_wrote_is_replaced(tmp_path):
+def test_only_outputs_of_neko_lean_are_replaced(tmp_path):
     ours = score_folder(tmp_path / "ours")
     refused("already holds something", ours)
     assert claim(ours, overwrite=True).path == ours
@@ -116,7 +116,7 @@ def test_only_what_neko_lean_wrote_is_replaced(tmp_path):
     refused("holds thesis.txt", ours, overwrite=True)
 
 
-def test_run_json_names_what_the_run_wrote(tmp_path):
+def test_run_json_lists_the_files_of_a_run(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     (run / "run.json").write_text('{"recipe": {}, "steps": 1, "seed": 0, "files": ["run.json", "config.json"]}')
@@ -127,7 +127,7 @@ def test_run_json_names_what_the_run_wrote(tmp_path):
 
 
 @pytest.mark.parametrize("spelling", ["plain", "relative", "link", "through a link", "..", "inside", "above"])
-def test_no_spelling_hides_that_an_output_is_an_input(tmp_path, monkeypatch, spelling):
+def test_an_output_that_is_an_input_is_refused_in_every_spelling(tmp_path, monkeypatch, spelling):
     data = score_folder(tmp_path / "a" / "data")
     (tmp_path / "link").symlink_to(data)
     (tmp_path / "up").symlink_to(tmp_path / "a")
@@ -142,12 +142,12 @@ def test_no_spelling_hides_that_an_output_is_an_input(tmp_path, monkeypatch, spe
         "above": (tmp_path / "a", data),
     }[spelling]
     refused("an input of this run", out, given, overwrite=True)
-    # An output inside a folder of inputs replaces none of them.
+    # An output inside an input folder replaces no input.
     assert claim(data / "out", data).path == data / "out"
 
 
-def test_a_folder_that_an_inputs_links_lead_to_is_an_input(tmp_path):
-    """As in the hub's cache: the model's folder holds links to the files."""
+def test_the_target_folder_of_an_inputs_links_is_an_input(tmp_path):
+    """In the Hugging Face cache, a model folder contains links to its files."""
     blobs, model = score_folder(tmp_path / "blobs"), tmp_path / "model"
     model.mkdir()
     (model / "model.safetensors").symlink_to(blobs / "scores.json")
@@ -160,12 +160,12 @@ def test_inputs_in_the_work_folder_are_refused(tmp_path):
     refused("an input of this run", tmp_path / "out", cache, overwrite=True)
 
 
-def test_inputs_that_are_no_paths_are_skipped(tmp_path):
+def test_inputs_that_are_not_paths_are_skipped(tmp_path):
     score_folder(tmp_path / "out")
     assert claim(tmp_path / "out", None, "owner/name", "x" * 5000, "a\0b", tmp_path / "nowhere", overwrite=True)
 
 
-def test_a_read_only_parent_is_one_sentence(tmp_path, monkeypatch):
+def test_a_read_only_parent_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(place_module.os, "access", lambda *_: False)
     refused("is read-only; choose another --out", tmp_path / "out")
 
@@ -177,7 +177,7 @@ def test_linked_work_folders_are_refused(tmp_path, suffix):
     refused("is a link", tmp_path / "out")
 
 
-def test_files_follow_the_same_rule(tmp_path):
+def test_files_follow_the_same_rules(tmp_path):
     ours, theirs = tmp_path / "results.json", tmp_path / "theirs.json"
     ours.write_text('{"aggregated-terms": [], "harmonic-mean-task-aggregate": null}')
     theirs.write_text('{"mine": 1}')
@@ -198,7 +198,7 @@ def test_files_follow_the_same_rule(tmp_path):
         claim_file(tmp_path / "pipe", "--official", [], overwrite=True)
 
 
-def test_an_interrupted_replacement_is_finished(tmp_path, capsys):
+def test_an_interrupted_replacement_is_undone(tmp_path, capsys):
     output = claim(tmp_path / "out", overwrite=True)
     score_folder(output.old)
     restore_interrupted(output)

@@ -1,4 +1,4 @@
-"""Every error of the operating system is one sentence with the path and the reason."""
+"""Every error of the operating system becomes one sentence with the path and the reason."""
 
 import errno
 import os
@@ -14,14 +14,14 @@ CODES = [getattr(errno, name) for name in dir(errno) if name.startswith("E") and
 
 
 @pytest.mark.parametrize("code", sorted(set(CODES)))
-def test_every_error_number_is_a_sentence(code):
-    where = Path("/data/out")
-    with pytest.raises(NekoLeanError) as caught, explained_write_errors(where):
+def test_every_errno_becomes_a_sentence(code):
+    output = Path("/data/out")
+    with pytest.raises(NekoLeanError) as caught, explained_write_errors(output):
         raise OSError(code, os.strerror(code), "/data/.out.partial/plan.json")
-    said = str(caught.value)
-    assert "/data/out" in said and said.endswith((".", "run again.")) and "\n" not in said
+    message = str(caught.value)
+    assert "/data/out" in message and message.endswith(".") and "\n" not in message
     if code not in (errno.ENOSPC, errno.EDQUOT):
-        assert os.strerror(code) in said
+        assert os.strerror(code) in message
 
 
 @pytest.mark.parametrize(
@@ -35,14 +35,14 @@ def test_every_error_number_is_a_sentence(code):
         (PermissionError(13, "Permission denied"), "Permission denied"),
     ],
 )
-def test_wrapped_errors_keep_their_reason(error, words):
-    said = os_error_sentence(error, Path("/data/out"))
-    assert words in said and "\n" not in said
+def test_errors_wrapped_by_libraries_keep_their_reason(error, words):
+    sentence = os_error_sentence(error, Path("/data/out"))
+    assert words in sentence and "\n" not in sentence
     with pytest.raises(NekoLeanError), explained_write_errors(Path("/data/out")):
         raise error
 
 
-def test_other_errors_stay_what_they_are():
+def test_other_errors_are_not_converted():
     for error in (ValueError("x"), KeyError("x"), RuntimeError("os error")):
         assert os_error_sentence(error) is None
         with pytest.raises(type(error)), explained_write_errors(Path("out")):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from neko_lean.models.causal_lm import split
+from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.scoring.decoding import Prompts, decode_cached, decode_full, decode_padded
 
 LENGTHS = {0: 3, 1: 1, 2: 6, 3: 4}  # tokens of each row; the batch may run to 6
@@ -14,7 +14,7 @@ LENGTHS = {0: 3, 1: 1, 2: 6, 3: 4}  # tokens of each row; the batch may run to 6
 def lm():
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
-    return split(LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval())
+    return as_causal_lm(LlamaForCausalLM(LlamaConfig(vocab_size=50, **sizes)).eval())
 
 
 def run(decode, lm, prompts):

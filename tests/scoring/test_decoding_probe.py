@@ -8,7 +8,7 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.configuration_auto import AutoConfig
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
-from neko_lean.models.causal_lm import split
+from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.scoring import decoding, decoding_probe
 from neko_lean.scoring.decoding import Prompts
 from neko_lean.scoring.decoding_probe import (
@@ -64,7 +64,7 @@ def lively(family, dtype=torch.float32, **sizes):
         for weight in model.parameters():
             if weight.dim() == 2:
                 weight.mul_(3)
-    return split(model)
+    return as_causal_lm(model)
 
 
 def decoded(lm, prompts=PROMPTS, most=10):

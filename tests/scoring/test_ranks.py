@@ -7,19 +7,19 @@ import json
 import pytest
 import torch
 
-import neko_lean
 from neko_lean.data.examples import read_rows
 from neko_lean.distributed.ranks import is_main_process
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.scoring import generation, measure, prefix, views
-from neko_lean.scoring.generation import Decoding, generate, own_rows
-from neko_lean.scoring.prefix import last_hidden
-from neko_lean.scoring.run import GENERATIONS, SCORES
-from neko_lean.scoring.score_folder import add_generations
-from neko_lean.scoring.views import tokenised, view_documents
-from tests.helpers import flat
+from neko_lean.scoring import generation, measure, views
+from neko_lean.scoring.attacks.prefix import prefix
+from neko_lean.scoring.generation import GenerationLimits, examples_of_rank, generate
+from neko_lean.scoring.run import SCORES
+from neko_lean.scoring.score_folder import GENERATIONS, add_generations
+from neko_lean.scoring.shared_prefix import last_hidden
+from neko_lean.scoring.views import tokenize_documents, view_documents
+from tests.scoring.calls import score_with
 from tests.scoring.subjects import make_subject, write_hub
 from tests.torchrun import torchrun
 
@@ -57,7 +57,7 @@ def parts(world, model):
 def whole(world, model, tmp_path_factory):
     """The score of one process."""
     out = tmp_path_factory.mktemp("whole") / "out"
-    flat(neko_lean.score)(model, world, out, **SMALL)
+    score_with(model, world, out, **SMALL)
     return out
 
 
@@ -84,7 +84,7 @@ def by_ranks(monkeypatch, as_rank, module, count, work):
 @pytest.mark.parametrize("count", [2, 5])
 def test_views_are_those_of_one_process_bit_for_bit(parts, monkeypatch, as_rank, count):
     lm, tokenizer, rows = parts
-    ids, _ = tokenised(tokenizer, [f"{row.input} {row.output}" for row in rows])
+    ids, _ = tokenize_documents(tokenizer, [f"{row.input} {row.output}" for row in rows])
     wanted = view_documents(lm, tokenizer, ids, batch_tokens=150)
     sent, found = by_ranks(
         monkeypatch, as_rank, views, count, lambda: view_documents(lm, tokenizer, ids, batch_tokens=150)
@@ -99,7 +99,7 @@ def test_views_are_those_of_one_process_bit_for_bit(parts, monkeypatch, as_rank,
 @pytest.mark.parametrize(("count", "batch_tokens"), [(2, 100), (3, 10**6)])
 def test_hidden_states_are_those_of_one_process_bit_for_bit(parts, monkeypatch, as_rank, count, batch_tokens):
     lm, tokenizer, rows = parts
-    ids = [[5, 6, 7, *one] for one in tokenised(tokenizer, [row.input for row in rows])[0]]
+    ids = [[5, 6, 7, *one] for one in tokenize_documents(tokenizer, [row.input for row in rows])[0]]
     wanted = last_hidden(lm, ids, 0, batch_tokens=batch_tokens)
     sent, found = by_ranks(
         monkeypatch, as_rank, prefix, count, lambda: last_hidden(lm, ids, 0, batch_tokens=batch_tokens)
@@ -123,7 +123,7 @@ def test_ranks_generate_the_batches_of_one_process(parts, monkeypatch, as_rank, 
     assert len(wanted) == 6
     for number in range(count):
         as_rank(number, count)
-        made.append(batches(own_rows(parts[0], tokenizer, rows, Decoding(5, 1))))
+        made.append(batches(examples_of_rank(parts[0], tokenizer, rows, GenerationLimits(5, 1))))
         assert made[-1] == wanted[number::count]
     assert sum(map(len, made)) == len(wanted)
 
@@ -133,7 +133,7 @@ def test_two_processes_find_what_one_finds(world, model, tmp_path):
     write_hub(tmp_path / "mmlu", [make_subject("anatomy", 6), make_subject("virology", 1)])
     asked = [row for row in read_rows(world, "forget") if row.kind == "qa"][:3]
     write_jsonl(tmp_path / "other.jsonl", [{"id": row.id, "output": "a wood", "wrong": ["a sea"]} for row in asked])
-    flat(neko_lean.score)(
+    score_with(
         model, world, tmp_path / "one", **SMALL, mia=world / "mia", held=nonmembers, mmlu=tmp_path / "mmlu", shots=2,
         paraphrases=tmp_path / "other.jsonl", attacks=["prefix", "quantize", "relearn"], official=tmp_path / "one.json",
     )  # fmt: skip
@@ -162,7 +162,7 @@ def test_three_processes_go_on_where_one_was_cut_off(world, model, whole, tmp_pa
 
     monkeypatch.setattr(measure, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
-        flat(neko_lean.score)(model, world, tmp_path / "out", **SMALL)
+        score_with(model, world, tmp_path / "out", **SMALL)
     found = torchrun("score", model, "--data", world, "--out", tmp_path / "out", *FEW, "--resume", ranks=3)
     assert found.returncode == 0, found.stderr
     assert "score: 54 of 60 rows were generated already" in found.stderr  # what is left is one batch: two have none
@@ -179,8 +179,8 @@ def test_a_full_disk_of_one_process_ends_both_and_one_goes_on(world, model, whol
     held = {path.name: len(path.read_text().splitlines()) for path in stage.glob("generations*")}
     assert held == {GENERATIONS: 32, "generations-1.jsonl": 8}  # the first rank's share, and a batch
     with pytest.raises(NekoLeanError, match="--resume"):
-        flat(neko_lean.score)(model, world, out, **SMALL)
-    flat(neko_lean.score)(model, world, out, **SMALL, resume=True)
+        score_with(model, world, out, **SMALL)
+    score_with(model, world, out, **SMALL, resume=True)
     assert files(out) == files(whole) and scores_of(out) == scores_of(whole)
 
 

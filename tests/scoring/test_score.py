@@ -1,4 +1,4 @@
-"""`score` end to end on a random model: files, numbers, resuming, and 'not measured'."""
+"""`score` end to end on a random model: files, numbers, resuming, and numbers that are not measured."""
 
 import json
 import shutil
@@ -10,21 +10,17 @@ from rich.console import Console
 from tokenizers.processors import TemplateProcessing
 from transformers import AutoTokenizer
 
-import neko_lean
-from neko_lean.cache.settings import CacheSettings
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_tokenizer
-from neko_lean.options import OutputOptions
 from neko_lean.scoring import measure
 from neko_lean.scoring.generation import Generation, generate
-from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.table import score_table
 from neko_lean.scoring.task import CELLS, task_aggregate
-from tests.helpers import flat, make_rows, write_rows
+from tests.helpers import make_cache, make_rows, write_rows
+from tests.scoring.calls import score_with
 from tests.scoring.subjects import make_subject, write_hub
 
 LOOSE = ("wall_seconds", "peak_memory")
@@ -47,14 +43,7 @@ def same(one, two):
 
 def test_files_and_numbers(world, model, tmp_path):
     out = tmp_path / "out"
-    scores = neko_lean.score(
-        model,
-        world,
-        out,
-        inputs=ScoreInputs(mia=world / "mia"),
-        settings=ScoreSettings(max_new_tokens=8),
-        options=OutputOptions(quiet=True),
-    )
+    scores = score_with(model, world, out, mia=world / "mia", max_new_tokens=8, quiet=True)
     assert json.loads((out / "scores.json").read_text()) == scores
     assert sorted(p.name for p in out.iterdir()) == ["documents.jsonl", "generations.jsonl", "scores.json"]
     lines = lines_of(out)
@@ -90,7 +79,7 @@ def test_a_tokenizer_that_appends_changes_no_number(world, model, tmp_path):
     assert load_tokenizer(ending)("a")["input_ids"][-1] == end[1] != load_tokenizer(model)("a")["input_ids"][-1]
 
     options = {"mia": world / "mia", "held": world / "mia" / "nonmember.jsonl", "max_new_tokens": 8, "quiet": True}
-    one, two = (flat(neko_lean.score)(m, world, tmp_path / f"scores-{m.name}", **options) for m in (model, ending))
+    one, two = (score_with(m, world, tmp_path / f"scores-{m.name}", **options) for m in (model, ending))
     unlike = {"model": "", "made_from": ""}
     assert same(one | unlike, two | unlike)
     assert lines_of(tmp_path / f"scores-{model.name}") == lines_of(tmp_path / "scores-ending")
@@ -100,21 +89,13 @@ def test_everything_at_once(world, model, tmp_path):
     """MMLU, held-out text, other wordings, the reference attack, before and after, the official file: all in one."""
     cache = tmp_path / "cache"
     nonmembers = world / "mia" / "nonmember.jsonl"
-    cache_teacher(
-        model,
-        world,
-        cache,
-        forget=world,
-        anchor=nonmembers,
-        settings=CacheSettings(dtype="float32"),
-        options=OutputOptions(quiet=True),
-    )
+    make_cache(model, world, cache, forget=world, anchor=nonmembers, dtype="float32")
     asked = next(row for row in read_rows(world, "forget") if row.kind == "qa")
     write_jsonl(tmp_path / "other.jsonl", [{"id": asked.id, "input": "Well?", "output": "a wood", "wrong": ["a sea"]}])
     write_hub(tmp_path / "mmlu", [make_subject("anatomy", 6)])
     options = {"mia": world / "mia", "max_new_tokens": 6, "quiet": True, "dtype": "float32"}
-    before = flat(neko_lean.score)(model, world, tmp_path / "before", **options)
-    after = flat(neko_lean.score)(
+    before = score_with(model, world, tmp_path / "before", **options)
+    after = score_with(
         model, world, tmp_path / "after", **options, held=nonmembers, reference=cache, mmlu=tmp_path / "mmlu", shots=2,
         paraphrases=tmp_path / "other.jsonl", attacks=["prefix", "paraphrase"], before=tmp_path / "before",
         official=tmp_path / "official.json",
@@ -138,7 +119,7 @@ def test_everything_at_once(world, model, tmp_path):
 
 def test_a_killed_score_goes_on_from_what_it_had_generated(world, model, tmp_path, monkeypatch):
     options = {"max_new_tokens": 6, "batch_size": 8, "quiet": True}
-    whole = flat(neko_lean.score)(model, world, tmp_path / "whole", **options)
+    whole = score_with(model, world, tmp_path / "whole", **options)
     out, calls = tmp_path / "out", []
     generate = measure.generate
 
@@ -150,7 +131,7 @@ def test_a_killed_score_goes_on_from_what_it_had_generated(world, model, tmp_pat
 
     monkeypatch.setattr(measure, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
-        flat(neko_lean.score)(model, world, out, **options)
+        score_with(model, world, out, **options)
     assert not out.exists() and (tmp_path / ".out.partial" / "generations.jsonl").is_file()
 
     def counted(lm, tokenizer, rows, **kwargs):
@@ -159,8 +140,8 @@ def test_a_killed_score_goes_on_from_what_it_had_generated(world, model, tmp_pat
 
     monkeypatch.setattr(measure, "generate", counted)
     with pytest.raises(NekoLeanError, match="--resume"):
-        flat(neko_lean.score)(model, world, out, **options)
-    resumed = flat(neko_lean.score)(model, world, out, **options, resume=True)
+        score_with(model, world, out, **options)
+    resumed = score_with(model, world, out, **options, resume=True)
     assert calls == [60 - 24] and same(resumed, whole)
     assert (out / "generations.jsonl").read_bytes() == (tmp_path / "whole" / "generations.jsonl").read_bytes()
 
@@ -184,26 +165,17 @@ def test_rows_in_other_scripts_are_warned_of_and_judged(world, model, tmp_path, 
         yield [(i, Generation(clean(row.output), clean(row.output), "eos")) for i, row in enumerate(wanted)]
 
     monkeypatch.setattr(measure, "generate", parrot)
-    scores = neko_lean.score(
-        model, folder, tmp_path / "one", settings=ScoreSettings(max_new_tokens=4), options=OutputOptions(quiet=True)
-    )
+    scores = score_with(model, folder, tmp_path / "one", max_new_tokens=4, quiet=True)
     said = capsys.readouterr().err
-    assert "3 of 6 forget rows score below 1" in said and "of 3 of 6 retain rows it sees less than half" in said
+    assert "3 of 6 forget rows score below 1" in said and "less than half of the words of 3 of 6 retain rows" in said
     assert scores["official_blind"]["forget"] == {"unscorable": 3, "mostly_unseen": 3}
     assert all(scores["cells"][cell] == 0 for cell in CELLS if cell.endswith("knowledge"))
     assert all(scores["unicode_cells"][cell] == 1 for cell in CELLS)
     assert scores["intervals"]["unicode_cells.forget.Task1.knowledge"] == [1.0, 1.0]
     text = "\n".join(scores["verdict"])
-    assert "It forgot nothing" in text and "It kept what it should" in text
+    assert "It forgot little or nothing" in text and "It preserved the retain set" in text
     assert "any script" in table_text(scores)
-    again = neko_lean.score(
-        model,
-        folder,
-        tmp_path / "two",
-        inputs=ScoreInputs(before=tmp_path / "one"),
-        settings=ScoreSettings(max_new_tokens=4),
-        options=OutputOptions(quiet=True),
-    )
+    again = score_with(model, folder, tmp_path / "two", before=tmp_path / "one", max_new_tokens=4, quiet=True)
     assert again["difference"]["unicode_cells.retain.Task2.knowledge"]["difference"] == 0
 
 
@@ -212,9 +184,7 @@ def test_what_was_not_measured_is_called_so(world, model, tmp_path):
     folder.mkdir()
     write_rows(folder / "forget.jsonl", [r for r in make_rows("Foo", 1) if r.task != "Task3"])
     write_rows(folder / "retain.jsonl", make_rows("Rix", 1))
-    scores = neko_lean.score(
-        model, folder, tmp_path / "out", settings=ScoreSettings(max_new_tokens=4), options=OutputOptions(quiet=True)
-    )
+    scores = score_with(model, folder, tmp_path / "out", max_new_tokens=4, quiet=True)
     assert scores["membership"] is None and scores["task_aggregate"] is None
     assert scores["missing_cells"] == ["forget.Task3.regurgitation", "forget.Task3.knowledge"]
     text = table_text(scores)
@@ -224,7 +194,7 @@ def test_what_was_not_measured_is_called_so(world, model, tmp_path):
 def test_bad_input_writes_nothing(world, model, tmp_path):
     out = tmp_path / "out"
     before = tmp_path / "before"
-    neko_lean.score(model, world, before, settings=ScoreSettings(max_new_tokens=2), options=OutputOptions(quiet=True))
+    score_with(model, world, before, max_new_tokens=2, quiet=True)
     other = tmp_path / "other"
     other.mkdir()
     write_rows(other / "forget.jsonl", make_rows("Foo", 1))
@@ -233,7 +203,7 @@ def test_bad_input_writes_nothing(world, model, tmp_path):
         ({"mia": tmp_path}, r"member\.jsonl"),
         ({"data": tmp_path}, r"contains no forget"),
         ({"batch_size": 0}, "batch-size"),
-        ({"attacks": ["bribe"]}, "'bribe' is not one of relearn"),
+        ({"attacks": ["bribe"]}, "unknown attack 'bribe'"),
         ({"attacks": ["paraphrase"]}, "--paraphrases"),
         ({"reference": tmp_path}, "--mia"),
         ({"before": tmp_path}, "holds no scores.json"),
@@ -243,7 +213,7 @@ def test_bad_input_writes_nothing(world, model, tmp_path):
     ]
     for change, words in cases:
         with pytest.raises(NekoLeanError, match=words):
-            flat(neko_lean.score)(model, change.pop("data", world), out, quiet=True, **change)
+            score_with(model, change.pop("data", world), out, quiet=True, **change)
     assert not out.exists()
     shutil.copytree(before, tmp_path / "old")
     lines = [{k: v for k, v in one.items() if k != "numbers"} for one in lines_of(before)]
@@ -270,12 +240,8 @@ def test_a_recurrent_model_is_scored_and_says_once_how_it_decodes(world, model, 
 
     folder = saved(config, model, tmp_path / "m")
     write_hub(tmp_path / "mmlu", [make_subject("anatomy", 3)])
-    scores = neko_lean.score(
-        folder,
-        world,
-        tmp_path / "out",
-        inputs=ScoreInputs(mmlu=tmp_path / "mmlu"),
-        settings=ScoreSettings(shots=1, attacks=("prefix",), max_new_tokens=4),
+    scores = score_with(
+        folder, world, tmp_path / "out", mmlu=tmp_path / "mmlu", shots=1, attacks=["prefix"], max_new_tokens=4
     )
     assert capsys.readouterr().err.count("by transformers' generate, prompts of equal length together") == 1
     assert scores["mmlu"]["questions"] == 3 and len(scores["attacks"]["prefix"]) > 1
@@ -288,9 +254,7 @@ def test_rows_that_do_not_fit_the_positions_are_counted_once_even_if_quiet(world
         )
 
     folder = saved(config, model, tmp_path / "m")
-    neko_lean.score(
-        folder, world, tmp_path / "out", settings=ScoreSettings(attacks=("prefix",)), options=OutputOptions(quiet=True)
-    )
+    score_with(folder, world, tmp_path / "out", attacks=["prefix"], quiet=True)
     said = capsys.readouterr().err
     assert said.count("warning: ") == 1 and "60 of 60 rows have fewer than 256 new tokens" in said
     assert "the model has 64 positions" in said
@@ -307,19 +271,11 @@ def test_the_end_tokens_belong_to_the_plan_and_must_be_readable(world, model, tm
 
     monkeypatch.setattr(measure, "generate", killed)
     with pytest.raises(KeyboardInterrupt):
-        neko_lean.score(folder, world, out, settings=ScoreSettings(max_new_tokens=4), options=OutputOptions(quiet=True))
+        score_with(folder, world, out, max_new_tokens=4, quiet=True)
     ends.write_text('{"eos_token_id": [3, 5]}')
     with pytest.raises(NekoLeanError, match="eos_token_id"):
-        neko_lean.score(
-            folder, world, out, settings=ScoreSettings(max_new_tokens=4), options=OutputOptions(quiet=True, resume=True)
-        )
+        score_with(folder, world, out, max_new_tokens=4, quiet=True, resume=True)
     ends.write_text("{not JSON")
     with pytest.raises(NekoLeanError, match=r"generation_config\.json is not readable JSON"):
-        neko_lean.score(
-            folder,
-            world,
-            tmp_path / "other",
-            settings=ScoreSettings(max_new_tokens=4),
-            options=OutputOptions(quiet=True),
-        )
+        score_with(folder, world, tmp_path / "other", max_new_tokens=4, quiet=True)
     assert not (tmp_path / "other").exists()

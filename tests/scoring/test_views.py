@@ -5,11 +5,11 @@ import pytest
 import torch
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.models import token_stats as head
+from neko_lean.models import lm_head
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.models.token_stats import token_views
+from neko_lean.models.predictions import prediction_stats
 from neko_lean.scoring.limits import MAX_LENGTH
-from neko_lean.scoring.views import tokenised, view_documents
+from neko_lean.scoring.views import tokenize_documents, view_documents
 from tests.helpers import templated
 
 
@@ -28,20 +28,22 @@ def test_token_views_are_the_dense_ones(monkeypatch, chunk):
     torch.manual_seed(0)
     hidden, weight = torch.randn(13, 8, dtype=torch.float64), torch.randn(29, 8, dtype=torch.float64) * 3
     target = torch.randint(29, (13,))
-    monkeypatch.setattr(head, "CHUNK_ELEMENTS", chunk * 29)
-    for got, wanted in zip(token_views(hidden, weight, target), dense(hidden @ weight.T, target), strict=True):
+    monkeypatch.setattr(lm_head, "CHUNK_ELEMENTS", chunk * 29)
+    for got, wanted in zip(prediction_stats(hidden, weight, target), dense(hidden @ weight.T, target), strict=True):
         torch.testing.assert_close(got, wanted, rtol=1e-10, atol=1e-10)
 
 
 def test_a_token_that_cannot_be_and_one_that_must_be():
     hidden, weight = torch.ones(1, 1), torch.tensor([[0.0], [-torch.inf], [-1e6]])
-    views = token_views(hidden, weight, torch.tensor([0]))
+    views = prediction_stats(hidden, weight, torch.tensor([0]))
     assert [float(column) for column in views] == [0.0, 0.0, 0.0, 1.0]
 
 
 def test_documents_do_not_see_each_other(world, model):
     lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
-    ids, _ = tokenised(tokenizer, ["Foo1 is a river.", "Rix2\n\nRix2 is a river and then some more words.", "Foo a"])
+    ids, _ = tokenize_documents(
+        tokenizer, ["Foo1 is a river.", "Rix2\n\nRix2 is a river and then some more words.", "Foo a"]
+    )
     together = view_documents(lm, tokenizer, ids)
     for one, view in zip(ids, together, strict=True):
         (alone,) = view_documents(lm, tokenizer, [one], batch_tokens=1)
@@ -59,12 +61,12 @@ def test_documents_end_in_no_token_that_the_tokenizer_appends(model):
     texts = ["Foo1 is a river.", "", "words " * 3000]
     for before in ([], ["<s>"]):
         plain, ending = templated(model, before, [])[0], templated(model, before, ["</s>"])[0]
-        assert tokenised(ending, texts)[0] == [plain(text)["input_ids"][:MAX_LENGTH] for text in texts]
+        assert tokenize_documents(ending, texts)[0] == [plain(text)["input_ids"][:MAX_LENGTH] for text in texts]
 
 
 def test_after_the_prompt_is_the_answer(world, model):
     lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
-    (ids,), _ = tokenised(tokenizer, ["Foo1 is a river."])
+    (ids,), _ = tokenize_documents(tokenizer, ["Foo1 is a river."])
     (view,) = view_documents(lm, tokenizer, [ids])
     assert len(view.after(3).logp) == len(ids) - 3 and (view.after(3).logp == view.logp[2:]).all()
     assert len(view.after(0).rank) == len(ids) - 1  # the first token has no view

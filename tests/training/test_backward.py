@@ -1,4 +1,4 @@
-"""Which backward pass a model gets, and that it gives a plain one's gradients."""
+"""Which backward pass is chosen for a model, and that it gives the gradients of a plain one."""
 
 import dataclasses
 
@@ -8,11 +8,11 @@ import transformers
 from torch import nn
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.models.causal_lm import checkpoint_activations, split
+from neko_lean.models.causal_lm import as_causal_lm, checkpoint_activations
 from neko_lean.recipes import load_recipe
 from neko_lean.training import backward
 from neko_lean.training.backward import plain_gradients, select_backward, verify_layer_pass
-from neko_lean.training.layerwise import decoder_layers
+from neko_lean.training.layers import decoder_layers
 from tests.helpers import SIZES
 
 CPU = torch.device("cpu")
@@ -22,37 +22,40 @@ GPT2 = {"vocab_size": 96, "n_embd": 32, "n_layer": 2, "n_head": 4, "n_positions"
 
 def llama(**more):
     torch.manual_seed(0)
-    return split(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **more)))
+    return as_causal_lm(transformers.LlamaForCausalLM(transformers.LlamaConfig(**SIZES, **more)))
 
 
 def gpt2():
     torch.manual_seed(0)
-    return split(transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)))
+    return as_causal_lm(transformers.GPT2LMHeadModel(transformers.GPT2Config(**GPT2)))
 
 
 def opt():
     sizes = {**SIZES, "ffn_dim": 48, "word_embed_proj_dim": 16, "max_position_embeddings": 64, "dropout": 0.5}
     torch.manual_seed(0)
-    return split(transformers.OPTForCausalLM(transformers.OPTConfig(**sizes)))
+    return as_causal_lm(transformers.OPTForCausalLM(transformers.OPTConfig(**sizes)))
 
 
-def test_the_recipes_way_is_used_where_it_is_exact(capsys):
-    recipe, walk = select_backward(llama(), load_recipe("neko"), CPU)
-    assert recipe.backward == "layerwise" and walk is not None
-    for way in ("checkpointed", "plain"):
-        recipe, walk = select_backward(llama(), load_recipe("neko", {"backward": way}), CPU)
-        assert recipe.backward == way and walk is None
+def test_the_recipes_choice_is_used_if_it_is_exact(capsys):
+    recipe, layer_pass = select_backward(llama(), load_recipe("neko"), CPU)
+    assert recipe.backward == "layerwise" and layer_pass is not None
+    for backward_kind in ("checkpointed", "plain"):
+        recipe, layer_pass = select_backward(llama(), load_recipe("neko", {"backward": backward_kind}), CPU)
+        assert recipe.backward == backward_kind and layer_pass is None
     assert "warning" not in capsys.readouterr().err
 
 
 def test_families_without_a_list_of_layers_are_checkpointed(capsys):
-    recipe, walk = select_backward(gpt2(), load_recipe("neko"), CPU)
-    assert recipe.backward == "checkpointed" and walk is None
-    assert "no list of decoder layers. Falling back to backward=checkpointed" in capsys.readouterr().err
+    recipe, layer_pass = select_backward(gpt2(), load_recipe("neko"), CPU)
+    assert recipe.backward == "checkpointed" and layer_pass is None
+    assert (
+        "falling back to backward=checkpointed" in (err := capsys.readouterr().err)
+        and "no list of decoder layers." in err
+    )
 
 
 class Scaled(nn.Module):
-    """A layer which hides state: its output depends on how often it has run."""
+    """A layer with hidden state: its output depends on how often it has run."""
 
     def __init__(self, layer):
         super().__init__()
@@ -64,7 +67,7 @@ class Scaled(nn.Module):
 
 
 class Failing(nn.Module):
-    """A layer that cannot be called with gradient a second time."""
+    """A layer that fails when it is called with gradient a second time."""
 
     def __init__(self, layer):
         super().__init__()
@@ -79,27 +82,30 @@ class Failing(nn.Module):
 
 
 @pytest.mark.parametrize("odd", [Scaled, Failing])
-def test_layers_that_cannot_be_run_again_fall_back(odd, capsys):
+def test_layers_that_cannot_be_run_again_are_not_run_layerwise(odd, capsys):
     lm = llama()
     lm.backbone.layers[1] = odd(lm.backbone.layers[1])
-    recipe, walk = select_backward(lm, load_recipe("neko"), CPU)
-    assert walk is None and recipe.backward in ("checkpointed", "plain")
-    assert "Falling back" in capsys.readouterr().err
+    recipe, layer_pass = select_backward(lm, load_recipe("neko"), CPU)
+    assert layer_pass is None and recipe.backward in ("checkpointed", "plain")
+    assert "falling back" in capsys.readouterr().err
     assert all(parameter.grad is None for parameter in lm.model.parameters())
 
 
-def test_parameters_that_layers_share_are_not_walked():
+def test_layers_that_share_parameters_are_refused():
     lm = llama()
     lm.backbone.layers[1].mlp.up_proj.weight = lm.backbone.layers[0].mlp.up_proj.weight
     with pytest.raises(NekoLeanError, match="share parameters"):
         verify_layer_pass(lm, decoder_layers(lm), plain_gradients(lm))
 
 
-def test_what_cannot_be_checkpointed_is_trained_plainly(monkeypatch, capsys):
+def test_a_model_that_cannot_be_checkpointed_is_trained_plainly(monkeypatch, capsys):
     monkeypatch.setattr(backward, "checkpoint_activations", lambda model: [])
     recipe, _ = select_backward(gpt2(), load_recipe("neko"), CPU)
     assert recipe.backward == "plain"
-    assert "no layers that can be checkpointed. Falling back to backward=plain" in capsys.readouterr().err
+    assert (
+        "falling back to backward=plain" in (err := capsys.readouterr().err)
+        and "no layers that can be checkpointed." in err
+    )
 
 
 def test_a_model_that_cannot_be_trained_is_refused():
@@ -120,20 +126,20 @@ def test_checkpointed_gradients_are_the_plain_ones_without_dropout(make):
         lm.hidden(ids)[0].backward(upstream)
         return {name: p.grad.clone() for name, p in lm.model.named_parameters() if p.grad is not None}
 
-    wanted = gradients()
-    kept = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    expected = gradients()
+    stored = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t.numel()) or t, lambda t: t):
         lm.hidden(ids)
-    plain = sum(kept)
+    plain = sum(stored)
     assert len(checkpoint_activations(lm.model)) == 2
-    kept.clear()
-    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+    stored.clear()
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: stored.append(t.numel()) or t, lambda t: t):
         lm.hidden(ids)
-    assert sum(kept) < plain / 3
-    torch.testing.assert_close(gradients(), wanted)
+    assert sum(stored) < plain / 3
+    torch.testing.assert_close(gradients(), expected)
 
 
-def test_train_last_leaves_positions_and_projections_before_the_layers_alone():
+def test_train_last_freezes_embeddings_and_projections_before_the_layers():
     lm = opt()
     select_backward(lm, dataclasses.replace(load_recipe("neko"), train_last=1), CPU)
     learning = {name for name, p in lm.model.named_parameters() if p.requires_grad}

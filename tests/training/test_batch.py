@@ -10,8 +10,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from neko_lean.cache.options import CacheOptions
 from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.settings import CacheSettings
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import read_rows
 from neko_lean.data.substitutes import random_answers, refusals
@@ -22,7 +22,8 @@ from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.training import batch as step
 from neko_lean.training.batch import _to_device, make_batch, select_hidden
-from neko_lean.training.layerwise import LayerPass, decoder_layers
+from neko_lean.training.layers import decoder_layers
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 from neko_lean.training.micro_batches import OVERHEAD, micro_batches, split_across_ranks
 from tests.helpers import random_model, tiny
@@ -41,8 +42,8 @@ def pieces(world, tmp_path_factory):
         world,
         folder / "cache",
         forget=world,
-        settings=CacheSettings(top_k=10**6, mass=1, dtype="float32", format="neko"),
-        options=OutputOptions(quiet=True),
+        cache=CacheOptions(top_k=10**6, mass=1, dtype="float32", format="neko"),
+        run=OutputOptions(quiet=True),
     )
     tokenizer = load_tokenizer(teacher)
     rows = {name: encode(read_rows(world, name), tokenizer, "neko", 128) for name in ("forget", "retain")}

@@ -1,4 +1,4 @@
-"""Deterministic kernels: asked for on a GPU only, for as long as a run lasts, and done without where there are none."""
+"""Deterministic kernels: used on a GPU during a run, unless the student needs a kernel that has no such version."""
 
 import os
 
@@ -13,7 +13,7 @@ GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
 
 class OnGpu:
-    """A student that says it lies on a GPU."""
+    """A student that claims to be on a GPU."""
 
     def __init__(self, lm):
         self.lm, self.device = lm, GPU
@@ -29,14 +29,14 @@ def student(monkeypatch):
     return lm
 
 
-def test_the_mode_lasts_as_long_as_it_is_asked_for(monkeypatch):
+def test_the_mode_ends_with_its_context(monkeypatch):
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
     with deterministic(CPU):
         assert not torch.are_deterministic_algorithms_enabled()
     assert "CUBLAS_WORKSPACE_CONFIG" not in os.environ
     with pytest.raises(KeyError), deterministic(GPU):
         assert torch.are_deterministic_algorithms_enabled()
-        # Attention takes its deterministic kernel only where the mode does more than warn.
+        # Attention uses its deterministic kernel only if the mode does more than warn.
         assert not torch.is_deterministic_algorithms_warn_only_enabled()
         assert not torch.utils.deterministic.fill_uninitialized_memory
         assert os.environ["CUBLAS_WORKSPACE_CONFIG"] == ":4096:8"
@@ -45,43 +45,44 @@ def test_the_mode_lasts_as_long_as_it_is_asked_for(monkeypatch):
     assert torch.utils.deterministic.fill_uninitialized_memory
 
 
-def test_a_student_is_asked_in_that_mode(student, monkeypatch, capsys):
-    asked = []
+def test_the_check_runs_in_that_mode(student, monkeypatch, capsys):
+    modes = []
     monkeypatch.setattr(
-        determinism, "_small_loss", lambda _: asked.append(torch.are_deterministic_algorithms_enabled())
+        determinism, "_head_gradients", lambda _: modes.append(torch.are_deterministic_algorithms_enabled())
     )
-    assert deterministic_device(student) == GPU and asked == [True]
-    assert deterministic_device(student.lm) == CPU and asked == [True]
+    assert deterministic_device(student) == GPU and modes == [True]
+    assert deterministic_device(student.lm) == CPU and modes == [True]
     assert capsys.readouterr().err == ""
 
 
-def test_without_deterministic_kernels_it_warns_and_does_without(student, monkeypatch, capsys):
+def test_without_deterministic_kernels_it_warns_and_continues(student, monkeypatch, capsys):
     def refuse(_):
         raise RuntimeError("cumsum_cuda_kernel does not have a deterministic implementation, but you set ...")
 
-    monkeypatch.setattr(determinism, "_small_loss", refuse)
+    monkeypatch.setattr(determinism, "_head_gradients", refuse)
     assert deterministic_device(student) == CPU
-    said = capsys.readouterr().err
-    assert said.startswith("warning: on this GPU two runs of LlamaForCausalLM differ by rounding")
-    assert "cumsum_cuda_kernel" in said
+    err = capsys.readouterr().err
+    assert err.startswith("warning: results are not reproducible to the last bit on this GPU")
+    assert "two runs of LlamaForCausalLM differ by rounding" in err
+    assert "cumsum_cuda_kernel" in err
     assert not torch.are_deterministic_algorithms_enabled()
 
 
-def test_what_else_is_wrong_is_left_to_later_checks(student, monkeypatch, capsys):
+def test_other_errors_are_left_to_later_checks(student, monkeypatch, capsys):
     def refuse(_):
         raise RuntimeError("expected scalar type Half but found Float")
 
-    monkeypatch.setattr(determinism, "_small_loss", refuse)
+    monkeypatch.setattr(determinism, "_head_gradients", refuse)
     assert deterministic_device(student) == GPU and capsys.readouterr().err == ""
 
 
-def test_the_heads_pass_leaves_no_gradient(student):
-    determinism._small_loss(student)
+def test_the_check_of_the_head_leaves_no_gradient(student):
+    determinism._head_gradients(student)
     assert all(parameter.grad is None for parameter in student.model.parameters())
 
 
 def test_a_run_trains_in_that_mode(unlearn, tmp_path, monkeypatch):
-    """The device is a CPU, so its trainer is told otherwise."""
+    """The device is a CPU, so the trainer is made to believe that it is a GPU."""
     from neko_lean.training import trainer
 
     seen = []

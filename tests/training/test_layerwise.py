@@ -1,4 +1,4 @@
-"""One layer at a time: the gradients of one plain backward, with one layer's gradients alive."""
+"""The layerwise pass: the gradients of a plain backward pass, with the gradients of one layer alive at a time."""
 
 import dataclasses
 
@@ -7,21 +7,19 @@ import torch
 import transformers
 
 from neko_lean.cache.reader import TeacherCache
-from neko_lean.cache.settings import CacheSettings
-from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import NekoLeanError
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.models.causal_lm import split
+from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
-from neko_lean.training.layerwise import LayerPass, decoder_layers, freeze
+from neko_lean.training.layers import decoder_layers, freeze
+from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 from neko_lean.training.micro_batches import MicroBatches
-from tests.helpers import random_model, tiny
+from tests.helpers import make_cache, random_model, tiny
 
 CPU = torch.device("cpu")
 SMALL = {"num_hidden_layers": 3, "num_key_value_heads": 2, "head_dim": 8}
@@ -29,24 +27,24 @@ FAMILIES = ["Olmo", "Olmo2", "Llama", "Qwen2", "Qwen3", "Mistral", "Gemma", "Gem
 
 
 def small(family, tied=False, attention=None, **more):
-    """A random model of a family in float64, its layers' weights large enough that every one of them matters."""
+    """A random float64 model of a family, with weights large enough for every layer to matter."""
     model = tiny(family, attention, **{**SMALL, "tie_word_embeddings": tied, **more}).model
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(3).add_(0.1 * torch.randn_like(p))
-    return split(model)
+    return as_causal_lm(model)
 
 
 def micro_batches(lm, seed=0, count=3):
-    """Token ids of `count` micro-batches and the positions wanted of each, some rows without any."""
+    """Token ids of `count` micro-batches, and positions of each, such that some examples have none."""
     generator = torch.Generator().manual_seed(seed)
     micro = [torch.randint(0, lm.head.shape[0], (n + 1, 5 + 2 * n), generator=generator) for n in range(count)]
     index = [torch.randperm(ids.numel(), generator=generator)[: ids.numel() // 2].sort()[0] for ids in micro]
     return MicroBatches(micro, [None] * count, index)
 
 
-def some_loss(hidden, head, index):
-    """Not linear and not symmetric in the positions."""
+def nonlinear_loss(hidden, head, index):
+    """A loss that is neither linear nor symmetric in the positions."""
     return ((hidden @ head.T).logsumexp(1) * torch.arange(1, len(hidden) + 1)).sum() / sum(map(len, index))
 
 
@@ -54,81 +52,81 @@ def gradients(lm):
     return {name: p.grad.clone() for name, p in lm.model.named_parameters() if p.grad is not None}
 
 
-def both_ways(lm, seed=0):
-    """Gradients by one plain forward and backward, and by walking the layers."""
+def plain_and_layerwise(lm, seed=0):
+    """Gradients of a plain forward and backward pass, and of a LayerPass."""
     micro = micro_batches(lm, seed)
     hidden = select_hidden(lm, micro)
-    some_loss(hidden, lm.head, micro.index).backward()
+    nonlinear_loss(hidden, lm.head, micro.index).backward()
     plain = gradients(lm)
     lm.model.zero_grad()
-    walk = LayerPass(lm, decoder_layers(lm))
-    hidden = walk.forward(micro)
-    some_loss(hidden, lm.head, micro.index).backward()
-    found = {}
+    layer_pass = LayerPass(lm, decoder_layers(lm))
+    hidden = layer_pass.forward(micro)
+    nonlinear_loss(hidden, lm.head, micro.index).backward()
+    grads = {}
 
     def keep_and_free(parameter):
         if parameter.grad is not None:
             name = next(n for n, p in lm.model.named_parameters() if p is parameter)
-            assert name not in found, f"{name} was complete twice"
-            found[name] = parameter.grad.clone()
+            assert name not in grads, f"{name} was updated twice"
+            grads[name] = parameter.grad.clone()
             parameter.grad = None
 
-    walk.backward(keep_and_free)
-    return plain, found
+    layer_pass.backward(keep_and_free)
+    return plain, grads
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_gradients_equal_one_plain_backward(family, tied):
+def test_gradients_equal_those_of_a_plain_backward(family, tied):
     lm = small(family, tied)
-    plain, found = both_ways(lm)
-    assert set(found) == set(plain) == {name for name, _ in lm.model.named_parameters()}
+    plain, layerwise = plain_and_layerwise(lm)
+    assert set(layerwise) == set(plain) == {name for name, _ in lm.model.named_parameters()}
     # Gemma's norm multiplies by its weight in float32 whatever the model's dtype, so sums over positions round there.
     close = 1e-6 if family.startswith("Gemma") else 1e-11
-    for name, one in plain.items():
-        assert one.abs().max() > 0, name
-        torch.testing.assert_close(found[name], one, rtol=close, atol=close * one.abs().max().item())
+    for name, grad in plain.items():
+        assert grad.abs().max() > 0, name
+        torch.testing.assert_close(layerwise[name], grad, rtol=close, atol=close * grad.abs().max().item())
 
 
 @pytest.mark.parametrize("tied", [False, True])
 @pytest.mark.parametrize("last", [1, 2])
-def test_only_the_last_layers_learn(last, tied):
+def test_only_the_last_layers_are_trained(last, tied):
     lm = small("Llama", tied)
     freeze(lm, last)
-    plain, found = both_ways(lm)
-    assert set(found) == set(plain)
-    assert all(torch.allclose(found[name], one, rtol=1e-11, atol=1e-13) for name, one in plain.items())
-    learning = {name.split(".")[2] for name in found if ".layers." in name}
-    assert learning == {str(n) for n in range(3 - last, 3)}
-    assert ("lm_head.weight" in found) != tied and "model.norm.weight" in found
-    assert "model.embed_tokens.weight" not in found
+    plain, layerwise = plain_and_layerwise(lm)
+    assert set(layerwise) == set(plain)
+    assert all(torch.allclose(layerwise[name], grad, rtol=1e-11, atol=1e-13) for name, grad in plain.items())
+    trained = {name.split(".")[2] for name in layerwise if ".layers." in name}
+    assert trained == {str(n) for n in range(3 - last, 3)}
+    assert ("lm_head.weight" in layerwise) != tied and "model.norm.weight" in layerwise
+    assert "model.embed_tokens.weight" not in layerwise
     with pytest.raises(NekoLeanError, match="train_last is 4"):
         freeze(lm, 4)
 
 
-def test_no_activation_is_kept_for_frozen_layers():
+def test_no_input_is_stored_for_frozen_layers():
     lm = small("Olmo")
     freeze(lm, 1)
-    walk = LayerPass(lm, decoder_layers(lm))
-    walk.forward(micro_batches(lm))
-    assert [len(calls) for calls in walk.calls] == [1, 1, 1] and not walk.embedded
+    layer_pass = LayerPass(lm, decoder_layers(lm))
+    layer_pass.forward(micro_batches(lm))
+    assert [len(calls) for calls in layer_pass.calls] == [1, 1, 1] and not layer_pass.embedding_edges
 
 
-def test_families_that_cannot_be_walked_are_refused():
+def test_families_without_separable_layers_are_refused():
     config = transformers.GPT2Config(vocab_size=64, n_embd=32, n_layer=2, n_head=2)
     with pytest.raises(NekoLeanError, match="GPT2LMHeadModel has no list of decoder layers"):
-        decoder_layers(split(transformers.GPT2LMHeadModel(config)))
+        decoder_layers(as_causal_lm(transformers.GPT2LMHeadModel(config)))
     lm = small("Olmo")
     lm.backbone.layers[0], lm.backbone.layers[1] = lm.backbone.layers[1], lm.backbone.layers[0]
-    decoder_layers(lm)  # any order is one's own
+    decoder_layers(lm)  # the order of layers is free
     lm.backbone.layers[2] = lm.backbone.layers[1]
     with pytest.raises(NekoLeanError, match="OlmoForCausalLM"):
         decoder_layers(lm)
 
 
 @pytest.mark.parametrize("family", FAMILIES[:6])
-def test_sdpa_gets_no_mask_so_that_its_flash_kernel_may_run(family, monkeypatch):
-    """In the pass forward, when layers run again, and in a plain one; and what packing would cost here: a mask."""
+def test_sdpa_gets_no_mask_so_that_its_flash_kernel_can_be_used(family, monkeypatch):
+    """In the forward pass, when layers run again, and in a plain pass. Packing would need a mask here."""
     lm = small(family, attention="sdpa")
     kernel, masks = torch.nn.functional.scaled_dot_product_attention, []
 
@@ -137,7 +135,7 @@ def test_sdpa_gets_no_mask_so_that_its_flash_kernel_may_run(family, monkeypatch)
         return kernel(*args, attn_mask=attn_mask, is_causal=is_causal, **named)
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
-    both_ways(lm)
+    plain_and_layerwise(lm)
     assert len(masks) == 3 * 3 + 2 * 3 * 3 + 3 and set(masks) == {(False, True)}
     masks.clear()
     lm.hidden(torch.arange(6)[None], torch.tensor([[0, 1, 2, 0, 1, 2]]))
@@ -146,23 +144,17 @@ def test_sdpa_gets_no_mask_so_that_its_flash_kernel_may_run(family, monkeypatch)
 
 @pytest.fixture(scope="module")
 def two_term(world, tmp_path_factory):
-    """Teacher cache and rows for the real loss."""
+    """Models, examples and teacher cache for the real loss."""
     folder = tmp_path_factory.mktemp("layerwise")
     models = {tied: random_model(world, folder / f"s{tied}", seed=2, tied=tied, scale=5.0) for tied in (False, True)}
-    cache_teacher(
-        models[False],
-        world,
-        folder / "cache",
-        settings=CacheSettings(format="neko", dtype="float32"),
-        options=OutputOptions(quiet=True),
-    )
+    make_cache(models[False], world, folder / "cache", format="neko", dtype="float32")
     tokenizer = load_tokenizer(models[False])
     rows = {name: encode(read_rows(world, name), tokenizer, "neko", 128) for name in ("forget", "retain")}
     return models, rows, TeacherCache(folder / "cache")
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_two_term_loss_keeps_one_layers_gradients_alive(two_term, tied):
+def test_the_real_loss_keeps_one_layers_gradients_alive(two_term, tied):
     models, rows, cache = two_term
     recipe = load_recipe("neko", {"micro_tokens": 128})
     lm = load_model(models[tied], torch.float32, CPU)
@@ -172,9 +164,9 @@ def test_two_term_loss_keeps_one_layers_gradients_alive(two_term, tied):
     whole = make_batch(
         rows["forget"][:8], rows["retain"][:8], cache, dataclasses.replace(recipe, micro_tokens=10**6), 0, CPU
     )
-    assert len(whole.micro.input_ids) == 1
-    wanted = batch_losses(select_hidden(lm, whole.micro), lm, whole, recipe)
-    wanted["loss"].backward()
+    assert len(whole.micro) == 1
+    expected = batch_losses(select_hidden(lm, whole.micro), lm, whole, recipe)
+    expected["loss"].backward()
     plain = gradients(lm)
     lm.model.zero_grad()
 
@@ -182,25 +174,25 @@ def test_two_term_loss_keeps_one_layers_gradients_alive(two_term, tied):
     alive: set[str] = set()
     most: list[set[str]] = []
 
-    def born(p):
+    def gradient_appears(p):
         alive.add(names[id(p)])
         most.append(set(alive))
 
     for p in lm.model.parameters():
-        p.register_post_accumulate_grad_hook(born)
+        p.register_post_accumulate_grad_hook(gradient_appears)
 
-    def complete(p):
+    def update(p):
         if p.grad is not None:
             torch.testing.assert_close(p.grad, plain[names[id(p)]], rtol=1e-9, atol=1e-12)
             p.grad = None
             alive.discard(names[id(p)])
 
-    walk = LayerPass(lm, decoder_layers(lm))
-    losses = batch_losses(walk.forward(batch.micro), lm, batch, recipe)
+    layer_pass = LayerPass(lm, decoder_layers(lm))
+    losses = batch_losses(layer_pass.forward(batch.micro), lm, batch, recipe)
     for name, loss in losses.items():
-        assert loss.item() == pytest.approx(wanted[name].item(), rel=1e-9)
+        assert loss.item() == pytest.approx(expected[name].item(), rel=1e-9)
     losses["loss"].backward()
-    walk.backward(complete)
+    layer_pass.backward(update)
     assert not alive and len(most) > 10
     head = "model.embed_tokens.weight" if tied else "lm_head.weight"
     for together in most:
@@ -210,11 +202,11 @@ def test_two_term_loss_keeps_one_layers_gradients_alive(two_term, tied):
         assert len(others) <= 1
 
 
-def test_more_rows_raise_the_peak_by_little_more_than_layer_inputs():
-    """12 layers, one position in eight wanted: beyond the inputs only what is kept of the wanted positions grows."""
+def test_more_examples_raise_the_peak_by_little_more_than_layer_inputs():
+    """With 12 layers and one position in eight needed, only layer inputs and the needed hidden states grow."""
     sizes = {**SMALL, "num_hidden_layers": 12, "hidden_size": 64, "intermediate_size": 256}
-    lm = split(tiny("Olmo", dtype=torch.float32, **sizes).model)
-    walk = LayerPass(lm, decoder_layers(lm))
+    lm = as_causal_lm(tiny("Olmo", dtype=torch.float32, **sizes).model)
+    layer_pass = LayerPass(lm, decoder_layers(lm))
 
     def free(p):
         p.grad = None
@@ -223,8 +215,10 @@ def test_more_rows_raise_the_peak_by_little_more_than_layer_inputs():
         micro = [torch.randint(0, 96, (4, 64)) for _ in range(count)]
         index = [torch.arange(0, 256, 8) for _ in range(count)]
         with LiveTensors() as live:
-            some_loss(walk.forward(MicroBatches(micro, [None] * len(micro), index)), lm.head, index).backward()
-            walk.backward(free)
+            nonlinear_loss(
+                layer_pass.forward(MicroBatches(micro, [None] * len(micro), index)), lm.head, index
+            ).backward()
+            layer_pass.backward(free)
         return live.peak
 
     peak(1)

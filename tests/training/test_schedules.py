@@ -1,5 +1,6 @@
-"""Schedules: every forget row gets its turn, in the order that the recipe names."""
+"""Schedules: learning rates, phases, and the order of the examples."""
 
+import itertools
 import math
 import random
 from itertools import islice
@@ -21,12 +22,12 @@ def recipe(**change):
     return load_recipe("neko", given)
 
 
-def test_learning_rate_warms_up_and_falls():
+def test_the_learning_rate_warms_up_and_decays():
     rates = [learning_rate(recipe(lr=1.0, warmup=0.4), step, 10) for step in range(1, 11)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0]) and rates[-1] == pytest.approx(1 / 6)
 
 
-def test_together_is_one_phase_of_the_larger_sets_epochs():
+def test_order_together_is_one_phase_with_epochs_of_the_larger_set():
     (phase,) = phases(recipe(), FORGET, RETAIN, random.Random(0))
     assert phase == Phase(list(range(7)), 3 * 4)
     (phase,) = phases(recipe(max_steps=5), FORGET, RETAIN, random.Random(0))
@@ -38,15 +39,15 @@ def test_together_is_one_phase_of_the_larger_sets_epochs():
 @given(rows=st.integers(1, 40), chunk=st.integers(1, 12), most=st.integers(0, 60))
 def test_chunks_cover_the_forget_set_once(rows, chunk, most):
     chosen = recipe(order="chunks", chunk_rows=chunk, max_steps=most)
-    found = phases(chosen, [20] * rows, RETAIN, random.Random(1))
+    chunks = phases(chosen, [20] * rows, RETAIN, random.Random(1))
     if most:
-        assert sum(phase.steps for phase in found) <= most
+        assert sum(phase.steps for phase in chunks) <= most
     else:
-        assert sorted(n for phase in found for n in phase.forget) == list(range(rows))
-        assert all(phase.steps == 3 * math.ceil(len(phase.forget) / 2) for phase in found)
+        assert sorted(n for phase in chunks for n in phase.forget) == list(range(rows))
+        assert all(phase.steps == 3 * math.ceil(len(phase.forget) / 2) for phase in chunks)
 
 
-def test_a_chunks_steps_take_its_rows_and_all_of_retain():
+def test_steps_of_a_chunk_take_its_examples_and_the_whole_retain_set():
     chosen = recipe(order="chunks", chunk_rows=3)
     phase = phases(chosen, FORGET, RETAIN, random.Random(0))[1]
     steps = list(islice(batches(chosen, phase, FORGET, RETAIN, random.Random(0)), 30))
@@ -55,7 +56,7 @@ def test_a_chunks_steps_take_its_rows_and_all_of_retain():
     assert all(forget and retain for forget, retain in steps)
 
 
-def test_alternating_gives_one_set_a_step():
+def test_order_alternating_takes_one_set_per_step():
     chosen = recipe(order="alternating")
     (phase,) = phases(chosen, FORGET, RETAIN, random.Random(0))
     steps = list(islice(batches(chosen, phase, FORGET, RETAIN, random.Random(0)), phase.steps))
@@ -63,3 +64,13 @@ def test_alternating_gives_one_set_a_step():
     assert all(bool(forget) != bool(retain) for forget, retain in steps)
     seen = [n for forget, _ in steps for n in forget]
     assert all(seen.count(n) >= 3 for n in range(7))
+
+
+def test_learning_rates_of_shipped_recipes():
+    memorize = load_recipe("memorize", {"lr": 1.0, "warmup": 0.2})
+    rates = [learning_rate(memorize, step, 10) for step in range(1, 11)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[-1] == pytest.approx(0.125)
+    assert all(a > b for a, b in itertools.pairwise(rates[2:]))
+    neko = load_recipe("neko", {"lr": 1.0})
+    assert [learning_rate(neko, step, 4) for step in range(1, 5)] == [1.0, 0.75, 0.5, 0.25]
+    assert learning_rate(load_recipe("neko", {"schedule": "constant"}), 400, 500) == 5e-5

@@ -1,0 +1,139 @@
+"""One training step on fake tensors (shapes without storage), whose allocations are counted."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.memory.estimate import tensor_bytes
+from neko_lean.memory.live_tensors import LiveTensors
+from neko_lean.models import (
+    CHUNK_ELEMENTS,
+    CausalLM,
+    checkpoint_activations,
+    config_softcap,
+    find_backbone,
+    load_config,
+    reset_output_switches,
+)
+from neko_lean.recipes import Recipe
+from neko_lean.training import SLICE, UPDATE_BYTES, LayerPass, MicroBatches, decoder_layers, select_hidden
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
+
+@contextmanager
+def fake_tensors() -> Iterator[None]:
+    """Within this context, new tensors have no storage.
+
+    PyTorch logs each operator that fake tensors do not support before it raises. That log is silenced, because the
+    exception is handled by the caller.
+    """
+    logger = logging.getLogger("torch._subclasses.fake_tensor")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL + 1)
+    try:
+        with FakeTensorMode():
+            yield
+    finally:
+        logger.setLevel(level)
+
+
+def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
+    """A model without storage. Call it within `fake_tensors()`.
+
+    Args:
+        config: the model's config, or a folder that holds its config.json.
+        dtype: dtype of the weights.
+
+    Raises NekoLeanError if the model's backbone and head cannot be told apart.
+    """
+    from transformers import AutoModelForCausalLM
+
+    model_config = load_config(config) if isinstance(config, Path) else config
+    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False).eval()
+    reset_output_switches(model)
+    try:
+        backbone = find_backbone(model)
+    except NekoLeanError as error:
+        raise NekoLeanError(f"memory cannot be predicted from the config alone in {dtype}: {error}") from error
+    return CausalLM(model, backbone, softcap=config_softcap(model_config))
+
+
+def fake_step(lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTensors) -> int:
+    """Make the allocations of one training step.
+
+    Args:
+        lm: model from `fake_model`.
+        recipe: its `backward` decides how the step runs.
+        micro: micro-batches of the step.
+        live: counter that is active; it is told about scratch memory of CPU kernels.
+
+    Returns the bytes of the layer inputs that the step keeps.
+    """
+
+    def update(parameter: nn.Parameter) -> None:
+        if parameter.grad is not None:
+            torch.empty(UPDATE_BYTES * min(SLICE, parameter.numel()), dtype=torch.uint8)
+            parameter.grad = None
+
+    # Forward.
+    layer_pass, layer_inputs = None, 0
+    if recipe.backward == "layerwise":
+        layer_pass = LayerPass(lm, decoder_layers(lm))
+        hidden = layer_pass.forward(micro)  # [N, d]
+        layer_inputs = sum(tensor_bytes([call.hidden]) for calls in layer_pass.calls for call in calls)
+    else:
+        _prepare_autograd(lm, recipe, update)
+        hidden = select_hidden(lm, micro)  # [N, d]
+
+    # Loss: `token_stats` looks at values, which fake tensors lack, so its buffers and gradients stand in for it.
+    head = lm.model.get_output_embeddings().weight
+    hidden_grad = torch.empty_like(hidden)
+    if head.requires_grad:
+        head.grad = torch.empty_like(head)
+        if head.dtype == torch.bfloat16:
+            # The last chunk's product adds to the head's gradient while its logits and their gradient are alive.
+            alive = torch.empty(chunk_bytes(lm, len(hidden)) * 6 // (4 * _chunk_buffers(lm)), dtype=torch.uint8)
+            live.scratch(4 * head.numel())
+            del alive
+    logits = chunk_bytes(lm, len(hidden)) // _chunk_buffers(lm)
+    buffers = [torch.empty(logits, dtype=torch.uint8) for _ in range(_chunk_buffers(lm))]
+    del buffers
+    if head is not lm.embedding and layer_pass is None:
+        update(head)
+
+    # Backward, with an update for each parameter whose gradient is complete.
+    torch.autograd.backward(hidden, hidden_grad)
+    del hidden, hidden_grad
+    if layer_pass is not None:
+        layer_pass.backward(update)
+    return layer_inputs
+
+
+def _prepare_autograd(lm: CausalLM, recipe: Recipe, update: Callable[[nn.Parameter], None]) -> None:
+    """Checkpoint activations if the recipe says so, and update each parameter when autograd completes its gradient."""
+    if recipe.backward == "checkpointed":
+        checkpoint_activations(lm.model)
+    for parameter in lm.model.parameters():
+        if parameter.requires_grad:
+            parameter.register_post_accumulate_grad_hook(update)
+
+
+def chunk_bytes(lm: CausalLM, positions: int) -> int:
+    """Bytes of the head's buffers for one chunk of at most `positions` positions."""
+    return 4 * _chunk_buffers(lm) * min(CHUNK_ELEMENTS, positions * lm.head.shape[0])
+
+
+def _chunk_buffers(lm: CausalLM) -> int:
+    """Number of float32 buffers of a chunk's size: the logits, the student's tail, and the gradient of a soft cap."""
+    return 2 if lm.softcap is None else 3

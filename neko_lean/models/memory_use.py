@@ -1,0 +1,61 @@
+"""Memory in use: resident set and peaks of this process, and PyTorch's peaks on a GPU."""
+
+from __future__ import annotations
+
+import ctypes
+import gc
+import resource
+import sys
+from contextlib import suppress
+from pathlib import Path
+
+import torch
+
+
+def reset_peak_memory(device: torch.device) -> None:
+    """Reset the peaks that `peak_memory` reports. The peak of the process can be reset on Linux only."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    with suppress(OSError):  # 5 resets the peak only, see proc_pid_clear_refs(5)
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def trim_memory() -> None:
+    """Return freed blocks from the allocator to the system, so that later growth is not hidden by their reuse.
+
+    Works with glibc only.
+    """
+    gc.collect()
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
+def resident_memory() -> int:
+    """Resident set of this process in bytes, including mapped files; on systems that do not report it, its peak."""
+    try:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
+    except OSError:
+        return peak_memory(torch.device("cpu"))["process"]
+
+
+def peak_memory(device: torch.device) -> dict[str, int]:
+    """Peaks in bytes since `reset_peak_memory`.
+
+    Returns:
+        'process' (resident set); on a GPU also 'allocated' and 'reserved' by PyTorch.
+    """
+    peaks = {"process": _process_peak()}
+    if device.type == "cuda":
+        peaks["allocated"] = torch.cuda.max_memory_allocated(device)
+        peaks["reserved"] = torch.cuda.max_memory_reserved(device)
+    return peaks
+
+
+def _process_peak() -> int:
+    # VmHWM rather than ru_maxrss where available: ru_maxrss cannot be reset, and on Linux a process inherits that of
+    # its parent, so the child of a large process would seem large itself.
+    with suppress(OSError, StopIteration):
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return int(next(line for line in lines if line.startswith("VmHWM:")).split()[1]) * 1024
+    unit = 1 if sys.platform == "darwin" else 1024  # ru_maxrss is in bytes on macOS, in KiB elsewhere
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

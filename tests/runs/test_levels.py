@@ -1,0 +1,97 @@
+"""Where `unlearn` takes levels from, and how they follow the student."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+import neko_lean
+from neko_lean import cache
+from neko_lean.data.documents import read_anchor
+from neko_lean.data.examples import read_rows
+from neko_lean.data.tokenization import encode
+from neko_lean.errors import NekoLeanError
+from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.models.predictions import next_token_logp
+from neko_lean.options import RunOptions
+from neko_lean.recipes import load_recipe
+from neko_lean.training import trainer
+from neko_lean.training.levels import with_levels
+from tests.helpers import flat, make_cache, random_model
+from tests.training.run_files import metrics
+
+
+def test_levels_come_from_the_anchor_or_are_constant(world, model, anchored, tmp_path, monkeypatch, capsys):
+    seen = []
+    original = trainer.make_batch
+    monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append(original(*args)) or seen[-1])
+    for anchor in (anchored / "anchor.jsonl", None):
+        neko_lean.unlearn(
+            model,
+            tmp_path / str(anchor)[-4:],
+            world,
+            world,
+            cache=anchored / "cache",
+            anchor=anchor,
+            recipe="calibrated",
+            overrides={"max_steps": 1, **({} if anchor else {"level": 3.0})},
+            run=RunOptions(quiet=True),
+        )
+    estimated, constant = (batch.levels[batch.forget] for batch in (seen[0], seen[-1]))
+    assert len(set(estimated.tolist())) > 10 and set(constant.tolist()) == {3.0}
+    assert "without --anchor or --base-cache" in capsys.readouterr().err
+
+
+def test_levels_can_come_from_the_model_before_it_learned_the_forget_set(world, model, anchored, tmp_path, monkeypatch):
+    """The levels are the losses of a model that never saw the forget set, token by token."""
+    base = random_model(world, tmp_path / "base", seed=9)
+    make_cache(base, world, tmp_path / "base-cache", forget=world, dtype="float32")
+    seen = []
+    original = trainer.make_batch
+    monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append((args[0], original(*args))) or seen[-1][1])
+    options = {"cache": anchored / "cache", "base_cache": tmp_path / "base-cache", "recipe": "calibrated"}
+    flat(neko_lean.unlearn)(model, tmp_path / "out", world, world, overrides={"max_steps": 1}, quiet=True, **options)
+    examples, batch = seen[0]
+    lm = load_model(base, torch.float32, torch.device("cpu"))
+    losses = -next_token_logp(lm, [example.input_ids for example in examples], 1)
+    expected = losses.split([len(example) - 1 for example in examples])
+    for number, (example, loss) in enumerate(zip(examples, expected, strict=True)):
+        start = 0 if example.example.kind == "sc" else example.prompt_length - 1
+        torch.testing.assert_close(batch.levels[batch.row == number].cpu(), loss[start:], rtol=1e-4, atol=1e-4)
+    with pytest.raises(NekoLeanError, match="--forget"):
+        make_cache(base, world, tmp_path / "bare")
+        options["base_cache"] = tmp_path / "bare"
+        flat(neko_lean.unlearn)(model, tmp_path / "no", world, world, quiet=True, **options)
+
+
+def test_levels_follow_the_students_loss_on_unseen_text(world, model, anchored, tmp_path):
+    """The drift is 1 while the student equals its teacher, and otherwise the ratio of their losses."""
+    change = {"max_steps": 3, "lr": 1e-9}
+    options = {"cache": anchored / "cache", "anchor": anchored / "anchor.jsonl", "recipe": "calibrated", "quiet": True}
+    flat(neko_lean.unlearn)(model, tmp_path / "still", world, world, overrides=change, **options)
+    drifts = [line["drift"] for line in metrics(tmp_path / "still") if "drift" in line]
+    assert drifts and drifts == pytest.approx([1.0] * len(drifts), rel=2e-3)
+    tokenizer = load_tokenizer(model)
+    documents = encode(read_anchor(anchored / "anchor.jsonl"), tokenizer, "plain", 512)
+    teacher = cache.TeacherCache(anchored / "cache")
+    recipe = load_recipe("calibrated")
+    lm = load_model(model, torch.float32, torch.device("cpu"))
+    with torch.no_grad():
+        lm.head.mul_(0.5)
+    (forget, *_) = with_levels(
+        encode(read_rows(world, "forget"), tokenizer, "plain", 512)[:1],
+        documents,
+        [-teacher.target_logp(document) for document in documents],
+    )
+    batch = trainer.make_batch([forget], documents, teacher, recipe, 1, torch.device("cpu"))
+    hidden = trainer.select_hidden(lm, batch.micro)
+    losses = trainer.batch_losses(hidden, lm, batch, recipe)
+    logp = next_token_logp(lm, [document.input_ids for document in documents], 1)
+    assert losses["anchor_nll"].item() == pytest.approx(-logp.sum().item(), rel=1e-4)
+    expected = -sum(teacher.target_logp(document).sum() for document in documents)
+    assert losses["anchor_teacher_nll"].item() == pytest.approx(expected, rel=1e-5)
+    halved = trainer.batch_losses(hidden, lm, batch, recipe, 0.5)["forget_loss"]
+    scaled = replace(forget, levels=tuple(0.5 * level for level in forget.levels))
+    again = trainer.make_batch([scaled], documents, teacher, recipe, 1, torch.device("cpu"))
+    other = trainer.batch_losses(hidden, lm, again, recipe)["forget_loss"]
+    assert halved.item() == pytest.approx(other.item(), rel=1e-5) != losses["forget_loss"].item()

@@ -1,0 +1,145 @@
+"""CUDA out of memory: steps are retried in smaller pieces, and partial updates are undone."""
+
+import importlib
+
+import pytest
+import torch
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.recipes import load_recipe
+from neko_lean.training import layerwise, loop, trainer
+from neko_lean.training.out_of_memory import MIN_HEAD_ROWS
+from tests.checkpoints.interrupted import EVALUATED, Killed, kill_at, metrics, result, steps_saved
+from tests.helpers import SMALL, model_weights
+
+pytestmark = pytest.mark.slow  # each test is one or more whole runs
+
+MEMORY = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+
+def fail(monkeypatch, owner, name, calls, before=lambda *_: None):
+    """Let some calls of a function, counted from 1, run out of memory."""
+    original, count = getattr(owner, name), [0]
+
+    def failing(*arguments, **named):
+        count[0] += 1
+        if count[0] in calls:
+            before(*arguments)
+            raise MEMORY
+        return original(*arguments, **named)
+
+    monkeypatch.setattr(owner, name, failing)
+
+
+class NoRoom(torch.autograd.Function):
+    """The identity, whose backward pass runs out of memory."""
+
+    @staticmethod
+    def forward(ctx, value):
+        return value.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise MEMORY
+
+
+def test_out_of_memory_in_forward_makes_the_pieces_smaller(unlearn, tmp_path, monkeypatch, capsys):
+    fail(monkeypatch, trainer, "batch_losses", {3, 4, 5, 9})
+    seen = []
+    monkeypatch.setattr(loop.Loop, "_evaluate", lambda self: seen.append(self.state.head_chunk) or {})
+    run = unlearn(tmp_path / "out", {**SMALL, "eval_every": 1})
+    warnings = [line for line in capsys.readouterr().err.splitlines() if "CUDA out of memory" in line]
+    assert len(warnings) == 4 and "in step 3; retrying with the head in chunks of" in warnings[0]
+    assert all("micro-batches of at most" in line for line in warnings[1:])
+    assert run["steps"] == 10 and run["ended"] == "all steps taken"
+    assert run["recipe"]["micro_tokens"] < load_recipe("neko").micro_tokens
+    assert seen[1] is None and seen[2] > 0
+    whole = tmp_path / "whole"
+    monkeypatch.undo()
+    unlearn(whole)
+    for one, two in zip(metrics(tmp_path / "out"), metrics(whole), strict=True):  # each step takes the same examples
+        assert (one["step"], one["rows"], one["tokens"], one["lr"]) == (
+            two["step"],
+            two["rows"],
+            two["tokens"],
+            two["lr"],
+        )
+        assert one["loss"] == pytest.approx(two["loss"], rel=0.05)
+
+
+@pytest.mark.parametrize("backward", ["layerwise", "checkpointed", "plain"])
+def test_out_of_memory_before_the_first_update_is_retried(unlearn, tmp_path, monkeypatch, capsys, backward, no_gpu):
+    """In float32 on a CPU, smaller pieces change only the order of summation."""
+    change = {**SMALL, "dtype": "float32", "backward": backward}
+    unlearn(tmp_path / "whole", change)
+    original, count = trainer.batch_losses, [0]
+
+    def failing(*arguments):
+        count[0] += 1
+        losses = original(*arguments)
+        return {**losses, "loss": NoRoom.apply(losses["loss"])} if count[0] == 3 else losses
+
+    monkeypatch.setattr(trainer, "batch_losses", failing)
+    unlearn(tmp_path / "out", change)
+    assert capsys.readouterr().err.count("CUDA out of memory in step 3") == 1
+    one, two = model_weights(tmp_path / "out"), model_weights(tmp_path / "whole")
+    start = max((one[name] - two[name]).abs().max().item() for name in one)
+    assert start < 1e-3 and len(metrics(tmp_path / "out")) == 10
+
+
+@pytest.mark.parametrize("every", [2, 0])
+def test_out_of_memory_during_updates_restores_the_last_save(unlearn, tmp_path, monkeypatch, capsys, every):
+    """Without saves it starts from the beginning. A run that is killed later resumes to the same bytes."""
+
+    def touch(layer_pass, update):
+        update(layer_pass.lm.head)  # now only the head has been updated
+
+    def run(out, **options):
+        with monkeypatch.context() as patch:
+            # The first call verifies the layers before training.
+            fail(patch, layerwise.LayerPass, "backward", {7}, touch)
+            return unlearn(out, save_every=every, **options)
+
+    found = run(tmp_path / "out")
+    err = capsys.readouterr().err
+    assert "CUDA out of memory in step 6; retrying with the head in chunks of" in err
+    assert found["steps"] == 10 and [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, 11))
+    if not every:
+        # It equals a run that uses the smaller pieces from the beginning.
+        original = trainer.Trainer.load_state
+
+        def smaller(self, state):
+            state.head_chunk = int(err.split("chunks of ")[1].split()[0])
+            original(self, state)
+
+        monkeypatch.setattr(trainer.Trainer, "load_state", smaller)
+        unlearn(tmp_path / "small")
+        assert result(tmp_path / "small") == result(tmp_path / "out")
+        return
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 8)
+        run(tmp_path / "two")
+    unlearn(tmp_path / "two", resume=True)
+    assert result(tmp_path / "two") == result(tmp_path / "out")
+
+
+def test_an_example_that_does_not_fit_ends_the_run_and_keeps_the_save(unlearn, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    with monkeypatch.context() as patch:
+        fail(patch, trainer, "batch_losses", set(range(4, 1000)))
+        with pytest.raises(NekoLeanError, match=r"a single example.*as of step 2: continue with --resume\.$"):
+            unlearn(out, save_every=2)
+    assert steps_saved(out) == [2] and not out.exists()
+    # An option that saves memory may be given on resume.
+    assert unlearn(out, {**SMALL, "offload_activations": True}, resume=True)["steps"] == 10
+    assert MIN_HEAD_ROWS > 1
+
+
+def test_out_of_memory_in_an_evaluation_or_while_loading(unlearn, tmp_path, monkeypatch):
+    fail(monkeypatch, trainer, "answer_metrics", {1, 2, 5})
+    run = unlearn(tmp_path / "out", EVALUATED)
+    assert run["steps"] == 10 and sum("eval_quality" in line for line in metrics(tmp_path / "out")) == 5
+    fail(monkeypatch, importlib.import_module("neko_lean.runs.unlearning"), "load_model", {1})
+    with pytest.raises(NekoLeanError, match="does not hold the model and Adam's state"):
+        unlearn(tmp_path / "no")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
