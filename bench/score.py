@@ -24,8 +24,8 @@ from neko_lean.data.examples import Example, read_rows
 from neko_lean.data.tokenization import encode_text
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.scoring.generation import WINDOW, Generation, generate, spoken
-from neko_lean.scoring.task import row_score
+from neko_lean.scoring.generation import WINDOW, Generation, generate, to_generation
+from neko_lean.scoring.task import example_score
 
 SINGLE, BATCHES, EARLY = "one example at a time", "batches", "batches, stopping early"
 Numbered = list[tuple[int, Generation]]  # generations with the number of their example
@@ -43,7 +43,7 @@ def one_at_a_time(lm: CausalLM, tokenizer: Any, examples: Sequence[Example], max
         ids = torch.tensor([encode_text(tokenizer, example.input)])
         window = max(WINDOW, 2 * len(encode_text(tokenizer, " " + example.output)))
         new = lm.model.generate(ids, attention_mask=torch.ones_like(ids))[0, ids.shape[1] :].tolist()
-        yield [(number, spoken(tokenizer, new, window, ""))]
+        yield [(number, to_generation(tokenizer, new, window, ""))]
 
 
 def main() -> None:
@@ -80,7 +80,7 @@ def main() -> None:
         for numbered in generations.values()
     )
     scores = [
-        [row_score(example, generation.text) for example, generation in zip(examples, method, strict=True)]
+        [example_score(example, generation.text) for example, generation in zip(examples, method, strict=True)]
         for method in (single, batched, early)
     ]
     result = {

@@ -1,4 +1,4 @@
-"""`neko-lean report`: one HTML page to show around."""
+"""`neko-lean report`: one HTML page about scored models."""
 
 from __future__ import annotations
 
@@ -17,34 +17,34 @@ def report(
         list[str],
         typer.Argument(
             metavar="RUN...",
-            help="Folders of score and of unlearn in any order, or one that holds them, as demo writes; "
-            "SCORES=RUN where their names do not tell which belong together.",
+            help="Output folders of score and unlearn in any order, or a folder that holds them, as demo writes; "
+            "SCORES=RUN for a pair that cannot be matched by name.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
     before: Annotated[
         Path | None,
-        typer.Option(help="Scores of the model before.  [default: of the model that the runs started from]"),
+        typer.Option(help="Scores of the model before unlearning.  [default: of the model that the runs started from]"),
     ] = None,
     title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
     no_texts: Annotated[
-        bool, typer.Option("--no-texts", help="Leave out the rows and what was said: a page without personal data.")
+        bool, typer.Option("--no-texts", help="Leave out the rows and generations, for a page without personal data.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that neko-lean wrote.")] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Write one HTML page that shows what runs forgot, kept and gave away. It loads nothing and can be sent around.
+    """Write an HTML page that shows what runs forgot, preserved and leaked. It is one file that loads nothing.
 
     Example: neko-lean report scores-before/ scores-after/ unlearned/ --out report.html    or    report demo-run/
     """
     from neko_lean.report import TITLE
-    from neko_lean.report import report as run
+    from neko_lean.report import report as write_report
 
-    made = run(runs, out, before=before, title=title or TITLE, texts=not no_texts, overwrite=overwrite)
+    result = write_report(runs, out, before=before, title=title or TITLE, texts=not no_texts, overwrite=overwrite)
     if json:
-        emit(made)
+        emit(result)
     elif not quiet:
-        shown = f"{made['rows']} rows" if made["rows"] else "no rows"
-        print_lines(f"{made['out']}: {', '.join(made['models'])}; {shown}, {made['bytes'] / 1e6:.1f} MB")
-        print_lines(*(f"  {name}: {word}" for name, word in made["words"].items()))
+        rows = f"{result['rows']} rows" if result["rows"] else "no rows"
+        print_lines(f"{result['out']}: {', '.join(result['models'])}; {rows}, {result['bytes'] / 1e6:.1f} MB")
+        print_lines(*(f"  {name}: {phrase}" for name, phrase in result["words"].items()))

@@ -1,4 +1,4 @@
-"""`neko-lean score`: did it forget, keep, or break?"""
+"""`neko-lean score`: did the model forget, preserve the rest, or break?"""
 
 from __future__ import annotations
 
@@ -25,13 +25,13 @@ def score(
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """Score a model with the shared task's own arithmetic, and say what that number hides.
+    """Score a model with the shared task's metrics, and with others that reveal what those miss.
 
-    What is not measured is reported as not measured.
+    A measurement without its input is reported as not measured.
 
     Example: neko-lean score unlearned/ --data data/ --mia data/mia --before scores-before/ --out scores/
 
-    Forgotten or hidden? neko-lean score unlearned/ --data data/ --attack relearn --attack quantize --out scores/
+    Forgotten, or only hidden? neko-lean score unlearned/ --data data/ --attack relearn --attack quantize --out scores/
     """
     from neko_lean.scoring.run import score as write_score
     from neko_lean.scoring.table import score_table

@@ -1,4 +1,4 @@
-"""The report: one HTML page, sent around as one file, that shows what runs forgot, kept and gave away."""
+"""The report: one HTML file that shows what unlearning runs forgot, preserved and leaked."""
 
 from neko_lean.report.page import TITLE, report
 

@@ -1,9 +1,8 @@
-"""Charts as inline SVG: dots with intervals, lines, bars, and the legend that they share.
+"""Charts as inline SVG: dots with intervals, lines and bars, and a shared legend.
 
-Each is small on purpose, about as wide as a phone, and set beside others on a larger page, so that its letters keep
-their size. A series has a colour, a shape and a dash of its own: none of the three is needed to tell them apart. What
-is drawn is also in a table or in the chart's label, for those who do not see it. All text goes through Markup.format,
-which escapes it.
+A chart is about as wide as a phone, so that its text keeps its size on any screen. Series differ in color, shape and
+dash pattern, any one of which is enough to tell them apart. Everything drawn is also in a table or in the chart's
+label, for screen readers. All text goes through Markup.format, which escapes it.
 """
 
 from __future__ import annotations
@@ -14,9 +13,10 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from neko_lean.report.values import Interval, share, span
+from neko_lean.report.values import format_interval, format_number
+from neko_lean.scoring import Interval
 
-SLOTS = 7  # styles: slot 0 is the model before, the others take turns
+SLOTS = 7  # styles: slot 0 is the model before unlearning, the others are used in turn
 
 
 DASHES = ("2 3", "", "7 3", "1.5 2.5", "9 3 2 3", "4 2", "12 4")
@@ -30,7 +30,7 @@ LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
 
 @dataclass(frozen=True)
 class Series:
-    """Points of one model; `slot` is its style."""
+    """The points of one model; `slot` is its style."""
 
     slot: int
     label: str
@@ -39,7 +39,7 @@ class Series:
 
 @dataclass(frozen=True)
 class Dot:
-    """One value, with its interval where there is one."""
+    """One value with its interval, if it has one."""
 
     slot: int
     label: str
@@ -49,30 +49,37 @@ class Dot:
 
 @dataclass(frozen=True)
 class Axis:
-    """From `low` to `high`, with `ticks` and what to write at them."""
+    """An axis from `low` to `high`, with positions and labels of its ticks."""
 
     low: float
     high: float
     ticks: Sequence[tuple[float, str]]
 
     def scale(self, start: float, end: float) -> Callable[[float], float]:
-        """Where on the page, between `start` and `end`, a value lies."""
+        """A function that maps a value to its position between `start` and `end`."""
         width = (self.high - self.low) or 1.0
         return lambda value: start + (min(max(value, self.low), self.high) - self.low) / width * (end - start)
 
 
-SHARES = Axis(0.0, 1.0, [(0.0, "0"), (0.25, "0.25"), (0.5, "0.5"), (0.75, "0.75"), (1.0, "1")])
+UNIT_AXIS = Axis(0.0, 1.0, [(0.0, "0"), (0.25, "0.25"), (0.5, "0.5"), (0.75, "0.75"), (1.0, "1")])
 
 
 def slot(index: int) -> int:
-    """The style of the model at `index` after the one before, which has 0."""
+    """The style of the model at `index`, not counting the model before, which has style 0."""
     return index % (SLOTS - 1) + 1
 
 
 def axis(values: Sequence[float], wanted: int = 4, *, zero: bool = False, room: float = 0.0) -> Axis:
-    """An axis over `values`, with 0 in it if `zero` and `room` of its length free at either end; ticks are round."""
+    """An axis with round ticks that covers some values.
+
+    Args:
+        values: the values to cover.
+        wanted: approximate number of ticks.
+        zero: whether to include 0.
+        room: share of the length to leave free at either end.
+    """
     low, high = min(values, default=0.0), max(values, default=1.0)
-    if -0.02 * (high - low) < low < 0:  # a KL of -1e-9 is a rounded 0
+    if -0.02 * (high - low) < low < 0:  # a KL divergence of -1e-9 is 0 up to rounding
         low = 0.0
     if zero:
         low, high = min(low, 0.0), max(high, 0.0)
@@ -92,12 +99,12 @@ def axis(values: Sequence[float], wanted: int = 4, *, zero: bool = False, room: 
 
 
 def named(ticks: Sequence[str]) -> Axis:
-    """One tick for each name, at 0, 1, 2, ..."""
+    """An axis with a tick for each name, at 0, 1, 2, ..."""
     return Axis(-0.3, len(ticks) - 0.7, [(float(n), label) for n, label in enumerate(ticks)])
 
 
 def join(parts: Sequence[Markup]) -> Markup:
-    """Pieces of markup one after the other."""
+    """Concatenate markup."""
     return Markup("").join(parts)
 
 
@@ -116,7 +123,7 @@ def _text(x: float, y: float, words: str, anchor: str = "middle", name: str = "t
 
 
 def mark(which: int, x: float, y: float, size: float = 4.2) -> Markup:
-    """The shape of a series at a place."""
+    """The marker of a series at a position."""
     s = size
     polygons = {
         1: [],
@@ -127,7 +134,7 @@ def mark(which: int, x: float, y: float, size: float = 4.2) -> Markup:
         6: [(-1.5 * s, -0.6 * s), (1.5 * s, -0.6 * s), (1.5 * s, 0.6 * s), (-1.5 * s, 0.6 * s)],
     }
     corners = polygons.get(which, [])
-    if not corners:  # the model before is a ring, the first after it a full disc
+    if not corners:  # a ring for the model before, a disc for the first one after it
         kind = "ring" if which == 0 else "dot"
         return Markup('<circle class="{} c{}" cx="{:.1f}" cy="{:.1f}" r="{:.1f}"/>').format(kind, which, x, y, 1.1 * s)
     around = " ".join(f"{x + dx:.1f},{y + dy:.1f}" for dx, dy in corners)
@@ -135,7 +142,7 @@ def mark(which: int, x: float, y: float, size: float = 4.2) -> Markup:
 
 
 def key(which: int) -> Markup:
-    """A short piece of a series' line with its mark."""
+    """A short piece of a series' line with its marker."""
     piece = Markup(
         '<svg class="key" viewBox="0 0 34 14" aria-hidden="true">'
         '<line class="path c{0}" x1="1" y1="7" x2="33" y2="7" stroke-dasharray="{1}"/>{2}</svg>'
@@ -144,34 +151,52 @@ def key(which: int) -> Markup:
 
 
 def legend(models: Sequence[tuple[int, str]]) -> Markup:
-    """Which style is which model."""
+    """The legend: the style of each model."""
     items = [Markup("<li>{}<bdi>{}</bdi></li>").format(key(which), label) for which, label in models]
     return Markup('<ul class="legend">{}</ul>').format(join(items))
 
 
+def _dot_title(name: str, dot: Dot) -> str:
+    """The tooltip of a value."""
+    return f"{name}, {dot.label}: {format_number(dot.value)}"
+
+
+def _dots_label(groups: Sequence[tuple[str, Sequence[Dot]]]) -> str:
+    """The values of all groups as text, for a chart's label."""
+    return "; ".join(
+        f"{name}: " + ", ".join(f"{dot.label} {format_number(dot.value)}" for dot in group) for name, group in groups
+    )
+
+
 def dots(rows: Sequence[tuple[str, Sequence[Dot]]], about: str, better: str) -> Markup:
-    """Values between 0 and 1, a row each with a mark a model; `better` is 'left' or 'right'."""
-    left, width, between, each = 136, 400, 12, 12
-    x = SHARES.scale(left, width - 14)
+    """A chart of values from 0 to 1.
+
+    Args:
+        rows: name of each row and a dot for each model.
+        about: what the chart shows, for its label.
+        better: the better direction, 'left' or 'right'.
+    """
+    left, width, gap, dot_height = 136, 400, 12, 12
+    x = UNIT_AXIS.scale(left, width - 14)
     parts: list[Markup] = []
     y = 8.0
     for name, row in rows:
-        height = between + each * max(1, len(row))
+        height = gap + dot_height * max(1, len(row))
         parts += [_line(0, y, width - 4, y, "rule"), _text(0, y + height / 2 + 4, name, "start", "name")]
         for number, dot in enumerate(row):
-            middle = y + between / 2 + each * (number + 0.5)
-            words = f"{name}, {dot.label}: {share(dot.value)}" + (f", {span(dot.ends)}" if dot.ends else "")
+            middle = y + gap / 2 + dot_height * (number + 0.5)
+            words = _dot_title(name, dot) + (f", {format_interval(dot.ends)}" if dot.ends else "")
             bar = [_line(x(dot.ends[0]), middle, x(dot.ends[1]), middle, f"span c{dot.slot}")] if dot.ends else []
             shape = mark(dot.slot, x(dot.value), middle)
             parts.append(Markup("<g><title>{}</title>{}</g>").format(words, join([*bar, shape])))
         y += height
-    grid = [_line(x(at), 8, x(at), y, "grid") for at, _ in SHARES.ticks]
-    ticks = [_text(x(at), y + 16, label) for at, label in SHARES.ticks]
+    grid = [_line(x(at), 8, x(at), y, "grid") for at, _ in UNIT_AXIS.ticks]
+    ticks = [_text(x(at), y + 16, label) for at, label in UNIT_AXIS.ticks]
     arrow = "← better" if better == "left" else "better →"
     end = _text(
         x(0) - 4 if better == "left" else x(1) + 6, y + 33, arrow, "start" if better == "left" else "end", "tick"
     )
-    drawn = "; ".join(f"{name}: " + ", ".join(f"{d.label} {share(d.value)}" for d in row) for name, row in rows)
+    drawn = _dots_label(rows)
     return _svg(width, y + 40, f"{about}. {drawn}.", [*grid, *parts, *ticks, end])
 
 
@@ -186,9 +211,20 @@ def lines(
     square: bool = False,
     guides: Sequence[tuple[float, float, float, float]] = (),
 ) -> Markup:
-    """One line a model. `marked` puts a mark on each point; `guides` are (x, y, x, y) lines to compare with."""
+    """A chart with a line for each model.
+
+    Args:
+        series: the lines.
+        about: what the chart shows, for its label.
+        x_label: label of the x axis.
+        x: the x axis; by default one that covers the points.
+        y: the y axis; by default one that covers the points.
+        marked: whether to draw a marker at each point.
+        square: whether both axes have the same length.
+        guides: reference lines, as (x, y, x, y).
+    """
     height = WIDTH - LEFT - RIGHT + TOP + BOTTOM if square else HEIGHT
-    points = [point for one in series for point in one.points]
+    points = [point for line in series for point in line.points]
     across = x or axis([px for px, _ in points], zero=True)
     up = y or axis([py for _, py in points], room=0.04)
     to_x, to_y = across.scale(LEFT, WIDTH - RIGHT), up.scale(height - BOTTOM, TOP)
@@ -197,35 +233,39 @@ def lines(
     parts += [_text(to_x(at), height - BOTTOM + 16, label) for at, label in across.ticks]
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 5, x_label, "middle", "tick"))
     parts += [_line(to_x(a), to_y(b), to_x(c), to_y(d), "guide") for a, b, c, d in guides]
-    for one in series:
-        path = "".join(f"{'L' if n else 'M'}{to_x(px):.1f} {to_y(py):.1f}" for n, (px, py) in enumerate(one.points))
+    for line in series:
+        path = "".join(f"{'L' if n else 'M'}{to_x(px):.1f} {to_y(py):.1f}" for n, (px, py) in enumerate(line.points))
         curve = Markup('<path class="path c{}" stroke-dasharray="{}" d="{}"/>')
-        shapes = [mark(one.slot, to_x(px), to_y(py), 3.6) for px, py in one.points] if marked else []
-        drawn = [curve.format(one.slot, DASHES[one.slot], path), *shapes]
-        parts.append(Markup("<g><title>{}</title>{}</g>").format(one.label, join(drawn)))
-    ends = [f"{s.label} from {share(s.points[0][1])} to {share(s.points[-1][1])}" for s in series if s.points]
+        shapes = [mark(line.slot, to_x(px), to_y(py), 3.6) for px, py in line.points] if marked else []
+        drawn = [curve.format(line.slot, DASHES[line.slot], path), *shapes]
+        parts.append(Markup("<g><title>{}</title>{}</g>").format(line.label, join(drawn)))
+    ends = [
+        f"{line.label} from {format_number(line.points[0][1])} to {format_number(line.points[-1][1])}"
+        for line in series
+        if line.points
+    ]
     return _svg(WIDTH, height, f"{about}: {'; '.join(ends)}.", parts)
 
 
 def bars(groups: Sequence[tuple[str, Sequence[Dot]]], about: str, x_label: str) -> Markup:
-    """Shares as bars from 0, in groups with one bar a model."""
+    """A chart of bars in groups, with one bar for each model."""
     highest = max((dot.value for _, group in groups for dot in group), default=1.0)
     up = axis([0.0, highest], room=0.04)
     to_y = up.scale(HEIGHT - BOTTOM, TOP)
-    each = (WIDTH - LEFT - RIGHT) / max(1, len(groups))
+    group_width = (WIDTH - LEFT - RIGHT) / max(1, len(groups))
     parts = [_line(LEFT, to_y(at), WIDTH - RIGHT, to_y(at), "grid") for at, _ in up.ticks]
     parts += [_text(LEFT - 6, to_y(at) + 4, label, "end") for at, label in up.ticks]
     for number, (name, group) in enumerate(groups):
-        start = LEFT + number * each + 0.12 * each
-        width = 0.76 * each / max(1, len(group))
-        parts.append(_text(LEFT + (number + 0.5) * each, HEIGHT - BOTTOM + 16, name))
+        start = LEFT + number * group_width + 0.12 * group_width
+        width = 0.76 * group_width / max(1, len(group))
+        parts.append(_text(LEFT + (number + 0.5) * group_width, HEIGHT - BOTTOM + 16, name))
         for place, dot in enumerate(group):
             top = to_y(dot.value)
             shape = Markup('<rect class="bar c{}" x="{:.1f}" y="{:.1f}" width="{:.1f}" height="{:.1f}"/>').format(
                 dot.slot, start + place * width + 0.5, top, max(1.0, width - 1), max(0.0, to_y(0) - top)
             )
-            words = f"{name}, {dot.label}: {share(dot.value)}"
+            words = _dot_title(name, dot)
             parts.append(Markup("<g><title>{}</title>{}</g>").format(words, shape))
     parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, x_label, "middle", "tick"))
-    drawn = "; ".join(f"{name}: " + ", ".join(f"{d.label} {share(d.value)}" for d in group) for name, group in groups)
+    drawn = _dots_label(groups)
     return _svg(WIDTH, HEIGHT, f"{about}. {drawn}.", parts)

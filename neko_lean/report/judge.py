@@ -1,7 +1,7 @@
-"""From numbers to plain words: forgot or remembers, kept or lost, hidden or recognised, broken or not.
+"""From numbers to words: one phrase for each model, and four signs that explain it.
 
-The states are `scoring.judge`'s, whose thresholds are printed on the page: the words are a reading of the numbers,
-never a measurement.
+The answers come from `scoring.judge`, whose thresholds are printed on the page. The words are a reading of the numbers,
+not a measurement.
 """
 
 from __future__ import annotations
@@ -9,28 +9,38 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from neko_lean.report.values import interval, number, share, span, strings
-from neko_lean.scoring import NO, PARTLY, UNKNOWN, YES, cells_before, judged_cells, mean
-from neko_lean.scoring import judge as judged
+from neko_lean.report.values import format_interval, format_number, strings
+from neko_lean.scoring import (
+    NO,
+    PARTLY,
+    UNKNOWN,
+    YES,
+    cells_before,
+    interval,
+    judge,
+    judged_cells,
+    mean,
+    number,
+)
 
 RULES = (
-    f"Forgotten: no forget task has more than {judged.ANSWERS_LEFT:.0%} of its answers left, to the letter or anywhere "
-    f"in the text, nor a regurgitation above {judged.TEXT_LEFT}, and the true answers are not likely all the same "
-    f"(above {judged.LIKELY}); not at all, while the mean of its cells is above {judged.REMEMBERED:.0%} of what it "
-    "was. "
-    f"Kept: every retain cell is at least {judged.HIGH}, or their mean {judged.KEPT:.0%} of what it was and none below "
-    f"{judged.KEPT_CELL:.0%}; in part, the mean at least {judged.KEPT_SOME:.0%}. As if never seen: the 95 % interval "
-    "of the membership AUC holds 0.5, and that of the distance from unseen documents does not lie above it (where none "
-    "was measured, the score is within what a perfect model reaches 95 times of 100). Writes sensibly: the scores do "
-    f"not call it broken; in part, if {judged.BROKEN:.0%} of its texts about forget or about retain rows are empty or "
-    f"one word repeated, or {judged.BROKEN:.0%} of their runs of four words came before. Cells are those that see "
-    "every script, where the scores have them."
+    f"Forgotten: no forget task has more than {judge.MAX_ANSWERS_LEFT:.0%} of its answers left, to the letter or "
+    f"anywhere in the text, no regurgitation is above {judge.MAX_TEXT_LEFT}, and the true answers do not have a "
+    f"probability above {judge.LIKELY_PROBABILITY}. Not forgotten at all: the mean of the forget cells is above "
+    f"{judge.REMEMBERED_SHARE:.0%} of what it was. Preserved the rest: every retain cell is at least "
+    f"{judge.HIGH_CELL}, or their mean is at least {judge.RETAINED_MEAN:.0%} and each cell at least "
+    f"{judge.RETAINED_CELL:.0%} of what it was; in part: the mean is at least {judge.PARTLY_RETAINED_MEAN:.0%}. "
+    "Looks as if never seen: the 95 % interval of the membership AUC contains 0.5, and that of the two-sided AUC is "
+    "not above it (if none was measured, the score is within what a perfect model reaches 95 times out of 100). Writes "
+    f"sensibly: the scores do not call the model broken; in part: {judge.MAX_DEGENERATE:.0%} of its outputs on forget "
+    f"or retain rows are empty or repeat one word, or {judge.MAX_DEGENERATE:.0%} of their four-word sequences are "
+    "repeats. The cells are those for any script, if the scores have them."
 )
 
 
 @dataclass(frozen=True)
 class Sign:
-    """One question, its answer (yes, partly, no or unknown), and the numbers behind it."""
+    """One question, its answer (yes, partly, no or unknown), and the numbers it is based on."""
 
     question: str
     state: str
@@ -39,87 +49,99 @@ class Sign:
 
 @dataclass(frozen=True)
 class Judgement:
-    """A scored model in words: `word` for the top, `signs` below it, and the sentences that its scores brought."""
+    """A scored model in words: `phrase` as the heading, `signs` below it, and the verdict's sentences."""
 
-    word: str
+    phrase: str
     signs: list[Sign]
     sentences: list[str]
 
 
-def judge(scores: dict[str, Any], before: dict[str, Any] | None) -> Judgement:
-    """What `scores` say, beside those of the model before where they are known."""
-    signs = [_forgotten(scores, before), _kept(scores, before), _hidden(scores), _whole(scores)]
-    return Judgement(_word(*(s.state for s in signs)), signs, strings(scores, "verdict"))
+def judge_model(scores: dict[str, Any], before: dict[str, Any] | None) -> Judgement:
+    """Judge a scored model.
+
+    Args:
+        scores: its scores.json.
+        before: scores.json of the model before unlearning, if known.
+    """
+    signs = [_forgetting(scores, before), _retention(scores, before), _membership(scores), _writing(scores)]
+    return Judgement(_phrase(*(sign.state for sign in signs)), signs, strings(scores, "verdict"))
 
 
-def _from_to(scores: dict[str, Any], before: dict[str, Any] | None, split: str) -> str:
-    now, then = mean(judged_cells(scores, split)), mean(cells_before(scores, before, split))
-    if then is None:
-        return f"{split} cells, mean: {share(now)}"
-    return f"{split} cells, mean: {share(then)} → {share(now)}"
+def _change_of_mean(scores: dict[str, Any], before: dict[str, Any] | None, split: str) -> str:
+    after, start = mean(judged_cells(scores, split)), mean(cells_before(scores, before, split))
+    if start is None:
+        return f"{split} cells, mean: {format_number(after)}"
+    return f"{split} cells, mean: {format_number(start)} → {format_number(after)}"
 
 
-def _forgotten(scores: dict[str, Any], before: dict[str, Any] | None) -> Sign:
-    state = judged.forgotten(scores, before)
+def _forgetting(scores: dict[str, Any], before: dict[str, Any] | None) -> Sign:
+    state = judge.has_forgotten(scores, before)
     if state == UNKNOWN:
         return Sign("Forgotten", state, "no forget rows were scored")
-    cells, leak = judged_cells(scores, "forget"), judged.leaked(scores)[0]
+    cells, leaked = judged_cells(scores, "forget"), judge.leaked_answers(scores)[0]
     answers = [value for name, value in cells.items() if name.endswith("knowledge")]
-    detail = _from_to(scores, before, "forget")
-    if leak > max([*answers, judged.ANSWERS_LEFT]):
-        detail += f"; {leak:.0%} of the answers stand in the text"
-    if judged.silenced(scores):
-        likely = share(number(scores, "memorisation", "forget", "answer_probability"))
-        detail += f"; not said, but the true answers have a probability of {likely}"
+    detail = _change_of_mean(scores, before, "forget")
+    if leaked > max([*answers, judge.MAX_ANSWERS_LEFT]):
+        detail += f"; {leaked:.0%} of the answers occur in its outputs"
+    if judge.hides_answers(scores):
+        probability = format_number(number(scores, "memorisation", "forget", "answer_probability"))
+        detail += f"; not generated, but the true answers have a probability of {probability}"
     return Sign("Forgotten", state, detail)
 
 
-def _kept(scores: dict[str, Any], before: dict[str, Any] | None) -> Sign:
-    state, detail = judged.kept(scores, before), _from_to(scores, before, "retain")
+def _retention(scores: dict[str, Any], before: dict[str, Any] | None) -> Sign:
+    state, detail = judge.has_retained(scores, before), _change_of_mean(scores, before, "retain")
     if state == UNKNOWN:
         measured = bool(judged_cells(scores, "retain"))
         detail = f"{detail}; no model before to compare with" if measured else "no retain rows were scored"
-    return Sign("Kept the rest", state, detail)
+    return Sign("Preserved the rest", state, detail)
 
 
-def _hidden(scores: dict[str, Any]) -> Sign:
-    question, state = "Looks as if never seen", judged.hidden(scores)
+def _membership(scores: dict[str, Any]) -> Sign:
+    question, state = "Looks as if never seen", judge.looks_unseen(scores)
     area, ends = number(scores, "membership", "auc"), interval(scores, "membership", "auc_interval")
     if area is None:
         return Sign(question, state, "membership was not measured")
     if ends is not None:
-        apart = "; the distance from unseen documents tells" if judged.two_sided(scores) else ""
-        return Sign(question, state, f"membership AUC {share(area)} ({span(ends)}){apart}")
+        two_sided = "; the two-sided AUC identifies members" if judge.is_two_sided(scores) else ""
+        return Sign(question, state, f"membership AUC {format_number(area)} ({format_interval(ends)}){two_sided}")
+
+    # Older scores have no interval.
     score, low = number(scores, "membership", "score"), number(scores, "membership", "perfect_score_5th_percentile")
-    return Sign(
-        question, state, f"membership AUC {share(area)}, score {share(score)}; a perfect model has over {share(low)}"
-    )
+    detail = f"membership AUC {format_number(area)}, score {format_number(score)}; a perfect model has over "
+    return Sign(question, state, detail + format_number(low))
 
 
-def _whole(scores: dict[str, Any]) -> Sign:
-    question, state = "Still writes sensibly", judged.whole(scores)
+def _writing(scores: dict[str, Any]) -> Sign:
+    question, state = "Still writes sensibly", judge.writes_sensibly(scores)
     if state == UNKNOWN:
         return Sign(question, state, "not measured by these scores")
-    found = [
+    shares = [
         (f"{name} on {split} rows", number(scores, "outputs", split, name))
         for split in ("forget", "retain")
         for name in ("degenerate", "repetition")
     ]
-    detail = ", ".join(f"{name} {value:.0%}" for name, value in found if value is not None)
-    return Sign(question, state, detail or "by the scores' own account")
+    detail = ", ".join(f"{name} {share:.0%}" for name, share in shares if share is not None)
+    return Sign(question, state, detail or "according to the scores")
 
 
-def _word(forgotten: str, kept: str, hidden: str, whole: str) -> str:
-    if whole == NO:
+def _phrase(forgotten: str, retained: str, unseen: str, writes: str) -> str:
+    """The four states as one phrase."""
+    if writes == NO:
         return "Broken"
     if forgotten == UNKNOWN:
         return "Scored"
     if forgotten == NO:
-        return "Remembers" if kept != NO else "Remembers, and lost the rest"
-    word = "Forgot" if forgotten == YES else "Forgot in part"
-    rest = {YES: "kept the rest", PARTLY: "kept some of the rest", NO: "lost the rest"}.get(kept)
-    # Whether it can still be told from unseen is only worth a word where the rest went well.
-    well = forgotten == YES and kept in (YES, UNKNOWN)
-    trace = ["left a trace"] if hidden == NO and well else []
-    loops = ["babbles where it forgot"] if whole == PARTLY and well else []
-    return ", ".join([word, *([rest] if rest else []), *trace, *loops])
+        return "Remembers" if retained != NO else "Remembers, and lost the rest"
+
+    parts = ["Forgot" if forgotten == YES else "Forgot in part"]
+    rest = {YES: "preserved the rest", PARTLY: "preserved some of the rest", NO: "lost the rest"}.get(retained)
+    if rest:
+        parts.append(rest)
+    # Traces are only worth mentioning if the rest went well.
+    if forgotten == YES and retained in (YES, UNKNOWN):
+        if unseen == NO:
+            parts.append("left a trace")
+        if writes == PARTLY:
+            parts.append("degenerate outputs on forget prompts")
+    return ", ".join(parts)

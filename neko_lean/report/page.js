@@ -2,7 +2,7 @@
 (() => {
   const byId = (id) => document.getElementById(id);
 
-  // The theme: the reader's system decides until the button is pressed.
+  // The theme follows the reader's system until the button is pressed.
   const button = byId("theme");
   const system = matchMedia("(prefers-color-scheme: dark)");
   const dark = () => (document.documentElement.dataset.theme || (system.matches ? "dark" : "light")) === "dark";
@@ -15,7 +15,7 @@
   const more = byId("more");
   if (!more) return;
 
-  // The examples. Texts come from models and files: they enter the page as text nodes and in no other way.
+  // The examples. Their texts are not trusted, so they are only inserted as text nodes.
   const { models, rows } = JSON.parse(byId("data").textContent);
   const STEP = 20;
   const WORDS = 400;
@@ -29,11 +29,11 @@
     return made;
   };
 
-  // Pieces of a text with the searched words marked.
+  // Splits a text into nodes in which the searched words are marked.
   const marked = (text, query) => {
     if (!query) return [text];
     const lower = text.toLowerCase();
-    if (lower.length !== text.length) return [text]; // a letter whose lower case is longer: places would not fit
+    if (lower.length !== text.length) return [text]; // the lower case of a letter is longer, so positions differ
     const pieces = [];
     let at = 0;
     for (let next = lower.indexOf(query); next >= 0; next = lower.indexOf(query, at)) {
@@ -44,10 +44,11 @@
     return pieces;
   };
 
-  // Which words of `said` are in the longest common subsequence with `truth`: what ROUGE-L counts, but for stemming.
-  const common = (truth, said) => {
+  // Indices of the words of `generated` in the longest common subsequence with `truth`: what ROUGE-L counts, except
+  // for stemming.
+  const common = (truth, generated) => {
     const a = truth.map((word) => word.toLowerCase());
-    const b = said.map((word) => word.toLowerCase());
+    const b = generated.map((word) => word.toLowerCase());
     const width = b.length + 1;
     const table = new Uint16Array((a.length + 1) * width);
     for (let i = a.length - 1; i >= 0; i -= 1) {
@@ -57,31 +58,31 @@
           : Math.max(table[(i + 1) * width + j], table[i * width + j + 1]);
       }
     }
-    const kept = new Set();
+    const shared = new Set();
     for (let i = 0, j = 0; i < a.length && j < b.length;) {
-      if (a[i] === b[j]) { kept.add(j); i += 1; j += 1; }
+      if (a[i] === b[j]) { shared.add(j); i += 1; j += 1; }
       else if (table[(i + 1) * width + j] >= table[i * width + j + 1]) i += 1;
       else j += 1;
     }
-    return kept;
+    return shared;
   };
 
   const WORD = /[\p{L}\p{N}]+/gu;
-  const underlined = (truth, said, query) => {
-    const matches = [...said.matchAll(WORD)].slice(0, WORDS);
-    const kept = common([...truth.matchAll(WORD)].slice(0, WORDS).map((m) => m[0]), matches.map((m) => m[0]));
+  const underlined = (truth, generated, query) => {
+    const matches = [...generated.matchAll(WORD)].slice(0, WORDS);
+    const shared = common([...truth.matchAll(WORD)].slice(0, WORDS).map((m) => m[0]), matches.map((m) => m[0]));
     const pieces = [];
     let at = 0;
     for (let n = 0; n < matches.length; n += 1) {
-      if (!kept.has(n)) continue;
+      if (!shared.has(n)) continue;
       const first = n;
-      while (kept.has(n + 1)) n += 1;
+      while (shared.has(n + 1)) n += 1;
       const end = matches[n].index + matches[n][0].length;
-      pieces.push(...marked(said.slice(at, matches[first].index), query));
-      pieces.push(element("u", "", ...marked(said.slice(matches[first].index, end), query)));
+      pieces.push(...marked(generated.slice(at, matches[first].index), query));
+      pieces.push(element("u", "", ...marked(generated.slice(matches[first].index, end), query)));
       at = end;
     }
-    pieces.push(...marked(said.slice(at), query));
+    pieces.push(...marked(generated.slice(at), query));
     return pieces;
   };
 
@@ -103,20 +104,20 @@
     const heading = element("h3", "", `${row.split} ${row.task} ${row.kind}`, element("bdi", "", ...marked(row.id, query)));
     const prompt = element("p", "prompt", ...marked(row.input, query));
     prompt.dir = "auto";
-    const sides = element("div", "sides", side("truth", "truth", "", marked(row.output, query)));
-    models.forEach((model, place) => {
-      const said = row.said[place];
-      if (said === null) {
-        sides.append(side(`m${model.slot}`, model.label, "not asked", []));
+    const sides = element("div", "sides", side("truth", "true answer", "", marked(row.output, query)));
+    models.forEach((model, index) => {
+      const answer = row.said[index];
+      if (answer === null) {
+        sides.append(side(`m${model.slot}`, model.label, "not scored", []));
         return;
       }
-      const [whole, value, ended] = said;
-      const text = whole.trimStart(); // most begin with the space that parts them from the prompt
-      const note = [score(row, value), ended === "limit" ? "cut off" : ""].filter(Boolean).join(", ");
-      sides.append(side(`m${model.slot}`, model.label, note, text ? underlined(row.output, text, query) : ["(nothing)"]));
+      const [whole, value, ended] = answer;
+      const text = whole.trimStart(); // most begin with the space that separates them from the prompt
+      const note = [score(row, value), ended === "limit" ? "truncated" : ""].filter(Boolean).join(", ");
+      sides.append(side(`m${model.slot}`, model.label, note, text ? underlined(row.output, text, query) : ["(empty)"]));
     });
     const made = element("article", "row", heading, prompt, sides);
-    const longest = Math.max(row.input.length / 2, row.output.length, ...row.said.map((one) => (one ? one[0].length : 0)));
+    const longest = Math.max(row.input.length / 2, row.output.length, ...row.said.map((answer) => (answer ? answer[0].length : 0)));
     if (longest > 190) {
       made.classList.add("short");
       const open = element("button", "", "Show in full");
@@ -141,7 +142,7 @@
   const texts = new Map();
   const haystack = (row) => {
     if (!texts.has(row)) {
-      const all = [row.id, row.input, row.output, ...row.said.map((one) => (one ? one[0] : ""))];
+      const all = [row.id, row.input, row.output, ...row.said.map((answer) => (answer ? answer[0] : ""))];
       texts.set(row, all.join("\n").toLowerCase());
     }
     return texts.get(row);

@@ -1,8 +1,8 @@
-"""Put the page together and write it: one file, nothing loaded from anywhere, every text in it escaped.
+"""Write the report: one HTML file that loads nothing, with every text in it escaped.
 
-What a model said is hostile until proven otherwise. Jinja escapes what stands in the markup; the examples travel as
-JSON that no `</script>` can end and reach the page as text nodes alone; and the page's own policy lets it run the one
-script and the one style sheet that it came with, by their hashes, and fetch nothing.
+Generated text is treated as hostile. Jinja escapes all markup; the examples are JSON that cannot contain `</script>`,
+and are inserted as text nodes only; and the page's Content-Security-Policy only allows its own script and style sheet,
+by their hashes, and no network access.
 """
 
 from __future__ import annotations
@@ -20,11 +20,14 @@ from markupsafe import Markup
 
 import neko_lean
 from neko_lean.outputs import claim_file, publish_file
-from neko_lean.report import charts, figures, making, tables
+from neko_lean.report import benchmark_tables, charts, figures, tables
+from neko_lean.report.collect import Collected, collect
 from neko_lean.report.figures import Model
-from neko_lean.report.judge import RULES, Judgement, judge
-from neko_lean.report.read import Collected, Scored, collect
-from neko_lean.report.values import number, text
+from neko_lean.report.judge import RULES, Judgement, judge_model
+from neko_lean.report.provenance import provenance_tables
+from neko_lean.report.read import Scored
+from neko_lean.report.values import text
+from neko_lean.scoring import number
 
 HERE = Path(__file__).parent
 
@@ -34,7 +37,7 @@ TITLE = "Did it forget?"
 
 @dataclass(frozen=True)
 class Verdict:
-    """A model and what is to be said of it."""
+    """A model and its judgement."""
 
     model: Model
     judgement: Judgement
@@ -49,19 +52,24 @@ def report(
     texts: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Write one HTML page about scored models and the runs that made them.
+    """Write an HTML page about scored models and the runs that trained them.
 
     Args:
-        runs: score folders, folders of `unlearn`, `SCORES=RUN` where no name tells which belong together, or folders
-            that hold such, as `neko-lean demo` writes.
-        out: the HTML file; appears only when it is complete.
-        before: the score folder of the model before; by default the one whose model the runs started from.
+        runs: score folders, run folders of `unlearn`, or folders that hold them, as `neko-lean demo` writes; or
+            SCORES=RUN for a pair that cannot be matched by name.
+        out: the HTML file; it only appears once it is complete.
+        before: score folder of the model before unlearning; by default that of the model that the runs started from.
         title: the page's heading.
-        texts: whether the rows and what the models said about them are shown; the rest holds no text of theirs but
-            what the scores' own verdict may cite.
+        texts: whether to show the rows and generations. Without them, the page holds no text of the data except what
+            the verdicts quote.
+        overwrite: replace a file that neko-lean wrote.
 
-    Returns where it is and its size in bytes, the names of the models, before first, how many rows it shows, and the
-    word for each.
+    Returns:
+        `out`, its size in `bytes`, the label of the model `before`, the labels of all `models`, the number of `rows`
+        shown, and the phrase for each model in `words`.
+
+    Raises:
+        NekoLeanError: the folders cannot be read or matched, or the file must not be written.
     """
     output = claim_file(out, "--out", [*runs, before], overwrite=overwrite)
     collected = collect(runs, before)
@@ -73,19 +81,15 @@ def report(
         "out": str(output.path),
         "bytes": len(page),
         "before": collected.before.label if collected.before else None,
-        "models": [one.label for one in collected.all],
+        "models": [scored.label for scored in collected.all],
         "rows": len(examples),
-        "words": {one.model.label: one.judgement.word for one in verdicts},
+        "words": {verdict.model.label: verdict.judgement.phrase for verdict in verdicts},
     }
 
 
 def render(collected: Collected, verdicts: Sequence[Verdict], examples: Sequence[dict[str, Any]], title: str) -> str:
     """The page as text."""
     models = _models(collected)
-    style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
-    missed, missed_too = tables.missed(models)
-    areas, by_task, rates = tables.attacks(models)
-    mmlu, subjects = tables.mmlu(models)
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(HERE),
         autoescape=True,
@@ -93,86 +97,109 @@ def render(collected: Collected, verdicts: Sequence[Verdict], examples: Sequence
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    data = {
-        "models": [{"slot": one.slot, "label": one.label} for one in models],
-        "rows": list(examples),
-    }
+    data = {"models": [{"slot": model.slot, "label": model.label} for model in models], "rows": list(examples)}
     return environment.get_template("page.html").render(
         title=title,
-        style=Markup(style),
-        script=Markup(script),
-        policy=f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
-        "base-uri 'none'; form-action 'none'",
-        models=models,
-        key=charts.key,
-        legend=charts.legend([(one.slot, one.label) for one in models]),
-        runs=charts.legend([(one.slot, one.label) for one in models if one.metrics]),
-        verdicts=verdicts,
-        points=figures.POINTS,
-        rules=RULES,
         subtitle=_subtitle(models),
-        headline=tables.headline(models),
-        cell_figures=figures.cell_figures(models),
-        cells=tables.cells(models),
-        missed=missed,
-        missed_too=missed_too,
-        training=figures.training_figures(models),
-        roc=figures.roc_figure(models),
-        areas=areas,
-        membership_more=[one for one in (by_task, rates) if one],
-        mmlu=mmlu,
-        subjects=subjects,
-        letters=figures.letter_figure(models),
-        attack_figures=figures.attack_figures(models),
+        version=neko_lean.__version__,
+        models=models,
+        verdicts=verdicts,
+        rules=RULES,
+        points=figures.MAX_POINTS,
         examples=len(examples),
         data=htmlsafe_json_dumps(data, ensure_ascii=False, separators=(",", ":")),
-        made=making.made_with(models),
-        version=neko_lean.__version__,
+        **_style_and_script(),
+        **_tables(models),
+        **_figures(models),
     )
 
 
+def _style_and_script() -> dict[str, Any]:
+    """The page's style sheet and script, and the policy that allows nothing else."""
+    style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    policy = (
+        f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
+        "base-uri 'none'; form-action 'none'"
+    )
+    return {"style": Markup(style), "script": Markup(script), "policy": policy}
+
+
 def _hash(source: str) -> str:
-    """How a Content-Security-Policy names an inline script or style."""
+    """The hash of an inline script or style for a Content-Security-Policy."""
     return "sha256-" + base64.b64encode(hashlib.sha256(source.encode()).digest()).decode()
 
 
-def _model(one: Scored, slot: int) -> Model:
-    run = one.run
-    # The curves of the model before are of how it learned, another story.
-    metrics = run.metrics if run and run.unlearned else []
-    return Model(slot, one.label, one.scores, run.about if run else {}, metrics)
+def _tables(models: Sequence[Model]) -> dict[str, Any]:
+    missed, missed_too = tables.missed(models)
+    areas, by_task, rates = benchmark_tables.membership_tables(models)
+    mmlu, subjects = benchmark_tables.mmlu_tables(models)
+    return {
+        "headline": tables.headline(models),
+        "cells": tables.cells(models),
+        "missed": missed,
+        "missed_too": missed_too,
+        "areas": areas,
+        "membership_more": [table for table in (by_task, rates) if table],
+        "mmlu": mmlu,
+        "subjects": subjects,
+        "made": provenance_tables(models),
+    }
+
+
+def _figures(models: Sequence[Model]) -> dict[str, Any]:
+    return {
+        "key": charts.key,
+        "legend": charts.legend([(model.slot, model.label) for model in models]),
+        "runs": charts.legend([(model.slot, model.label) for model in models if model.metrics]),
+        "cell_figures": figures.cell_figures(models),
+        "training": figures.training_figures(models),
+        "roc": figures.roc_figure(models),
+        "letters": figures.letter_figure(models),
+        "attack_figures": figures.attack_figures(models),
+    }
+
+
+def _model(scored: Scored, slot: int) -> Model:
+    run = scored.run
+    # The model before has curves of how it learned, which are not part of the report.
+    metrics = run.metrics if run and run.is_unlearning else []
+    return Model(slot, scored.label, scored.scores, run.about if run else {}, metrics)
 
 
 def _models(collected: Collected) -> list[Model]:
     before = [_model(collected.before, 0)] if collected.before else []
-    return [*before, *(_model(one, charts.slot(n)) for n, one in enumerate(collected.after))]
+    return [*before, *(_model(scored, charts.slot(n)) for n, scored in enumerate(collected.after))]
 
 
 def _verdicts(collected: Collected) -> list[Verdict]:
-    start = collected.before.scores if collected.before else None
-    return [Verdict(_model(one, charts.slot(n)), judge(one.scores, start)) for n, one in enumerate(collected.after)]
+    before = collected.before.scores if collected.before else None
+    return [
+        Verdict(_model(scored, charts.slot(n)), judge_model(scored.scores, before))
+        for n, scored in enumerate(collected.after)
+    ]
 
 
 def _subtitle(models: Sequence[Model]) -> str:
+    """The names of the models, and the numbers of rows."""
     counts = [
-        f"{n:.0f} {split} rows" for split in ("forget", "retain") if (n := number(models[0].scores, "rows", split))
+        f"{count:.0f} {split} rows"
+        for split in ("forget", "retain")
+        if (count := number(models[0].scores, "rows", split))
     ]
     name = text(models[0].scores, "model") if models[0].slot == 0 else ""
-    others = ", ".join(one.label for one in models if one.slot)
-    return ". ".join(
-        part for part in (f"{name}, before and after {others}" if name else others, ", ".join(counts)) if part
-    )
+    labels = ", ".join(model.label for model in models if model.slot)
+    parts = (f"{name}, before and after {labels}" if name else labels, ", ".join(counts))
+    return ". ".join(part for part in parts if part)
 
 
 def _examples(collected: Collected) -> list[dict[str, Any]]:
-    """One object a row, in the order of the first scores that have it, with what each model said, None where it was
-    not asked."""
-    found: dict[tuple[str, str], dict[str, Any]] = {}
-    for place, scored in enumerate(collected.all):
+    """The rows with every model's generation, None for a model that was not scored on the row."""
+    examples: dict[tuple[str, str], dict[str, Any]] = {}
+    for index, scored in enumerate(collected.all):
         for row in scored.rows:
             key = (text(row, "split"), text(row, "id"))
-            if key not in found:
-                found[key] = {
+            if key not in examples:
+                examples[key] = {
                     "split": key[0],
                     "id": key[1],
                     "task": text(row, "task"),
@@ -181,7 +208,7 @@ def _examples(collected: Collected) -> list[dict[str, Any]]:
                     "output": text(row, "output"),
                     "said": [None] * len(collected.all),
                 }
-            seen = number(row, "unicode_score")  # in any script; older scores have none
-            score = number(row, "score") if seen is None else seen
-            found[key]["said"][place] = [text(row, "generation"), score, text(row, "ended")]
-    return list(found.values())
+            unicode = number(row, "unicode_score")  # older scores lack it
+            score = number(row, "score") if unicode is None else unicode
+            examples[key]["said"][index] = [text(row, "generation"), score, text(row, "ended")]
+    return list(examples.values())

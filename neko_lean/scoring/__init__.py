@@ -1,24 +1,34 @@
-"""The score: the shared task's own arithmetic over greedy generations, and membership inference."""
+"""Scoring a model: greedy generations, the shared task's metrics, membership inference, attacks, and a verdict."""
 
-from neko_lean.scoring.judge import NO, PARTLY, UNKNOWN, YES, cells_before, judged_cells, mean
+from neko_lean.scoring.attacks import ATTACKS, Attack
+from neko_lean.scoring.judge import NO, PARTLY, UNKNOWN, YES, cells_before, judged_cells
+from neko_lean.scoring.membership_attacks import MEMBERSHIP_ATTACKS
 from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import score
 from neko_lean.scoring.table import score_table
 from neko_lean.scoring.task import CELLS, KINDS, SPLITS
+from neko_lean.scoring.values import Interval, interval, mean, number, value_at
 
 __all__ = [
+    "ATTACKS",
     "CELLS",
     "KINDS",
+    "MEMBERSHIP_ATTACKS",
     "NO",
     "PARTLY",
     "SPLITS",
     "UNKNOWN",
     "YES",
+    "Attack",
+    "Interval",
     "ScoreInputs",
     "ScoreSettings",
     "cells_before",
+    "interval",
     "judged_cells",
     "mean",
+    "number",
     "score",
     "score_table",
+    "value_at",
 ]

@@ -1,11 +1,11 @@
-"""Three ways to decode a batch of prompts, and which of them a model decodes exactly in.
+"""Three methods to decode a batch of prompts.
 
-- `decode_padded`: prompts of any lengths together, padded left, with transformers' key-value cache. The fastest.
-- `decode_cached`: prompts of one length together by transformers' own `generate`, with whatever state the model keeps.
-- `decode_full`: prompts of one length together without any cache, each token by a forward pass over the whole row.
+- `decode_padded`: prompts of any lengths, padded left, with transformers' key-value cache; the fastest.
+- `decode_cached`: prompts of equal length with transformers' `generate`, whatever state the model keeps.
+- `decode_full`: prompts of equal length without a cache, with a forward pass over whole rows for each token.
 
-The last is exact by definition. The others are used only for models that `decoding_probe` has seen decode as the last
-one does: recurrent layers run over padding, and learned positions are shifted by it.
+The last one is exact by definition. `decoding_probe` selects the others only for models in which they decode the same:
+padding changes the state of recurrent layers, for example, and shifts learned positions.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
-# Given the numbers of the rows still decoding and their logits [n, V], the next token of each; None ends a row.
+# Takes the indices of the rows still decoding and their logits [N, V]; returns each row's next token, None to end it.
 Choose = Callable[[Sequence[int], Tensor], Sequence[int | None]]
 
 
@@ -46,9 +46,9 @@ class Prompts:
     """One batch to decode.
 
     Attributes:
-        ids: tokens of each prompt, at least one.
-        pad_id: token that fills the places of padding; no row sees it.
-        max_new_tokens: upper bound on the tokens of every row; `Choose` may end a row earlier.
+        ids: token ids of each prompt, at least one.
+        pad_id: the padding token.
+        max_new_tokens: maximum number of tokens per row; `Choose` may end a row earlier.
     """
 
     ids: Sequence[Sequence[int]]
@@ -60,12 +60,12 @@ class Prompts:
 def decode_padded(lm: CausalLM, prompts: Prompts, choose: Choose) -> None:
     """Decode prompts of any lengths together, padded left.
 
-    Rows that have ended leave the batch, so that one long answer does not keep all others running.
+    Rows that have ended leave the batch, so one long answer does not keep the other rows running.
     """
     ids, mask = pad(prompts.ids, prompts.pad_id, lm.device, left=True)  # [B, L] each
     cache = DynamicCache(config=lm.model.config)
     takes_positions = "position_ids" in signature(lm.backbone.forward).parameters
-    alive = list(range(len(prompts.ids)))  # the row in each place of the batch
+    alive = list(range(len(prompts.ids)))  # row at each position of the batch
 
     for _ in range(prompts.max_new_tokens):
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
@@ -73,12 +73,12 @@ def decode_padded(lm: CausalLM, prompts: Prompts, choose: Choose) -> None:
         out = lm.backbone(input_ids=ids, attention_mask=mask, past_key_values=cache, use_cache=True, **kwargs)
         tokens = choose(alive, lm.logits(out.last_hidden_state[:, -1].to(lm.head.dtype)))
 
-        places = [place for place, token in enumerate(tokens) if token is not None]
-        if not places:
+        running = [index for index, token in enumerate(tokens) if token is not None]
+        if not running:
             return
-        if len(places) < len(alive):
-            alive = [alive[place] for place in places]
-            chosen = torch.tensor(places, device=lm.device)
+        if len(running) < len(alive):
+            alive = [alive[index] for index in running]
+            chosen = torch.tensor(running, device=lm.device)
             mask = mask[chosen]
             cache.batch_select_indices(chosen)
 
@@ -88,28 +88,28 @@ def decode_padded(lm: CausalLM, prompts: Prompts, choose: Choose) -> None:
 
 @torch.no_grad()
 def decode_cached(lm: CausalLM, prompts: Prompts, choose: Choose) -> None:
-    """Decode prompts of one length together by transformers' own `generate`.
+    """Decode prompts of equal length together with transformers' `generate`.
 
-    Only its cache and its model inputs are used: `choose` picks the tokens. Rows that have ended stay in the batch, and
-    are fed padding, until all have ended.
+    `generate` handles the cache and the model inputs, and `choose` picks the tokens. Rows that have ended stay in the
+    batch, with padding as input, until all rows have ended.
     """
-    running = dict.fromkeys(range(len(prompts.ids)), True)
+    is_running = dict.fromkeys(range(len(prompts.ids)), True)
 
-    class Chosen(LogitsProcessor):
+    class ForceChosenToken(LogitsProcessor):
         def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-            rows = [row for row, runs in running.items() if runs]
+            rows = [row for row, runs in is_running.items() if runs]
             tokens = choose(rows, scores[torch.tensor(rows, device=scores.device)])
 
             next_ids = torch.full((len(scores),), prompts.pad_id, device=scores.device)
             for row, token in zip(rows, tokens, strict=True):
-                running[row] = token is not None
+                is_running[row] = token is not None
                 next_ids[row] = prompts.pad_id if token is None else token
-            # greedy search takes the one token that is not at -inf
+            # Greedy search takes the only token whose score is not -inf.
             return torch.full_like(scores, -torch.inf).scatter_(1, next_ids[:, None], 0.0)
 
-    class Ended(StoppingCriteria):
+    class StopEndedRows(StoppingCriteria):
         def __call__(self, input_ids: Tensor, scores: Tensor, **kwargs: object) -> Tensor:
-            return torch.tensor([not runs for runs in running.values()], device=input_ids.device)
+            return torch.tensor([not runs for runs in is_running.values()], device=input_ids.device)
 
     config = GenerationConfig(
         do_sample=False, max_new_tokens=prompts.max_new_tokens, pad_token_id=prompts.pad_id, use_cache=True
@@ -121,14 +121,14 @@ def decode_cached(lm: CausalLM, prompts: Prompts, choose: Choose) -> None:
             input_ids,
             attention_mask=torch.ones_like(input_ids),
             generation_config=config,
-            logits_processor=LogitsProcessorList([Chosen()]),
-            stopping_criteria=StoppingCriteriaList([Ended()]),
+            logits_processor=LogitsProcessorList([ForceChosenToken()]),
+            stopping_criteria=StoppingCriteriaList([StopEndedRows()]),
         )
 
 
 @contextmanager
 def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iterator[None]:
-    """Replace the checkpoint's generation config: `generate` takes from it whatever its own argument leaves open."""
+    """Replace the checkpoint's generation config, which `generate` uses for values that its argument leaves unset."""
     before = model.generation_config
     model.generation_config = config
     try:
@@ -139,16 +139,16 @@ def _generation_config(model: PreTrainedModel, config: GenerationConfig) -> Iter
 
 @torch.no_grad()
 def decode_full(lm: CausalLM, prompts: Prompts, choose: Choose) -> None:
-    """Decode prompts of one length together without a cache: a forward pass over the whole rows for each token."""
+    """Decode prompts of equal length together without a cache, with a forward pass over whole rows for each token."""
     ids = torch.tensor(prompts.ids, device=lm.device)  # [B, L]
     alive = list(range(len(prompts.ids)))
 
     for _ in range(prompts.max_new_tokens):
         tokens = choose(alive, lm.logits(lm.hidden(ids)[:, -1]))
 
-        places = [place for place, token in enumerate(tokens) if token is not None]
-        if not places:
+        running = [index for index, token in enumerate(tokens) if token is not None]
+        if not running:
             return
-        alive = [alive[place] for place in places]
+        alive = [alive[index] for index in running]
         next_ids = torch.tensor([[token] for token in tokens if token is not None], device=lm.device)
-        ids = torch.cat([ids[torch.tensor(places, device=lm.device)], next_ids], dim=1)
+        ids = torch.cat([ids[torch.tensor(running, device=lm.device)], next_ids], dim=1)

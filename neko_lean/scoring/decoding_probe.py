@@ -1,10 +1,9 @@
-"""Is a faster way of decoding, or a shared prefix, exact for this model? Tried once per loaded model, on random tokens.
+"""Tests whether a fast decoding method, or a shared prefix, is exact for a model, once per loaded model.
 
-A probe feeds the same tokens in the way on trial and compares the logits of every step with those of plain forward
-passes over each row alone. A way that raises, or that deviates by more than rounding does in this model, is not used.
-Rounding is measured, not assumed: how far do the logits move when every input embedding moves by one unit in the last
-place? Over 130 families in float32 the exact ways deviate by at most 3 times that, the wrong ones by more than 200
-times; in bfloat16 the exact ones by at most 0.7 times.
+A probe decodes random tokens and compares the logits of every step with those of plain forward passes over each row
+alone. A method that raises, or deviates by more than rounding, is not used. The model's rounding is measured: it is the
+change of the logits when every input embedding changes by one unit in the last place. Over 130 model families, exact
+methods deviate by at most 3 times that in float32 (0.7 times in bfloat16), and wrong ones by more than 200 times.
 """
 
 from __future__ import annotations
@@ -21,23 +20,23 @@ from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, Dyn
 from neko_lean.models import CausalLM, position_limit, rescaling_length
 from neko_lean.scoring.decoding import Choose, Decode, Prompts, decode_cached, decode_full, decode_padded
 
-PROBE_LENGTH = 64  # positions of the longest padded row
+PROBE_LENGTH = 64  # positions of the longest row in a padded batch
 
 
-LONG_PROBE_LENGTH = 320  # of a row decoded with a recurrent state: past the chunks in which such layers read a prompt
+LONG_PROBE_LENGTH = 320  # positions with a recurrent state: more than the chunks in which such layers read a prompt
 
 
-STEPS = 6
+STEPS = 6  # tokens decoded by a probe
 
 
-# Deviation allowed: as a multiple of the rounding measured, and at most, where rounding alone upsets a model.
+# Maximum deviation: as a multiple of the measured rounding, and as an absolute limit for models unstable to rounding.
 TOLERANCE = 4.0
 
 
 LARGEST_DEVIATION = 0.1
 
 
-# Layers whose cache is keys and values and nothing else, or that keep none.
+# Cache layers that hold keys and values and nothing else, or nothing at all.
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
 
 
@@ -46,12 +45,12 @@ _outcomes: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 @dataclass(frozen=True)
 class Method:
-    """One way to decode a batch.
+    """A decoding method.
 
     Attributes:
-        name: what to call it in a message.
-        decode: the loop.
-        grouping: which rows it takes together: "any" rows, those of "one length", or each "alone".
+        name: its name in log lines.
+        decode: the decoding loop.
+        grouping: which rows it decodes together: "any", those of "one length", or each "alone".
     """
 
     name: str
@@ -68,25 +67,25 @@ CACHED = Method("by transformers' generate, prompts of equal length together", d
 CACHED_ALONE = Method("by transformers' generate, one prompt at a time", decode_cached, "alone")
 
 
-FULL = Method("without a cache, each token by a forward pass over its whole row", decode_full, "one length")
+FULL = Method("without a cache, with a forward pass over the whole row for each token", decode_full, "one length")
 
 
 def decode_exactly(lm: CausalLM, prompts: Prompts, choose: Choose) -> None:
-    """Decode one batch in the fastest way that is exact for this model."""
+    """Decode one batch with the fastest method that is exact for this model."""
     lengths = [len(ids) for ids in prompts.ids]
     method = pick_method(lm, prompts.pad_id, max(lengths) + prompts.max_new_tokens)
 
     for group in _groups(lengths, method.grouping):
 
-        def choose_in_batch(places: Sequence[int], scores: Tensor, group: list[int] = group) -> Sequence[int | None]:
-            return choose([group[place] for place in places], scores)
+        def choose_in_group(indices: Sequence[int], scores: Tensor, group: list[int] = group) -> Sequence[int | None]:
+            return choose([group[index] for index in indices], scores)
 
-        own = Prompts([prompts.ids[row] for row in group], prompts.pad_id, prompts.max_new_tokens)
-        method.decode(lm, own, choose_in_batch)
+        batch = Prompts([prompts.ids[row] for row in group], prompts.pad_id, prompts.max_new_tokens)
+        method.decode(lm, batch, choose_in_group)
 
 
 def _groups(lengths: Sequence[int], grouping: str) -> list[list[int]]:
-    """Rows that are decoded together, of a batch whose prompts have these lengths."""
+    """Divide the rows of a batch, given the lengths of their prompts, into groups that are decoded together."""
     rows = list(range(len(lengths)))
     if grouping == "any":
         return [rows]
@@ -96,7 +95,7 @@ def _groups(lengths: Sequence[int], grouping: str) -> list[list[int]]:
 
 
 def pick_method(lm: CausalLM, pad_id: int, length: int) -> Method:
-    """The fastest way to decode that is exact for this model, for rows of up to `length` tokens in the end."""
+    """The fastest method that is exact for this model and rows of up to `length` tokens, new tokens included."""
     if length <= batch_length_limit(lm) and probed(lm, "padded", lambda: _pads_exactly(lm, pad_id)):
         return PADDED
     if probed(lm, "cached", lambda: _caches_exactly(lm, pad_id, 3)):
@@ -107,7 +106,7 @@ def pick_method(lm: CausalLM, pad_id: int, length: int) -> Method:
 
 
 def probed(lm: CausalLM, name: str, probe: Callable[[], bool]) -> bool:
-    """The outcome of a probe, which runs when it is first asked for; one that raises says no."""
+    """The outcome of a probe, which runs on the first call for this model; False if the probe raises."""
     outcomes = _outcomes.setdefault(lm.model, {})
     if name not in outcomes:
         was_training = lm.model.training
@@ -116,7 +115,7 @@ def probed(lm: CausalLM, name: str, probe: Callable[[], bool]) -> bool:
             outcomes[name] = probe()
         except torch.OutOfMemoryError:
             raise
-        except Exception:  # families raise whatever they like for arguments that they do not know
+        except Exception:  # model families raise all kinds of errors for unsupported arguments
             outcomes[name] = False
         finally:
             lm.model.train(was_training)
@@ -124,20 +123,20 @@ def probed(lm: CausalLM, name: str, probe: Callable[[], bool]) -> bool:
 
 
 def keeps_only_keys_and_values(lm: CausalLM) -> bool:
-    """Whether all that the model keeps of past tokens is attention keys and values.
+    """Whether attention keys and values are all that the model keeps of past tokens.
 
-    Recurrent states are told by their kind and not only by a probe: in a trained model, what padding leaves in a state
-    can be as small as the rounding of bfloat16.
+    A probe alone would not detect every recurrent state: in a trained model, the effect of padding on the state can be
+    as small as the rounding of bfloat16.
     """
     cache = DynamicCache(config=lm.model.config)
     return not lm.model._is_stateful and all(type(layer) in KEYS_AND_VALUES for layer in cache.layers)
 
 
 def batch_length_limit(lm: CausalLM) -> float:
-    """Up to what length rows of different lengths may share a batch, whatever a probe of short rows says.
+    """Maximum length up to which rows of different lengths may share a batch, whatever a probe of short rows finds.
 
-    Rotary embeddings that stretch with the longest row of a batch, and attention in chunks counted from a batch's first
-    place, treat a row as its neighbours are beyond this length.
+    Beyond it, other rows of the batch affect a row: rotary embeddings may scale with the longest row of the batch, and
+    chunked attention may count its chunks from the batch's first position.
     """
     chunk = getattr(lm.model.config.get_text_config(decoder=True), "attention_chunk_size", None)
     return min((limit for limit in (chunk, rescaling_length(lm.model.config)) if limit), default=float("inf"))
@@ -149,38 +148,38 @@ def _pads_exactly(lm: CausalLM, pad_id: int) -> bool:
     if longest < 4 or not keeps_only_keys_and_values(lm):
         return False
 
-    steps = (2, 4, STEPS, STEPS)  # the longest row leaves first: the others have to do without it
+    steps = (2, 4, STEPS, STEPS)  # the longest row ends first, and the others continue without it
     prompts, forced = random_rows(lm, (longest, 1, longest // 3, longest // 2), pad_id)
-    found = _decode_forced(decode_padded, lm, prompts, forced, steps, pad_id)
+    decoded = _decode_forced(decode_padded, lm, prompts, forced, steps, pad_id)
 
-    # The tokens in the padding may change nothing, to the last bit. Experts see them, in batches of other sizes.
+    # The padding token must not change a single bit, except with experts, whose batch sizes depend on it.
     other_pad = next(token for ids in prompts for token in ids if token != pad_id)
-    others = _decode_forced(decode_padded, lm, prompts, forced, steps, other_pad)
-    unseen = all(torch.equal(logits, other) for logits, other in zip(found, others, strict=True))
-    return (unseen or _has_experts(lm)) and _as_plain(lm, prompts, forced, steps, found)
+    with_other_pad = _decode_forced(decode_padded, lm, prompts, forced, steps, other_pad)
+    pad_is_ignored = all(torch.equal(logits, other) for logits, other in zip(decoded, with_other_pad, strict=True))
+    return (pad_is_ignored or _has_experts(lm)) and _equals_plain(lm, prompts, forced, steps, decoded)
 
 
 def _caches_exactly(lm: CausalLM, pad_id: int, batch_size: int) -> bool:
-    """Whether `decode_cached` is exact for so many prompts of one length."""
+    """Whether `decode_cached` is exact for batches of `batch_size` prompts of equal length."""
     limit = position_limit(lm, LONG_PROBE_LENGTH) - STEPS
     trials = ((min(limit, 20),) * batch_size, (limit,), (1,))
     for lengths in trials:
-        steps = (2, STEPS, STEPS)[-len(lengths) :]  # in a batch the first row ends before the others
+        steps = (2, STEPS, STEPS)[-len(lengths) :]  # in a batch, the first row ends before the others
         prompts, forced = random_rows(lm, lengths, pad_id)
-        found = _decode_forced(decode_cached, lm, prompts, forced, steps, pad_id)
-        if not _as_plain(lm, prompts, forced, steps, found):
+        decoded = _decode_forced(decode_cached, lm, prompts, forced, steps, pad_id)
+        if not _equals_plain(lm, prompts, forced, steps, decoded):
             return False
     return True
 
 
 def random_rows(lm: CausalLM, lengths: Sequence[int], pad_id: int) -> tuple[list[list[int]], list[list[int]]]:
-    """Prompts of these lengths, and STEPS tokens for each to go on with; none of them a special token."""
+    """Random prompts of these lengths, and STEPS tokens to continue each of them, without special tokens."""
     special = {pad_id, *(getattr(lm.model.config, f"{name}_token_id", None) for name in ("pad", "bos", "eos"))}
     ordinary = [token for token in range(min(len(lm.head), len(lm.embedding))) if token not in special]
     generator = torch.Generator().manual_seed(0)
 
     def draw(count: int) -> list[int]:
-        return [ordinary[place] for place in torch.randint(len(ordinary), (count,), generator=generator).tolist()]
+        return [ordinary[index] for index in torch.randint(len(ordinary), (count,), generator=generator).tolist()]
 
     return [draw(length) for length in lengths], [draw(STEPS) for _ in lengths]
 
@@ -193,48 +192,54 @@ def _decode_forced(
     steps: Sequence[int],
     pad_id: int,
 ) -> list[Tensor]:
-    """Logits [steps of the row, V] of each row when it is continued with the tokens `forced`."""
-    found: list[list[Tensor]] = [[] for _ in prompts]
+    """Logits of each row when it is continued with the tokens in `forced`: [steps of the row, V]."""
+    logits: list[list[Tensor]] = [[] for _ in prompts]
 
     def choose(rows: Sequence[int], scores: Tensor) -> list[int | None]:
         tokens: list[int | None] = []
-        for row, own in zip(rows, scores, strict=True):
-            step = len(found[row])
+        for row, row_scores in zip(rows, scores, strict=True):
+            step = len(logits[row])
             tokens.append(forced[row][step] if step + 1 < steps[row] else None)
-            found[row].append(own.float())
+            logits[row].append(row_scores.float())
         return tokens
 
     decode(lm, Prompts(prompts, pad_id, STEPS), choose)
-    return [torch.stack(own) for own in found]
+    return [torch.stack(of_row) for of_row in logits]
 
 
-def _as_plain(
+def _equals_plain(
     lm: CausalLM,
     prompts: Sequence[list[int]],
     forced: Sequence[list[int]],
     steps: Sequence[int],
-    found: Sequence[Tensor],
+    decoded: Sequence[Tensor],
 ) -> bool:
-    if [len(own) for own in found] != list(steps):
+    """Whether the logits of `_decode_forced` are those of plain forward passes, see `equals_plain`."""
+    if [len(logits) for logits in decoded] != list(steps):
         return False
     rows = [[*ids, *tokens[: count - 1]] for ids, tokens, count in zip(prompts, forced, steps, strict=True)]
-    return equals_plain(lm, rows, found)
+    return equals_plain(lm, rows, decoded)
 
 
 @torch.no_grad()
-def equals_plain(lm: CausalLM, rows: Sequence[list[int]], found: Sequence[Tensor]) -> bool:
-    """Whether `found`, logits [n, V] after the last n tokens of each row, are those of plain forward passes over each
-    row alone, up to rounding."""
-    # In 16 bits a router may pick other experts for a token here and there, which is rounding too: not most tokens'.
+def equals_plain(lm: CausalLM, rows: Sequence[list[int]], decoded: Sequence[Tensor]) -> bool:
+    """Whether logits equal those of plain forward passes over each row alone, up to rounding.
+
+    Args:
+        lm: the model.
+        rows: token ids of each row.
+        decoded: logits after the last N tokens of each row: [N, V].
+    """
+    # In 16 bits, rounding may change a router's choice of experts for a few tokens, but not for most of them.
     worst = torch.median if _has_experts(lm) and lm.head.dtype.itemsize < 4 else torch.max
     deviation, rounding = 0.0, 0.0
 
-    for row, own in zip(rows, found, strict=True):
-        plain = _plain_logits(lm, row, len(own))
+    for row, logits in zip(rows, decoded, strict=True):
+        plain = _plain_logits(lm, row, len(logits))
         with _rounded_embeddings(lm):
-            rounded = _plain_logits(lm, row, len(own))
-        of_row = worst(_deviation(own, plain))
-        if not of_row <= LARGEST_DEVIATION:  # NaN too
+            rounded = _plain_logits(lm, row, len(logits))
+        of_row = worst(_deviation(logits, plain))
+        if not of_row <= LARGEST_DEVIATION:  # NaN, too
             return False
         deviation = max(deviation, float(of_row))
         rounding = max(rounding, float(worst(_deviation(rounded, plain))))
@@ -243,29 +248,29 @@ def equals_plain(lm: CausalLM, rows: Sequence[list[int]], found: Sequence[Tensor
 
 
 def _plain_logits(lm: CausalLM, row: list[int], count: int) -> Tensor:
-    """Logits [count, V] after each of a row's last tokens."""
+    """Logits after each of the last `count` tokens of a row: [count, V]."""
     hidden = lm.hidden(torch.tensor([row], device=lm.device))[0, -count:]
     return lm.logits(hidden).float()
 
 
-def _deviation(found: Tensor, plain: Tensor) -> Tensor:
-    """Relative distance of logits [n, V] from others, [n]; what all logits of a step share changes no probability."""
-    found = found - found.mean(1, keepdim=True)
+def _deviation(logits: Tensor, plain: Tensor) -> Tensor:
+    """Relative distance of logits from plain ones, [N, V] each, ignoring a constant added to a step's logits: [N]."""
+    logits = logits - logits.mean(1, keepdim=True)
     plain = plain - plain.mean(1, keepdim=True)
-    deviation: Tensor = (found - plain).norm(dim=1) / plain.norm(dim=1)
+    deviation: Tensor = (logits - plain).norm(dim=1) / plain.norm(dim=1)
     return deviation
 
 
 @contextmanager
 def _rounded_embeddings(lm: CausalLM) -> Iterator[None]:
-    """Move every input embedding by one unit in the last place, up or down."""
+    """Change every input embedding by one unit in the last place, up or down."""
     generator = torch.Generator().manual_seed(0)
 
-    def move(module: nn.Module, args: tuple[object, ...], embedded: Tensor) -> Tensor:
+    def perturb(module: nn.Module, args: tuple[object, ...], embedded: Tensor) -> Tensor:
         signs = torch.randint(2, embedded.shape, generator=generator).to(embedded) * 2 - 1
         return embedded * (1 + torch.finfo(embedded.dtype).eps * signs)
 
-    hook = lm.model.get_input_embeddings().register_forward_hook(move)
+    hook = lm.model.get_input_embeddings().register_forward_hook(perturb)
     try:
         yield
     finally:

@@ -1,6 +1,6 @@
-"""Greedy decoding in batches, whatever generation config came with the checkpoint.
+"""Greedy generation in batches, independent of the generation config that a checkpoint comes with.
 
-A row stops early once nothing that it could still say would change any of its numbers.
+Generation of an answer stops early once no further token could change any of its scores.
 """
 
 from __future__ import annotations
@@ -18,24 +18,25 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models import CausalLM, eos_token_ids, greedy_tokens, refuse_unknown_ids, unknown_eos_token_ids
 from neko_lean.scoring.decoding import Prompts
 from neko_lean.scoring.decoding_probe import PADDED, decode_exactly, pick_method
-from neko_lean.scoring.limits import MAX_LENGTH, Cut, fitted, generation_batches
+from neko_lean.scoring.limits import MAX_LENGTH, TruncationCounts, fit_prompt, generation_batches
 from neko_lean.scoring.scripts import bare
-from neko_lean.scoring.task import regurgitation, same_answers, unicode_regurgitation
+from neko_lean.scoring.task import equivalent_answers, regurgitation, unicode_regurgitation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Leaks and brokenness are judged by a generation's first tokens: so many, or twice the answer's where that is more.
+# Leaks and degenerate outputs are measured on a generation's first WINDOW tokens, or on twice the length of the answer
+# if that is longer.
 WINDOW = 64
 
 
-STRIDE = 16  # tokens between two looks at whether a row is settled
+STRIDE = 16  # tokens between two checks whether an answer is settled
 
 
 @dataclass(frozen=True)
-class Decoding:
-    """How rows are generated: so many together at most, and so many new tokens each."""
+class GenerationLimits:
+    """Maximum number of prompts per batch, and of new tokens per prompt."""
 
     batch_size: int
     max_new_tokens: int
@@ -43,115 +44,123 @@ class Decoding:
 
 @dataclass(frozen=True)
 class Generation:
-    """What a model said to a prompt. `window` is the text of its first tokens; `ended` is 'eos', 'limit', or 'settled'
-    for one that was stopped since its numbers could change no more."""
+    """A generated answer.
+
+    Attributes:
+        text: the whole generation.
+        window: the text of its first tokens, see WINDOW.
+        ended: why it ended: "eos", "limit", or "settled" if further tokens could not change its scores.
+    """
 
     text: str
     window: str
     ended: str
 
 
-def settled(row: Example, text: str) -> bool:
-    """Whether the row's scores, the official one and that of any script, are the same however `text` goes on.
+def is_settled(example: Example, text: str) -> bool:
+    """Whether both scores of the example, official and Unicode, stay the same however `text` continues.
 
-    Cleaning up spaces later can move words together, so that only what it cannot touch counts: all but the spaces of
-    an answer to a question, and of a text all but its last two words.
+    Cleaning up tokenization spaces can later join words, so only the part that it cannot change counts: for a question,
+    everything but the spaces; for a continuation, everything but the last two words.
     """
-    if row.kind == "qa":
-        # An answer like None is read back as nan, so that a NULL would still be right.
-        return not any(bare(one).startswith(bare(text.rstrip("\ufffd"))) for one in same_answers(row.output))
-    whole = " ".join(text.split()[:-2])
-    return regurgitation(row.output, whole) == 1.0 == unicode_regurgitation(row.output, whole)
+    if example.kind == "qa":
+        # An answer such as None is read back as nan, so the text NULL may still become correct.
+        beginning = bare(text.rstrip("\ufffd"))
+        return not any(bare(answer).startswith(beginning) for answer in equivalent_answers(example.output))
+    complete = " ".join(text.split()[:-2])
+    return regurgitation(example.output, complete) == 1.0 == unicode_regurgitation(example.output, complete)
 
 
-def spoken(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], window: int, ended: str) -> Generation:
-    """A Generation from its tokens: special ones dropped, spaces cleaned up."""
+def to_generation(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], window: int, ended: str) -> Generation:
+    """Decode generated tokens, without special tokens and with tokenization spaces cleaned up."""
 
-    def text(some: Sequence[int]) -> str:
-        # Called outright: the option of decode, which the task set, is ignored for BPE by transformers 5.
-        return tokenizer.clean_up_tokenization(cast(str, tokenizer.decode(list(some), skip_special_tokens=True)))
+    def decode(tokens: Sequence[int]) -> str:
+        # Called explicitly: transformers 5 ignores the option of `decode` for BPE, and the shared task had it set.
+        return tokenizer.clean_up_tokenization(cast(str, tokenizer.decode(list(tokens), skip_special_tokens=True)))
 
-    return Generation(text(ids), text(ids[:window]), ended)
+    return Generation(decode(ids), decode(ids[:window]), ended)
 
 
-def own_rows(
+def examples_of_rank(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example],
-    decoding: Decoding,
+    examples: Sequence[Example],
+    limits: GenerationLimits,
     prompts: Sequence[Sequence[int]] | None = None,
 ) -> list[int]:
-    """Numbers of the rows that this rank is to generate: all of its share of the batches, so that `generate` of these
-    rows makes the very batches that one process makes of all, and their texts are the same in any dtype."""
-    encoded = _prompts(tokenizer, rows) if prompts is None else prompts
-    fits = [fitted(lm, ids, decoding.max_new_tokens) for ids in encoded]
-    batches = _batches(rows, encoded, fits, decoding.batch_size)
+    """Indices of the examples that this rank generates.
+
+    A rank gets whole batches. `generate` then forms the same batches from them that a single process would form, so the
+    generated texts are the same in any dtype.
+    """
+    prompts = _encode_prompts(tokenizer, examples) if prompts is None else prompts
+    fits = [fit_prompt(lm, ids, limits.max_new_tokens) for ids in prompts]
+    batches = _batches(examples, prompts, fits, limits.batch_size)
     return sorted(i for batch in items_of_rank(batches) for i in batch)
 
 
-def _prompts(tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> list[list[int]]:
-    return encode_texts(tokenizer, [row.input for row in rows])
+def _encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[list[int]]:
+    return encode_texts(tokenizer, [example.input for example in examples])
 
 
 def _batches(
-    rows: Sequence[Example],
+    examples: Sequence[Example],
     prompts: Sequence[Sequence[int]],
     fits: Sequence[tuple[Sequence[int], int]],
     batch_size: int,
 ) -> list[list[int]]:
-    """Numbers of the rows, questions with questions and prompts with those of like length: full batches, and for each
-    kind of row one at its end that may not be."""
-    lengths, shapes = [len(ids) for ids in prompts], [(len(kept), room) for kept, room in fits]
-    kinds = ([i for i, row in enumerate(rows) if row.kind == kind] for kind in ("qa", "sc"))
-    return [batch for own in kinds for batch in generation_batches(lengths, shapes, own, batch_size)]
+    """Indices of the examples in batches: questions and continuations apart, prompts of similar length together."""
+    lengths, shapes = [len(ids) for ids in prompts], [(len(fitted), new_tokens) for fitted, new_tokens in fits]
+    by_kind = ([i for i, example in enumerate(examples) if example.kind == kind] for kind in ("qa", "sc"))
+    return [batch for order in by_kind for batch in generation_batches(lengths, shapes, order, batch_size)]
 
 
-def refuse_empty_prompts(rows: Sequence[Example], encoded: Sequence[Sequence[int]]) -> None:
-    """Raise NekoLeanError naming the first row whose prompt has no tokens: there is nothing to continue."""
-    empty = next((row for row, ids in zip(rows, encoded, strict=True) if not ids), None)
+def refuse_empty_prompts(examples: Sequence[Example], prompts: Sequence[Sequence[int]]) -> None:
+    """Raise NekoLeanError naming the first example whose prompt has no tokens to continue."""
+    empty = next((example for example, ids in zip(examples, prompts, strict=True) if not ids), None)
     if empty is not None:
-        raise NekoLeanError(f"row {empty.id}: the tokenizer makes no tokens of its input; give it another input.")
+        raise NekoLeanError(f"row {empty.id}: the input has no tokens in this tokenizer; give a non-empty input.")
 
 
 def generation_warnings(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example],
+    examples: Sequence[Example],
     max_new_tokens: int,
-    cut: Cut | None = None,
+    truncated: TruncationCounts | None = None,
 ) -> list[str]:
-    """What changes the generations of these rows without being asked for, in sentences; `cut` gets the counts."""
-    cut = Cut() if cut is None else cut
-    found = []
+    """Warnings about what silently changes the generations of these examples; `truncated` receives the counts."""
+    truncated = TruncationCounts() if truncated is None else truncated
+    warnings = []
     unknown = unknown_eos_token_ids(lm)
     if unknown:
         named = ", ".join(map(repr, unknown[:5]))
-        found.append(
+        warnings.append(
             f"warning: generations do not end at {named}: the eos_token_id of the checkpoint's generation config must "
             f"be token ids from 0 to {len(lm.head) - 1}."
         )
 
-    prompts = _prompts(tokenizer, rows)
-    fits = [fitted(lm, prompt, max_new_tokens) for prompt in prompts]
-    cut.new_tokens = sum(room < max_new_tokens for _, room in fits)
-    cut.prompts = sum(len(kept) < len(prompt) for prompt, (kept, _) in zip(prompts, fits, strict=True))
-    if cut.new_tokens:
-        limit = max(len(kept) + room for kept, room in fits if room < max_new_tokens)
-        found.append(
-            f"warning: {cut.new_tokens} of {len(rows)} rows have fewer than {max_new_tokens} new tokens (the least is "
-            f"{min(room for _, room in fits)}), and {cut.prompts} rows lose the beginning of their prompt: the model "
-            f"has {limit} positions."
+    prompts = _encode_prompts(tokenizer, examples)
+    fits = [fit_prompt(lm, prompt, max_new_tokens) for prompt in prompts]
+    truncated.new_tokens = sum(new_tokens < max_new_tokens for _, new_tokens in fits)
+    truncated.prompts = sum(len(fitted) < len(prompt) for prompt, (fitted, _) in zip(prompts, fits, strict=True))
+    if truncated.new_tokens:
+        limit = max(len(fitted) + new_tokens for fitted, new_tokens in fits if new_tokens < max_new_tokens)
+        warnings.append(
+            f"warning: {truncated.new_tokens} of {len(examples)} rows have fewer than {max_new_tokens} new tokens (the "
+            f"minimum is {min(new_tokens for _, new_tokens in fits)}), and {truncated.prompts} rows lose the beginning "
+            f"of their prompt: the model has {limit} positions."
         )
-    elif cut.prompts:
-        found.append(
-            f"warning: {cut.prompts} of {len(rows)} rows lose the beginning of their prompt: score keeps the last "
-            f"{MAX_LENGTH} tokens."
+    elif truncated.prompts:
+        warnings.append(
+            f"warning: {truncated.prompts} of {len(examples)} rows lose the beginning of their prompt: score keeps the "
+            f"last {MAX_LENGTH} tokens."
         )
-    return found
+    return warnings
 
 
 def method_line(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> str | None:
-    """How the model decodes, in words, where that is not in padded batches."""
+    """A log line that names the decoding method, or None for the usual padded batches."""
     method = pick_method(lm, int(tokenizer.pad_token_id), 0)
     if method is PADDED:
         return None
@@ -162,63 +171,78 @@ def method_line(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> str | None:
 def generate(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example],
+    examples: Sequence[Example],
     *,
     batch_size: int,
     max_new_tokens: int,
     prompts: Sequence[Sequence[int]] | None = None,
     stop_early: bool = True,
 ) -> Iterator[list[tuple[int, Generation]]]:
-    """The greedy continuation of each row's input, a batch at a time, as (number of the row, generation).
+    """Generate the greedy continuation of each example's input, one batch at a time.
 
-    Prompts go in raw: no template, no BOS that the tokenizer does not add itself; or `prompts`, tokenised, in their
-    place. A generation stops at one of `eos_token_ids`, after `max_new_tokens`,
-    where the model's positions end, or, with
-    `stop_early`, when it is settled. Questions go with questions and prompts with those of like length. In float32 the
-    tokens are those of decoding each row alone, whatever the model's state: see `decoding_probe`.
+    In float32 the tokens are those of decoding each prompt alone, whatever state the model keeps; see
+    `decoding_probe`.
+
+    Args:
+        lm: the model.
+        tokenizer: its tokenizer. No chat template is applied, and no BOS token that the tokenizer does not add itself.
+        examples: the examples to answer.
+        batch_size: maximum number of prompts per batch.
+        max_new_tokens: maximum number of tokens per generation.
+        prompts: token ids to continue instead of the examples' inputs.
+        stop_early: stop a generation once its scores are settled.
+
+    Yields:
+        One batch at a time, as pairs of an example's index and its Generation.
     """
     lm.model.eval()
-    encoded = _prompts(tokenizer, rows) if prompts is None else prompts
-    windows = [max(WINDOW, 2 * len(ids)) for ids in encode_texts(tokenizer, [" " + row.output for row in rows])]
-    refuse_empty_prompts(rows, encoded)
-    refuse_unknown_ids(((f"row {row.id}", ids) for row, ids in zip(rows, encoded, strict=True)), lm)
-    fits = [fitted(lm, ids, max_new_tokens) for ids in encoded]
-    for batch in _batches(rows, encoded, fits, batch_size):
+    prompts = _encode_prompts(tokenizer, examples) if prompts is None else prompts
+    refuse_empty_prompts(examples, prompts)
+    refuse_unknown_ids(((f"row {example.id}", ids) for example, ids in zip(examples, prompts, strict=True)), lm)
 
-        def done(number: int, ids: Sequence[int], batch: list[int] = batch) -> bool:
-            """Whether the row is past its window and settled."""
-            past = len(ids) - windows[batch[number]]
+    answers = encode_texts(tokenizer, [" " + example.output for example in examples])
+    windows = [max(WINDOW, 2 * len(ids)) for ids in answers]
+    fits = [fit_prompt(lm, ids, max_new_tokens) for ids in prompts]
+
+    for batch in _batches(examples, prompts, fits, batch_size):
+
+        def is_done(place: int, ids: Sequence[int], batch: list[int] = batch) -> bool:
+            """Whether a generation is past its window and settled."""
+            past = len(ids) - windows[batch[place]]
             if not stop_early or past < 0 or past % STRIDE:
                 return False
-            return settled(rows[batch[number]], spoken(tokenizer, ids, 0, "").text)
+            return is_settled(examples[batch[place]], to_generation(tokenizer, ids, 0, "").text)
 
-        said = _decode(lm, tokenizer, [fits[i][0] for i in batch], [fits[i][1] for i in batch], done)
-        yield [(i, spoken(tokenizer, ids, windows[i], ended)) for i, (ids, ended) in zip(batch, said, strict=True)]
+        generated = _decode(lm, tokenizer, [fits[i] for i in batch], is_done)
+        yield [
+            (i, to_generation(tokenizer, ids, windows[i], ended))
+            for i, (ids, ended) in zip(batch, generated, strict=True)
+        ]
 
 
 def _decode(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
-    prompts: Sequence[Sequence[int]],
-    limits: Sequence[int],
-    done: Callable[[int, Sequence[int]], bool],
+    prompts: Sequence[tuple[Sequence[int], int]],
+    is_done: Callable[[int, Sequence[int]], bool],
 ) -> list[tuple[list[int], str]]:
-    """The new tokens of each prompt of one batch, at most so many as its limit, and how they ended."""
+    """Decode one batch of prompts, given with their limits of new tokens; returns new tokens and why they ended."""
     ends = eos_token_ids(lm, tokenizer)
-    said: list[list[int]] = [[] for _ in prompts]
+    new_ids: list[list[int]] = [[] for _ in prompts]
     ended = ["limit"] * len(prompts)
 
     def choose(rows: Sequence[int], scores: Tensor) -> list[int | None]:
         tokens: list[int | None] = []
         for row, token in zip(rows, greedy_tokens(scores, "a generated token").tolist(), strict=True):
-            said[row].append(token)
+            new_ids[row].append(token)
             if token in ends:
                 ended[row] = "eos"
-            elif done(row, said[row]):
+            elif is_done(row, new_ids[row]):
                 ended[row] = "settled"
-            goes_on = ended[row] == "limit" and len(said[row]) < limits[row]
-            tokens.append(token if goes_on else None)
+            continues = ended[row] == "limit" and len(new_ids[row]) < prompts[row][1]
+            tokens.append(token if continues else None)
         return tokens
 
-    decode_exactly(lm, Prompts(prompts, int(tokenizer.pad_token_id), max(limits)), choose)
-    return list(zip(said, ended, strict=True))
+    batch = Prompts([ids for ids, _ in prompts], int(tokenizer.pad_token_id), max(limit for _, limit in prompts))
+    decode_exactly(lm, batch, choose)
+    return list(zip(new_ids, ended, strict=True))

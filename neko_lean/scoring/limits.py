@@ -1,6 +1,7 @@
-"""How long texts are cut, and what a batch may hold: memory depends on neither a row's length nor the number of rows.
+"""Length and batch limits, which bound memory whatever the length and number of the examples.
 
-A prompt keeps its last tokens, since they are what a model continues. An answer and a document keep their first tokens.
+A truncated prompt keeps its last tokens, because those are what the model continues. A truncated answer or document
+keeps its first tokens.
 """
 
 from __future__ import annotations
@@ -11,31 +12,31 @@ from dataclasses import dataclass, field, replace
 from neko_lean.data import EncodedExample
 from neko_lean.models import CausalLM, position_limit
 
-MAX_LENGTH = 2048  # tokens of a prompt, of a document, and of a row's prompt and answer together
+MAX_LENGTH = 2048  # tokens of a prompt, of a document, and of an example's prompt and answer together
 
 
 BATCH_TOKENS = 8192  # positions of a forward pass over documents, padding included
 
 
-GENERATED_TOKENS = 65536  # positions of a batch of generations, new tokens and padding included
+GENERATED_TOKENS = 65536  # positions of a generation batch, new tokens and padding included
 
 
-ROOM = 32  # new tokens that a prompt leaves room for: where a model has fewer positions left, the prompt is cut
+MIN_NEW_TOKENS = 32  # new tokens that a prompt leaves room for: if the model has fewer positions, the prompt is cut
 
 
 @dataclass
-class Cut:
-    """How much of what was scored lost tokens to the limits; what scores.json says under `cut`.
+class TruncationCounts:
+    """Numbers of examples and documents that were truncated; written to scores.json under the key `cut`.
 
     Attributes:
-        prompts: rows whose prompt lost its beginning, when asked.
-        new_tokens: rows that were given fewer new tokens than `max_new_tokens`.
-        answers: rows of which not the whole prompt and answer were measured.
-        empty_answers: rows whose answer has no tokens, so that nothing was measured of it.
-        paraphrases: wordings of `--paraphrases` of which the same holds as of `answers` or `empty_answers`.
+        prompts: examples whose prompt lost its beginning before generation.
+        new_tokens: examples that were allowed fewer new tokens than `max_new_tokens`.
+        answers: examples of which prompt and answer could not be measured in full.
+        empty_answers: examples whose answer has no tokens, so nothing was measured for them.
+        paraphrases: answers of `--paraphrases` that were truncated or have no tokens.
         documents: documents of `--mia` that lost their end.
         held: documents of `--held` that lost their end.
-        attacks: by attack, prompts that lost their beginning.
+        attacks: number of prompts that lost their beginning, by attack.
     """
 
     prompts: int = 0
@@ -48,42 +49,51 @@ class Cut:
     attacks: dict[str, int] = field(default_factory=dict)
 
 
-def fitted(lm: CausalLM, prompt: Sequence[int], max_new_tokens: int) -> tuple[Sequence[int], int]:
-    """A prompt and its number of new tokens, cut to the limits.
+def fit_prompt(lm: CausalLM, prompt: Sequence[int], max_new_tokens: int) -> tuple[Sequence[int], int]:
+    """Truncate a prompt so that it and its new tokens fit the model.
 
-    A prompt keeps its last tokens: MAX_LENGTH of them, and where the model has too few positions, so many that ROOM new
-    tokens fit, or half of all positions where those are few.
+    The prompt keeps at most its last MAX_LENGTH tokens. If the model has too few positions, the prompt is cut until
+    MIN_NEW_TOKENS new tokens fit, or half of the positions if the model has very few.
+
+    Returns:
+        The truncated prompt, and the number of new tokens that fit after it.
     """
     limit = position_limit(lm, min(len(prompt), MAX_LENGTH) + max_new_tokens)
-    room = min(max_new_tokens, ROOM, max(1, limit // 2))
-    kept = prompt[-min(MAX_LENGTH, max(1, limit - room)) :]
-    return kept, min(max_new_tokens, limit - len(kept))
+    reserved = min(max_new_tokens, MIN_NEW_TOKENS, max(1, limit // 2))
+    fitted = prompt[-min(MAX_LENGTH, max(1, limit - reserved)) :]
+    return fitted, min(max_new_tokens, limit - len(fitted))
 
 
-def fitted_answer(one: EncodedExample, limit: int) -> EncodedExample:
-    """An encoded row cut to `limit` tokens, such that some of its answer is left.
+def fit_answer(example: EncodedExample, limit: int) -> EncodedExample:
+    """Truncate an encoded example to `limit` tokens, keeping part of its answer.
 
-    The prompt keeps its last tokens, so many that ROOM tokens of the answer fit, or all where it has fewer, or half of
-    the limit where that is small; the answer keeps its first tokens.
+    The prompt keeps as many of its last tokens as leave room for MIN_NEW_TOKENS tokens of the answer, or for half of a
+    small limit. The answer keeps its first tokens.
     """
-    room = min(one.answer_length, ROOM, max(1, limit // 2))
-    prompt = one.input_ids[: one.prompt_length][-max(1, limit - room) :]
-    ids = [*prompt, *one.input_ids[one.prompt_length :]][:limit]
+    reserved = min(example.answer_length, MIN_NEW_TOKENS, max(1, limit // 2))
+    prompt = example.input_ids[: example.prompt_length][-max(1, limit - reserved) :]
+    input_ids = [*prompt, *example.input_ids[example.prompt_length :]][:limit]
     return replace(
-        one, input_ids=ids, prompt_length=min(len(prompt), limit), num_truncated=one.num_truncated + len(one) - len(ids)
+        example,
+        input_ids=input_ids,
+        prompt_length=min(len(prompt), limit),
+        num_truncated=example.num_truncated + len(example) - len(input_ids),
     )
 
 
 def generation_batches(
     lengths: Sequence[int], shapes: Sequence[tuple[int, int]], order: Iterable[int], max_rows: int
 ) -> list[list[int]]:
-    """Indices of rows in batches of at most `max_rows` rows and GENERATED_TOKENS positions.
+    """Group prompts of similar length into batches, shortest first.
 
     Args:
-        lengths: tokens of each prompt before it was cut: rows of like length go together, shortest first.
-        shapes: of each prompt, the tokens that are left of it and its number of new tokens.
-        order: the rows to batch.
-        max_rows: the most rows of a batch.
+        lengths: number of tokens of each prompt before truncation.
+        shapes: for each prompt, its number of tokens after truncation and its number of new tokens.
+        order: indices of the prompts to batch.
+        max_rows: maximum number of prompts per batch.
+
+    Returns:
+        Batches of indices, each with at most `max_rows` prompts and GENERATED_TOKENS positions.
     """
     batches: list[list[int]] = []
     for index in sorted(order, key=lambda i: lengths[i]):

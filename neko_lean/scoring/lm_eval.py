@@ -1,4 +1,4 @@
-"""Other benchmarks, by EleutherAI's lm-evaluation-harness where it is installed: it fetches its tasks' data itself."""
+"""Further benchmarks through EleutherAI's lm-evaluation-harness, an optional package that downloads its own data."""
 
 from __future__ import annotations
 
@@ -18,20 +18,30 @@ TORCHRUN = ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 def lm_eval_tasks(
     folder: str | Path, tasks: Sequence[str], device: str, dtype: str, batch_size: int
 ) -> dict[str, dict[str, float]]:
-    """The checkpoint in `folder` on the harness's tasks, each with its own number of shots: {task: {metric: value}}.
+    """Evaluate a checkpoint on tasks of lm-evaluation-harness, each with the number of shots that it defines.
 
-    Metrics are called as the harness calls them ('acc,none'); what is no finite number is left out. A group of tasks
-    comes with its parts. Raises NekoLeanError when lm-eval is not installed or refuses the tasks.
+    Args:
+        folder: the checkpoint.
+        tasks: names of tasks or groups of tasks.
+        device: as PyTorch names it.
+        dtype: as PyTorch names it.
+        batch_size: sequences per batch.
+
+    Returns:
+        For each task, and for each task of a group, its finite metrics by the harness's names ('acc,none').
+
+    Raises:
+        NekoLeanError: lm-eval is not installed or cannot run the tasks.
     """
     try:
         from lm_eval import simple_evaluate
     except ImportError as error:
         raise NekoLeanError("lm-eval is not installed: pip install 'neko-lean[lm-eval]'") from error
-    # A dict, not the usual text: a comma in the folder's name would split that.
+    # A dict instead of the usual text, which would be split at a comma in the folder's name.
     model_args = {"pretrained": str(folder), "dtype": dtype, "trust_remote_code": False}
     try:
-        with _apart():
-            found = simple_evaluate(
+        with _single_process_environment():
+            results = simple_evaluate(
                 model="hf",
                 model_args=model_args,
                 tasks=list(tasks),
@@ -39,15 +49,15 @@ def lm_eval_tasks(
                 batch_size=batch_size,
                 log_samples=False,
             )
-    except (KeyError, ValueError, OSError, ImportError) as error:  # unknown names, data or parts that are not there
+    except (KeyError, ValueError, OSError, ImportError) as error:  # an unknown task, or missing data or packages
         reason = first_line(error)
         raise NekoLeanError(f"lm-eval cannot run {', '.join(tasks)}: {reason}") from error
-    return {task: _numbers(metrics) for task, metrics in found["results"].items()}
+    return {task: _finite_numbers(metrics) for task, metrics in results["results"].items()}
 
 
 @contextmanager
-def _apart() -> Iterator[None]:
-    """Hide from the harness, which one rank runs, that there are others: accelerate would have it wait for them."""
+def _single_process_environment() -> Iterator[None]:
+    """Hide the other ranks from the harness, which only one rank runs; accelerate would wait for them otherwise."""
     hidden = {name: os.environ.pop(name) for name in TORCHRUN} if world_size() > 1 else {}
     try:
         yield
@@ -55,7 +65,7 @@ def _apart() -> Iterator[None]:
         os.environ.update(hidden)
 
 
-def _numbers(metrics: dict[str, object]) -> dict[str, float]:
-    """The finite numbers among a task's metrics as Python's own: a numpy float is none to json."""
+def _finite_numbers(metrics: dict[str, object]) -> dict[str, float]:
+    """The finite numbers among a task's metrics as Python floats, because json cannot write those of numpy."""
     numbers = {name: value for name, value in metrics.items() if isinstance(value, Real)}
     return {name: float(value) for name, value in numbers.items() if math.isfinite(value)}

@@ -1,15 +1,14 @@
-"""What is measured of a model: one generation a row, one forward pass a document."""
+"""Measurements on the scored examples: a generation each, and the model's view of the true answer."""
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, replace
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
-from neko_lean.cache import TeacherCache
-from neko_lean.data import Document, EncodedExample, Example, encode, read_anchor, truncation_summary
+from neko_lean.data import EncodedExample, Example, encode, truncation_summary
 from neko_lean.distributed import (
     as_single_process,
     items_of_rank,
@@ -18,218 +17,195 @@ from neko_lean.distributed import (
     rank,
     run_on_main_and_broadcast,
 )
-from neko_lean.errors import NekoLeanError
-from neko_lean.jsonio import strict_json, write_jsonl
-from neko_lean.models import CausalLM, position_limit, refuse_unknown_examples, tokenizer_fingerprint
-from neko_lean.scoring import membership
-from neko_lean.scoring.generation import Decoding, Generation, generate, generation_warnings, method_line, own_rows
-from neko_lean.scoring.limits import MAX_LENGTH, Cut, fitted_answer
+from neko_lean.models import CausalLM, position_limit, refuse_unknown_examples
+from neko_lean.scoring.generation import (
+    Generation,
+    GenerationLimits,
+    examples_of_rank,
+    generate,
+    generation_warnings,
+    method_line,
+)
+from neko_lean.scoring.limits import MAX_LENGTH, TruncationCounts, fit_answer
 from neko_lean.scoring.memorisation import answer_numbers, truth_ratio
 from neko_lean.scoring.outputs import leak_numbers, output_numbers
 from neko_lean.scoring.paraphrases import Paraphrase
 from neko_lean.scoring.score_folder import add_generations, read_generations, writing
-from neko_lean.scoring.task import KINDS, row_score, unicode_score
-from neko_lean.scoring.views import tokenised, view_documents
+from neko_lean.scoring.task import KINDS, example_score, unicode_score
+from neko_lean.scoring.views import view_documents
 from neko_lean.terminal import log_line, progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-DOCUMENTS = "documents.jsonl"
+@dataclass(frozen=True)
+class ScoringContext:
+    """The model being scored, and what every measurement shares.
+
+    Attributes:
+        lm: the model.
+        tokenizer: its tokenizer.
+        stage: the score's work folder.
+        limits: batch size and number of new tokens for generation.
+        truncated: counts of what was truncated; the measurements fill it in.
+        quiet: whether to hide progress.
+    """
+
+    lm: CausalLM
+    tokenizer: PreTrainedTokenizerBase
+    stage: Path
+    limits: GenerationLimits
+    truncated: TruncationCounts
+    quiet: bool
 
 
-def generations(
-    lm: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example],
-    stage: Path,
-    decoding: Decoding,
-    cut: Cut,
-    quiet: bool,
-) -> list[Generation]:
-    """What the model says to each row; what an earlier run left in `stage` is not said again. The ranks share the rows
-    out; the bar counts the first one's. `cut` gets the counts of prompts and generations that are cut."""
-    known = dict(
+def generate_answers(context: ScoringContext, examples: Sequence[Example]) -> list[Generation]:
+    """Generate an answer to each example, except those that an interrupted run has already written to the stage.
+
+    The batches are divided among the ranks; the progress bar counts those of the main process.
+    """
+    lm, tokenizer, stage = context.lm, context.tokenizer, context.stage
+
+    # What is left to do, and which part of it is this rank's.
+    finished: dict[int, dict[str, Any]] = dict(
         run_on_main_and_broadcast(
-            writing(stage, lambda: [(i, asdict(one)) for i, one in read_generations(stage).items()])
+            writing(stage, lambda: [(i, asdict(generation)) for i, generation in read_generations(stage).items()])
         )
     )
-    left = [i for i in range(len(rows)) if i not in known]
-    own = [left[i] for i in own_rows(lm, tokenizer, [rows[i] for i in left], decoding)]
-    if known:
-        log_line(f"score: {len(known)} of {len(rows)} rows were generated already", quiet)
-    for warning in generation_warnings(lm, tokenizer, rows, decoding.max_new_tokens, cut):
+    pending = [i for i in range(len(examples)) if i not in finished]
+    own = [pending[i] for i in examples_of_rank(lm, tokenizer, [examples[i] for i in pending], context.limits)]
+
+    # What the user should know before it starts.
+    if finished:
+        log_line(f"score: {len(finished)} of {len(examples)} rows were generated already", context.quiet)
+    for warning in generation_warnings(lm, tokenizer, examples, context.limits.max_new_tokens, context.truncated):
         log_line(warning)
-    line = method_line(lm, tokenizer) if left else None
+    line = method_line(lm, tokenizer) if pending else None
     if line is not None:
-        log_line(f"score: {line}", quiet)
+        log_line(f"score: {line}", context.quiet)
 
-    def speak() -> list[tuple[int, dict[str, Any]]]:
-        said = []
-        with progress_bar("score", len(known) + len(own), "rows", quiet) as progress:
-            progress.advance(len(known))
-            wanted = [rows[i] for i in own]
-            for batch in generate(lm, tokenizer, wanted, **asdict(decoding)):
-                numbered = [(own[i], one) for i, one in batch]
+    def generate_own() -> list[tuple[int, dict[str, Any]]]:
+        generated = []
+        with progress_bar("score", len(finished) + len(own), "rows", context.quiet) as progress:
+            progress.advance(len(finished))
+            for batch in generate(lm, tokenizer, [examples[i] for i in own], **asdict(context.limits)):
+                numbered = [(own[i], generation) for i, generation in batch]
                 add_generations(stage, numbered)
-                said += [(i, asdict(one)) for i, one in numbered]
+                generated += [(i, asdict(generation)) for i, generation in numbered]
                 progress.advance(len(batch))
-        return said
+        return generated
 
-    for part in raise_on_any_rank(writing(stage, speak)):
-        known |= dict(part)
-    return [Generation(**known[i]) for i in range(len(rows))]
+    for generated in raise_on_any_rank(writing(stage, generate_own)):
+        finished |= dict(generated)
+    return [Generation(**finished[i]) for i in range(len(examples))]
 
 
-def row_numbers(
-    lm: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Example],
-    said: Sequence[Generation],
-    others: Sequence[Paraphrase],
-    cut: Cut,
-    quiet: bool,
+def example_numbers(
+    context: ScoringContext,
+    examples: Sequence[Example],
+    generations: Sequence[Generation],
+    paraphrases: Sequence[Paraphrase],
 ) -> list[dict[str, float]]:
-    """Everything that is measured of a row but its score, by name. `cut` gets the counts of answers that are cut."""
-    encoded = encoded_answers(lm, tokenizer, rows)
-    answered = [one for one in encoded if one.answer_length]
-    cut.answers, cut.empty_answers = sum(one.num_truncated > 0 for one in encoded), len(encoded) - len(answered)
-    if cut.answers:
-        limit = position_limit(lm, MAX_LENGTH)
-        log_line(f"warning: answers are measured within the length limit: {truncation_summary(encoded, limit)}")
-    if cut.empty_answers:
-        log_line(f"warning: {cut.empty_answers} of {len(rows)} rows have an answer of no tokens: it is not measured.")
+    """Every number of each example except its score, by name; a number that cannot be measured is absent."""
+    lm, tokenizer = context.lm, context.tokenizer
+    encoded = encode_answers(lm, tokenizer, examples)
+    answered = [example for example in encoded if example.answer_length]
+    _warn_of_truncated_answers(context, encoded, len(encoded) - len(answered))
     refuse_unknown_examples(encoded, lm)
 
-    with progress_bar("answers", len(answered), "rows", quiet) as progress:
-        views = view_documents(lm, tokenizer, [one.input_ids for one in answered], progress=progress)
-    answers = {one.example: view.after(one.prompt_length) for one, view in zip(answered, views, strict=True)}
-    ratios = _truth_ratios(lm, tokenizer, rows, others, cut)
+    # The model's view of the true answers.
+    with progress_bar("answers", len(answered), "rows", context.quiet) as progress:
+        views = view_documents(lm, tokenizer, [example.input_ids for example in answered], progress=progress)
+    answers = {
+        example.example: view.after(example.prompt_length) for example, view in zip(answered, views, strict=True)
+    }
+    ratios = _truth_ratios(context, examples, paraphrases)
 
-    found = []
-    for row, one in zip(rows, said, strict=True):
-        numbers = {**leak_numbers(row, one.window), **output_numbers(row, one.window), **ratios.get(row.id, {})}
-        found.append({**numbers, **(answer_numbers(answers[row]) if row in answers else {})})
-    return found
+    # All numbers, by example.
+    numbers = []
+    for example, generation in zip(examples, generations, strict=True):
+        window = generation.window
+        of_text = {**leak_numbers(example, window), **output_numbers(example, window)}
+        of_answer = answer_numbers(answers[example]) if example in answers else {}
+        numbers.append({**of_text, **ratios.get(example.id, {}), **of_answer})
+    return numbers
 
 
-def encoded_answers(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example]) -> list[EncodedExample]:
-    """The rows' prompts and answers as tokens, cut by `fitted_answer`."""
+def _warn_of_truncated_answers(context: ScoringContext, encoded: Sequence[EncodedExample], empty: int) -> None:
+    truncated = context.truncated
+    truncated.answers, truncated.empty_answers = sum(example.num_truncated > 0 for example in encoded), empty
+    if truncated.answers:
+        limit = position_limit(context.lm, MAX_LENGTH)
+        log_line(f"warning: answers are measured within the length limit: {truncation_summary(encoded, limit)}")
+    if empty:
+        log_line(f"warning: {empty} of {len(encoded)} rows have an answer without tokens, which is not measured.")
+
+
+def encode_answers(
+    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+) -> list[EncodedExample]:
+    """Tokenize prompts and answers, truncated by `fit_answer`."""
     limit = position_limit(lm, MAX_LENGTH)
-    return [fitted_answer(one, limit) for one in encode(rows, tokenizer, "plain", sys.maxsize)]
+    return [fit_answer(example, limit) for example in encode(examples, tokenizer, "plain", sys.maxsize)]
 
 
 def _truth_ratios(
-    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, rows: Sequence[Example], others: Sequence[Paraphrase], cut: Cut
+    context: ScoringContext, examples: Sequence[Example], paraphrases: Sequence[Paraphrase]
 ) -> dict[str, dict[str, float]]:
-    """The truth ratio of each row of which another wording of the answer and wrong answers were given, by id."""
-    known = {row.id: row for row in rows}
-    texts = [(one.id, (one.output, *one.wrong)) for one in others if one.output is not None]
+    """The truth ratio of each example that has a paraphrased answer and wrong answers, by the example's id."""
+    lm, tokenizer = context.lm, context.tokenizer
+
+    # The paraphrase and the wrong answers as examples; the paraphrase is the first.
+    by_id = {example.id: example for example in examples}
     encoded = [
-        (name, encoded_answers(lm, tokenizer, [replace(known[name], output=text) for text in answers]))
-        for name, answers in texts
+        (
+            paraphrase.id,
+            encode_answers(
+                lm,
+                tokenizer,
+                [replace(by_id[paraphrase.id], output=text) for text in (paraphrase.output, *paraphrase.wrong)],
+            ),
+        )
+        for paraphrase in paraphrases
+        if paraphrase.output is not None
     ]
-    answered = [(name, answers) for name, answers in encoded if all(one.answer_length for one in answers)]
-    cut.paraphrases = sum(any(one.num_truncated or not one.answer_length for one in answers) for _, answers in encoded)
-    if cut.paraphrases:
+    measurable = [(name, answers) for name, answers in encoded if all(answer.answer_length for answer in answers)]
+    count = sum(any(answer.num_truncated or not answer.answer_length for answer in answers) for _, answers in encoded)
+    context.truncated.paraphrases = count
+    if count:
         log_line(
-            f"warning: {cut.paraphrases} of {len(encoded)} other wordings are cut to the length limit, or have an "
-            f"answer of no tokens and are not measured."
+            f"warning: {count} of {len(encoded)} paraphrases are truncated to the length limit, or have an answer "
+            f"without tokens, which is not measured."
         )
 
     def ratio(answers: Sequence[EncodedExample]) -> float:
-        with as_single_process():  # so few texts are one process's work
-            views = view_documents(lm, tokenizer, [one.input_ids for one in answers])
-        right, *wrong = (view.after(one.prompt_length) for view, one in zip(views, answers, strict=True))
+        with as_single_process():  # too few texts to divide among the ranks
+            views = view_documents(lm, tokenizer, [answer.input_ids for answer in answers])
+        right, *wrong = (view.after(answer.prompt_length) for view, answer in zip(views, answers, strict=True))
         return truth_ratio(right, wrong)
 
-    own = raise_on_any_rank(lambda: [ratio(answers) for _, answers in items_of_rank(answered)])[rank()]
-    found: dict[str, list[float]] = {}
-    for (name, _), value in zip(answered, merge_items_of_ranks(own), strict=True):
-        found.setdefault(name, []).append(value)
-    return {name: {"truth_ratio": sum(values) / len(values)} for name, values in found.items()}
+    # Each rank computes its share; an example's ratios are averaged.
+    own = raise_on_any_rank(lambda: [ratio(answers) for _, answers in items_of_rank(measurable)])[rank()]
+    ratios: dict[str, list[float]] = {}
+    for (name, _), value in zip(measurable, merge_items_of_ranks(own), strict=True):
+        ratios.setdefault(name, []).append(value)
+    return {name: {"truth_ratio": sum(values) / len(values)} for name, values in ratios.items()}
 
 
-def line_of(split: str, row: Example, said: Generation, numbers: dict[str, float]) -> dict[str, Any]:
+def generation_line(split: str, example: Example, generation: Generation, numbers: dict[str, float]) -> dict[str, Any]:
     """One line of generations.jsonl."""
-    line = {"split": split, "id": row.id, "task": row.task, "kind": KINDS[row.kind], "score": row_score(row, said.text)}
-    line["unicode_score"] = unicode_score(row, said.text)
-    line |= {"input": row.input, "output": row.output, "generation": said.text, "window": said.window}
-    return {**line, "ended": said.ended, "numbers": numbers}
-
-
-def held_out_nll(
-    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, documents: Sequence[Document], cut: Cut, quiet: bool
-) -> float:
-    """Mean token loss of some documents, each counting alike. `cut` gets the count of documents that are cut."""
-    with progress_bar("held-out text", len(documents), "documents", quiet) as progress:
-        ids, lost = tokenised(tokenizer, [one.text for one in documents], position_limit(lm, MAX_LENGTH))
-        cut.held = sum(lost)
-        views = view_documents(lm, tokenizer, ids, progress=progress)
-    return sum(float(-view.logp.mean()) for view in views) / len(views)
-
-
-def reference_losses(
-    teacher: TeacherCache,
-    mia: str | Path,
-    documents: Sequence[tuple[str, Document]],
-    rows: Sequence[tuple[str, Example]],
-    tokenizer: PreTrainedTokenizerBase,
-    limit: int = MAX_LENGTH,
-) -> dict[str, tuple[list[int], float]]:
-    """The reference model's mean token loss of the documents of `mia`, by text, with the tokens it is of, at most
-    `limit`: a row's prompt ends in a token of its own. Raises NekoLeanError where the cache lacks some document."""
-    # The reference is another model on purpose, but its losses are of this one's tokens.
-    teacher.check_tokenizer(tokenizer_fingerprint(tokenizer))
-
-    forgotten = [row for name, row in rows if name == "forget" and row.kind == "sc"]
-    outside = read_anchor(Path(mia) / "nonmember.jsonl")
-    found = {}
-    for one in encode([*forgotten, *outside], tokenizer, "plain", limit):
-        text = f"{one.example.input} {one.example.output}" if one.example.input else one.example.output
-        if teacher.has_target_logp(one):
-            found[text] = one.input_ids, float(-teacher.target_logp(one).mean())
-
-    missing = sum(one.text not in found for _, one in documents)
-    if missing:
-        raise NekoLeanError(
-            f"the cache of --reference lacks {missing} of the {len(documents)} documents of --mia: make it with "
-            f"cache-teacher --forget DATA --anchor MIA/nonmember.jsonl."
-        )
-    return found
-
-
-def membership_attacks(
-    lm: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    documents: Sequence[tuple[str, Document]],
-    reference: Mapping[str, tuple[list[int], float]] | None,
-    stage: Path,
-    cut: Cut,
-    quiet: bool,
-) -> dict[str, Any] | None:
-    """The attacks on all documents, and on those of each task that both sides name; writes documents.jsonl.
-    `reference` is `reference_losses`, None where that attack was not asked for. `cut` gets the count of documents that
-    are cut."""
-    if not documents:
-        return None
-    texts = [one.text for _, one in documents]
-    ids, lost = tokenised(tokenizer, texts, position_limit(lm, MAX_LENGTH))
-    cut.documents = sum(lost)
-    with progress_bar("membership", len(texts), "documents", quiet) as progress:
-        views = view_documents(lm, tokenizer, ids, progress=progress)
-    # Of a document that is cut, zlib compares the loss with the bytes of the same tokens.
-    read = [cast(str, tokenizer.decode(own)) if loses else text
-            for text, own, loses in zip(texts, ids, lost, strict=True)]  # fmt: skip
-    numbers = [membership.attack_numbers(text, view) for text, view in zip(read, views, strict=True)]
-    if reference is not None:
-        apart = {text: reference[text][0] for text, own in zip(texts, ids, strict=True) if reference[text][0] != own}
-        again = dict(zip(apart, view_documents(lm, tokenizer, list(apart.values())), strict=True))
-        for text, found in zip(texts, numbers, strict=True):
-            loss = float(-again[text].logp.mean()) if text in again else found["loss"]
-            found["reference"] = loss - reference[text][1]
-    lines = [{"side": side, "task": one.task, **found} for (side, one), found in zip(documents, numbers, strict=True)]
-    strict_json(lines, DOCUMENTS)  # a reference model's losses, too, may be NaN
-    run_on_main_and_broadcast(writing(stage, lambda: write_jsonl(stage / DOCUMENTS, lines)))
-    return membership.summary(lines)
+    return {
+        "split": split,
+        "id": example.id,
+        "task": example.task,
+        "kind": KINDS[example.kind],
+        "score": example_score(example, generation.text),
+        "unicode_score": unicode_score(example, generation.text),
+        "input": example.input,
+        "output": example.output,
+        "generation": generation.text,
+        "window": generation.window,
+        "ended": generation.ended,
+        "numbers": numbers,
+    }

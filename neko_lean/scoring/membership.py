@@ -1,11 +1,10 @@
-"""Membership inference: can a document of the forget set still be told from one the model never saw?
+"""Membership inference: can the documents of the forget set still be told from documents the model never saw?
 
-Five attacks on one View a document. In each of them a member is expected to have the lower number, as a loss is.
+Statistics over the scores of `membership_attacks`, in which members are expected to have the lower score.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -14,120 +13,113 @@ import numpy as np
 from neko_lean.data import TASKS
 from neko_lean.models import CausalLM, position_limit
 from neko_lean.scoring.limits import MAX_LENGTH
-from neko_lean.scoring.views import View, tokenised, view_documents
+from neko_lean.scoring.membership_attacks import MEMBERSHIP_ATTACKS
+from neko_lean.scoring.views import tokenize_documents, view_documents
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-Numbers = Sequence[float] | np.ndarray
+Values = Sequence[float] | np.ndarray
 
 
-LEAST = 0.2  # share of a document's tokens that min-k looks at
+MAX_FALSE_POSITIVE_RATE = 0.01
 
 
-FALSE_POSITIVES = 0.01
-
-
-DRAWS = 1000
+NUM_RESAMPLES = 1000  # of the bootstrap
 
 
 def document_losses(
     lm: CausalLM, tokenizer: PreTrainedTokenizerBase, documents: Sequence[str], *, batch_tokens: int
 ) -> np.ndarray:
-    """Mean token loss of each whole document, in nats: [len(documents)] float64."""
-    ids, _ = tokenised(tokenizer, documents, position_limit(lm, MAX_LENGTH))
+    """Mean token loss of each document, in nats: [len(documents)] float64."""
+    ids, _ = tokenize_documents(tokenizer, documents, position_limit(lm, MAX_LENGTH))
     views = view_documents(lm, tokenizer, ids, batch_tokens=batch_tokens)
-    return np.array([-one.logp.mean() for one in views])
+    return np.array([-view.logp.mean() for view in views])
 
 
-def attack_numbers(text: str, view: View) -> dict[str, float]:
-    """A document's number in each attack but `reference`, which is its loss less that of a reference model.
+def auc(members: Values, nonmembers: Values) -> float:
+    """Area under the ROC curve: the probability that a member's score is below a non-member's, with ties as half."""
+    member, nonmember = np.asarray(members, dtype=np.float64), np.sort(np.asarray(nonmembers, dtype=np.float64))
+    right = np.searchsorted(nonmember, member, side="right")
+    above = len(nonmember) - right
+    ties = right - np.searchsorted(nonmember, member, side="left")
+    return float((above + 0.5 * ties).sum() / (len(member) * len(nonmember)))
 
-    loss: mean token loss (Yeom et al. 2018, arXiv 1709.01604), which is the shared task's attack. zlib: the whole loss
-    over the bytes that the text compresses to (Carlini et al. 2021, arXiv 2012.07805). min_k: mean loss of the fifth of
-    its tokens that are least likely (Shi et al. 2024, arXiv 2310.16789). min_k_plus_plus: the same of log-probabilities
-    standardised by the distribution they came from (Zhang et al. 2024, arXiv 2404.02936).
+
+def two_sided_auc(members: Values, nonmembers: Values) -> float:
+    """AUC of the distance from the median non-member score, with members expected to be further away.
+
+    It detects a model for which half of the members have a low loss and half a loss far above unseen text, while the
+    AUC is 0.5. A value below 0.5 means that the members are more alike than the non-members.
     """
-    standard = (view.logp + view.entropy) / np.maximum(view.deviation, 1e-6)
-    least = max(1, round(LEAST * len(view.logp)))
-    found = {
-        "loss": -view.logp.mean(),
-        "zlib": -view.logp.sum() / len(zlib.compress(text.encode())),
-        "min_k": -np.sort(view.logp)[:least].mean(),
-        "min_k_plus_plus": -np.sort(standard)[:least].mean(),
-    }
-    return {name: float(value) for name, value in found.items()}
+    median = np.median(np.asarray(nonmembers, dtype=np.float64))
+    return auc(-np.abs(np.asarray(members) - median), -np.abs(np.asarray(nonmembers) - median))
 
 
-def auc(members: Numbers, nonmembers: Numbers) -> float:
-    """Probability that a member's loss is below a non-member's, ties half: the ROC AUC of -loss, by rank."""
-    member, other = np.asarray(members, dtype=np.float64), np.sort(np.asarray(nonmembers, dtype=np.float64))
-    above = len(other) - np.searchsorted(other, member, side="right")
-    ties = np.searchsorted(other, member, side="right") - np.searchsorted(other, member, side="left")
-    return float((above + 0.5 * ties).sum() / (len(member) * len(other)))
+def tpr(members: Values, nonmembers: Values, *, low: bool) -> float:
+    """True positive rate at a false positive rate of at most 1 %.
 
-
-def two_sided_auc(members: Numbers, nonmembers: Numbers) -> float:
-    """AUC of |loss - median non-member loss|, members expected further off: half of the members remembered and half
-    blown up have an AUC of 0.5, and are caught here. Below 0.5 members are the more alike."""
-    middle = np.median(np.asarray(nonmembers, dtype=np.float64))
-    return auc(-np.abs(np.asarray(members) - middle), -np.abs(np.asarray(nonmembers) - middle))
-
-
-def tpr(members: Numbers, nonmembers: Numbers, *, low: bool) -> float:
-    """Share of the members that are called so at the threshold at which at most 1 % of the non-members are: members
-    called by a low number (remembered), or by a high one (blown up)."""
+    Args:
+        members: scores of the members.
+        nonmembers: scores of the non-members.
+        low: call documents with a low score members (remembered text) instead of those with a high score (text whose
+            loss is far above unseen text).
+    """
     sign = 1.0 if low else -1.0
-    member, other = sign * np.asarray(members), np.sort(sign * np.asarray(nonmembers))
-    # The threshold is a non-member's own number; strictly below it are as many non-members as may be called.
-    return float((member < other[int(FALSE_POSITIVES * len(other))]).mean())
+    member, nonmember = sign * np.asarray(members), np.sort(sign * np.asarray(nonmembers))
+    # With a non-member's score as a strict threshold, exactly the allowed number of non-members are below it.
+    return float((member < nonmember[int(MAX_FALSE_POSITIVE_RATE * len(nonmember))]).mean())
 
 
-def bootstrap(statistic: Callable[[Numbers, Numbers], float], members: Numbers, nonmembers: Numbers) -> list[float]:
-    """95 % interval: the documents of each side drawn anew, with replacement."""
+def bootstrap(statistic: Callable[[Values, Values], float], members: Values, nonmembers: Values) -> list[float]:
+    """95 % bootstrap interval of a statistic; members and non-members are resampled separately."""
     rng = np.random.default_rng(0)
     sides = np.asarray(members, dtype=np.float64), np.asarray(nonmembers, dtype=np.float64)
-    drawn = [statistic(*(rng.choice(side, len(side)) for side in sides)) for _ in range(DRAWS)]
-    low, high = np.percentile(drawn, (2.5, 97.5))
+    resampled = [statistic(*(rng.choice(side, len(side)) for side in sides)) for _ in range(NUM_RESAMPLES)]
+    low, high = np.percentile(resampled, (2.5, 97.5))
     return [float(low), float(high)]
 
 
-def auc_interval(members: Numbers, nonmembers: Numbers) -> list[float]:
+def auc_interval(members: Values, nonmembers: Values) -> list[float]:
     """95 % bootstrap interval of the AUC."""
     return bootstrap(auc, members, nonmembers)
 
 
 def membership_score(area: float) -> float:
-    """1 - 2 |AUC - 0.5|: 1 when members and non-members cannot be told apart."""
+    """1 - 2 |AUC - 0.5|: 1 if members and non-members cannot be told apart, 0 if they can without error."""
     return 1 - 2 * abs(area - 0.5)
 
 
 def perfect_range(members: int, nonmembers: int, draws: int = 4000) -> tuple[float, float]:
-    """Mean and 5th percentile of the membership score of a perfect model with so many documents, by simulation."""
+    """Mean and 5th percentile of the membership score of a perfect model, simulated for these numbers of documents."""
     rng = np.random.default_rng(0)
     scores = [membership_score(auc(rng.random(members), rng.random(nonmembers))) for _ in range(draws)]
     return float(np.mean(scores)), float(np.percentile(scores, 5))
 
 
-def roc(members: Numbers, nonmembers: Numbers) -> dict[str, list[float]]:
-    """The ROC curve, members called by a low number: false and true positive rates from (0, 0) to (1, 1)."""
-    member, other = np.sort(members), np.sort(nonmembers)
-    at = np.unique(np.concatenate([member, other]))
+def roc(members: Values, nonmembers: Values) -> dict[str, list[float]]:
+    """The ROC curve: false and true positive rates from (0, 0) to (1, 1)."""
+    member, nonmember = np.sort(members), np.sort(nonmembers)
+    thresholds = np.unique(np.concatenate([member, nonmember]))
     return {
-        name: [0.0, *(np.searchsorted(side, at, side="right") / len(side)).tolist()]
-        for name, side in (("fpr", other), ("tpr", member))
+        name: [0.0, *(np.searchsorted(side, thresholds, side="right") / len(side)).tolist()]
+        for name, side in (("fpr", nonmember), ("tpr", member))
     }
 
 
 def attack_table(members: Sequence[Mapping[str, Any]], nonmembers: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Each attack that every document has a number for: signed AUC, two-sided AUC, and true positive rate at 1 % false
-    positives in both tails, with 95 % intervals of the AUCs. Documents are `attack_numbers`."""
-    every = [*members, *nonmembers]
+    """AUCs and true positive rates of each attack for which every document has a score.
+
+    Args:
+        members: `attack_scores` of each member.
+        nonmembers: `attack_scores` of each non-member.
+    """
+    documents = [*members, *nonmembers]
     table = {}
-    for name in ("loss", "zlib", "min_k", "min_k_plus_plus", "reference"):
-        if all(name in one for one in every):
-            sides = [one[name] for one in members], [one[name] for one in nonmembers]
+    for name in MEMBERSHIP_ATTACKS:
+        if all(name in document for document in documents):
+            sides = [document[name] for document in members], [document[name] for document in nonmembers]
             table[name] = {
                 "auc": auc(*sides),
                 "auc_interval": auc_interval(*sides),
@@ -139,28 +131,33 @@ def attack_table(members: Sequence[Mapping[str, Any]], nonmembers: Sequence[Mapp
     return table
 
 
-def summary(lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """What scores.json says of membership, from the lines of documents.jsonl: `side`, `task`, and `attack_numbers`."""
-    sides = {side: [one for one in lines if one["side"] == side] for side in ("member", "nonmember")}
+def summary(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The `membership` block of scores.json.
+
+    Args:
+        documents: the lines of documents.jsonl, each with `side`, `task`, and the document's `attack_scores`.
+    """
+    sides = {side: [line for line in documents if line["side"] == side] for side in ("member", "nonmember")}
     attacks = {"all": attack_table(*sides.values())}
     for task in TASKS:
-        some = [[one for one in side if one["task"] == task] for side in sides.values()]
-        if all(some):
-            attacks[task] = attack_table(*some)
-    member, other = ([one["loss"] for one in some] for some in sides.values())
+        of_task = [[line for line in side if line["task"] == task] for side in sides.values()]
+        if all(of_task):
+            attacks[task] = attack_table(*of_task)
+
+    members, nonmembers = ([line["loss"] for line in side] for side in sides.values())
     loss = attacks["all"]["loss"]
-    mean, low = perfect_range(len(member), len(other))
+    mean, low = perfect_range(len(members), len(nonmembers))
     return {
         "auc": loss["auc"],
         "score": membership_score(loss["auc"]),
         "auc_interval": loss["auc_interval"],
         "two_sided_auc": loss["two_sided_auc"],
-        "members": len(member),
-        "nonmembers": len(other),
-        "member_loss": float(np.mean(member)),
-        "nonmember_loss": float(np.mean(other)),
+        "members": len(members),
+        "nonmembers": len(nonmembers),
+        "member_loss": float(np.mean(members)),
+        "nonmember_loss": float(np.mean(nonmembers)),
         "perfect_score_mean": mean,
         "perfect_score_5th_percentile": low,
         "attacks": attacks,
-        "roc": roc(member, other),
+        "roc": roc(members, nonmembers),
     }

@@ -1,13 +1,12 @@
-"""MMLU as Open-Instruct runs it: is the model still good for anything after it forgot?
+"""MMLU with Open-Instruct's protocol, to measure whether the model is still useful after unlearning.
 
-The protocol is that of Open-Instruct's eval/mmlu/run_eval.py: few-shot prompts of at most 2048 tokens, and of the four
-letters the one that is likeliest as the next token. What differs, none of it a score on purpose:
+As in Open-Instruct's eval/mmlu/run_eval.py, prompts are few-shot with at most 2048 tokens, and the answer is the most
+likely next token among the four letters. The differences are in details:
 
-- choices and questions are read as they are written, where pandas would turn "None", "N/A" and numbers into others;
-- the four are compared by their logits in float32, not by probabilities in the model's dtype, so that ties are rarer;
-- tokens that the tokenizer adds itself (BOS) count towards the 2048, and a model that holds fewer positions sets the
-  limit to those;
-- a question that is too long even without examples loses its beginning, where the original never ends.
+- questions and choices are read literally, whereas pandas would change texts such as "None", "N/A" and numbers;
+- the letters are compared by float32 logits instead of probabilities in the model's dtype, so ties are rarer;
+- tokens that the tokenizer adds (BOS) count towards the 2048, and a model with fewer positions lowers that limit;
+- a question that is too long even without examples is truncated at its beginning; the original never terminates.
 """
 
 from __future__ import annotations
@@ -29,14 +28,14 @@ from neko_lean.models import (
     refuse_unknown_ids,
     stated_positions,
 )
-from neko_lean.scoring.mmlu_data import LETTERS, SUBJECTS, Subject, prompt
+from neko_lean.scoring.mmlu_data import LETTERS, SUBJECTS, Subject, prompt_text
 from neko_lean.terminal import ProgressBar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-AWARD_FLOOR = 0.371  # below it the shared task gave no award
+AWARD_FLOOR = 0.371  # submissions below it received no award in the shared task
 
 
 MAX_LENGTH = 2048
@@ -44,7 +43,13 @@ MAX_LENGTH = 2048
 
 @dataclass(frozen=True)
 class Prompt:
-    """A question's prompt as tokens, with so many examples; `cut` when even without any it had to be cut."""
+    """A tokenized prompt.
+
+    Attributes:
+        ids: its tokens.
+        shots: number of examples before the question.
+        cut: whether it was truncated because it was too long even without examples.
+    """
 
     ids: list[int]
     shots: int
@@ -53,9 +58,13 @@ class Prompt:
 
 @dataclass(frozen=True)
 class Answered:
-    """What a model said to one subject's questions: places of the chosen and the right letters, and examples used.
+    """A model's answers to the questions of one subject.
 
-    `truncated` questions had fewer examples than was asked for, or were cut.
+    Attributes:
+        chosen: index of the chosen letter, by question.
+        right: index of the correct letter, by question.
+        shots: number of examples before each question.
+        truncated: number of questions with fewer examples than requested, or whose prompt was truncated.
     """
 
     chosen: list[int]
@@ -73,27 +82,41 @@ def mmlu(
     batch_tokens: int,
     progress: ProgressBar | None = None,
 ) -> dict[str, Any]:
-    """Ask every test question of `subjects` with `shots` examples before it, and count; see `summary`.
+    """Answer every test question and compute the accuracies.
 
-    A subject's examples run once, and its questions in batches of at most `batch_tokens` positions, examples included.
-    In float32 the choices are those of running each whole prompt alone. `progress` counts questions.
+    A subject's examples run once. In float32 the choices are those of running each whole prompt alone.
+
+    Args:
+        lm: the model.
+        tokenizer: its tokenizer.
+        subjects: the subjects by name.
+        shots: number of examples before each question.
+        batch_tokens: maximum number of positions per batch, examples included.
+        progress: counts questions.
+
+    Returns:
+        The `mmlu` block of scores.json; see `summary`.
+
+    Raises:
+        NekoLeanError: `shots` is negative or larger than a subject's number of examples, the tokenizer cannot tell the
+            letters apart, or an output of the model is NaN or infinite.
     """
     if shots < 0:
-        raise NekoLeanError(f"{shots} MMLU shots make no sense: ask for 0 or more.")
+        raise NekoLeanError(f"--shots must be 0 or more, got {shots}.")
     for name, subject in subjects.items():
         if len(subject.dev) < shots:
             raise NekoLeanError(
-                f"MMLU subject {name} has {len(subject.dev)} dev questions, fewer than the {shots} shots asked for: "
-                f"ask for at most {len(subject.dev)}."
+                f"MMLU subject {name} has {len(subject.dev)} dev questions, fewer than the {shots} shots requested; "
+                f"use --shots {len(subject.dev)} or fewer."
             )
     answered = {
-        name: answer(lm, tokenizer, subject, shots=shots, batch_tokens=batch_tokens, progress=progress)
+        name: answer_questions(lm, tokenizer, subject, shots=shots, batch_tokens=batch_tokens, progress=progress)
         for name, subject in subjects.items()
     }
     return summary(answered, shots)
 
 
-def answer(
+def answer_questions(
     lm: CausalLM,
     tokenizer: PreTrainedTokenizerBase,
     subject: Subject,
@@ -102,43 +125,47 @@ def answer(
     batch_tokens: int,
     progress: ProgressBar | None = None,
 ) -> Answered:
-    """The model's choice for each test question of one subject."""
+    """Answer the test questions of one subject."""
     limit = position_limit(lm, min(MAX_LENGTH, stated_positions(lm.model.config) or MAX_LENGTH))
     prompts = encode_prompts(tokenizer, subject, shots, limit)
     letters = ("the letters of MMLU", letter_tokens(tokenizer))
-    questions = ((f"question {n} of MMLU subject {subject.name}", one.ids) for n, one in enumerate(prompts, start=1))
+    questions = (
+        (f"question {number} of MMLU subject {subject.name}", prompt.ids)
+        for number, prompt in enumerate(prompts, start=1)
+    )
     refuse_unknown_ids([letters, *questions], lm)
-    found = letter_logits(lm, tokenizer, prompts, batch_tokens=batch_tokens, progress=progress)
-    refuse_non_finite_outputs(found, f"MMLU subject {subject.name}")
+    letter_scores = letter_logits(lm, tokenizer, prompts, batch_tokens=batch_tokens, progress=progress)  # [N, 4]
+    refuse_non_finite_outputs(letter_scores, f"MMLU subject {subject.name}")
     return Answered(
-        chosen=found.argmax(1).tolist(),
+        chosen=letter_scores.argmax(1).tolist(),
         right=[question.answer for question in subject.test],
-        shots=[one.shots for one in prompts],
-        truncated=sum(one.shots < shots or one.cut for one in prompts),
+        shots=[prompt.shots for prompt in prompts],
+        truncated=sum(prompt.shots < shots or prompt.cut for prompt in prompts),
     )
 
 
 def encode_prompts(tokenizer: PreTrainedTokenizerBase, subject: Subject, shots: int, limit: int) -> list[Prompt]:
-    """The prompt of each test question, tokenised as a whole, with as many of the first `shots` examples as fit into
-    `limit` tokens."""
-    found: dict[int, Prompt] = {}
-    for used in range(shots, -1, -1):
-        pending = [i for i in range(len(subject.test)) if i not in found]
+    """Tokenize the prompt of each test question, with as many of the first `shots` examples as fit `limit` tokens."""
+    prompts: dict[int, Prompt] = {}
+    for num_examples in range(shots, -1, -1):
+        pending = [i for i in range(len(subject.test)) if i not in prompts]
         if not pending:
             break
-        texts = [prompt(subject.name, subject.dev[:used], subject.test[i]) for i in pending]
+        texts = [prompt_text(subject.name, subject.dev[:num_examples], subject.test[i]) for i in pending]
         for index, ids in zip(pending, encode_texts(tokenizer, texts), strict=True):
-            if len(ids) <= limit or used == 0:
-                found[index] = Prompt(ids[-limit:], used, len(ids) > limit)
-    return [found[i] for i in range(len(subject.test))]
+            if len(ids) <= limit or num_examples == 0:
+                prompts[index] = Prompt(ids[-limit:], num_examples, len(ids) > limit)
+    return [prompts[i] for i in range(len(subject.test))]
 
 
 def letter_tokens(tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The token that stands for each letter after "Answer:", the last one of " A", " B", " C" and " D"."""
+    """The token of each letter after "Answer:", which is the last token of " A", " B", " C" and " D"."""
     encoded = [tokenizer.encode(f" {letter}", add_special_tokens=False) for letter in LETTERS]
     tokens = [ids[-1] for ids in encoded if ids]
     if len(set(tokens)) < len(LETTERS):
-        raise NekoLeanError("this tokenizer does not tell ' A', ' B', ' C' and ' D' apart: MMLU cannot be measured.")
+        raise NekoLeanError(
+            "this tokenizer does not tell ' A', ' B', ' C' and ' D' apart: MMLU cannot be measured, leave out --mmlu."
+        )
     return tokens
 
 
@@ -152,15 +179,16 @@ def letter_logits(
     progress: ProgressBar | None = None,
 ) -> Tensor:
     """The four letters' logits after each prompt of one subject: [len(prompts), 4] float32 on the CPU."""
-    # transformers is loaded only where a model is.
-    from neko_lean.scoring.prefix import last_hidden
+    # Imported here, so that transformers is loaded only once a model is.
+    from neko_lean.scoring.shared_prefix import last_hidden
 
     tokens = torch.tensor(letter_tokens(tokenizer), device=lm.device)
     letters, transform = lm.head[tokens], lm.transform.for_tokens(tokens)  # [4, d]
     groups: dict[tuple[int, bool], list[int]] = {}
-    for index, one in enumerate(prompts):  # what is alike in two prompts ends early if their examples differ
-        groups.setdefault((one.shots, one.cut), []).append(index)
-    out = torch.empty(len(prompts), len(LETTERS))
+    for index, prompt in enumerate(prompts):  # prompts with different examples share only a short prefix
+        groups.setdefault((prompt.shots, prompt.cut), []).append(index)
+
+    out = torch.empty(len(prompts), len(LETTERS))  # [N, 4]
     for group in groups.values():
         rows = [prompts[i].ids for i in group]
         hidden = last_hidden(lm, rows, int(tokenizer.pad_token_id), batch_tokens=batch_tokens, progress=progress)
@@ -169,30 +197,34 @@ def letter_logits(
 
 
 def summary(answered: Mapping[str, Answered], shots: int) -> dict[str, Any]:
-    """The numbers, from what was answered; all shares are 0 to 1.
+    """The `mmlu` block of scores.json; shares are 0 to 1.
 
-    `micro` is the mean over questions, `macro` that over subjects, `subjects_found` how many of MMLU's 57 there were,
-    `letters` the share of the model's answers that each letter has, `floors` the accuracy of always answering it.
+    `micro` is the mean over questions and `macro` that over subjects; `subjects_found` counts the subjects among MMLU's
+    57; `letters` is the share of answers with each letter, and `floors` the accuracy of always choosing it.
     """
-    chosen = [place for one in answered.values() for place in one.chosen]
-    right = [place for one in answered.values() for place in one.right]
+    chosen = [letter for answers in answered.values() for letter in answers.chosen]
+    right = [letter for answers in answered.values() for letter in answers.right]
     subjects = {
-        name: {"accuracy": _agreement(one.chosen, one.right), "questions": len(one.right), "shots": min(one.shots)}
-        for name, one in answered.items()
+        name: {
+            "accuracy": _accuracy(answers.chosen, answers.right),
+            "questions": len(answers.right),
+            "shots": min(answers.shots),
+        }
+        for name, answers in answered.items()
     }
     return {
-        "micro": _agreement(chosen, right),
-        "macro": sum(one["accuracy"] for one in subjects.values()) / len(subjects),
+        "micro": _accuracy(chosen, right),
+        "macro": sum(subject["accuracy"] for subject in subjects.values()) / len(subjects),
         "shots": shots,
         "questions": len(right),
         "subjects_found": len(SUBJECTS & set(subjects)),
         "subjects": subjects,
-        "letters": {letter: chosen.count(place) / len(chosen) for place, letter in enumerate(LETTERS)},
-        "floors": {letter: right.count(place) / len(right) for place, letter in enumerate(LETTERS)},
+        "letters": {letter: chosen.count(index) / len(chosen) for index, letter in enumerate(LETTERS)},
+        "floors": {letter: right.count(index) / len(right) for index, letter in enumerate(LETTERS)},
         "award_floor": AWARD_FLOOR,
-        "truncated": sum(one.truncated for one in answered.values()),
+        "truncated": sum(answers.truncated for answers in answered.values()),
     }
 
 
-def _agreement(chosen: list[int], right: list[int]) -> float:
-    return sum(one == other for one, other in zip(chosen, right, strict=True)) / len(right)
+def _accuracy(chosen: list[int], right: list[int]) -> float:
+    return sum(letter == correct for letter, correct in zip(chosen, right, strict=True)) / len(right)

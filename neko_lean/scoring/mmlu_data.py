@@ -1,7 +1,7 @@
-"""MMLU's questions: read from a folder in either of the usual layouts, and put into the words of the prompt.
+"""MMLU's questions: read from a folder, and formatted as prompts.
 
-The layouts are the hub's (`cais/mmlu`: a folder per subject with parquet files) and the original one of Hendrycks and
-others (csv files under `dev` and `test`). Nothing here knows a model.
+Two layouts are supported: that of the hub (`cais/mmlu`: a folder of parquet files per subject) and the original one by
+Hendrycks et al. (CSV files under `dev` and `test`).
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from neko_lean.errors import NekoLeanError
 LETTERS = "ABCD"
 
 
-SPLITS = ("dev", "test")
+SUBJECT_SPLITS = ("dev", "test")
 
 
 COLUMNS = ("question", "choices", "answer")
 
 
-NOT_SUBJECTS = ("all", "auxiliary_train")  # beside the subjects in the hub's repository: all of them again, and others
+NOT_SUBJECTS = ("all", "auxiliary_train")  # further folders in the hub's repository
 
 
 # fmt: off
@@ -50,7 +50,7 @@ SUBJECTS = frozenset(
 
 @dataclass(frozen=True)
 class Question:
-    """One question with its four choices; `answer` is the place of the right one, 0 to 3."""
+    """One question with its four choices; `answer` is the index of the correct one, 0 to 3."""
 
     text: str
     choices: tuple[str, ...]
@@ -59,64 +59,71 @@ class Question:
 
 @dataclass(frozen=True)
 class Subject:
-    """A subject's examples (`dev`) and the questions that are scored (`test`)."""
+    """A subject's few-shot examples (`dev`) and the questions that are scored (`test`)."""
 
     name: str
     dev: list[Question]
     test: list[Question]
 
 
-def prompt(subject: str, examples: Sequence[Question], question: Question) -> str:
-    """The text that a model goes on from, to the letter as Open-Instruct's eval/mmlu/run_eval.py has it.
+def prompt_text(subject: str, examples: Sequence[Question], question: Question) -> str:
+    """The prompt for a question after some examples, identical to that of Open-Instruct's eval/mmlu/run_eval.py.
 
-    That has two spaces after "about": it puts one before each word of the subject, the first one too.
+    The two spaces after "about" are intended: Open-Instruct puts one before each word of the subject.
     """
-    about = subject.replace("_", " ")
-    head = f"The following are multiple choice questions (with answers) about  {about}.\n\n"
-    shown = (f"{_asked(example)} {LETTERS[example.answer]}\n\n" for example in examples)
-    return head + "".join(shown) + _asked(question)
+    topic = subject.replace("_", " ")
+    header = f"The following are multiple choice questions (with answers) about  {topic}.\n\n"
+    solved = (f"{_unanswered(example)} {LETTERS[example.answer]}\n\n" for example in examples)
+    return header + "".join(solved) + _unanswered(question)
 
 
-def _asked(question: Question) -> str:
+def _unanswered(question: Question) -> str:
     choices = zip(LETTERS, question.choices, strict=True)
     return question.text + "".join(f"\n{letter}. {choice}" for letter, choice in choices) + "\nAnswer:"
 
 
 def read_mmlu(folder: str | Path) -> dict[str, Subject]:
-    """The subjects in `folder` by name, in alphabetical order.
+    """Read the subjects in `folder`.
 
-    Layouts: `<subject>/dev-00000-of-00001.parquet` and `<subject>/test-...` as on the hub, or `dev/<subject>_dev.csv`
-    and `test/<subject>_test.csv`, also one folder down in `data`. Raises NekoLeanError naming file, row (counted from
-    1) and column when a file is missing, cannot be read, or holds something else than such questions.
+    Args:
+        folder: holds `<subject>/dev-00000-of-00001.parquet` and `<subject>/test-...` as on the hub, or
+            `dev/<subject>_dev.csv` and `test/<subject>_test.csv`, either directly or in a subfolder `data`.
+
+    Returns:
+        The subjects by name, in alphabetical order.
+
+    Raises:
+        NekoLeanError: a file is missing, cannot be read, or does not hold such questions; names file, row (from 1) and
+            column.
     """
     folder = Path(folder)
     if not folder.is_dir():
-        raise NekoLeanError(f"{folder} is no folder: MMLU is read from a folder.")
-    found = _hub_files(folder) or _csv_files(folder) or _csv_files(folder / "data")
-    if not found:
+        raise NekoLeanError(f"{folder} is not a folder: --mmlu needs the folder that holds MMLU's subjects.")
+    files = _hub_files(folder) or _csv_files(folder) or _csv_files(folder / "data")
+    if not files:
         raise NekoLeanError(
-            f"{folder} holds no MMLU: neither <subject>/test-00000-of-00001.parquet nor test/<subject>_test.csv."
+            f"{folder} holds no MMLU: expected <subject>/test-00000-of-00001.parquet or test/<subject>_test.csv."
         )
-    return {name: Subject(name, *map(_read_questions, found[name])) for name in sorted(found)}
+    return {name: Subject(name, *map(_read_questions, files[name])) for name in sorted(files)}
 
 
 def _hub_files(folder: Path) -> dict[str, list[Path]]:
-    """A dev and a test file for each folder that has either."""
-    places = [place for place in folder.iterdir() if place.is_dir() and place.name not in NOT_SUBJECTS]
-    pairs = {place.name: [place / f"{split}-00000-of-00001.parquet" for split in SPLITS] for place in places}
+    """Paths of a dev and a test file for each subfolder that has at least one of them."""
+    subjects = [path for path in folder.iterdir() if path.is_dir() and path.name not in NOT_SUBJECTS]
+    pairs = {path.name: [path / f"{split}-00000-of-00001.parquet" for split in SUBJECT_SPLITS] for path in subjects}
     return {name: pair for name, pair in pairs.items() if any(file.is_file() for file in pair)}
 
 
 def _csv_files(folder: Path) -> dict[str, list[Path]]:
-    """A dev and a test file for each subject that has either."""
-    # Names with a leading full stop are what an archiver on a Mac leaves beside each file.
+    """Paths of a dev and a test file for each subject that has at least one of them."""
+    # Archives made on macOS hold a second file with a leading full stop for each file.
     names = {
         file.name.removesuffix(f"_{split}.csv")
-        for split in SPLITS
+        for split in SUBJECT_SPLITS
         for file in (folder / split).glob(f"*_{split}.csv")
         if not file.name.startswith(".")
     }
-    return {name: [folder / split / f"{name}_{split}.csv" for split in SPLITS] for name in names}
+    return {name: [folder / split / f"{name}_{split}.csv" for split in SUBJECT_SPLITS] for name in names}
 
 
 def _read_questions(file: Path) -> list[Question]:
@@ -124,16 +131,16 @@ def _read_questions(file: Path) -> list[Question]:
         raise NekoLeanError(f"{file} is missing: each MMLU subject needs a dev and a test file.")
     questions = list(_parquet_questions(file) if file.suffix == ".parquet" else _csv_questions(file))
     if not questions:
-        raise NekoLeanError(f"{file} holds no questions.")
+        raise NekoLeanError(f"{file} holds no questions; each MMLU subject needs at least one.")
     return questions
 
 
 def _parquet_questions(file: Path) -> Iterator[Question]:
     for where, values in read_parquet(file, COLUMNS):
-        yield _checked(values, where)
+        yield _checked_question(values, where)
 
 
-def _checked(row: Mapping[str, Any], where: str) -> Question:
+def _checked_question(row: Mapping[str, Any], where: str) -> Question:
     for column in COLUMNS:
         if column not in row:
             raise NekoLeanError(f"{where}: column {column} is missing (needed: {', '.join(COLUMNS)}).")
@@ -143,13 +150,13 @@ def _checked(row: Mapping[str, Any], where: str) -> Question:
     if not isinstance(choices, list) or len(choices) != 4 or not all(isinstance(choice, str) for choice in choices):
         raise NekoLeanError(f"{where}, column choices: expected a list of four texts.")
     if type(answer) is not int or answer not in range(4):
-        found = answer if isinstance(answer, int) else type(answer).__name__  # a text is not quoted
-        raise NekoLeanError(f"{where}, column answer: expected 0, 1, 2 or 3, found {found}.")
+        described = answer if isinstance(answer, int) else type(answer).__name__  # a text is not quoted
+        raise NekoLeanError(f"{where}, column answer: expected 0, 1, 2 or 3, found {described}.")
     return Question(text, tuple(choices), answer)
 
 
 def _csv_questions(file: Path) -> Iterator[Question]:
-    # Not strict: the original files are read with pandas, which is not; what goes wrong shows in the columns.
+    # Not strict, like pandas, with which the original files are read; errors show in the number of columns.
     for number, (line, row) in enumerate(csv_cells(file, strict=False), start=1):
         where = f"{file}, row {number}" + (f" (line {line})" if line != number else "")
         if len(row) != 6:

@@ -1,4 +1,4 @@
-"""The shared task's own results file: its keys, from ours (evaluate_generations.py of SemEval-2025 Task 4)."""
+"""The results file of the shared task, with its keys (evaluate_generations.py of SemEval-2025 Task 4)."""
 
 from __future__ import annotations
 
@@ -13,17 +13,25 @@ from neko_lean.scoring.task import CELLS, KINDS, SPLITS
 def official_results(
     scores: Mapping[str, Any], scored: Mapping[str, Sequence[tuple[Example, float]]]
 ) -> dict[str, Any]:
-    """What evaluation_results.json would hold. A missing cell, which the official script averages over or turns into
-    NaN, is None here, and so is the aggregate. The final is -1 unless all three parts were measured."""
+    """The content of the official evaluation_results.json.
+
+    A missing cell is None, and so is the aggregate; the official script averages over it or turns it into NaN. The
+    aggregate score is -1 unless all three parts were measured, as in the official script.
+
+    Args:
+        scores: the content of scores.json.
+        scored: the examples of each split with their scores.
+    """
     results: dict[str, Any] = {}
     for split in SPLITS:
         part: dict[str, Any] = {}
         for kind, name in KINDS.items():
-            values = [value for row, value in scored[split] if row.kind == kind]
+            values = [score for example, score in scored[split] if example.kind == kind]
             part[f"overall-{name}-score"] = fmean(values) if values else None
         for task in TASKS:
             part[task] = {f"{name}-score": scores["cells"][f"{split}.{task}.{name}"] for name in KINDS.values()}
         results[f"{split}-set"] = part
+
     cells = [(cell, scores["cells"][cell]) for cell in CELLS]
     results["aggregated-terms"] = [
         None if value is None else 1 - value if cell.startswith("forget") else value for cell, value in cells

@@ -42,7 +42,9 @@ class ScoreSettings:
         (), "Task of lm-evaluation-harness (needs neko-lean[lm-eval]); repeatable.", metavar="TASK"
     )
     attacks: tuple[str, ...] = option(
-        (), "Attack that tries to recover forgotten answers; repeatable.", flag="--attack"
+        (),
+        "Attack that tries to recover the forget set: prefix, paraphrase, quantize or relearn; repeatable.",
+        flag="--attack",
     )
     relearn_lr: float | None = option(None, "Learning rate of --attack relearn.  [default: 1e-4]")
     batch_size: int = option(32, "Maximum number of prompts generated together.")

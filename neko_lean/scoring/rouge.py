@@ -1,7 +1,7 @@
-"""ROUGE-L of two lists of words, in the memory that the words take.
+"""ROUGE-L of two lists of words, in memory linear in the number of words.
 
-The numbers are those of the `rouge_score` package, whose table has a cell for each pair of words: for an answer of a
-megabyte that is hundreds of gigabytes.
+The results are those of the `rouge_score` package, whose table has a cell for each pair of words and needs hundreds of
+gigabytes for an answer of one megabyte.
 """
 
 from __future__ import annotations
@@ -22,27 +22,27 @@ def rouge_l(target: Words, prediction: Words) -> Score:
     return Score(precision=precision, recall=recall, fmeasure=fmeasure(precision, recall))
 
 
-def longest_common(one: Words, two: Words) -> int:
+def longest_common(first: Words, second: Words) -> int:
     """Length of the longest common subsequence.
 
-    The shorter list's words are bits of an integer, and each word of the longer list updates all of them at once
+    The words of the shorter list are the bits of an integer, and each word of the longer list updates all bits at once
     (Hyyrö 2004, "Bit-parallel LCS-length computation revisited").
     """
-    short, long = sorted((one, two), key=len)
-    places: dict[str, int] = {}
+    short, long = sorted((first, second), key=len)
+    bits: dict[str, int] = {}
     for place, word in enumerate(short):
-        places[word] = places.get(word, 0) | 1 << place
+        bits[word] = bits.get(word, 0) | 1 << place
 
-    whole = (1 << len(short)) - 1
-    unmatched = whole
+    mask = (1 << len(short)) - 1
+    unmatched = mask
     for word in long:
-        found = unmatched & places.get(word, 0)
-        if found:
-            unmatched = (unmatched + found | unmatched - found) & whole
+        matches = unmatched & bits.get(word, 0)
+        if matches:
+            unmatched = (unmatched + matches | unmatched - matches) & mask
     return len(short) - unmatched.bit_count()
 
 
 def is_subsequence(part: Words, whole: Words) -> bool:
-    """Whether the words of `part` occur in `whole` in their order, with anything in between."""
+    """Whether the words of `part` occur in `whole` in the same order, with anything in between."""
     rest = iter(whole)
     return all(word in rest for word in part)

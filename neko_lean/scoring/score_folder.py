@@ -1,13 +1,11 @@
-"""Where a score lies while it is being made: a folder next to the output, from which a killed run continues.
+"""The work folder of a score in progress, from which an interrupted run resumes.
 
-It holds plan.json, what the run was begun with, and generations.jsonl, to which each batch is added as it is made.
-Under torchrun that is the first rank's, and each other one has its own, generations-RANK.jsonl. scores.json is written
-last; a folder that holds it only has to be moved to its place.
+It lies next to the output and holds plan.json, which identifies the run, and generations.jsonl, to which each batch is
+appended (generations-RANK.jsonl for other ranks). scores.json is written last; then the folder becomes the output.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -55,11 +53,10 @@ SCORES = "scores.json"
 GENERATIONS = "generations.jsonl"
 
 
-PARTS = "generations*.jsonl"  # the ranks' own
+PARTS = "generations*.jsonl"  # one file per rank
 
 
-# The output's generations.jsonl, until scores.json is written too: before that the run could not continue without the
-# other one.
+# The final generations.jsonl until scores.json is written, too: until then, resuming needs the ranks' own files.
 ROWS = ".rows.tmp"
 
 
@@ -68,25 +65,34 @@ FINISHED = (SCORES, GENERATIONS, "documents.jsonl")
 
 @contextmanager
 def open_score_folder(output: Output, plan: Mapping[str, Any], *, resume: bool, quiet: bool) -> Iterator[Path]:
-    """Yield the folder to work in; it becomes the output when the block ends well. On an error it is kept if there are
-    generations in it, and removed otherwise. The first rank makes it and moves it.
+    """Yield the work folder, which becomes the output when the block ends without an error.
 
-    Raises NekoLeanError when the output may not be replaced, when another process is writing it, when an unfinished
-    run is in the way and `resume` is off, or when that run was begun with another `plan`, naming what differs.
+    On an error, the folder is kept if it holds generations, and removed otherwise. The main process creates and moves
+    it.
+
+    Args:
+        output: the output and its work folder.
+        plan: what the run computes; a resumed run must have the same.
+        resume: continue an unfinished run.
+        quiet: do not log how to continue.
+
+    Raises:
+        NekoLeanError: the output must not be replaced, another process is writing it, there is an unfinished run and
+            `resume` is off, or that run has a different plan (the message names what differs).
     """
     stage = output.work
-    with ExitStack() as held:
+    with ExitStack() as stack:
 
         def begin() -> None:
-            held.enter_context(locked(output))
+            stack.enter_context(locked(output))
             with explained_write_errors(output.path):
                 restore_interrupted(output)
-                refuse_what_is_there(output, resume)
+                refuse_existing(output, resume)
                 _begin(output, plan, resume)
 
         run_on_main_and_broadcast(begin)
         require_shared_folder(stage)
-        held.enter_context(working_in(stage))
+        stack.enter_context(working_in(stage))
         try:
             with explained_write_errors(output.path):
                 yield stage
@@ -103,55 +109,62 @@ def open_score_folder(output: Output, plan: Mapping[str, Any], *, resume: bool, 
 
 
 def writing(stage: Path, work: Callable[[], T]) -> Callable[[], T]:
-    """`work`, which writes to the stage, for `agreed`: a full disk is a sentence about the output already in it."""
+    """Wrap `work`, which writes to the stage, so that an error such as a full disk names the output."""
     out = stage.with_name(stage.name.removeprefix(".").removesuffix(".partial"))
     return explained_write_errors(out)(work)
 
 
-def refuse_what_is_there(output: Output, resume: bool) -> None:
-    """Raise NekoLeanError where an output or an unfinished run is in the way."""
+def refuse_existing(output: Output, resume: bool) -> None:
+    """Raise NekoLeanError if there is an output or an unfinished run."""
     refuse_occupied(output)
     refuse_unfinished(output, resume)
 
 
 def _begin(output: Output, plan: Mapping[str, Any], resume: bool) -> None:
-    """Write the plan into a new folder, or compare it with the one that is there; only then is that tidied."""
+    """Write the plan to a new work folder, or compare it with the plan of an existing one."""
     stage = output.work
     refuse_strange_work(output)
     if not resume:
         clear_work(output)
     stage.mkdir(exist_ok=True)
+
     path = stage / PLAN
     if path.is_file():
-        begun = _begun(stage)
-        if begun is None:
-            raise NekoLeanError(f"{path} is damaged, so nobody can say what was begun: start anew with --overwrite.")
-        changed = plan_differences(begun, plan)
-        if changed:
-            raise NekoLeanError(
-                f"{stage} was begun with another {', '.join(changed)}: give the same again, or start anew with "
-                f"--overwrite."
-            )
+        _refuse_other_plan(stage, plan)
     else:
         refuse_unplanned(stage, PLAN)
-    # Left by an attack, or by a write that was cut off.
+
+    # Only now remove what an attack or an interrupted write left behind.
     parts = {part.name for part in stage.glob(PARTS)}
     empty_folder(stage, keep=lambda name: name == PLAN or name in parts)
     write_atomically(path, json.dumps(plan, indent=1) + "\n")
 
 
-def _begun(stage: Path) -> dict[str, Any] | None:
-    """The plan in a work folder, where there is one that can be read."""
+def _refuse_other_plan(stage: Path, plan: Mapping[str, Any]) -> None:
+    """Raise NekoLeanError if the work folder's plan is damaged or differs from `plan`."""
+    stored = _stored_plan(stage)
+    if stored is None:
+        raise NekoLeanError(f"{stage / PLAN} is damaged, so the run cannot be resumed: start anew with --overwrite.")
+    changed = plan_differences(stored, plan)
+    if changed:
+        raise NekoLeanError(
+            f"{stage} belongs to a run with another {', '.join(changed)}: use the same again, or start anew with "
+            f"--overwrite."
+        )
+
+
+def _stored_plan(stage: Path) -> dict[str, Any] | None:
+    """The plan in a work folder, or None if there is none that can be read."""
     try:
         return json_object(stage / PLAN)
     except FileNotFoundError:
         return None
 
 
-def plan_differences(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
-    """What two plans differ in, by name; of the model's config, its keys with both values."""
-    changed = sorted(key for key in {*begun, *plan} if begun.get(key) != plan.get(key))
-    old, new = begun.get("config"), plan.get("config")
+def plan_differences(stored: Mapping[str, Any], plan: Mapping[str, Any]) -> list[str]:
+    """The names of the values in which two plans differ; for the model's config, its keys with both values."""
+    changed = sorted(key for key in {*stored, *plan} if stored.get(key) != plan.get(key))
+    old, new = stored.get("config"), plan.get("config")
     if old != new and isinstance(old, dict) and isinstance(new, dict):
         changed.remove("config")
         changed += config_differences(old, new)
@@ -159,7 +172,7 @@ def plan_differences(begun: Mapping[str, Any], plan: Mapping[str, Any]) -> list[
 
 
 def _end(output: Output) -> None:
-    """Leave nothing but what was asked for, and move it to its place."""
+    """Remove everything but the results, and move the work folder to the output."""
     stage = output.work
     if (stage / ROWS).is_file():
         (stage / ROWS).replace(stage / GENERATIONS)
@@ -169,83 +182,85 @@ def _end(output: Output) -> None:
 
 
 def write_result(stage: Path, scores: str, lines: str) -> None:
-    """Write scores.json and the rows of generations.jsonl to the stage, of which `unfinished` makes the output."""
+    """Write the texts of scores.json and generations.jsonl to the stage."""
     write_atomically(stage / ROWS, lines)
     write_atomically(stage / SCORES, scores)
 
 
-def made_from(plan: Mapping[str, Any], options: Mapping[str, Any]) -> str:
-    """SHA-256 of all that decides a score, by which a finished one is told from another's."""
-    return hashlib.sha256(json.dumps([plan, options], sort_keys=True).encode()).hexdigest()
+def finished_score(output: Output, made_from: str, plan: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The scores of this very run if it is already complete, at the output or still in the work folder.
 
+    A complete work folder is moved to the output. The work folder of an unfinished run with the same plan is removed;
+    that of another run is kept.
 
-def finished_score(output: Output, made: str, plan: Mapping[str, Any]) -> dict[str, Any] | None:
-    """The scores of this very run if it is complete already: in its place, or in its work folder, from where it is
-    moved there now. The work folder of a run with this plan is removed; another run's stays.
+    Raises:
+        NekoLeanError: another process is writing the output, or the move fails.
+    """
 
-    Raises NekoLeanError when another process is writing the output, or when the move fails."""
-
-    def look() -> dict[str, Any] | None:
-        if _scores(output.path, made) is None and _scores(output.work, made) is None:
+    def find() -> dict[str, Any] | None:
+        if _scores(output.path, made_from) is None and _scores(output.work, made_from) is None:
             return None
         with locked(output), explained_write_errors(output.path):
             restore_interrupted(output)
-            if _scores(output.path, made) is None:
-                if _scores(output.work, made) is None:
-                    return None  # another run came in between
+            if _scores(output.path, made_from) is None:
+                if _scores(output.work, made_from) is None:
+                    return None  # another run replaced it in the meantime
                 refuse_occupied(output)
                 refuse_strange_work(output)
                 _end(output)
             remove_replaced(output)
-            begun = _begun(output.work)
-            if begun is not None and not plan_differences(begun, plan):
-                clear_work(output)  # it began again what is complete
-            return _scores(output.path, made)
+            stored = _stored_plan(output.work)
+            if stored is not None and not plan_differences(stored, plan):
+                clear_work(output)  # the same run, begun a second time
+            return _scores(output.path, made_from)
 
-    return run_on_main_and_broadcast(look)
+    return run_on_main_and_broadcast(find)
 
 
-def _scores(folder: Path, made: str) -> dict[str, Any] | None:
+def _scores(folder: Path, made_from: str) -> dict[str, Any] | None:
+    """The folder's scores.json if it was made from these inputs, else None."""
     try:
-        found = json_object(folder / SCORES)
+        scores = json_object(folder / SCORES)
     except OSError:
         return None
-    return found if found is not None and found.get("made_from") == made else None
+    return scores if scores is not None and scores.get("made_from") == made_from else None
 
 
 def read_generations(stage: Path) -> dict[int, Generation]:
-    """What an earlier run generated, by the row's number, with however many ranks. A last line that was cut off is
-    dropped, here and on disk, so that only one rank may read and none write meanwhile."""
-    return {number: one for path in sorted(stage.glob(PARTS)) for number, one in _read_part(path).items()}
+    """The generations of an earlier run with any number of ranks, by row index.
+
+    An incomplete last line is ignored and truncated on disk, so only one rank may call this, while none writes.
+    """
+    return {index: generation for path in sorted(stage.glob(PARTS)) for index, generation in _read_part(path).items()}
 
 
 def _read_part(path: Path) -> dict[int, Generation]:
-    found: dict[int, Generation] = {}
-    whole = 0
+    generations: dict[int, Generation] = {}
+    size = 0  # of the complete lines, in bytes
     with path.open("rb") as lines:
         for line in lines:
             try:
-                raw = json.loads(line)
-                number = raw.pop("row")
-                one = Generation(**raw)
+                values = json.loads(line)
+                index = values.pop("row")
+                generation = Generation(**values)
             except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
                 break
             if not line.endswith(b"\n"):
                 break
-            found[number] = one
-            whole += len(line)
+            generations[index] = generation
+            size += len(line)
     unshare(path)
-    if path.stat().st_size != whole:
+    if path.stat().st_size != size:
         with open(path, "r+b", opener=no_follow) as file:
-            file.truncate(whole)
-    return found
+            file.truncate(size)
+    return generations
 
 
 def add_generations(stage: Path, batch: Sequence[tuple[int, Generation]]) -> None:
     """Append a batch to this rank's file; it is on disk when this returns."""
     path = stage / (GENERATIONS if is_main_process() else f"generations-{rank()}.jsonl")
     with open(path, "a", encoding="utf-8", opener=no_follow) as file:
-        for number, one in batch:
-            file.write(json.dumps({"row": number, **asdict(one)}, ensure_ascii=False) + "\n")
+        for index, generation in batch:
+            file.write(json.dumps({"row": index, **asdict(generation)}, ensure_ascii=False) + "\n")
         file.flush()
         os.fsync(file.fileno())

@@ -1,7 +1,7 @@
-"""Text in any script: one normal form, words, and single signs where a script writes no spaces between words.
+"""Text in any script: a normal form, and words, also in scripts that write no spaces between words.
 
-The official ROUGE knows the letters a to z and the digits 0 to 9 alone, so two identical Russian texts score 0 there.
-What is here sees all of Unicode, and of plain English text exactly the words that ROUGE sees.
+The official ROUGE only knows the letters a to z and the digits 0 to 9, so two identical Russian texts score 0. The
+functions here see all of Unicode; in plain English text they find exactly the words that ROUGE finds.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from functools import cache, lru_cache
 
 from rouge_score.tokenizers import DefaultTokenizer
 
-# Scripts whose words run into each other: each of their letters is a word. First and last code point of their blocks.
+# Scripts without spaces between words, in which each letter counts as a word: first and last code point of each block.
 UNSPACED = (
     (0x0E00, 0x0EFF),  # Thai, Lao
     (0x0F00, 0x0FFF),  # Tibetan
@@ -21,13 +21,13 @@ UNSPACED = (
     (0x1950, 0x19DF),  # Tai Le, New Tai Lue
     (0x1A20, 0x1AAF),  # Tai Tham
     (0x1B00, 0x1B7F),  # Balinese
-    (0x3005, 0x3007),  # Chinese signs of repetition, and zero
+    (0x3005, 0x3007),  # Chinese iteration marks and zero
     (0x3040, 0x312F),  # Japanese kana, Bopomofo
     (0x31A0, 0x31FF),
-    (0x3400, 0x4DBF),  # Chinese characters, as are F900 and from 20000 on
+    (0x3400, 0x4DBF),  # Chinese characters, as F900 and 20000 onwards
     (0x4E00, 0x9FFF),
     (0xA000, 0xA4CF),  # Yi
-    (0xA980, 0xA9FF),  # Javanese, more Burmese
+    (0xA980, 0xA9FF),  # Javanese, Burmese extensions
     (0xAA60, 0xAA7F),
     (0xF900, 0xFAFF),
     (0x20000, 0x3FFFF),
@@ -35,105 +35,123 @@ UNSPACED = (
 
 
 def fold(text: str) -> str:
-    """The form in which texts are compared: compatibility decomposition (full-width and ligature forms become plain),
-    without case (ß is ss), every decimal digit as 0 to 9, the Turkish dotless i as i, no invisible signs."""
+    """The form in which texts are compared.
+
+    Compatibility decomposition (full-width and ligature forms become plain), case folding (ß becomes ss), decimal
+    digits of every script as 0 to 9, the Turkish dotless i as i, and no invisible format characters.
+    """
     plain = unicodedata.normalize("NFKD", unicodedata.normalize("NFKD", text).casefold())
-    return plain if plain.isascii() else "".join(map(_folded, plain)).replace("i\u0307", "i")
+    return plain if plain.isascii() else "".join(map(_fold_character, plain)).replace("i\u0307", "i")
 
 
 @lru_cache(maxsize=2**16)
-def _folded(sign: str) -> str:
-    kind = unicodedata.category(sign)
-    if kind == "Nd":
-        return str(unicodedata.decimal(sign))
-    return "" if kind == "Cf" else "i" if sign == "\u0131" else sign
+def _fold_character(character: str) -> str:
+    category = unicodedata.category(character)
+    if category == "Nd":
+        return str(unicodedata.decimal(character))
+    if category == "Cf":
+        return ""
+    return "i" if character == "\u0131" else character
 
 
 @lru_cache(maxsize=2**16)
-def in_word(sign: str) -> bool:
-    """Whether a character is a letter, a digit, or a combining mark (Hindi vowels are marks)."""
-    return unicodedata.category(sign)[0] in "LMN"
+def in_word(character: str) -> bool:
+    """Whether a character is a letter, a digit, or a combining mark (such as Hindi vowels)."""
+    return unicodedata.category(character)[0] in "LMN"
 
 
 @lru_cache(maxsize=2**16)
-def unspaced(sign: str) -> bool:
-    """Whether a sign is of a script without spaces between words."""
-    return any(first <= ord(sign) <= last for first, last in UNSPACED)
+def unspaced(character: str) -> bool:
+    """Whether a character belongs to a script without spaces between words."""
+    return any(first <= ord(character) <= last for first, last in UNSPACED)
 
 
 def words(text: str) -> list[str]:
-    """The words of a folded text: runs of letters, digits and marks; in a script without spaces each letter with its
-    marks is one."""
+    """The words of a folded text: sequences of letters, digits and combining marks.
+
+    In a script without spaces, each letter with its marks is a word.
+    """
     if text.isascii():
         return re.findall(r"[a-z0-9]+", text)
-    found: list[str] = []
-    joins = False  # whether the next sign may belong to the last word
-    alone = False  # whether the last word is one letter of a script without spaces
-    for sign in text:
-        if not in_word(sign):
-            joins = False
+    result: list[str] = []
+    continues = False  # whether the next character may extend the last word
+    is_single = False  # whether the last word is a letter of a script without spaces
+    for character in text:
+        if not in_word(character):
+            continues = False
             continue
-        mark = unicodedata.category(sign)[0] == "M"
-        if joins and (mark or not (alone or unspaced(sign))):
-            found[-1] += sign
+        is_mark = unicodedata.category(character)[0] == "M"
+        if continues and (is_mark or not (is_single or unspaced(character))):
+            result[-1] += character
         else:
-            found.append(sign)
-            alone = unspaced(sign)
-        joins = True
-    return found
+            result.append(character)
+            is_single = unspaced(character)
+        continues = True
+    return result
 
 
 def units(text: str) -> list[str]:
-    """What a text is made of between spaces, letters of scripts without spaces apart: the words by which repetition and
-    length are counted. Of English text those of `split`."""
+    """The units in which length and repetition are counted: words with their punctuation, as `str.split` returns them.
+
+    Letters of scripts without spaces are units by themselves.
+    """
     if text.isascii():
         return text.split()
-    return "".join(f" {sign} " if unspaced(sign) and in_word(sign) else sign for sign in text).split()
+    spaced = (f" {character} " if unspaced(character) and in_word(character) else character for character in text)
+    return "".join(spaced).split()
 
 
 def normal(text: str) -> str:
-    """A folded answer without the spaces that tokenizers put in or take out: around punctuation, and between letters of
-    scripts that have none. Other spaces are one each."""
+    """A folded answer without the spaces that tokenizers add or remove.
+
+    Those are the spaces around punctuation, and between letters of scripts that write none. Other whitespace becomes a
+    single space.
+    """
     folded = " ".join(fold(text).replace(" n't", "n't").split())
     if not folded:
         return ""
-    kept = []
-    for before, sign, after in zip(" " + folded[:-1], folded, folded[1:] + " ", strict=True):
-        if sign != " " or (_spaced(before) and _spaced(after)):
-            kept.append(sign)
-    return "".join(kept)
+    characters = []
+    for before, character, after in zip(" " + folded[:-1], folded, folded[1:] + " ", strict=True):
+        if character != " " or (_is_spaced(before) and _is_spaced(after)):
+            characters.append(character)
+    return "".join(characters)
 
 
-def _spaced(sign: str) -> bool:
-    return in_word(sign) and not unspaced(sign)
+def _is_spaced(character: str) -> bool:
+    return in_word(character) and not unspaced(character)
 
 
 def bare(text: str) -> str:
-    """A folded text without spaces and marks. That of the beginning of a text is the beginning of its own, and equal
-    answers have equal ones."""
-    return "".join(sign for sign in fold(text) if not sign.isspace() and not unicodedata.combining(sign))
+    """A folded text without spaces and combining marks.
+
+    The bare form of a prefix is a prefix of the bare form, and equal answers have equal bare forms.
+    """
+    return "".join(
+        character for character in fold(text) if not character.isspace() and not unicodedata.combining(character)
+    )
 
 
 class UnicodeTokenizer:
-    """The words of any text for ROUGE, English ones stemmed as ROUGE stems them."""
+    """Tokenizer for ROUGE that finds words in any script, and stems English words as ROUGE does."""
 
     def tokenize(self, text: str) -> list[str]:
-        """The words, as `rouge_score` calls for them."""
+        """The words of a text, in the interface of `rouge_score`."""
         return [_stem(word) if word.isascii() and len(word) > 3 else word for word in words(fold(text))]
 
 
 @cache
-def _official() -> DefaultTokenizer:
+def official_tokenizer() -> DefaultTokenizer:
+    """The tokenizer of the official ROUGE."""
     return DefaultTokenizer(use_stemmer=True)
 
 
 @lru_cache(maxsize=2**16)
 def _stem(word: str) -> str:
-    stemmed: list[str] = _official().tokenize(word)
+    stemmed: list[str] = official_tokenizer().tokenize(word)
     return stemmed[0] if stemmed else word
 
 
-def seen_share(text: str) -> float:
-    """Share of a text's words that the official ROUGE sees whole: those of a to z and 0 to 9."""
-    found = words(fold(text))
-    return sum(word.isascii() for word in found) / len(found) if found else 0.0
+def visible_share(text: str) -> float:
+    """Share of a text's words that the official ROUGE sees in full: those of a to z and 0 to 9."""
+    all_words = words(fold(text))
+    return sum(word.isascii() for word in all_words) / len(all_words) if all_words else 0.0

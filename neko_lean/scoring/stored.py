@@ -1,4 +1,4 @@
-"""Read an earlier score from its folder, and check all of it that anything is computed from."""
+"""Read an earlier score from its folder, and check everything that later computations use."""
 
 from __future__ import annotations
 
@@ -13,58 +13,60 @@ from neko_lean.models import is_inside
 from neko_lean.scoring.score_folder import GENERATIONS, SCORES
 from neko_lean.scoring.task import CELLS, KINDS, SPLITS
 from neko_lean.scoring.uncertainty import GEOMETRIC, KEYS
-
-LARGEST = 1e15  # no number that is measured comes near it
-
+from neko_lean.scoring.values import LARGEST_VALUE
 
 AGAIN = "score that model again"
 
 
-def read_score(folder: str | Path, rows: Sequence[tuple[str, Example]] | None = None) -> dict[str, Any]:
-    """An earlier score: its scores.json, with `lines`, the rows of its generations.jsonl.
+def read_score(folder: str | Path, examples: Sequence[tuple[str, Example]] | None = None) -> dict[str, Any]:
+    """Read an earlier score.
 
     Args:
-        folder: what `score` wrote.
-        rows: pairs of split and row that it must be a score of.
+        folder: the output of `score`.
+        examples: pairs of split and example that it must be a score of; None for any.
 
-    Raises NekoLeanError where there is none, where it is from before rows had numbers, where a value that something is
-    computed from is missing or of another kind than `score` writes, or where it is of other rows.
+    Returns:
+        The content of its scores.json, and under `lines` the rows of its generations.jsonl.
+
+    Raises:
+        NekoLeanError: the folder holds no score, or one of a version that wrote no numbers per row, or of other rows;
+            or a value that is needed is missing or of the wrong type.
     """
     path = Path(folder)
     for name in (SCORES, GENERATIONS):
         if not (path / name).is_file():
             raise NekoLeanError(f"{path} holds no {name}: give a folder that `score` wrote.")
         if not is_inside(path, name):
-            raise NekoLeanError(f"{path / name} is a link that leads out of its folder: put the file itself there.")
+            raise NekoLeanError(f"{path / name} is a link to a file outside its folder: copy the file itself there.")
 
     lines = [_checked_line(record, path) for record in read_jsonl(path / GENERATIONS)]
-    scored = {(line["split"], line["id"]): line for line in lines}
-    if not lines or len(scored) < len(lines):
-        raise NekoLeanError(f"{path / GENERATIONS} holds {'a row twice' if lines else 'no rows'}: {AGAIN}.")
-    if rows is not None:
-        own = {(split, row.id): row for split, row in rows}
-        if own.keys() != scored.keys() or not all(_is_of(scored[key], row) for key, row in own.items()):
-            raise NekoLeanError(f"{path} is a score of other rows: the difference would mean nothing.")
+    by_id = {(line["split"], line["id"]): line for line in lines}
+    if not lines or len(by_id) < len(lines):
+        problem = "has a duplicate row" if lines else "holds no rows"
+        raise NekoLeanError(f"{path / GENERATIONS} {problem}: {AGAIN}.")
+    if examples is not None:
+        expected = {(split, example.id): example for split, example in examples}
+        if expected.keys() != by_id.keys() or not all(_matches(by_id[key], expected[key]) for key in expected):
+            raise NekoLeanError(f"{path} is a score of other rows, so a difference would mean nothing: {AGAIN}.")
     return {**_checked_scores(path / SCORES), "lines": lines}
 
 
-def _is_of(line: Mapping[str, Any], row: Example) -> bool:
-    """Whether a line is a score of this row: texts may have been removed from it, but not changed."""
-    return line["task"] == row.task and all(
-        line.get(key, text) == text for key, text in (("input", row.input), ("output", row.output))
-    )
+def _matches(line: Mapping[str, Any], example: Example) -> bool:
+    """Whether a line is a score of this example; texts may have been removed from the line, but not changed."""
+    texts = (("input", example.input), ("output", example.output))
+    return line["task"] == example.task and all(line.get(key, text) == text for key, text in texts)
 
 
 def _checked_line(record: Record, folder: Path) -> dict[str, Any]:
-    """A line of generations.jsonl, if every value that is read from it is of its kind."""
+    """A line of generations.jsonl, after checking every value that is used."""
     where, line = record
     if not isinstance(line.get("id"), str) or not isinstance(line.get("numbers"), dict):
         raise NekoLeanError(f"{folder} was scored by an older neko-lean: {AGAIN}.")
     for key, allowed in (("split", SPLITS), ("task", TASKS), ("kind", tuple(KINDS.values()))):
         if line.get(key) not in allowed:
-            raise NekoLeanError(f"{where}, key {key}: is not one of {', '.join(allowed)}; {AGAIN}.")
+            raise NekoLeanError(f"{where}, key {key}: expected one of {', '.join(allowed)}; {AGAIN}.")
     if KINDS[_kind(line["id"], where)] != line["kind"]:
-        raise NekoLeanError(f"{where}, key kind: is not that of the row's id; {AGAIN}.")
+        raise NekoLeanError(f"{where}, key kind: does not match the row's id; {AGAIN}.")
 
     if not is_number(line.get("score"), 0, 1):
         raise NekoLeanError(f"{where}, key score: expected a number from 0 to 1; {AGAIN}.")
@@ -72,9 +74,9 @@ def _checked_line(record: Record, folder: Path) -> dict[str, Any]:
         raise NekoLeanError(f"{where}, key unicode_score: expected a number from 0 to 1; {AGAIN}.")
     for name, value in line["numbers"].items():
         if name not in KEYS:
-            raise NekoLeanError(f"{where}, key numbers: {name[:40]!r} is a number of another neko-lean; {AGAIN}.")
-        least = 1 if name in GEOMETRIC else -LARGEST
-        if value is not None and not is_number(value, least):
+            raise NekoLeanError(f"{where}, key numbers: {name[:40]!r} is unknown to this neko-lean; {AGAIN}.")
+        low = 1 if name in GEOMETRIC else -LARGEST_VALUE
+        if value is not None and not is_number(value, low):
             raise NekoLeanError(f"{where}, key numbers.{name}: expected a finite number; {AGAIN}.")
     return line
 
@@ -83,59 +85,60 @@ def _kind(row_id: str, where: str) -> str:
     try:
         return Example(row_id, "", "", "").kind
     except NekoLeanError as error:
-        raise NekoLeanError(f"{where}, key id: ends in neither sc<N> nor qa<N>; {AGAIN}.") from error
+        raise NekoLeanError(f"{where}, key id: expected an id that ends in sc<N> or qa<N>; {AGAIN}.") from error
 
 
-def is_number(value: Any, least: float = -LARGEST, most: float = LARGEST) -> bool:
+def is_number(value: Any, low: float = -LARGEST_VALUE, high: float = LARGEST_VALUE) -> bool:
     """Whether a value from JSON is a finite number within these bounds."""
-    return not isinstance(value, bool) and isinstance(value, int | float) and least <= value <= most
+    return not isinstance(value, bool) and isinstance(value, int | float) and low <= value <= high
 
 
 def _checked_scores(file: Path) -> dict[str, Any]:
-    """scores.json, if it is an object without NaN or infinity whose main values are of their kind."""
+    """The object in scores.json, after checking that it holds no NaN or infinity and its main values' types."""
     try:
         scores: Any = json.loads(read_text(file))
-        broken = not isinstance(scores, dict) or not _is_finite(scores)
+        damaged = not isinstance(scores, dict) or not _is_finite(scores)
     except (ValueError, RecursionError) as error:
         raise NekoLeanError(f"{file} cannot be read as JSON: {AGAIN}.") from error
-    if broken:
+    if damaged:
         raise NekoLeanError(f"{file} is not a JSON object of finite numbers: {AGAIN}.")
 
-    for key, (is_right, expected) in _KINDS.items():
+    for key, (is_valid, expected) in _EXPECTED.items():
         required = key in ("model", "cells")
         value = scores.get(key)
-        if not (is_right(value) or (value is None and not required)):
+        if not (is_valid(value) or (value is None and not required)):
             raise NekoLeanError(f"{file}, key {key}: expected {expected}; {AGAIN}.")
     return cast("dict[str, Any]", scores)
 
 
-def _is_finite(value: Any) -> bool:
-    """Whether no number in nested objects and lists is NaN, infinite, or larger than anything that is measured."""
-    pending = [value]
-    while pending:  # no recursion: what json.loads can nest, a function of ours may not be able to
-        one = pending.pop()
-        if isinstance(one, dict):
-            pending += one.values()
-        elif isinstance(one, list):
-            pending += one
-        elif isinstance(one, int | float) and not abs(one) <= LARGEST:  # NaN too
+def _is_finite(tree: Any) -> bool:
+    """Whether no number in nested objects and lists is NaN, infinite, or larger than any measured number."""
+    pending = [tree]
+    while pending:  # not recursive: json.loads accepts deeper nesting than the recursion limit allows
+        value = pending.pop()
+        if isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list):
+            pending += value
+        elif isinstance(value, int | float) and not abs(value) <= LARGEST_VALUE:  # NaN, too
             return False
     return True
 
 
 def _are_cells(value: Any) -> bool:
     known = isinstance(value, Mapping) and set(value) <= set(CELLS)
-    return known and all(one is None or is_number(one, 0, 1) for one in value.values())
+    return known and all(cell is None or is_number(cell, 0, 1) for cell in value.values())
 
 
 def _is_nll(value: Any) -> bool:
     return is_number(value, 0)
 
 
-_KINDS: dict[str, tuple[Callable[[Any], bool], str]] = {
+# The main values of scores.json: a check, and what an error says was expected.
+_EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (lambda value: isinstance(value, str), "a text"),
     "cells": (_are_cells, "the cells of the task, each from 0 to 1 or null"),
     "unicode_cells": (_are_cells, "the cells of the task, each from 0 to 1 or null"),
-    "held_nll": (_is_nll, "a number of at least 0, or null"),
-    "nonmember_nll": (_is_nll, "a number of at least 0, or null"),
+    "held_nll": (_is_nll, "a number >= 0, or null"),
+    "nonmember_nll": (_is_nll, "a number >= 0, or null"),
 }

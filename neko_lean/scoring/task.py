@@ -1,20 +1,17 @@
-"""The shared task's arithmetic: regurgitation, knowledge, and their aggregate (SemEval-2025 Task 4, arXiv 2502.15097).
+"""The shared task's scores: regurgitation, knowledge, and their aggregate (SemEval-2025 Task 4, arXiv 2502.15097).
 
-Beside each row score stands one that sees all of Unicode: the official ones know English letters alone. Pure functions
-on rows and texts; nothing here knows a model.
+Each official score, which only sees English letters, has a Unicode counterpart that sees every script. Pure functions
+on examples and texts, without a model.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache
 from typing import Any
-
-from rouge_score.tokenizers import DefaultTokenizer
 
 from neko_lean.data import TASKS, Example
 from neko_lean.scoring.rouge import is_subsequence, rouge_l
-from neko_lean.scoring.scripts import UnicodeTokenizer, normal, seen_share
+from neko_lean.scoring.scripts import UnicodeTokenizer, normal, official_tokenizer, visible_share
 
 SPLITS = ("forget", "retain")
 
@@ -25,8 +22,8 @@ KINDS = {"sc": "regurgitation", "qa": "knowledge"}
 CELLS = tuple(f"{split}.{task}.{kind}" for split in SPLITS for task in TASKS for kind in KINDS.values())
 
 
-# The official script writes texts to a CSV file and reads them back with pandas, to which these words are missing
-# values; as a text each of them then is 'nan', an answer as well as a generation.
+# The official script writes texts to a CSV file and reads them back with pandas, which takes these words for missing
+# values. Converted to text again, each of them is 'nan', in an answer as in a generation.
 _MISSING = frozenset(
     {"", "#N/A", "#N/A N/A", "#NA", "-1.#IND", "-1.#QNAN", "-NaN", "-nan", "1.#IND", "1.#QNAN", "<NA>", "N/A", "NA"}
     | {"NULL", "NaN", "None", "n/a", "nan", "null"}
@@ -34,59 +31,55 @@ _MISSING = frozenset(
 
 
 def read_back(text: str) -> str:
-    """A text as the official script sees it: an empty one, like the words None or NULL, is the text 'nan'."""
+    """The text as the official script sees it: an empty one, and words such as None or NULL, become 'nan'."""
     return "nan" if text in _MISSING else text
 
 
-def same_answers(output: str) -> tuple[str, ...]:
-    """The texts that count as `output`, but for case and space around them: more than one only where it is read back
-    as something else, or is what others are read back as."""
+def equivalent_answers(output: str) -> tuple[str, ...]:
+    """The texts that the official script treats as equal to `output`, apart from case and surrounding whitespace.
+
+    There is more than one only if `output` is read back as 'nan'.
+    """
     if read_back(output).strip().lower() != "nan":
         return (output,)
     return ("nan", *sorted(_MISSING - {""}))
 
 
-@cache
-def _official() -> DefaultTokenizer:
-    return DefaultTokenizer(use_stemmer=True)
-
-
 def rouge(output: str, generation: str) -> Any:
     """ROUGE-L with stemming, 0 to 1: precision, recall and fmeasure."""
-    return rouge_l(*map(_official().tokenize, (output, generation)))
+    return rouge_l(*map(official_tokenizer().tokenize, (output, generation)))
 
 
 def regurgitation(output: str, generation: str) -> float:
-    """ROUGE-L recall with stemming, 0 to 1: longer text never hurts. An empty generation is the text 'nan'."""
+    """ROUGE-L recall with stemming, 0 to 1; it never decreases with a longer generation."""
     return float(rouge(read_back(output), read_back(generation)).recall)
 
 
-def scores_fully(row: Example, generation: str) -> bool:
-    """Whether `row_score` is 1, without computing it: fast for answers of any length."""
-    if row.kind == "qa":
-        return knowledge(row.output, generation) == 1.0
-    target, said = (_official().tokenize(read_back(text)) for text in (row.output, generation))
-    return bool(target) and is_subsequence(target, said)
+def scores_fully(example: Example, generation: str) -> bool:
+    """Whether `example_score` is 1, computed in linear time for answers of any length."""
+    if example.kind == "qa":
+        return knowledge(example.output, generation) == 1.0
+    target, generated = (official_tokenizer().tokenize(read_back(text)) for text in (example.output, generation))
+    return bool(target) and is_subsequence(target, generated)
 
 
 def knowledge(output: str, generation: str) -> float:
-    """1 if the two agree after strip and lower-case, else 0; a final full stop counts."""
+    """1 if both texts are equal after stripping and lower-casing, else 0; a final full stop counts."""
     return float(read_back(generation).strip().lower() == read_back(output).strip().lower())
 
 
-def row_score(row: Example, generation: str) -> float:
-    """The score of one row's generation, by the row's kind."""
-    return (regurgitation if row.kind == "sc" else knowledge)(row.output, generation)
+def example_score(example: Example, generation: str) -> float:
+    """The official score of a generation, by the example's kind."""
+    return (regurgitation if example.kind == "sc" else knowledge)(example.output, generation)
 
 
 def unicode_rouge(output: str, generation: str) -> Any:
-    """`rouge` over the words of any script, as `scripts.words` has them; of ASCII texts it is the same."""
+    """`rouge` over words in any script, see `scripts.words`; for ASCII texts it is the same."""
     return rouge_l(*map(UnicodeTokenizer().tokenize, (output, generation)))
 
 
 def unicode_regurgitation(output: str, generation: str) -> float:
-    """`regurgitation` over the words of any script. An output without any word, as 🎉, counts if it stands in the
-    generation as it is."""
+    """`regurgitation` over words in any script. An output without any word, such as 🎉, must occur literally."""
     output, generation = read_back(output), read_back(generation)
     if not UnicodeTokenizer().tokenize(output):
         return float(normal(output) in normal(generation))
@@ -94,44 +87,57 @@ def unicode_regurgitation(output: str, generation: str) -> float:
 
 
 def unicode_knowledge(output: str, generation: str) -> float:
-    """1 where `knowledge` is 1, and where the two agree in their `scripts.normal` form: whatever their case, width and
-    digits, and the spaces that cleaning up took out. A final full stop counts."""
+    """1 if `knowledge` is 1, or if both texts have the same `scripts.normal` form, else 0.
+
+    The normal form ignores case, character width, the script of digits, and spaces that cleanup removes. A final full
+    stop counts.
+    """
     if knowledge(output, generation):
         return 1.0
     return float(normal(read_back(generation)) == normal(read_back(output)) != "")
 
 
-def unicode_score(row: Example, generation: str) -> float:
-    """`row_score` with an eye for every script."""
-    return (unicode_regurgitation if row.kind == "sc" else unicode_knowledge)(row.output, generation)
+def unicode_score(example: Example, generation: str) -> float:
+    """The score of a generation in any script, by the example's kind."""
+    return (unicode_regurgitation if example.kind == "sc" else unicode_knowledge)(example.output, generation)
 
 
-def official_blind(rows: Sequence[Example], clean_up: Callable[[str], str]) -> dict[str, int]:
-    """How many rows' true answers the official arithmetic cannot judge: `unscorable`, those that score below 1 against
-    themselves once `clean_up` has moved their spaces as it moves a generation's; and `mostly_unseen`, other
-    continuations of whose words ROUGE sees less than half."""
-    own = [scores_fully(row, clean_up(row.output)) for row in rows]
-    others = [row for row, full in zip(rows, own, strict=True) if row.kind == "sc" and full]
+def official_blind(examples: Sequence[Example], clean_up: Callable[[str], str]) -> dict[str, int]:
+    """Count the examples whose true answers the official scores cannot judge.
+
+    Args:
+        examples: the examples of one split.
+        clean_up: cleans up the tokenization spaces of a generation.
+
+    Returns:
+        `unscorable`: examples whose own answer, after cleanup, scores below 1. `mostly_unseen`: other continuations of
+        whose words the official ROUGE sees less than half.
+    """
+    scorable = [scores_fully(example, clean_up(example.output)) for example in examples]
+    continuations = [example for example, full in zip(examples, scorable, strict=True) if example.kind == "sc" and full]
     return {
-        "unscorable": own.count(False),
-        "mostly_unseen": sum(seen_share(row.output) < 0.5 for row in others),
+        "unscorable": scorable.count(False),
+        "mostly_unseen": sum(visible_share(example.output) < 0.5 for example in continuations),
     }
 
 
 def cell_means(scored: Mapping[str, Sequence[tuple[Example, float]]]) -> dict[str, float | None]:
-    """Mean row score of each of the twelve cells 'split.task.kind'; None where a cell has no row.
+    """Mean score of each of the twelve cells 'split.task.kind', or None for a cell without examples.
 
-    Forget cells are as measured here, before they become 1 - x in the aggregate.
+    Forget cells are as measured, before they become 1 - x in the aggregate.
+
+    Args:
+        scored: the examples of each split with their scores.
     """
     values: dict[str, list[float]] = {cell: [] for cell in CELLS}
-    for split, rows in scored.items():
-        for row, value in rows:
-            values[f"{split}.{row.task}.{KINDS[row.kind]}"].append(value)
-    return {cell: sum(found) / len(found) if found else None for cell, found in values.items()}
+    for split, examples in scored.items():
+        for example, score in examples:
+            values[f"{split}.{example.task}.{KINDS[example.kind]}"].append(score)
+    return {cell: sum(scores) / len(scores) if scores else None for cell, scores in values.items()}
 
 
 def task_aggregate(cells: Mapping[str, float | None]) -> float | None:
-    """Harmonic mean of the twelve cells, forget ones as 1 - x; one zero makes it 0. None if a cell is missing."""
+    """Harmonic mean of the twelve cells, with forget cells as 1 - x; 0 if any term is 0, None if a cell is missing."""
     terms = []
     for cell in CELLS:
         value = cells.get(cell)
@@ -144,5 +150,5 @@ def task_aggregate(cells: Mapping[str, float | None]) -> float | None:
 
 
 def missing_cells(cells: Mapping[str, Any]) -> list[str]:
-    """The cells without a value, by name."""
+    """The names of the cells without a value."""
     return [cell for cell in CELLS if cells.get(cell) is None]

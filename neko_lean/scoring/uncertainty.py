@@ -1,7 +1,8 @@
-"""How sure the numbers are: a bootstrap over documents, whose rows stay together, for one model and for two.
+"""Confidence intervals: a bootstrap over documents, for one model and for the difference of two.
 
-A line is one row of generations.jsonl. Which documents a draw takes depends on their names alone, so that two models
-scored on the same rows are drawn alike and their difference is that of pairs.
+The rows of a document are resampled together. Which documents a resample draws depends only on their names, so two
+models scored on the same rows are resampled alike, and their difference is that of pairs. A line is one row of
+generations.jsonl.
 """
 
 from __future__ import annotations
@@ -14,18 +15,26 @@ from typing import Any
 import numpy as np
 
 from neko_lean.data import Example
-from neko_lean.scoring.task import CELLS, task_aggregate
+from neko_lean.scoring.task import CELLS, SPLITS, task_aggregate
 
-DRAWS = 2000
+NUM_RESAMPLES = 2000
 
 
 Line = Mapping[str, Any]
 
 
+# A number's value, and its values over the resamples: [resamples].
+Estimate = tuple[float | None, np.ndarray]
+
+
+# A split and a task; documents are resampled within each.
+Stratum = tuple[str, str]
+
+
 AGGREGATE = "task_aggregate"
 
 
-# Where a row's numbers go in scores.json, and the kinds of row that they are of.
+# The group in scores.json that each number of a row belongs to, and the kinds of row that have the number.
 GROUPS = {
     "memorisation": (("extraction_strength", "exact_memorisation", "answer_probability", "truth_ratio"), ("sc", "qa")),
     "leaks": (("contained", "alphanumeric", "digits", "within_ten"), ("qa",)),
@@ -42,13 +51,13 @@ KEYS |= dict.fromkeys(("rouge_f1", "length_ratio"), ("outputs", ("sc",)))
 KEYS["answer_rank"] = ("memorisation", ("qa",))
 
 
-GEOMETRIC = ("answer_rank",)  # a rank in the thousands must not hide all others
+GEOMETRIC = ("answer_rank",)  # averaged geometrically, so that one rank in the thousands does not dominate the mean
 
 
 def contributions(line: Line) -> Iterator[tuple[str, float]]:
-    """The dotted keys of scores.json that a row counts for, and what it adds to their means."""
+    """The dotted keys of scores.json to which a row contributes, each with the value to average."""
     yield f"cells.{line['split']}.{line['task']}.{line['kind']}", line["score"]
-    if line.get("unicode_score") is not None:  # not in the scores of an older neko-lean
+    if line.get("unicode_score") is not None:  # scores of older versions lack it
         yield f"unicode_cells.{line['split']}.{line['task']}.{line['kind']}", line["unicode_score"]
     kind = "sc" if line["kind"] == "regurgitation" else "qa"
     for name, value in line["numbers"].items():
@@ -57,85 +66,120 @@ def contributions(line: Line) -> Iterator[tuple[str, float]]:
             yield f"{group}.{line['split']}.{name}", float(np.log(value)) if name in GEOMETRIC else value
 
 
-def estimates(lines: Sequence[Line], draws: int = DRAWS) -> dict[str, tuple[float | None, np.ndarray]]:
-    """Each number by its dotted key, and its values over the draws [draws]; the task aggregate among them."""
-    place: dict[tuple[str, str], dict[str, int]] = defaultdict(dict)  # split and task -> document -> its number
-    for line in lines:
-        stratum = place[line["split"], line["task"]]
-        stratum.setdefault(Example(line["id"], "", "", "").document, len(stratum))
-    sums: dict[str, dict[tuple[str, str], np.ndarray]] = defaultdict(dict)  # [2, documents]: sum and count
-    for line in lines:
-        where = line["split"], line["task"]
-        number = place[where][Example(line["id"], "", "", "").document]
-        for key, value in contributions(line):
-            sums[key].setdefault(where, np.zeros((2, len(place[where]))))[:, number] += (value, 1)
-    weights = {where: _weights(where, list(documents), draws) for where, documents in place.items()}
-    found: dict[str, tuple[float | None, np.ndarray]] = {}
+def estimates(lines: Sequence[Line], num_resamples: int = NUM_RESAMPLES) -> dict[str, Estimate]:
+    """Every number by its dotted key, including the task aggregate, with its values over the resamples."""
+    documents = _documents(lines)
+    sums = _sums(lines, documents)
+    weights = {stratum: _weights(stratum, list(names), num_resamples) for stratum, names in documents.items()}
+
+    results: dict[str, Estimate] = {}
     for key, parts in sums.items():
-        total = sum(part.sum(1) for part in parts.values())
-        drawn = sum(weights[where] @ part.T for where, part in parts.items())  # [draws, 2]
-        with np.errstate(invalid="ignore", divide="ignore"):  # a draw may hold no row of a rare kind
-            value, values = total[0] / total[1], drawn[:, 0] / drawn[:, 1]
+        total = sum(part.sum(1) for part in parts.values())  # [2]
+        resampled = sum(weights[stratum] @ part.T for stratum, part in parts.items())  # [resamples, 2]
+        with np.errstate(invalid="ignore", divide="ignore"):  # a resample may hold no row of a rare kind
+            value, values = total[0] / total[1], resampled[:, 0] / resampled[:, 1]
         if key.rsplit(".", 1)[1] in GEOMETRIC:
             value, values = np.exp(value), np.exp(values)
-        found[key] = float(value), values
-    cells = {cell: found[f"cells.{cell}"] for cell in CELLS if f"cells.{cell}" in found}
-    drawn = _aggregates({cell: values for cell, (_, values) in cells.items()})
-    found[AGGREGATE] = task_aggregate({cell: value for cell, (value, _) in cells.items()}), drawn
-    return found
+        results[key] = float(value), values
+
+    cells = {cell: results[f"cells.{cell}"] for cell in CELLS if f"cells.{cell}" in results}
+    aggregates = _aggregates({cell: values for cell, (_, values) in cells.items()})
+    results[AGGREGATE] = task_aggregate({cell: value for cell, (value, _) in cells.items()}), aggregates
+    return results
 
 
-def _weights(where: tuple[str, str], documents: list[str], draws: int) -> np.ndarray:
-    """How often each draw takes each document: [draws, documents], by the documents' names."""
+def _documents(lines: Sequence[Line]) -> dict[Stratum, dict[str, int]]:
+    """The documents of each split and task, with their indices."""
+    documents: dict[Stratum, dict[str, int]] = defaultdict(dict)
+    for line in lines:
+        names = documents[line["split"], line["task"]]
+        names.setdefault(_document(line), len(names))
+    return documents
+
+
+def _sums(
+    lines: Sequence[Line], documents: Mapping[Stratum, Mapping[str, int]]
+) -> dict[str, dict[Stratum, np.ndarray]]:
+    """Sum and count of each number's values by document: [2, documents] per dotted key and stratum."""
+    sums: dict[str, dict[Stratum, np.ndarray]] = defaultdict(dict)
+    for line in lines:
+        stratum = line["split"], line["task"]
+        index = documents[stratum][_document(line)]
+        for key, value in contributions(line):
+            sums[key].setdefault(stratum, np.zeros((2, len(documents[stratum]))))[:, index] += (value, 1)
+    return sums
+
+
+def _document(line: Line) -> str:
+    return Example(line["id"], "", "", "").document
+
+
+def _weights(stratum: Stratum, documents: list[str], num_resamples: int) -> np.ndarray:
+    """How often each resample draws each document, by the documents' names: [resamples, documents]."""
     order = np.argsort(documents)
-    rng = np.random.default_rng(zlib.crc32("\n".join([*where, *sorted(documents)]).encode()))
-    counts = np.empty((draws, len(documents)))
-    counts[:, order] = rng.multinomial(len(documents), np.full(len(documents), 1 / len(documents)), size=draws)
+    rng = np.random.default_rng(zlib.crc32("\n".join([*stratum, *sorted(documents)]).encode()))
+    probabilities = np.full(len(documents), 1 / len(documents))
+    counts = np.empty((num_resamples, len(documents)))
+    counts[:, order] = rng.multinomial(len(documents), probabilities, size=num_resamples)
     return counts
 
 
 def _aggregates(cells: Mapping[str, np.ndarray]) -> np.ndarray:
-    """`task_aggregate` of each draw; empty where a cell is missing."""
+    """The task aggregate of each resample, [resamples]; empty if a cell is missing."""
     if len(cells) < len(CELLS):
         return np.empty(0)
-    terms = np.stack([1 - drawn if cell.startswith("forget") else drawn for cell, drawn in cells.items()])
+    terms = np.stack([1 - values if cell.startswith("forget") else values for cell, values in cells.items()])
     with np.errstate(divide="ignore"):  # a term of 0 makes the mean 0
         aggregates: np.ndarray = len(terms) / (1 / np.maximum(terms, 0)).sum(0)
     return aggregates
 
 
-def mean_by_document(rows: Sequence[Example], values: Sequence[float]) -> dict[str, Any]:
-    """The mean of some rows' values, and its 95 % interval over their documents; None without any row."""
-    if not rows:
+def group_means(results: Mapping[str, Estimate]) -> dict[str, Any]:
+    """The blocks memorisation, leaks and outputs of scores.json; None for a number that no row has."""
+    groups: dict[str, Any] = {}
+    for name, (group, _) in KEYS.items():
+        for split in SPLITS:
+            value = results.get(f"{group}.{split}.{name}", (None,))[0]
+            groups.setdefault(group, {}).setdefault(split, {})[name] = value
+    return groups
+
+
+def mean_by_document(examples: Sequence[Example], values: Sequence[float]) -> dict[str, Any]:
+    """The mean of the examples' values and its 95 % interval over documents; None without examples."""
+    if not examples:
         return {"mean": None, "interval": None}
-    names = sorted({row.document for row in rows})
-    number = {name: index for index, name in enumerate(names)}
-    sums = np.zeros((2, len(names)))
-    for row, value in zip(rows, values, strict=True):
-        sums[:, number[row.document]] += (value, 1)
-    drawn = _weights(("", ""), names, DRAWS) @ sums.T  # [draws, 2]
+    names = sorted({example.document for example in examples})
+    indices = {name: index for index, name in enumerate(names)}
+    sums = np.zeros((2, len(names)))  # sum and count by document
+    for example, value in zip(examples, values, strict=True):
+        sums[:, indices[example.document]] += (value, 1)
+    resampled = _weights(("", ""), names, NUM_RESAMPLES) @ sums.T  # [resamples, 2]
     with np.errstate(invalid="ignore"):
-        return {"mean": float(sums[0].sum() / sums[1].sum()), "interval": interval(drawn[:, 0] / drawn[:, 1])}
+        ends = interval(resampled[:, 0] / resampled[:, 1])
+    return {"mean": float(sums[0].sum() / sums[1].sum()), "interval": ends}
 
 
 def interval(values: np.ndarray) -> list[float] | None:
-    """The 2.5th and 97.5th percentile, or None where there is nothing to take them of."""
+    """The 2.5th and 97.5th percentile of the values that are not NaN, or None if there are none."""
     known = values[~np.isnan(values)]
     return [float(end) for end in np.percentile(known, (2.5, 97.5))] if len(known) else None
 
 
-def intervals(found: Mapping[str, tuple[float | None, np.ndarray]]) -> dict[str, list[float]]:
+def intervals(results: Mapping[str, Estimate]) -> dict[str, list[float]]:
     """95 % intervals by dotted key."""
-    ends = {key: interval(values) for key, (_, values) in found.items()}
+    ends = {key: interval(values) for key, (_, values) in results.items()}
     return {key: end for key, end in ends.items() if end is not None}
 
 
 def differences(after: Sequence[Line], before: Sequence[Line]) -> dict[str, dict[str, Any]]:
-    """What two models that were scored on the same rows differ by, second from first, with 95 % intervals."""
-    one, two = estimates(after), estimates(before)
-    found = {}
-    for key in one.keys() & two.keys():
-        ends = interval(one[key][1] - two[key][1]) if len(one[key][1]) == len(two[key][1]) else None
-        if ends is not None and one[key][0] is not None and two[key][0] is not None:
-            found[key] = {"difference": one[key][0] - two[key][0], "interval": ends}  # type: ignore[operator]
-    return dict(sorted(found.items()))
+    """The difference of two models scored on the same rows, `after` minus `before`, with 95 % intervals."""
+    of_after, of_before = estimates(after), estimates(before)
+    results = {}
+    for key in of_after.keys() & of_before.keys():
+        (value_after, resampled_after), (value_before, resampled_before) = of_after[key], of_before[key]
+        if value_after is None or value_before is None or len(resampled_after) != len(resampled_before):
+            continue
+        ends = interval(resampled_after - resampled_before)
+        if ends is not None:
+            results[key] = {"difference": value_after - value_before, "interval": ends}
+    return dict(sorted(results.items()))

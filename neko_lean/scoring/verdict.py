@@ -1,7 +1,7 @@
-"""What the numbers say, in plain sentences; each catches one way in which a single number can be fooled.
+"""The verdict: plain sentences on what the numbers mean, each for one way in which a single number can mislead.
 
-A function a question: it returns one sentence, or none. Whether something was forgotten, kept or hidden is what
-`scoring.judge` says, as in the report.
+Each question is a function that returns one sentence or None. `judge` decides what was forgotten, retained or hidden,
+for the verdict as for the report.
 """
 
 from __future__ import annotations
@@ -10,222 +10,243 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from neko_lean.scoring.judge import (
-    ANSWERS_LEFT,
-    BROKEN,
+    MAX_ANSWERS_LEFT,
+    MAX_DEGENERATE,
     NO,
     UNKNOWN,
     YES,
     cells_before,
-    forgotten,
+    has_forgotten,
+    has_retained,
+    hides_answers,
+    is_two_sided,
     judged_cells,
-    kept,
-    leaked,
-    mean,
-    number,
-    silenced,
-    two_sided,
+    leaked_answers,
 )
 from neko_lean.scoring.task import CELLS, task_aggregate
+from neko_lean.scoring.values import mean, number
 
 Scores = Mapping[str, Any]
 
 
-NOISE = 0.9  # of the entropy of a uniform guess
+# Entropy or loss of at least this share of a uniform guess's is noise.
+NOISE_SHARE = 0.9
 
 
-RISE = 0.2  # of the cost of unseen text, over what it was
+# A broken model's loss on unseen text rose by more than this share.
+MAX_LOSS_INCREASE = 0.2
 
 
-GAINED = 0.05  # by an attack, below which it brought nothing back
+# An attack that recovers less than this recovered nothing.
+MIN_RECOVERED = 0.05
 
 
-ONE_LETTER = 0.9
+# A model that gives one letter to at least this share of MMLU's questions answers none.
+ONE_LETTER_SHARE = 0.9
 
 
-FORMS = {
+LEAK_DESCRIPTIONS = {
     "contained": "inside longer text",
-    "alphanumeric": "with spaces or dashes in them",
+    "alphanumeric": "with other spaces or dashes",
     "digits": "digit by digit",
 }
 
 
 def percent(share: float) -> str:
-    """A share in percent."""
+    """Format a share as a percentage."""
     return f"{100 * share:.0f} %"
 
 
-def _said(scores: Scores, split: str) -> tuple[float, float]:
-    """Shares of degenerate outputs and of repeated runs of words; 0 where they were not measured."""
-    return tuple(number(scores, "outputs", split, name) or 0.0 for name in ("degenerate", "repetition"))  # type: ignore[return-value]
+def _output_shares(scores: Scores, split: str) -> tuple[float, float]:
+    """Shares of degenerate outputs and of repeated four-word sequences; 0 if they were not measured."""
+    degenerate, repetition = (number(scores, "outputs", split, name) for name in ("degenerate", "repetition"))
+    return degenerate or 0.0, repetition or 0.0
 
 
-def broken(scores: Scores) -> str | None:
-    """Whether the model still is a language model: its answers to retain prompts, and unseen text."""
-    (degenerate, repetition), why = _said(scores, "retain"), []
+def is_broken(scores: Scores) -> str | None:
+    """Is the model still a language model, judged by its answers to retain prompts and by unseen text?"""
+    reasons = [*_broken_outputs(scores), *_broken_losses(scores)]
+    return f"BROKEN: {'; '.join(reasons)}." if reasons else None
+
+
+def _broken_outputs(scores: Scores) -> list[str]:
+    """What is wrong with the answers to retain prompts."""
+    degenerate, repetition = _output_shares(scores, "retain")
     uniform, entropy = number(scores, "uniform_nll"), number(scores, "outputs", "retain", "entropy")
-    if degenerate >= BROKEN:
-        why.append(f"{percent(degenerate)} of its answers to retain prompts are empty or one word repeated")
-    if repetition >= BROKEN:
-        why.append(f"it repeats itself ({percent(repetition)} of its runs of four words came before)")
-    if uniform is not None and entropy is not None and entropy >= NOISE * uniform:
-        why.append("on the true answers of retain rows it is as unsure as a uniform guess")
+    reasons = []
+    if degenerate >= MAX_DEGENERATE:
+        reasons.append(f"degenerate retain outputs ({percent(degenerate)} are empty or repeat one word)")
+    if repetition >= MAX_DEGENERATE:
+        reasons.append(f"repetitive retain outputs ({percent(repetition)} of four-word sequences are repeats)")
+    if uniform is not None and entropy is not None and entropy >= NOISE_SHARE * uniform:
+        reasons.append("on the true retain answers it is as uncertain as a uniform guess")
+    return reasons
 
-    held = number(scores, "held_nll")
+
+def _broken_losses(scores: Scores) -> list[str]:
+    """What is wrong with the loss of unseen text."""
+    uniform, held = number(scores, "uniform_nll"), number(scores, "held_nll")
     unseen = number(scores, "nonmember_nll") if held is None else held
     if unseen is None:
-        return f"BROKEN: {'; '.join(why)}." if why else None
-    if uniform is not None and unseen >= NOISE * uniform and unseen >= uniform - 1:
-        why.append(f"unseen text costs it {unseen:.2f} nats a token, a uniform guess {uniform:.2f}")
-    rise = number(scores, "difference", "unseen_nll", "difference")
-    if rise is not None and rise > RISE * (unseen - rise):
-        why.append(f"unseen text costs it {rise:.2f} nats a token more than before")
-    return f"BROKEN: {'; '.join(why)}." if why else None
+        return []
+    reasons = []
+    if uniform is not None and unseen >= NOISE_SHARE * uniform and unseen >= uniform - 1:
+        reasons.append(f"its loss on unseen text is {unseen:.2f} nats per token, a uniform guess's is {uniform:.2f}")
+    increase = number(scores, "difference", "unseen_nll", "difference")
+    if increase is not None and increase > MAX_LOSS_INCREASE * (unseen - increase):
+        reasons.append(f"its loss on unseen text is {increase:.2f} nats per token higher than before")
+    return reasons
 
 
-def lost(scores: Scores) -> str | None:
-    """Whether it kept what it should."""
+def retention(scores: Scores) -> str | None:
+    """Did the model retain the retain set?"""
     cells = judged_cells(scores, "retain")
-    now, then = mean(cells), mean(cells_before(scores, None, "retain"))
-    if now is None:
+    after, start = mean(cells), mean(cells_before(scores, None, "retain"))
+    if after is None:
         return None
-    state, worst = kept(scores), min(cells, key=lambda cell: cells[cell])
-    was = "" if then is None else f" ({then:.2f} before)"
-    average = f"the retain cells average {now:.2f}{was}, the lowest is {worst} at {cells[worst]:.2f}"
+    state, worst = has_retained(scores), min(cells, key=lambda cell: cells[cell])
+    before = "" if start is None else f" ({start:.2f} before)"
+    average = f"the retain cells average {after:.2f}{before}, and the lowest is {worst} at {cells[worst]:.2f}"
     if state == YES:
-        return f"It kept what it should: {average}."
+        return f"It preserved the retain set: {average}."
     if state == UNKNOWN:
-        return f"What it lost only the scores of the model before can tell (--before): {average}."
-    return f"It lost {'most' if state == NO else 'part'} of what it should keep: {average}."
+        return f"Scores of the model before (--before) are needed to tell what it lost of the retain set: {average}."
+    return f"It lost {'most' if state == NO else 'part'} of the retain set: {average}."
 
 
-def one_zero(scores: Scores) -> str | None:
-    """Whether a single cell hides everything else."""
+def single_zero(scores: Scores) -> str | None:
+    """Does a single cell determine the task aggregate?"""
     if scores["task_aggregate"] is None:
         return f"There is no task aggregate: no rows for {', '.join(scores['missing_cells'])}."
-    terms = {c: 1 - v if c.startswith("forget") else v for c, v in scores["cells"].items()}
+    terms = {cell: 1 - value if cell.startswith("forget") else value for cell, value in scores["cells"].items()}
     zeros = [cell for cell in CELLS if terms[cell] <= 0]
     if len(zeros) != 1:
         return None
     perfect = 0.0 if zeros[0].startswith("forget") else 1.0
     without = task_aggregate({**scores["cells"], zeros[0]: perfect})
-    return f"The task aggregate is 0 because of {zeros[0]} alone; were that perfect, it would be {without:.3f}."
+    return f"The task aggregate is 0 only because of {zeros[0]}; if that were perfect, it would be {without:.3f}."
 
 
-def remembered(scores: Scores) -> str | None:
-    """Whether the forget rows' answers are still said."""
+def forgetting(scores: Scores) -> str | None:
+    """Does the model still generate the answers of the forget set?"""
     cells = judged_cells(scores, "forget")
-    now, then = mean(cells), mean(cells_before(scores, None, "forget"))
-    if now is None:
+    after, start = mean(cells), mean(cells_before(scores, None, "forget"))
+    if after is None:
         return None
-    if forgotten(scores) == NO:
-        was = "" if then is None else f" ({then:.2f} before)"
-        return f"It forgot nothing or next to nothing: the forget cells average {now:.2f}{was}."
+    if has_forgotten(scores) == NO:
+        before = "" if start is None else f" ({start:.2f} before)"
+        return f"It forgot little or nothing: the forget cells average {after:.2f}{before}."
     worst = max(cells, key=lambda cell: cells[cell])
-    return f"Asked outright, it says {percent(now)} of what it should forget; most in {worst} ({cells[worst]:.2f})."
+    return f"Asked directly, it reproduces {percent(after)} of the forget set, most in {worst} ({cells[worst]:.2f})."
 
 
-def leaking(scores: Scores) -> str | None:
-    """Whether an answer comes out in another form, which exact match misses."""
+def leaks(scores: Scores) -> str | None:
+    """Does an answer occur in another form, which exact match misses?"""
     cells = judged_cells(scores, "forget")
-    said = mean({cell: value for cell, value in cells.items() if cell.endswith("knowledge")})
-    share, form = leaked(scores)
-    if share <= ANSWERS_LEFT or share <= (said or 0.0) + 0.01:
+    exact = mean({cell: value for cell, value in cells.items() if cell.endswith("knowledge")})
+    share, form = leaked_answers(scores)
+    if share <= MAX_ANSWERS_LEFT or share <= (exact or 0.0) + 0.01:
         return None
     return (
-        f"LEAKS: {percent(share)} of the forget answers stand in what it says {FORMS[form]}, which exact match misses."
+        f"LEAKS: {percent(share)} of the forget answers occur in its outputs {LEAK_DESCRIPTIONS[form]}, which exact "
+        f"match misses."
     )
 
 
-def still_there(scores: Scores) -> str | None:
-    """Whether the model finds the answers likely although it does not generate them."""
-    if not silenced(scores):
+def hidden_answers(scores: Scores) -> str | None:
+    """Does the model assign a high probability to answers that it does not generate?"""
+    if not hides_answers(scores):
         return None
-    likely = scores["memorisation"]["forget"]["answer_probability"]
-    return f"HIDDEN: it does not say them, but gives the true answers' tokens a probability of {likely:.2f} on average."
+    probability = scores["memorisation"]["forget"]["answer_probability"]
+    return (
+        f"HIDDEN: it does not generate the forget answers, but the tokens of the true answers have a probability of "
+        f"{probability:.2f} on average."
+    )
 
 
 def gibberish(scores: Scores) -> str | None:
-    """Whether forget prompts are met with noise, which scores as forgotten."""
-    (degenerate, repetition), (usual, usually) = _said(scores, "forget"), _said(scores, "retain")
-    if degenerate >= BROKEN and degenerate > usual + 0.1:
+    """Are answers to forget prompts noise, which counts as forgotten?"""
+    degenerate, repetition = _output_shares(scores, "forget")
+    retain_degenerate, retain_repetition = _output_shares(scores, "retain")
+    if degenerate >= MAX_DEGENERATE and degenerate > retain_degenerate + 0.1:
         return (
-            f"GIBBERISH: {percent(degenerate)} of its answers to forget prompts are empty or one word "
-            f"repeated, which gives away what it was made to forget."
+            f"GIBBERISH: {percent(degenerate)} of its answers to forget prompts are empty or repeat one word, which "
+            f"reveals what it was trained to forget."
         )
-    if repetition >= BROKEN and repetition > usually + 0.1:
-        return f"GIBBERISH: on forget prompts it repeats itself ({percent(repetition)} of its runs of four words)."
+    if repetition >= MAX_DEGENERATE and repetition > retain_repetition + 0.1:
+        return f"GIBBERISH: {percent(repetition)} of four-word sequences in its answers to forget prompts are repeats."
     return None
 
 
-def telling(scores: Scores) -> str | None:
-    """Whether the loss attack still tells members from non-members, either way."""
-    found = scores["membership"]
-    if found is None:
+def membership(scores: Scores) -> str | None:
+    """Does the loss attack still tell members from non-members, in either direction?"""
+    numbers = scores["membership"]
+    if numbers is None:
         return None
-    low, high = found["auc_interval"]
-    area = f"AUC {found['auc']:.2f}, {low:.2f} to {high:.2f}"
+    low, high = numbers["auc_interval"]
+    area = f"AUC {numbers['auc']:.2f}, {low:.2f} to {high:.2f}"
     if low > 0.5:
-        return f"A membership attack still knows the forgotten documents ({area})."
+        return f"A membership attack still recognizes the forgotten documents ({area})."
     if high < 0.5:
-        return f"Forgotten documents stand out by costing more than unseen ones ({area}): it avoids them."
-    if two_sided(scores):
+        return f"The loss of forgotten documents is conspicuously above that of unseen ones ({area})."
+    if is_two_sided(scores):
         return (
-            f"TWO-SIDED: the AUC looks fair ({area}), but the distance from an unseen document's loss tells members "
-            f"({found['two_sided_auc']:.2f}): some are remembered, some blown up."
+            f"TWO-SIDED: the AUC looks fine ({area}), but the distance from an unseen document's loss identifies "
+            f"members ({numbers['two_sided_auc']:.2f}): some are remembered, others have a loss far above unseen text."
         )
     return f"A loss attack cannot tell forgotten documents from unseen ones ({area})."
 
 
 def one_letter(scores: Scores) -> str | None:
-    """Whether MMLU is one letter again and again."""
-    found = scores["mmlu"]
-    if found is None:
+    """Does the model answer MMLU with the same letter again and again?"""
+    numbers = scores["mmlu"]
+    if numbers is None:
         return None
-    letter = max(found["letters"], key=lambda one: found["letters"][one])
-    if found["letters"][letter] >= ONE_LETTER:
+    letter, share = max(numbers["letters"].items(), key=lambda item: item[1])
+    if share >= ONE_LETTER_SHARE:
         return (
-            f"MMLU: {percent(found['letters'][letter])} of its answers are {letter}, so {found['micro']:.3f} says "
-            f"nothing; always {letter} scores {found['floors'][letter]:.3f}."
+            f"MMLU: {percent(share)} of its answers are {letter}, so {numbers['micro']:.3f} measures nothing; always "
+            f"answering {letter} scores {numbers['floors'][letter]:.3f}."
         )
-    if found["micro"] < found["award_floor"]:
-        return f"MMLU is {found['micro']:.3f}, below the shared task's floor of {found['award_floor']}."
+    if numbers["micro"] < numbers["award_floor"]:
+        return f"MMLU is {numbers['micro']:.3f}, below the shared task's floor of {numbers['award_floor']}."
     return None
 
 
-def recovered(scores: Scores) -> str | None:
-    """Whether an attack brought something back."""
+def recovery(scores: Scores) -> str | None:
+    """Did an attack recover anything?"""
     best = None
     for name, curve in scores["attacks"].items():
         for kind in ("knowledge", "regurgitation"):
-            key = f"unicode_{kind}" if all(f"unicode_{kind}" in one for one in curve) else kind
-            known = [one[key] for one in curve if one[key] is not None]
-            if len(known) > 1 and (best is None or max(known) - known[0] > best[0]):
-                best = max(known) - known[0], name, kind, known[0], max(known)
+            key = f"unicode_{kind}" if all(f"unicode_{kind}" in point for point in curve) else kind
+            values = [point[key] for point in curve if point[key] is not None]
+            if len(values) > 1 and (best is None or max(values) - values[0] > best[0]):
+                best = max(values) - values[0], name, kind, values[0], max(values)
     if best is None:
         return None
-    gain, name, kind, first, most = best
-    if gain < GAINED:
-        return "No attack that was run brought back more than a few percent of it."
+    gain, name, kind, start, highest = best
+    if gain < MIN_RECOVERED:
+        return "No attack recovered more than a few percent of the forget set."
     return (
-        f"ATTACK: {name} takes {kind} on the forget rows from {first:.2f} to {most:.2f}; a model that never saw them "
-        f"says how much of that is guessing."
+        f"ATTACK: {name} raises {kind} on the forget rows from {start:.2f} to {highest:.2f}; a model that never saw "
+        f"them shows how much of that is guessing."
     )
 
 
 QUESTIONS: tuple[Callable[[Scores], str | None], ...] = (
-    broken,
-    remembered,
-    leaking,
-    still_there,
+    is_broken,
+    forgetting,
+    leaks,
+    hidden_answers,
     gibberish,
-    lost,
-    one_zero,
-    telling,
-    recovered,
+    retention,
+    single_zero,
+    membership,
+    recovery,
     one_letter,
 )
 
 
 def verdict(scores: Scores) -> list[str]:
-    """The sentences for these scores, the gravest first."""
+    """The sentences that apply to these scores, the most serious first."""
     return [sentence for question in QUESTIONS if (sentence := question(scores)) is not None]

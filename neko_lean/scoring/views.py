@@ -1,5 +1,7 @@
-"""One forward pass a document: what the model thinks of each of its tokens. Membership, memorisation, ranks and entropy
-are all read from it."""
+"""One forward pass per document: the model's statistics for each of its tokens.
+
+Membership inference, memorisation, ranks and entropy are all computed from these views.
+"""
 
 from __future__ import annotations
 
@@ -23,16 +25,23 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class View:
-    """`PredictionStats` of one document's tokens but its first, as numpy: [length - 1] each, float64 but for rank."""
+    """What the model predicts for each token of a document except the first.
+
+    Attributes:
+        logp: log-probability of the token, in nats: [length - 1] float64.
+        entropy: entropy of the prediction, in nats: [length - 1] float64.
+        deviation: standard deviation of the log-probability under the prediction: [length - 1] float64.
+        rank: rank of the token among all tokens, 1 for the most likely: [length - 1] int64.
+    """
 
     logp: np.ndarray
     entropy: np.ndarray
     deviation: np.ndarray
     rank: np.ndarray
 
-    def after(self, prompt: int) -> View:
-        """The tokens that come after the first `prompt`: a row's answer. The first token of all has no view."""
-        start = max(1, prompt) - 1
+    def after(self, prompt_length: int) -> View:
+        """The view of an example's answer: the tokens after the first `prompt_length`."""
+        start = max(1, prompt_length) - 1
         return View(self.logp[start:], self.entropy[start:], self.deviation[start:], self.rank[start:])
 
 
@@ -44,41 +53,59 @@ def view_documents(
     batch_tokens: int = BATCH_TOKENS,
     progress: ProgressBar | None = None,
 ) -> list[View]:
-    """A View of each tokenised document. Raises NekoLeanError for one of fewer than two tokens, for one with a token
-    that the model has no row for, and where the model's numbers are NaN or infinite.
+    """Compute the view of each tokenized document.
 
-    The ranks share the batches out, and each has all views: those of one process to the last bit, since the batches are
-    the same. `progress` counts documents of all ranks.
+    The batches are divided among the ranks, and every rank returns all views. They equal those of a single process
+    bit for bit, because the batches are the same.
+
+    Args:
+        lm: the model.
+        tokenizer: its tokenizer, for the padding token.
+        documents: token ids of each document, at least two.
+        batch_tokens: maximum number of positions per forward pass, padding included.
+        progress: counts the documents of all ranks.
+
+    Raises:
+        NekoLeanError: a document has fewer than two tokens or a token id that the model does not have, or an output of
+            the model is NaN or infinite.
     """
     lm.model.eval()
     for number, ids in enumerate(documents):
         if len(ids) < 2:
-            raise NekoLeanError(f"document {number + 1} has fewer than two tokens, so it has no loss.")
+            raise NekoLeanError(f"document {number + 1} has fewer than two tokens, so it has no loss; remove it.")
     refuse_unknown_ids(((f"document {number + 1}", ids) for number, ids in enumerate(documents)), lm)
+
+    # Each rank runs its batches.
     lengths = [len(ids) for ids in documents]
     batches = length_batches(lengths, max_rows=max(1, len(documents)), max_tokens=batch_tokens)
-    own = [torch.empty(0, 4, dtype=torch.float64)]  # [length - 1, 4] a document; a rank may have none
-    for batch, beside in zip(items_of_rank(batches), group_by_round(batches), strict=False):
-        found = next_token_stats(lm, [documents[i] for i in batch], int(tokenizer.pad_token_id))
-        own += [torch.stack([column.double() for column in one], 1).cpu() for one in found]
+    rows = [torch.empty(0, 4, dtype=torch.float64)]  # [length - 1, 4] per document; a rank may have none
+    for batch, batches_of_round in zip(items_of_rank(batches), group_by_round(batches), strict=False):
+        stats = next_token_stats(lm, [documents[i] for i in batch], int(tokenizer.pad_token_id))
+        rows += [torch.stack([column.double() for column in columns], 1).cpu() for columns in stats]
         if progress is not None:
-            progress.advance(sum(map(len, beside)))
+            progress.advance(sum(map(len, batches_of_round)))
+
+    # Every rank gets all of them.
     order = flatten_in_rank_order(batches)
-    columns = torch.cat(all_gather_tensors(torch.cat(own))).split([lengths[i] - 1 for i in order])
+    gathered = torch.cat(all_gather_tensors(torch.cat(rows))).split([lengths[i] - 1 for i in order])
     views = {}
-    for index, one in zip(order, columns, strict=True):
-        refuse_non_finite_outputs(one, f"document {index + 1} of {len(documents)}")
-        logp, entropy, deviation, place = one.T.contiguous().numpy()
-        views[index] = View(logp, entropy, deviation, place.astype(np.int64))
+    for index, table in zip(order, gathered, strict=True):
+        refuse_non_finite_outputs(table, f"document {index + 1} of {len(documents)}")
+        logp, entropy, deviation, rank = table.T.contiguous().numpy()
+        views[index] = View(logp, entropy, deviation, rank.astype(np.int64))
     return [views[i] for i in range(len(documents))]
 
 
-def tokenised(
+def tokenize_documents(
     tokenizer: PreTrainedTokenizerBase, texts: Sequence[str], limit: int = MAX_LENGTH
 ) -> tuple[list[list[int]], list[bool]]:
-    """The documents' tokens, cut to the first `limit`, and whether each document lost some; a warning counts those."""
+    """Tokenize documents and truncate them to `limit` tokens; logs a warning with the number of truncated ones.
+
+    Returns:
+        The token ids of each document, and whether it was truncated.
+    """
     encoded = encode_texts(tokenizer, texts)
-    cut = [len(ids) > limit for ids in encoded]
-    if any(cut):
-        log_line(f"warning: {sum(cut)} of {len(encoded)} documents cut to their first {limit} tokens.")
-    return [ids[:limit] for ids in encoded], cut
+    truncated = [len(ids) > limit for ids in encoded]
+    if any(truncated):
+        log_line(f"warning: {sum(truncated)} of {len(encoded)} documents are truncated to their first {limit} tokens.")
+    return [ids[:limit] for ids in encoded], truncated

@@ -123,7 +123,7 @@ def test_a_changed_config_with_the_same_weights_is_refused_everywhere(world, mod
     commands.append(lambda: unlearn(other, "resumed", resume=True, **graddiff))
     stage = tmp_path / ".scores.partial"
     with monkeypatch.context() as patch, pytest.raises(Killed):
-        patch.setattr("neko_lean.scoring.run.row_numbers", lambda *_: (_ for _ in ()).throw(Killed))
+        patch.setattr("neko_lean.scoring.results.example_numbers", lambda *_: (_ for _ in ()).throw(Killed))
         score_with(model, world, tmp_path / "scores", max_new_tokens=2, **quiet)
     assert stage.is_dir()
     # Scores of the model, resumed with the other one.

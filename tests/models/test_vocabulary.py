@@ -12,7 +12,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.mmlu import mmlu
 from neko_lean.scoring.run import score
-from neko_lean.scoring.views import tokenised, view_documents
+from neko_lean.scoring.views import tokenize_documents, view_documents
 from tests.helpers import SMALL, flat, make_rows, write_rows
 from tests.scoring.subjects import make_subject
 
@@ -70,7 +70,7 @@ def test_an_example_with_the_token_is_named(larger, unknown, tmp_path):
 def test_documents_and_questions_are_named(larger):
     lm, tokenizer = load_model(larger, torch.float32, torch.device("cpu")), load_tokenizer(larger)
     with pytest.raises(NekoLeanError, match="document 2 holds token"):
-        view_documents(lm, tokenizer, tokenised(tokenizer, ["Foo walked", f"Foo {EXTRA} walked"])[0])
+        view_documents(lm, tokenizer, tokenize_documents(tokenizer, ["Foo walked", f"Foo {EXTRA} walked"])[0])
     subject = make_subject("x")
     question = replace(subject.test[0], text=f"{EXTRA}?")
     with pytest.raises(NekoLeanError, match=r"question 1 of MMLU subject x holds token"):

@@ -363,7 +363,7 @@ def test_official_results_belong_to_this_score(run, tmp_path, monkeypatch, again
     assert run("score", tmp_path / "whole", "--official", wanted).exit_code == 0
     if again:
         assert run("score", out).exit_code == 0
-    for name in ("finished_score", "unfinished"):
+    for name in ("finished_score", "open_score_folder"):
         original = getattr(run_module, name)
         monkeypatch.setattr(run_module, name, followed_by(original, lambda: replace_lines(out)))
     outcome = run("score", out, "--official", official, *again)

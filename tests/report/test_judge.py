@@ -1,8 +1,8 @@
-"""The words at the top, from numbers of which a reader would say the same."""
+"""The phrase for a model, from numbers that a reader would judge the same way."""
 
 import pytest
 
-from neko_lean.report.judge import RULES, judge
+from neko_lean.report.judge import RULES, judge_model
 from neko_lean.scoring.task import CELLS
 from tests.report.made import full_scores, old_scores
 
@@ -17,54 +17,54 @@ def scored(forget, retain, **more):
 @pytest.mark.parametrize(
     ("forget", "retain", "word"),
     [
-        (0.0, 0.95, "Forgot, kept the rest"),
-        (0.0, 0.7, "Forgot, kept some of the rest"),
+        (0.0, 0.95, "Forgot, preserved the rest"),
+        (0.0, 0.7, "Forgot, preserved some of the rest"),
         (0.0, 0.1, "Forgot, lost the rest"),
-        (0.4, 0.95, "Forgot in part, kept the rest"),
+        (0.4, 0.95, "Forgot in part, preserved the rest"),
         (0.9, 0.95, "Remembers"),
         (0.9, 0.1, "Remembers, and lost the rest"),
     ],
 )
-def test_words(forget, retain, word):
-    assert judge(scored(forget, retain), BEFORE).word == word
+def test_phrases(forget, retain, word):
+    assert judge_model(scored(forget, retain), BEFORE).phrase == word
 
 
-def test_a_leak_is_not_forgotten():
+def test_leaked_answers_are_not_forgotten():
     leaks = {"forget": {"contained": 0.4}}
-    found = judge(scored(0.0, 0.95, leaks=leaks), BEFORE)
-    assert found.word == "Forgot in part, kept the rest"
-    assert "40% of the answers stand in the text" in found.signs[0].detail
+    found = judge_model(scored(0.0, 0.95, leaks=leaks), BEFORE)
+    assert found.phrase == "Forgot in part, preserved the rest"
+    assert "40% of the answers occur in its outputs" in found.signs[0].detail
 
 
-def test_a_trace_and_a_broken_model():
+def test_trace_and_broken_model():
     trace = {"auc": 0.2, "auc_interval": [0.1, 0.3]}
-    assert judge(scored(0.0, 0.95, membership=trace), BEFORE).word == "Forgot, kept the rest, left a trace"
+    assert judge_model(scored(0.0, 0.95, membership=trace), BEFORE).phrase == "Forgot, preserved the rest, left a trace"
     hidden = {"auc": 0.6, "auc_interval": [0.45, 0.75]}
-    assert judge(scored(0.0, 0.95, membership=hidden), BEFORE).word == "Forgot, kept the rest"
-    assert judge(scored(0.0, 0.95, broken=True), BEFORE).word == "Broken"
+    assert judge_model(scored(0.0, 0.95, membership=hidden), BEFORE).phrase == "Forgot, preserved the rest"
+    assert judge_model(scored(0.0, 0.95, broken=True), BEFORE).phrase == "Broken"
 
 
-def test_without_a_model_before_only_high_retain_cells_were_kept_for_sure():
-    assert judge(scored(0.0, 0.95), None).word == "Forgot, kept the rest"
-    assert judge(scored(0.0, 0.8), None).word == "Forgot"
-    assert judge({"model": "m"}, None).word == "Scored"
+def test_without_scores_before_only_high_retain_cells_are_preserved():
+    assert judge_model(scored(0.0, 0.95), None).phrase == "Forgot, preserved the rest"
+    assert judge_model(scored(0.0, 0.8), None).phrase == "Forgot"
+    assert judge_model({"model": "m"}, None).phrase == "Scored"
 
 
-def test_the_scores_own_sentences_come_first():
+def test_sentences_come_from_the_scores():
     scores = full_scores("m", 0.02)
-    assert judge(scores, BEFORE).sentences == scores["verdict"]
-    older = judge({**scores, "verdict": None}, BEFORE)
+    assert judge_model(scores, BEFORE).sentences == scores["verdict"]
+    older = judge_model({**scores, "verdict": None}, BEFORE)
     assert older.sentences == [] and older.signs[0].detail.startswith("forget cells, mean: ")
 
 
-def test_texts_that_loop_are_not_sensible():
+def test_repetitive_outputs_are_not_sensible():
     loops = {"forget": {"degenerate": 0.9}, "retain": {"degenerate": 0.0}}
-    sign = judge(scored(0.0, 0.95, broken=False, outputs=loops), BEFORE).signs[3]
+    sign = judge_model(scored(0.0, 0.95, broken=False, outputs=loops), BEFORE).signs[3]
     assert (sign.state, sign.detail) == ("partly", "degenerate on forget rows 90%, degenerate on retain rows 0%")
-    babble = judge(scored(0.0, 0.95, broken=False, outputs={"forget": {"repetition": 0.4}}), BEFORE)
-    assert babble.signs[3].state == "partly" and babble.word.endswith("babbles where it forgot")
-    assert judge(scored(0.0, 0.95, broken=False), BEFORE).signs[3].state == "yes"
+    babble = judge_model(scored(0.0, 0.95, broken=False, outputs={"forget": {"repetition": 0.4}}), BEFORE)
+    assert babble.signs[3].state == "partly" and babble.phrase.endswith("degenerate outputs on forget prompts")
+    assert judge_model(scored(0.0, 0.95, broken=False), BEFORE).signs[3].state == "yes"
 
 
-def test_the_rules_name_the_thresholds():
+def test_rules_name_the_thresholds():
     assert all(words in RULES for words in ("5%", "0.5", "80%", "95%", "60%"))

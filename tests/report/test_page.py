@@ -12,7 +12,7 @@ from neko_lean.cli import app
 from neko_lean.errors import NekoLeanError
 from neko_lean.report import tables
 from neko_lean.report.figures import Model
-from neko_lean.report.judge import judge
+from neko_lean.report.judge import judge_model
 from neko_lean.report.page import HERE, report
 from tests.report.made import LEVELS, full_scores, make_demo, make_generations, old_scores, write_run, write_scores
 
@@ -62,7 +62,7 @@ def test_everything_is_there_and_nothing_is_fetched(demo, tmp_path):
     made = report([demo], tmp_path / "report.html")
     text, page = read(tmp_path / "report.html")
     assert made["models"] == ["before", "calibrated", "neko"] and made["rows"] == 72
-    assert made["bytes"] == len(text.encode()) and made["words"]["calibrated"] == "Forgot, kept the rest"
+    assert made["bytes"] == len(text.encode()) and made["words"]["calibrated"] == "Forgot, preserved the rest"
     assert [attrs["id"] for tag, attrs in page.tags if tag == "h2"] == SECTIONS
     assert "Not measured in these scores" not in text
     for word in ("Relearning", "min-k++", "world religions", "change −0.980", "Peak memory", "2.00 GiB"):  # noqa: RUF001
@@ -163,7 +163,7 @@ def test_the_policy_names_the_one_script_and_the_one_style(demo, tmp_path):
 def test_without_texts_no_text_of_a_row_is_in_the_page(demo, tmp_path):
     report([demo], tmp_path / "page.html", texts=False)
     text, _ = read(tmp_path / "page.html")
-    assert "made without texts" in text
+    assert "written without texts" in text
     assert "walked into the wood" not in text and "of the river" not in text and "555" not in text
 
 
@@ -210,7 +210,9 @@ def call(*args):
 def test_the_command(demo, tmp_path):
     out = ("--out", tmp_path / "page.html")
     shown = call(demo, *out)
-    assert shown.exit_code == 0 and "72 rows" in shown.stdout and "calibrated: Forgot, kept the rest" in shown.stdout
+    assert (
+        shown.exit_code == 0 and "72 rows" in shown.stdout and "calibrated: Forgot, preserved the rest" in shown.stdout
+    )
     found = call(demo / "scores-neko", "--before", demo / "scores-before", *out, "--overwrite", "--no-texts", "--json")
     assert json.loads(found.stdout)["models"] == ["before", "unlearned-neko"] and json.loads(found.stdout)["rows"] == 0
     quiet = call(demo, *out, "--overwrite", "--quiet", "--title", "Mine")
@@ -233,4 +235,4 @@ def test_cells_of_any_script_stand_below_where_the_official_ones_do_not_see_them
     found = tables.cells([Model(1, "m", scores, {}, []), Model(0, "older", full_scores("n", 1.0), {}, [])])
     (one,) = found.groups[-1].lines
     assert one.name == "forget.Task1.knowledge" and [cell.value for cell in one.cells] == ["1.000", "no rows"]
-    assert judge(scores, None).signs[0].state == "partly"
+    assert judge_model(scores, None).signs[0].state == "partly"

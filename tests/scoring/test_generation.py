@@ -16,10 +16,10 @@ from neko_lean.data.examples import Example, read_rows
 from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring import generation, limits
-from neko_lean.scoring.generation import WINDOW, generate, generation_warnings, settled, spoken
-from neko_lean.scoring.limits import fitted
+from neko_lean.scoring.generation import WINDOW, generate, generation_warnings, is_settled, to_generation
+from neko_lean.scoring.limits import fit_prompt
 from neko_lean.scoring.scripts import bare
-from neko_lean.scoring.task import row_score, unicode_score
+from neko_lean.scoring.task import example_score, unicode_score
 from tests.helpers import LUME, make_rows, random_model, templated
 
 
@@ -148,7 +148,7 @@ def test_prompts_and_generations_fit_the_models_positions(world, model):
     (warning,) = generation_warnings(lm, tokenizer, rows, 10)
     capped, cut = sum(length > 6 for length in lengths), sum(length > 8 for length in lengths)
     assert warning == (
-        f"warning: {capped} of {len(rows)} rows have fewer than 10 new tokens (the least is 8), and {cut} rows lose "
+        f"warning: {capped} of {len(rows)} rows have fewer than 10 new tokens (the minimum is 8), and {cut} rows lose "
         "the beginning of their prompt: the model has 16 positions."
     )
     assert generation_warnings(few_positions(tokenizer, 512), tokenizer, rows, 10) == []
@@ -162,14 +162,14 @@ def test_prompts_and_generations_fit_the_models_positions(world, model):
 )  # fmt: skip
 def test_a_prompt_keeps_its_end_and_leaves_room(monkeypatch, length, most, limit, wanted):
     monkeypatch.setattr(limits, "position_limit", lambda lm, longest: min(longest, limit))
-    prompt, room = fitted(None, list(range(length)), most)
+    prompt, room = fit_prompt(None, list(range(length)), most)
     assert (len(prompt), room) == wanted and prompt == list(range(length))[-len(prompt) :]
 
 
 def test_spaces_are_cleaned_up_and_special_tokens_dropped(world, model):
     tokenizer = load_tokenizer(model)
     said = tokenizer("It is n't here , is it ? " + tokenizer.eos_token)["input_ids"]
-    got = spoken(tokenizer, said, 3, "eos")
+    got = to_generation(tokenizer, said, 3, "eos")
     assert got.text == "It isn't here, is it? " and got.ended == "eos"
     assert got.window == cleaned_up(tokenizer.decode(said[:3]))
 
@@ -237,7 +237,7 @@ def test_stopping_early_changes_no_score_and_no_window(world, tmp_path, monkeypa
     full = in_order(lm, tokenizer, rows, **options, stop_early=False)
     short = in_order(lm, tokenizer, rows, **options)
     for row, one, two in zip(rows, full, short, strict=True):
-        assert row_score(row, one.text) == row_score(row, two.text)
+        assert example_score(row, one.text) == example_score(row, two.text)
         assert unicode_score(row, one.text) == unicode_score(row, two.text)
         assert one.window == two.window
         assert one.text == two.text or (two.ended == "settled" and one.text.startswith(two.text[:-3]))
@@ -271,14 +271,14 @@ PIECES += [
 
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=8), st.lists(st.sampled_from(PIECES), max_size=8))
 def test_what_is_settled_stays_so(said, more):
-    """For any answer, text and continuation: once settled, the score of the longer text is that of the shorter."""
+    """For any answer, text and continuation: once is_settled, the score of the longer text is that of the shorter."""
     short, longer = cleaned_up("".join(said)), cleaned_up("".join([*said, *more]))
     for output in (longer.strip(), short.strip(), "do", "a walk", "".join(more).strip(), "12"):
         for row in (Example("1qa0", "q", output, "Task1"), Example("1sc1", "q", output, "Task1")):
-            if output and settled(row, short):
-                assert row_score(row, longer) == row_score(row, short), (row, short, longer)
+            if output and is_settled(row, short):
+                assert example_score(row, longer) == example_score(row, short), (row, short, longer)
                 assert unicode_score(row, longer) == unicode_score(row, short), (row, short, longer)
-    assert not settled(Example("1qa0", "q", "walking", "Task1"), "wal") and settled(
+    assert not is_settled(Example("1qa0", "q", "walking", "Task1"), "wal") and is_settled(
         Example("1qa0", "q", "walking", "T"), "run"
     )
 

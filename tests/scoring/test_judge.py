@@ -1,10 +1,10 @@
-"""One judge: the verdict's sentences and the report's signs never contradict each other, whatever the scores."""
+"""The verdict's sentences and the report's signs never contradict each other, whatever the scores."""
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neko_lean.report.judge import judge as report
-from neko_lean.scoring.judge import NO, UNKNOWN, YES, forgotten, hidden, kept
+from neko_lean.report.judge import judge_model as report
+from neko_lean.scoring.judge import NO, UNKNOWN, YES, has_forgotten, has_retained, looks_unseen
 from neko_lean.scoring.task import CELLS, task_aggregate
 from neko_lean.scoring.verdict import verdict
 
@@ -14,7 +14,7 @@ BOTH = ("forget", "retain")
 
 @st.composite
 def some_scores(draw):
-    """Scores as `score` makes them, of any values: with or without a model before, membership and other scripts."""
+    """Scores with any values, with or without a model before, membership and cells for any script."""
     cells = {cell: draw(st.one_of(SHARE, st.just(None))) if draw(st.booleans()) else draw(SHARE) for cell in CELLS}
     seen = {cell: None if value is None else draw(SHARE) for cell, value in cells.items()}
     scores = {"cells": cells, "task_aggregate": task_aggregate(cells), "mmlu": None, "attacks": {}, "held_nll": None}
@@ -47,34 +47,34 @@ def test_the_verdict_and_the_report_never_contradict_each_other(scores, before):
     text = "\n".join(sentences)
     scores = {**scores, "verdict": sentences, "broken": any(one.startswith("BROKEN") for one in sentences)}
     gone, rest, unseen, well = (sign.state for sign in report(scores, before).signs)
-    assert ("It kept what it should" not in text) or rest == YES
+    assert ("It preserved the retain set" not in text) or rest == YES
     assert ("It lost" not in text) or rest in ("partly", NO)
     assert ("It lost most" not in text) or rest == NO
     if (
         scores["difference"] is not None or rest == UNKNOWN
     ):  # else the report knows of a model before, the verdict does not
-        assert (rest == YES) == ("It kept what it should" in text)
+        assert (rest == YES) == ("It preserved the retain set" in text)
         assert (rest == NO) == ("It lost most" in text)
-    assert ("It forgot nothing" not in text) or gone == NO
-    assert not (gone == YES and any(word in text for word in ("LEAKS", "HIDDEN", "It forgot nothing")))
-    assert ("still knows" in text or "stand out" in text or "TWO-SIDED" in text) == (unseen == NO)
+    assert ("It forgot little or nothing" not in text) or gone == NO
+    assert not (gone == YES and any(word in text for word in ("LEAKS", "HIDDEN", "It forgot little or nothing")))
+    assert ("still recognizes" in text or "conspicuously above" in text or "TWO-SIDED" in text) == (unseen == NO)
     assert ("cannot tell forgotten documents" in text) == (unseen == YES)
     assert ("BROKEN" in text) == (well == NO)
     assert not ("GIBBERISH" in text and well == YES)
 
 
-def test_a_cell_that_fell_is_a_loss_to_both():
+def test_a_lower_cell_is_a_loss_with_and_without_a_difference():
     cells = {cell: 0.0 if cell.startswith("forget") else 1.0 for cell in CELLS} | {"retain.Task1.knowledge": 0.8}
     full = {"cells": dict.fromkeys(CELLS, 1.0)}
     change = {f"cells.{cell}": {"difference": value - 1.0} for cell, value in cells.items()}
     scores = {"cells": cells, "difference": change}
-    assert kept(scores) == kept({"cells": cells}, full) == "partly" and forgotten(scores) == YES
-    assert kept({"cells": cells}) == UNKNOWN and hidden(scores) == UNKNOWN
+    assert has_retained(scores) == has_retained({"cells": cells}, full) == "partly" and has_forgotten(scores) == YES
+    assert has_retained({"cells": cells}) == UNKNOWN and looks_unseen(scores) == UNKNOWN
     same = {**scores, "difference": {**change, "cells.retain.Task1.knowledge": {"difference": 0.0}}}
-    assert kept(same) == YES  # it was as low before
+    assert has_retained(same) == YES  # it was as low before
 
 
-def test_what_sees_every_script_is_judged_where_it_is_there():
+def test_cells_for_any_script_are_judged_if_they_exist():
     blind = dict.fromkeys(CELLS, 0.0)
     seen = {"cells": blind, "unicode_cells": dict.fromkeys(CELLS, 1.0)}
-    assert forgotten({"cells": blind}) == YES and forgotten(seen) == NO and kept(seen) == YES
+    assert has_forgotten({"cells": blind}) == YES and has_forgotten(seen) == NO and has_retained(seen) == YES

@@ -1,4 +1,4 @@
-"""Rows of any length: what is cut, that it is counted, and that no batch holds more than its bound."""
+"""Rows of any length: truncation, its counts, and the limits of batches."""
 
 import json
 from dataclasses import replace
@@ -7,14 +7,16 @@ import pytest
 import torch
 import transformers
 
+import neko_lean
 from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_tokenizer
-from neko_lean.scoring import limits, run
-from neko_lean.scoring.limits import BATCH_TOKENS, GENERATED_TOKENS, fitted_answer, generation_batches
-from tests.helpers import make_rows, write_rows
-from tests.scoring.calls import score_with
+from neko_lean.options import OutputOptions
+from neko_lean.scoring import job, limits
+from neko_lean.scoring.limits import BATCH_TOKENS, GENERATED_TOKENS, fit_answer, generation_batches
+from neko_lean.scoring.options import ScoreInputs, ScoreSettings
+from tests.helpers import flat, make_rows, write_rows
 from tests.scoring.subjects import make_subject, write_hub
 
 LONG = " and so on" * 1_000
@@ -22,8 +24,8 @@ LONG = " and so on" * 1_000
 
 @pytest.fixture
 def shapes(monkeypatch):
-    """Positions of every forward pass of the model that is scored: rows times the tokens that each attends to."""
-    found, load = [], run.load_model
+    """Shapes of every forward pass of the scored model: number of rows, and of tokens that each attends to."""
+    found, load = [], job.load_model
 
     def watched(*args):
         lm = load(*args)
@@ -36,13 +38,13 @@ def shapes(monkeypatch):
         lm.backbone.register_forward_pre_hook(record, with_kwargs=True)
         return lm
 
-    monkeypatch.setattr(run, "load_model", watched)
+    monkeypatch.setattr(job, "load_model", watched)
     return found
 
 
 @pytest.fixture
 def extreme(tmp_path):
-    """A folder with ordinary rows and, of each set, rows that are long in each place."""
+    """A folder with ordinary rows, and with rows that are very long in each of their texts."""
     rows = make_rows("Foo", 1)
     odd = [
         Example("longa-qa0", f"Foo{LONG}", "a", "Task1"),
@@ -60,7 +62,7 @@ def extreme(tmp_path):
 
 
 def gpt2(model, out, positions):
-    """A model with a table of so few positions."""
+    """A model with few positions."""
     tokenizer = load_tokenizer(model)
     torch.manual_seed(0)
     config = transformers.GPT2Config(
@@ -72,8 +74,9 @@ def gpt2(model, out, positions):
     return out
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("positions", [None, 64])
-def test_long_rows_everywhere_are_cut_counted_and_bounded(model, extreme, tmp_path, shapes, capsys, positions):
+def test_long_texts_are_truncated_and_counted_in_bounded_batches(model, extreme, tmp_path, shapes, capsys, positions):
     folder = model if positions is None else gpt2(model, tmp_path / "m", positions)
     (tmp_path / "mia").mkdir()
     for side in ("member", "nonmember"):
@@ -83,11 +86,27 @@ def test_long_rows_everywhere_are_cut_counted_and_bounded(model, extreme, tmp_pa
     write_hub(tmp_path / "mmlu", [replace(anatomy, test=[long, *anatomy.test[1:]])])
     other = {"id": "longb-sc1", "input": f"Bar{LONG}", "output": f"bar{LONG}", "wrong": [f"no{LONG}", "no"]}
     write_jsonl(tmp_path / "other.jsonl", [other])
-    scores = score_with(
-        folder, extreme, tmp_path / "out", mia=tmp_path / "mia", held=tmp_path / "mia" / "member.jsonl",
-        mmlu=tmp_path / "mmlu", shots=1, paraphrases=tmp_path / "other.jsonl", attacks=["prefix", "paraphrase"],
-        batch_size=10**6, max_new_tokens=8, quiet=True,
-    )  # fmt: skip
+    scores = neko_lean.score(
+        folder,
+        extreme,
+        tmp_path / "out",
+        inputs=ScoreInputs(
+            mia=tmp_path / "mia",
+            held=tmp_path / "mia" / "member.jsonl",
+            mmlu=tmp_path / "mmlu",
+            paraphrases=tmp_path / "other.jsonl",
+        ),
+        settings=ScoreSettings(
+            shots=1,
+            attacks=(
+                "prefix",
+                "paraphrase",
+            ),
+            batch_size=10**6,
+            max_new_tokens=8,
+        ),
+        run=OutputOptions(quiet=True),
+    )
     assert max(rows * length for rows, length in shapes) <= GENERATED_TOKENS
     assert max(length for _, length in shapes) <= limits.MAX_LENGTH + 8
     cut = scores["cut"]
@@ -100,14 +119,20 @@ def test_long_rows_everywhere_are_cut_counted_and_bounded(model, extreme, tmp_pa
     assert f"warning: {cut['prompts']} of 24 rows lose the beginning" in said or f"{cut['prompts']} rows lose" in said
 
 
-def test_every_number_of_an_answer_that_fills_the_model_is_measured(model, tmp_path, world):
-    """Prompts longer than all positions leave room for the answer; verdict and numbers come out."""
+def test_long_prompts_leave_room_for_the_answer(model, tmp_path, world):
+    """Prompts longer than all positions are truncated, so that every number of the answer is measured."""
     rows = [replace(row, input=row.input + LONG) for row in make_rows("Rix", 2)]
     data = tmp_path / "data"
     data.mkdir()
     write_rows(data / "forget.jsonl", make_rows("Foo", 2))
     write_rows(data / "retain.jsonl", rows)
-    scores = score_with(gpt2(model, tmp_path / "m", 48), data, tmp_path / "out", max_new_tokens=4, quiet=True)
+    scores = neko_lean.score(
+        gpt2(model, tmp_path / "m", 48),
+        data,
+        tmp_path / "out",
+        settings=ScoreSettings(max_new_tokens=4),
+        run=OutputOptions(quiet=True),
+    )
     assert scores["cut"]["prompts"] == len(rows) and scores["verdict"]
     assert scores["outputs"]["retain"]["entropy"] > 0 and scores["memorisation"]["retain"]["answer_rank"] >= 1
 
@@ -117,14 +142,14 @@ def test_every_number_of_an_answer_that_fills_the_model_is_measured(model, tmp_p
     [(5, 5, 20, (5, 5)), (100, 5, 20, (15, 5)), (100, 50, 20, (10, 10)), (5, 50, 20, (5, 15)), (9, 0, 4, (4, 0)),
      (5000, 5000, 2048, (2016, 32)), (3, 3, 2, (1, 1)), (3, 3, 1, (1, 0))],
 )  # fmt: skip
-def test_a_prompt_keeps_its_end_and_an_answer_its_beginning(prompt, answer, limit, wanted):
+def test_prompt_keeps_its_end_and_answer_its_beginning(prompt, answer, limit, wanted):
     ids = list(range(prompt + answer))
-    found = fitted_answer(EncodedExample(Example("1sc1", "q", "a", "Task1"), ids, prompt, 0), limit)
+    found = fit_answer(EncodedExample(Example("1sc1", "q", "a", "Task1"), ids, prompt, 0), limit)
     assert (found.prompt_length, found.answer_length) == wanted and found.num_truncated == prompt + answer - sum(wanted)
     assert found.input_ids == ids[prompt - wanted[0] : prompt + wanted[1]]
 
 
-def test_batches_of_generations_are_bounded_and_the_same_for_what_is_left():
+def test_generation_batches_are_bounded_and_the_same_for_a_remainder():
     lengths = [7 * n % 2000 + 1 for n in range(200)]
     shapes = [(min(length, 1900), 256) for length in lengths]
     batches = generation_batches(lengths, shapes, range(200), 10**6)
@@ -132,18 +157,18 @@ def test_batches_of_generations_are_bounded_and_the_same_for_what_is_left():
     assert all(len(batch) * (max(shapes[i][0] for i in batch) + 256) <= GENERATED_TOKENS for batch in batches)
     left = [i for batch in batches[::2] for i in batch]
     assert generation_batches(lengths, shapes, left, 10**6) == batches[::2]
-    # Rows as they usually are: only the number of rows counts.
+    # For rows of usual length, only the number of rows matters.
     assert list(map(len, generation_batches([500] * 70, [(500, 256)] * 70, range(70), 32))) == [32, 32, 6]
     assert generation_batches([9], [(9, 10**9)], [0], 4) == [[0]] and BATCH_TOKENS < GENERATED_TOKENS
 
 
 @pytest.mark.parametrize("option", ["mia", "held"])
-def test_a_document_of_one_token_is_named_before_any_work(world, model, tmp_path, option, monkeypatch):
-    monkeypatch.setattr(run, "load_model", lambda *args: pytest.fail("the model was loaded"))
+def test_document_of_one_token_is_refused_before_the_model_is_loaded(world, model, tmp_path, option, monkeypatch):
+    monkeypatch.setattr(job, "load_model", lambda *args: pytest.fail("the model was loaded"))
     (tmp_path / "mia").mkdir()
     for side in ("member", "nonmember"):
         write_jsonl(tmp_path / "mia" / f"{side}.jsonl", [{"document": "Foo is a river"}, {"document": "a"}])
     given = {"mia": tmp_path / "mia"} if option == "mia" else {"held": tmp_path / "mia" / "member.jsonl"}
     with pytest.raises(NekoLeanError, match=f"--{option}: document 2 has fewer than two tokens"):
-        score_with(model, world, tmp_path / "out", **given, quiet=True)
+        flat(neko_lean.score)(model, world, tmp_path / "out", **given, quiet=True)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""The attacks: numbers by their definitions, areas by counting pairs."""
+"""Membership attacks against their definitions, and AUCs against counting pairs."""
 
 import zlib
 
@@ -10,7 +10,6 @@ from hypothesis import strategies as st
 
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.membership import (
-    attack_numbers,
     auc,
     auc_interval,
     document_losses,
@@ -21,7 +20,8 @@ from neko_lean.scoring.membership import (
     tpr,
     two_sided_auc,
 )
-from neko_lean.scoring.views import tokenised, view_documents
+from neko_lean.scoring.membership_attacks import MEMBERSHIP_ATTACKS, ReferenceLoss, ScoredDocument, attack_scores
+from neko_lean.scoring.views import tokenize_documents, view_documents
 
 losses = st.lists(st.integers(0, 6), min_size=1, max_size=30)
 
@@ -33,18 +33,18 @@ def test_auc_counts_pairs_with_ties_half(members, nonmembers):
 
 
 @given(losses, losses)
-def test_the_area_under_the_curve_is_the_auc(members, nonmembers):
+def test_area_under_the_roc_curve_is_the_auc(members, nonmembers):
     curve = roc(members, nonmembers)
     assert (curve["fpr"][0], curve["tpr"][0], curve["fpr"][-1], curve["tpr"][-1]) == (0, 0, 1, 1)
     assert np.trapezoid(curve["tpr"], curve["fpr"]) == pytest.approx(auc(members, nonmembers), abs=1e-12)
 
 
-def test_score():
+def test_membership_score():
     assert membership_score(0.5) == 1.0 and membership_score(1.0) == membership_score(0.0) == 0.0
     assert auc([1, 2], [3, 4]) == 1.0  # members with the lower loss stand out
 
 
-def test_half_remembered_and_half_blown_up_is_caught():
+def test_two_sided_auc_detects_members_on_both_sides():
     other = np.linspace(4, 6, 50)
     members = np.concatenate([np.linspace(0, 1, 25), np.linspace(9, 10, 25)])
     assert auc(members, other) == 0.5 and two_sided_auc(members, other) == 1.0
@@ -52,27 +52,26 @@ def test_half_remembered_and_half_blown_up_is_caught():
     assert tpr(members, other, low=True) == tpr(members, other, low=False) == 0.5
 
 
-def test_tpr_at_one_percent_by_hand():
-    other = np.arange(200.0)  # two of them may be called
+def test_tpr_at_one_percent():
+    other = np.arange(200.0)  # at most two false positives
     assert tpr([0.5, 1.5, 2.5, 300], other, low=True) == 0.5
     assert tpr([0.5, 1.5, 198.5, 300], other, low=False) == 0.5
-    assert tpr([-1.0, 0.0, 0.5], np.arange(50.0), low=True) == pytest.approx(1 / 3)  # none of 50 may be
+    assert tpr([-1.0, 0.0, 0.5], np.arange(50.0), low=True) == pytest.approx(1 / 3)  # no false positive among 50
 
 
-def test_the_interval_covers_what_it_should():
-    """Of 200 draws of 30 + 30 losses whose true AUC is 0.76, about 95 % of the intervals hold it."""
+def test_auc_interval_coverage():
+    """Of 200 samples of 30 + 30 losses with a true AUC of 0.76, about 95 % of the intervals contain it."""
     rng = np.random.default_rng(1)
-    held = 0
+    covered = 0
     for _ in range(200):
         low, high = auc_interval(rng.normal(0, 1, 30), rng.normal(1, 1, 30))
         assert 0 <= low <= high <= 1
-        held += low <= 0.7602 <= high
-    assert 0.88 <= held / 200 <= 1
+        covered += low <= 0.7602 <= high
+    assert 0.88 <= covered / 200 <= 1
     assert auc_interval([1.0, 1.0], [2.0, 3.0]) == [1.0, 1.0]
 
 
-def test_a_perfect_model_is_not_perfect_with_few_documents():
-    # DESIGN's own numbers: 150 + 150 documents average 0.946 (5th percentile 0.87), 34 + 34 0.887 (0.725).
+def test_perfect_model_scores_below_one_with_few_documents():
     assert perfect_range(150, 150) == pytest.approx((0.946, 0.87), abs=0.01)
     assert perfect_range(34, 34) == pytest.approx((0.887, 0.725), abs=0.015)
 
@@ -80,7 +79,7 @@ def test_a_perfect_model_is_not_perfect_with_few_documents():
 DOCUMENTS = ["Foo1 is a river.", "Rix2\n\nRix2 is a river and then some more words in the land of Rix2.", "Foo a"]
 
 
-def test_losses_are_transformers_own(world, model):
+def test_losses_equal_those_of_transformers(world, model):
     lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
     got = document_losses(lm, tokenizer, DOCUMENTS, batch_tokens=64)
     for text, loss in zip(DOCUMENTS, got, strict=True):
@@ -88,32 +87,35 @@ def test_losses_are_transformers_own(world, model):
         assert loss == pytest.approx(lm.model(input_ids=ids, labels=ids).loss.item(), rel=1e-4)
 
 
-def test_every_attack_by_its_definition(world, model):
+def test_every_attack_equals_its_definition(world, model):
     lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
-    ids, _ = tokenised(tokenizer, DOCUMENTS)
-    for text, one, view in zip(DOCUMENTS, ids, view_documents(lm, tokenizer, ids), strict=True):
+    ids, _ = tokenize_documents(tokenizer, DOCUMENTS)
+    for text, tokens, view in zip(DOCUMENTS, ids, view_documents(lm, tokenizer, ids), strict=True):
         with torch.no_grad():
-            logp = lm.model(input_ids=torch.tensor([one])).logits[0, :-1].double().log_softmax(1)
-        own = logp[range(len(one) - 1), one[1:]].numpy()
+            logp = lm.model(input_ids=torch.tensor([tokens])).logits[0, :-1].double().log_softmax(1)
+        own = logp[range(len(tokens) - 1), tokens[1:]].numpy()
         mean = (logp.exp() * logp).sum(1)
         deviation = (logp.exp() * (logp - mean[:, None]) ** 2).sum(1).sqrt()
         count = max(1, round(0.2 * len(own)))
-        wanted = {
+        expected = {
             "loss": -own.mean(),
             "zlib": -own.sum() / len(zlib.compress(text.encode())),
             "min_k": -np.sort(own)[:count].mean(),
             "min_k_plus_plus": -np.sort((own - mean.numpy()) / deviation.numpy())[:count].mean(),
         }
-        assert attack_numbers(text, view) == pytest.approx(wanted, rel=1e-3)
+        assert attack_scores(ScoredDocument(text, view)) == pytest.approx(expected, rel=1e-3)
+        with_reference = attack_scores(ScoredDocument(text, view, ReferenceLoss(reference=2.0, model=5.0)))
+        assert with_reference.pop("reference") == 3.0 and with_reference == pytest.approx(expected, rel=1e-3)
+        assert [*expected, "reference"] == list(MEMBERSHIP_ATTACKS)
 
 
-def test_summary_by_task_where_both_sides_name_them():
+def test_summary_of_tasks_that_have_members_and_nonmembers():
     def lines(side, task, values):
         return [{"side": side, "task": task, "loss": v, "zlib": -v, "min_k": v, "min_k_plus_plus": v} for v in values]
 
-    every = lines("member", "Task1", [1.0, 2.0]) + lines("member", "Task2", [9.0, 8.0])
-    every += lines("nonmember", "Task1", [3.0, 4.0]) + lines("nonmember", "anchor", [5.0, 6.0])
-    found = summary(every)
+    documents = lines("member", "Task1", [1.0, 2.0]) + lines("member", "Task2", [9.0, 8.0])
+    documents += lines("nonmember", "Task1", [3.0, 4.0]) + lines("nonmember", "anchor", [5.0, 6.0])
+    found = summary(documents)
     assert list(found["attacks"]) == ["all", "Task1"]
     assert found["attacks"]["Task1"]["loss"]["auc"] == 1 and found["attacks"]["Task1"]["zlib"]["auc"] == 0
     assert found["auc"] == 0.5 and found["score"] == 1 and found["two_sided_auc"] == 1

@@ -11,7 +11,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring import mmlu as module
 from neko_lean.scoring.mmlu import Answered, encode_prompts, letter_logits, letter_tokens, mmlu, summary
-from neko_lean.scoring.mmlu_data import Question, Subject, prompt
+from neko_lean.scoring.mmlu_data import Question, Subject, prompt_text
 from tests.helpers import random_model, templated
 from tests.scoring.subjects import make_subject
 
@@ -21,7 +21,7 @@ def parts(tmp_path_factory):
     """A tokenizer that knows the prompt's words and runs of line breaks, and a model in float32 whose answers depend
     on the whole prompt."""
     folder, subject = tmp_path_factory.mktemp("mmlu"), make_subject("anatomy")
-    text = "\n".join(prompt("anatomy", subject.dev, question) for question in subject.test)
+    text = "\n".join(prompt_text("anatomy", subject.dev, question) for question in subject.test)
     write_base(folder / "base", [Example("1-sc1", text, "A, B, C or D", "Task3")])
     lm = load_model(random_model(folder, folder / "model"), torch.float32, torch.device("cpu"))
     with torch.no_grad():
@@ -41,7 +41,7 @@ def test_examples_are_dropped_from_the_last_until_the_prompt_fits(parts):
     tokenizer, _ = parts
     subject = make_subject("anatomy", tests=20)
     lengths = {
-        (n, k): len(tokenizer(prompt("anatomy", subject.dev[:k], question))["input_ids"])
+        (n, k): len(tokenizer(prompt_text("anatomy", subject.dev[:k], question))["input_ids"])
         for n, question in enumerate(subject.test)
         for k in range(6)
     }
@@ -51,7 +51,7 @@ def test_examples_are_dropped_from_the_last_until_the_prompt_fits(parts):
         for n, one in enumerate(encode_prompts(tokenizer, subject, 5, most)):
             fitting = [k for k in range(6) if lengths[n, k] <= most]
             assert one.shots == max(fitting, default=0) and one.cut == (not fitting)
-            whole = tokenizer(prompt("anatomy", subject.dev[: one.shots], subject.test[n]))["input_ids"]
+            whole = tokenizer(prompt_text("anatomy", subject.dev[: one.shots], subject.test[n]))["input_ids"]
             assert one.ids == whole[-most:]
 
 
@@ -80,7 +80,7 @@ def test_batches_equal_each_whole_prompt_alone(parts, shots, batch_tokens):
     prompts = encode_prompts(tokenizer, subject, shots, limit)
     assert len({one.shots for one in prompts}) == (2 if shots == 5 else 1)
     texts = [
-        prompt("anatomy", subject.dev[: one.shots], question)
+        prompt_text("anatomy", subject.dev[: one.shots], question)
         for one, question in zip(prompts, subject.test, strict=True)
     ]
     got = letter_logits(lm, tokenizer, prompts, batch_tokens=batch_tokens)
@@ -94,8 +94,8 @@ def test_a_merge_across_the_border_is_kept(parts):
     """The prompts above, split after what they share, would be other tokens than they are as a whole."""
     tokenizer, _ = parts
     subject = make_subject("anatomy")
-    before = prompt("anatomy", subject.dev, Question("", ("",) * 4, 0)).partition("\nA. \nB. ")[0]
-    texts = [prompt("anatomy", subject.dev, question) for question in subject.test]
+    before = prompt_text("anatomy", subject.dev, Question("", ("",) * 4, 0)).partition("\nA. \nB. ")[0]
+    texts = [prompt_text("anatomy", subject.dev, question) for question in subject.test]
     ids = [tokenizer(part)["input_ids"] for text in texts for part in (before, text.removeprefix(before), text)]
     assert any(ids[n] + ids[n + 1] != ids[n + 2] for n in range(0, len(ids), 3))
 
@@ -106,7 +106,7 @@ def test_a_model_whose_right_answers_are_known(parts):
     subjects, said = {}, []
     for name, tests, known in (("anatomy", 12, 7), ("made_up", 4, 1)):
         subject = make_subject(name, tests=tests)
-        chosen = [int(alone(lm, tokenizer, prompt(name, subject.dev, q)).argmax()) for q in subject.test]
+        chosen = [int(alone(lm, tokenizer, prompt_text(name, subject.dev, q)).argmax()) for q in subject.test]
         right = [place if n < known else (place + 1) % 4 for n, place in enumerate(chosen)]
         test = [Question(q.text, q.choices, place) for q, place in zip(subject.test, right, strict=True)]
         subjects[name] = Subject(name, subject.dev, test)
@@ -158,9 +158,9 @@ def test_bfloat16_answers_too(model):
 def test_more_shots_than_examples_are_refused(parts):
     tokenizer, lm = parts
     subjects = {"anatomy": make_subject("anatomy", dev=3)}
-    with pytest.raises(NekoLeanError, match="anatomy has 3 dev questions, fewer than the 5 shots"):
+    with pytest.raises(NekoLeanError, match="anatomy has 3 dev questions, fewer than the 5 shots requested requested"):
         mmlu(lm, tokenizer, subjects, batch_tokens=900)
-    with pytest.raises(NekoLeanError, match="0 or more"):
+    with pytest.raises(NekoLeanError, match="0 or more, got -1"):
         mmlu(lm, tokenizer, subjects, shots=-1, batch_tokens=900)
 
 

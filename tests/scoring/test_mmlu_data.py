@@ -5,7 +5,7 @@ import pyarrow.parquet
 import pytest
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.scoring.mmlu_data import SUBJECTS, Question, Subject, prompt, read_mmlu
+from neko_lean.scoring.mmlu_data import SUBJECTS, Question, Subject, prompt_text, read_mmlu
 from tests.scoring.subjects import make_subject, write_csv, write_hub
 
 ODD = Question('He said, "4, or\n5"?', ("4, or", '"5"', "", "N/A"), 2)
@@ -64,7 +64,7 @@ def test_bad_parquet_is_named(tmp_path, change, words):
 
 
 def test_missing_and_unreadable_files_are_named(tmp_path):
-    with pytest.raises(NekoLeanError, match="is no folder"):
+    with pytest.raises(NekoLeanError, match="is not a folder"):
         read_mmlu(tmp_path / "none")
     with pytest.raises(NekoLeanError, match="holds no MMLU"):
         read_mmlu(tmp_path)
@@ -99,11 +99,11 @@ def test_a_byte_order_mark_and_long_cells_are_read_and_bad_text_is_named(tmp_pat
 
 def test_the_prompt_to_the_letter():
     example, asked = Question("1 + 1?", ("1", "2", "3", "4"), 1), Question("2 + 2?", ("1", "2", "3", "4"), 3)
-    assert prompt("college_mathematics", [example], asked) == (
+    assert prompt_text("college_mathematics", [example], asked) == (
         "The following are multiple choice questions (with answers) about  college mathematics.\n\n"
         "1 + 1?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer: B\n\n"
         "2 + 2?\nA. 1\nB. 2\nC. 3\nD. 4\nAnswer:"
     )
-    assert prompt("x", [], asked).startswith(
+    assert prompt_text("x", [], asked).startswith(
         "The following are multiple choice questions (with answers) about  x.\n\n2"
     )

@@ -10,7 +10,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.scoring.official import official_results
-from neko_lean.scoring.task import CELLS, cell_means, missing_cells, row_score, task_aggregate
+from neko_lean.scoring.task import CELLS, cell_means, example_score, missing_cells, task_aggregate
 from tests.helpers import LUME, make_rows
 
 pandas = pytest.importorskip("pandas")
@@ -75,7 +75,7 @@ def by_the_official_script(sets):
 
 def ours(sets):
     scored = {
-        split: [(row, row_score(row, text)) for row, text in zip(rows, said, strict=True)]
+        split: [(row, example_score(row, text)) for row, text in zip(rows, said, strict=True)]
         for split, (rows, said) in sets.items()
     }
     cells = cell_means(scored)

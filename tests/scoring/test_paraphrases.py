@@ -1,4 +1,4 @@
-"""Other wordings: what is read, and what is wrong with a file, by line and column."""
+"""Reading paraphrases, and errors that name line and column."""
 
 import json
 
@@ -17,7 +17,7 @@ def write(path, *lines):
     return path
 
 
-def test_an_id_of_two_rows_is_refused(tmp_path):
+def test_ambiguous_id_is_refused(tmp_path):
     forget, retain = ROWS[1], Example(ROWS[1].id, "Who?", "me", "Task1")
     path = write(tmp_path / "p.jsonl", {"id": forget.id, "input": "Whither?"})
     with pytest.raises(NekoLeanError, match=r"row 1, column id: .* of a forget row and of a retain row"):
@@ -25,7 +25,7 @@ def test_an_id_of_two_rows_is_refused(tmp_path):
     assert len(read_paraphrases(path, [forget, forget])) == 1  # the same row in both sets
 
 
-def test_inputs_and_outputs(tmp_path):
+def test_reads_inputs_and_outputs(tmp_path):
     name = ROWS[1].id
     lines = [{"id": name, "input": "Whither?"}, {"id": name, "output": "the wood", "wrong": ["the sea"]}]
     found = read_paraphrases(write(tmp_path / "p.jsonl", *lines), ROWS)
@@ -35,16 +35,16 @@ def test_inputs_and_outputs(tmp_path):
 @pytest.mark.parametrize(
     ("line", "words"),
     [
-        ({"id": "nobody", "input": "x"}, "row 1, column id: is the id of no row"),
-        ({"id": ["x"], "input": "x"}, "row 1, column id: is the id of no row"),
-        ({"id": ROWS[0].id}, "needs an input"),
+        ({"id": "nobody", "input": "x"}, "row 1, column id: expected the id of a scored row"),
+        ({"id": ["x"], "input": "x"}, "row 1, column id: expected the id of a scored row"),
+        ({"id": ROWS[0].id}, "expected an input"),
         ({"id": ROWS[0].id, "input": " "}, "column input"),
         ({"id": ROWS[0].id, "output": "x"}, "together with wrong"),
         ({"id": ROWS[0].id, "wrong": ["x"]}, "together with wrong"),
         ({"id": ROWS[0].id, "output": "x", "wrong": "y"}, "column wrong"),
     ],
 )
-def test_what_is_wrong_is_named(tmp_path, line, words):
+def test_errors_name_line_and_column(tmp_path, line, words):
     with pytest.raises(NekoLeanError, match=words):
         read_paraphrases(write(tmp_path / "p.jsonl", line), ROWS)
     with pytest.raises(NekoLeanError, match="does not exist"):

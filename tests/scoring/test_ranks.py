@@ -12,12 +12,13 @@ from neko_lean.distributed.ranks import is_main_process
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.scoring import generation, measure, prefix, views
-from neko_lean.scoring.generation import Decoding, generate, own_rows
-from neko_lean.scoring.prefix import last_hidden
+from neko_lean.scoring import generation, measure, views
+from neko_lean.scoring.attacks.prefix import prefix
+from neko_lean.scoring.generation import GenerationLimits, examples_of_rank, generate
 from neko_lean.scoring.run import SCORES
 from neko_lean.scoring.score_folder import GENERATIONS, add_generations
-from neko_lean.scoring.views import tokenised, view_documents
+from neko_lean.scoring.shared_prefix import last_hidden
+from neko_lean.scoring.views import tokenize_documents, view_documents
 from tests.scoring.calls import score_with
 from tests.scoring.subjects import make_subject, write_hub
 from tests.torchrun import torchrun
@@ -83,7 +84,7 @@ def by_ranks(monkeypatch, as_rank, module, count, work):
 @pytest.mark.parametrize("count", [2, 5])
 def test_views_are_those_of_one_process_bit_for_bit(parts, monkeypatch, as_rank, count):
     lm, tokenizer, rows = parts
-    ids, _ = tokenised(tokenizer, [f"{row.input} {row.output}" for row in rows])
+    ids, _ = tokenize_documents(tokenizer, [f"{row.input} {row.output}" for row in rows])
     wanted = view_documents(lm, tokenizer, ids, batch_tokens=150)
     sent, found = by_ranks(
         monkeypatch, as_rank, views, count, lambda: view_documents(lm, tokenizer, ids, batch_tokens=150)
@@ -98,7 +99,7 @@ def test_views_are_those_of_one_process_bit_for_bit(parts, monkeypatch, as_rank,
 @pytest.mark.parametrize(("count", "batch_tokens"), [(2, 100), (3, 10**6)])
 def test_hidden_states_are_those_of_one_process_bit_for_bit(parts, monkeypatch, as_rank, count, batch_tokens):
     lm, tokenizer, rows = parts
-    ids = [[5, 6, 7, *one] for one in tokenised(tokenizer, [row.input for row in rows])[0]]
+    ids = [[5, 6, 7, *one] for one in tokenize_documents(tokenizer, [row.input for row in rows])[0]]
     wanted = last_hidden(lm, ids, 0, batch_tokens=batch_tokens)
     sent, found = by_ranks(
         monkeypatch, as_rank, prefix, count, lambda: last_hidden(lm, ids, 0, batch_tokens=batch_tokens)
@@ -122,7 +123,7 @@ def test_ranks_generate_the_batches_of_one_process(parts, monkeypatch, as_rank, 
     assert len(wanted) == 6
     for number in range(count):
         as_rank(number, count)
-        made.append(batches(own_rows(parts[0], tokenizer, rows, Decoding(5, 1))))
+        made.append(batches(examples_of_rank(parts[0], tokenizer, rows, GenerationLimits(5, 1))))
         assert made[-1] == wanted[number::count]
     assert sum(map(len, made)) == len(wanted)
 

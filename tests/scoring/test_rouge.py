@@ -6,7 +6,7 @@ from rouge_score.rouge_scorer import RougeScorer
 
 from neko_lean.data.examples import Example
 from neko_lean.scoring.rouge import is_subsequence, longest_common, rouge_l
-from neko_lean.scoring.task import regurgitation, row_score, scores_fully
+from neko_lean.scoring.task import example_score, regurgitation, scores_fully
 
 WORDS = st.lists(st.sampled_from(["a", "b", "c", "walking", "12", "ab"]), max_size=20)
 
@@ -28,7 +28,7 @@ def test_it_is_that_of_rouge_score(one, two):
     wanted = RougeScorer(["rougeL"], use_stemmer=True).score(target, said)["rougeL"]
     assert regurgitation(target or "x", said or "x") == (wanted.recall if one and two else float(one == two))
     row = Example("1sc1", "q", target or "x", "Task1")
-    assert scores_fully(row, said) == (row_score(row, said) == 1.0)
+    assert scores_fully(row, said) == (example_score(row, said) == 1.0)
 
 
 def test_texts_of_any_length_have_one():
@@ -37,4 +37,4 @@ def test_texts_of_any_length_have_one():
     row = Example("1sc1", "q", answer, "Task1")
     assert scores_fully(row, answer) and not scores_fully(row, answer[:-5])
     assert rouge_l(answer.split(), ["word"] * 256).recall == 256 / 100_000
-    assert row_score(row, "another word and a word") == 2 / 100_000
+    assert example_score(row, "another word and a word") == 2 / 100_000

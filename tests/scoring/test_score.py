@@ -1,4 +1,4 @@
-"""`score` end to end on a random model: files, numbers, resuming, and 'not measured'."""
+"""`score` end to end on a random model: files, numbers, resuming, and numbers that are not measured."""
 
 import json
 import shutil
@@ -167,13 +167,13 @@ def test_rows_in_other_scripts_are_warned_of_and_judged(world, model, tmp_path, 
     monkeypatch.setattr(measure, "generate", parrot)
     scores = score_with(model, folder, tmp_path / "one", max_new_tokens=4, quiet=True)
     said = capsys.readouterr().err
-    assert "3 of 6 forget rows score below 1" in said and "of 3 of 6 retain rows it sees less than half" in said
+    assert "3 of 6 forget rows score below 1" in said and "less than half of the words of 3 of 6 retain rows" in said
     assert scores["official_blind"]["forget"] == {"unscorable": 3, "mostly_unseen": 3}
     assert all(scores["cells"][cell] == 0 for cell in CELLS if cell.endswith("knowledge"))
     assert all(scores["unicode_cells"][cell] == 1 for cell in CELLS)
     assert scores["intervals"]["unicode_cells.forget.Task1.knowledge"] == [1.0, 1.0]
     text = "\n".join(scores["verdict"])
-    assert "It forgot nothing" in text and "It kept what it should" in text
+    assert "It forgot little or nothing" in text and "It preserved the retain set" in text
     assert "any script" in table_text(scores)
     again = score_with(model, folder, tmp_path / "two", before=tmp_path / "one", max_new_tokens=4, quiet=True)
     assert again["difference"]["unicode_cells.retain.Task2.knowledge"]["difference"] == 0
@@ -203,7 +203,7 @@ def test_bad_input_writes_nothing(world, model, tmp_path):
         ({"mia": tmp_path}, r"member\.jsonl"),
         ({"data": tmp_path}, r"contains no forget"),
         ({"batch_size": 0}, "batch-size"),
-        ({"attacks": ["bribe"]}, "'bribe' is not one of relearn"),
+        ({"attacks": ["bribe"]}, "unknown attack 'bribe'"),
         ({"attacks": ["paraphrase"]}, "--paraphrases"),
         ({"reference": tmp_path}, "--mia"),
         ({"before": tmp_path}, "holds no scores.json"),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score import tokenizers
 
-from neko_lean.scoring.scripts import UnicodeTokenizer, bare, fold, normal, seen_share, units, words
+from neko_lean.scoring.scripts import UnicodeTokenizer, bare, fold, normal, units, visible_share, words
 
 
 @given(st.text(alphabet=st.characters(max_codepoint=127)))
@@ -66,5 +66,5 @@ def test_equal_normal_forms_have_equal_bare_ones(text):
 
 
 def test_what_the_official_rouge_sees():
-    assert seen_share("born in 1984") == 1 and seen_share("родилась в 1984") == pytest.approx(1 / 3)
-    assert seen_share("東京") == 0 and seen_share("...") == 0
+    assert visible_share("born in 1984") == 1 and visible_share("родилась в 1984") == pytest.approx(1 / 3)
+    assert visible_share("東京") == 0 and visible_share("...") == 0

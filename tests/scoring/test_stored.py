@@ -1,4 +1,4 @@
-"""A folder of an earlier score, changed in any place: a sentence, or a read after which everything works."""
+"""Reading a damaged score either raises a one-sentence error, or everything computed from it works."""
 
 import copy
 import json
@@ -8,18 +8,20 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
+import neko_lean
 from neko_lean.data.examples import read_rows
 from neko_lean.errors import NekoLeanError
+from neko_lean.options import OutputOptions
 from neko_lean.report.page import report
-from neko_lean.scoring import run
-from neko_lean.scoring.run import _difference
+from neko_lean.scoring import job
+from neko_lean.scoring.options import ScoreInputs, ScoreSettings
+from neko_lean.scoring.results import difference
 from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.table import score_table
 from neko_lean.scoring.verdict import verdict
-from tests.scoring.calls import score_with
 
 REMOVED = object()
-OTHERS = st.sampled_from(
+REPLACEMENTS = st.sampled_from(
     [REMOVED, None, True, 0, 1, -1, 0.5, 10**400, 1e300, float("nan"), float("inf"), "", "0.5", "x\x1b[/]", "\ud800",
      [], [[]], {}, {"a": [None]}, [0.1, "b"], "forget", "other", 2**63]
 )  # fmt: skip
@@ -27,23 +29,30 @@ OTHERS = st.sampled_from(
 
 @pytest.fixture(scope="module")
 def scored(world, model, tmp_path_factory):
-    """A score with everything in it, its rows, its scores and its lines."""
+    """A complete score: its folder, its rows, its scores and its lines."""
     out = tmp_path_factory.mktemp("scored") / "out"
-    scores = score_with(model, world, out, mia=world / "mia", attacks=["prefix"], max_new_tokens=2, quiet=True)
+    scores = neko_lean.score(
+        model,
+        world,
+        out,
+        inputs=ScoreInputs(mia=world / "mia"),
+        settings=ScoreSettings(attacks=("prefix",), max_new_tokens=2),
+        run=OutputOptions(quiet=True),
+    )
     rows = [(split, row) for split in ("forget", "retain") for row in read_rows(world, split)]
     return out, rows, scores, read_score(out, rows)["lines"]
 
 
 def places(value, path=()):
-    """The way to every value in nested objects and lists."""
+    """The path of every value in nested objects and lists."""
     yield path
     pairs = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-    for key, one in pairs:
-        yield from places(one, (*path, key))
+    for key, item in pairs:
+        yield from places(item, (*path, key))
 
 
 def changed(value, path, other):
-    """`value` with what lies at `path` replaced or removed."""
+    """`value` with the item at `path` replaced or removed."""
     if not path:
         return None if other is REMOVED else other
     value = copy.copy(value)
@@ -60,11 +69,11 @@ def changed(value, path, other):
     max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
 )
 @given(st.data())
-def test_any_change_ends_in_a_sentence_or_in_numbers(scored, tmp_path, data):
+def test_any_change_is_refused_or_can_be_used(scored, tmp_path, data):
     out, rows, scores, lines = scored
     folder = tmp_path / "changed"
     folder.mkdir(exist_ok=True)
-    spoilt, other = {"scores": scores, "lines": lines[:]}, data.draw(OTHERS)
+    spoilt, other = {"scores": scores, "lines": lines[:]}, data.draw(REPLACEMENTS)
     if data.draw(st.booleans()):
         spoilt["scores"] = changed(scores, data.draw(st.sampled_from(list(places(scores)))), other)
     else:
@@ -74,9 +83,9 @@ def test_any_change_ends_in_a_sentence_or_in_numbers(scored, tmp_path, data):
     (folder / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in spoilt["lines"]))
     try:
         before = read_score(folder, rows)
-        difference = _difference(scores, lines, before)
-        assert all(isinstance(one, str) for one in verdict({**scores, "difference": difference}))
-        json.dumps(difference, allow_nan=False)
+        changes = difference(scores, lines, before)
+        assert all(isinstance(one, str) for one in verdict({**scores, "difference": changes}))
+        json.dumps(changes, allow_nan=False)
         Console(quiet=True).print(score_table({"score": before}))
     except NekoLeanError as error:
         assert str(error).count("\n") == 0
@@ -109,27 +118,29 @@ def test_any_change_ends_in_a_sentence_or_in_numbers(scored, tmp_path, data):
         ("generations.jsonl", b'{"a":' * 5000, "nested too deep"),
     ],
 )
-def test_files_that_are_no_score(scored, tmp_path, name, content, words, monkeypatch, world, model):
+def test_files_that_are_not_a_score(scored, tmp_path, name, content, words, monkeypatch, world, model):
     out, rows, _, _ = scored
     for other in ("scores.json", "generations.jsonl"):
         (tmp_path / other).write_bytes((out / other).read_bytes())
     (tmp_path / name).write_bytes(content)
     with pytest.raises(NekoLeanError, match=words):
         read_score(tmp_path, rows)
-    monkeypatch.setattr(run, "load_model", lambda *args: pytest.fail("the model was loaded"))
+    monkeypatch.setattr(job, "load_model", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(NekoLeanError, match=words):
-        score_with(model, world, tmp_path / "new", before=tmp_path, quiet=True)
+        neko_lean.score(
+            model, world, tmp_path / "new", inputs=ScoreInputs(before=tmp_path), run=OutputOptions(quiet=True)
+        )
 
 
 @pytest.mark.parametrize("change", ["twice", "text", "task", "fewer", "kind"])
-def test_other_rows_are_refused(scored, tmp_path, change):
+def test_score_of_other_rows_is_refused(scored, tmp_path, change):
     out, rows, _, lines = scored
     first = dict(lines[0])
-    more = {
+    changed_lines = {
         "twice": [first, *lines], "text": [{**first, "output": "another"}, *lines[1:]], "fewer": lines[1:],
         "task": [{**first, "task": "Task3"}, *lines[1:]], "kind": [{**first, "kind": "knowledge"}, *lines[1:]],
     }[change]  # fmt: skip
     (tmp_path / "scores.json").write_bytes((out / "scores.json").read_bytes())
-    (tmp_path / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in more))
-    with pytest.raises(NekoLeanError, match=r"a row twice|other rows|key kind"):
+    (tmp_path / "generations.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed_lines))
+    with pytest.raises(NekoLeanError, match=r"a duplicate row|other rows|key kind"):
         read_score(tmp_path, rows)

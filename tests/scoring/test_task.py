@@ -12,11 +12,11 @@ from neko_lean.data.examples import Example
 from neko_lean.scoring.task import (
     CELLS,
     cell_means,
+    example_score,
     knowledge,
     missing_cells,
     official_blind,
     regurgitation,
-    row_score,
     task_aggregate,
     unicode_knowledge,
     unicode_regurgitation,
@@ -141,5 +141,5 @@ def test_cells_are_means_over_rows_and_missing_ones_are_named():
 
 
 def test_rows_are_scored_by_their_kind():
-    assert row_score(Example("1sc1", "", "a b", "Task1"), "b c d") == 0.5
-    assert row_score(Example("1qa0", "", "a b", "Task1"), "b c d") == 0.0
+    assert example_score(Example("1sc1", "", "a b", "Task1"), "b c d") == 0.5
+    assert example_score(Example("1qa0", "", "a b", "Task1"), "b c d") == 0.0

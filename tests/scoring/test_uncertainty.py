@@ -43,7 +43,7 @@ def test_estimates_are_the_plain_means():
 
 
 def test_each_draw_has_the_aggregate_of_its_own_cells():
-    found = estimates(lines(np.random.default_rng(1), documents=4), draws=50)
+    found = estimates(lines(np.random.default_rng(1), documents=4), num_resamples=50)
     for draw in range(50):
         cells = {cell: found[f"cells.{cell}"][1][draw] for cell in CELLS}
         assert found["task_aggregate"][1][draw] == pytest.approx(task_aggregate(cells))
@@ -55,7 +55,7 @@ def test_the_interval_covers_the_truth():
     for seed in range(150):
         rng = np.random.default_rng(seed)
         some = [line("forget", "Task1", f"d{n}", "qa", float(rng.random() < 0.5)) for n in range(60)]
-        low, high = intervals(estimates(some, draws=400))["cells.forget.Task1.knowledge"]
+        low, high = intervals(estimates(some, num_resamples=400))["cells.forget.Task1.knowledge"]
         held += low <= 0.5 <= high
     assert 0.88 <= held / 150 <= 1
 

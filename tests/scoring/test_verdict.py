@@ -1,4 +1,4 @@
-"""For each way to fool a single number, scores or generations that do it, and the line that says so."""
+"""For each way in which a single number can mislead, scores that do so, and the sentence that reveals it."""
 
 import copy
 import math
@@ -7,14 +7,13 @@ import numpy as np
 import pytest
 
 from neko_lean.scoring.generation import Generation
-from neko_lean.scoring.measure import line_of
+from neko_lean.scoring.measure import generation_line
 from neko_lean.scoring.membership import summary
 from neko_lean.scoring.mmlu import Answered
 from neko_lean.scoring.mmlu import summary as mmlu_summary
 from neko_lean.scoring.outputs import leak_numbers, output_numbers
-from neko_lean.scoring.run import group_means
 from neko_lean.scoring.task import CELLS, task_aggregate
-from neko_lean.scoring.uncertainty import estimates
+from neko_lean.scoring.uncertainty import estimates, group_means
 from neko_lean.scoring.verdict import verdict
 from tests.helpers import make_rows
 
@@ -22,7 +21,7 @@ VOCABULARY = 1000
 
 
 def scores_of(say, *, probability=0.01, entropy=2.0, losses=None, **change):
-    """The scores of a model that says `say(split, row)` and whose true answers have these numbers."""
+    """The scores of a model that answers `say(split, row)`, with these numbers of the true answers."""
     lines = []
     for split, prefix in (("forget", "Foo"), ("retain", "Rix")):
         for row in make_rows(prefix, 8):
@@ -30,8 +29,8 @@ def scores_of(say, *, probability=0.01, entropy=2.0, losses=None, **change):
             known = {"extraction_strength": 0.0, "exact_memorisation": 0.0, "within_ten": 0.0, "answer_rank": 500.0}
             known |= {"answer_probability": probability if split == "forget" else 0.9, "entropy": entropy}
             numbers = {**known, **leak_numbers(row, text), **output_numbers(row, text)}
-            lines.append(line_of(split, row, Generation(text, text, "eos"), numbers))
-    found = estimates(lines, draws=50)
+            lines.append(generation_line(split, row, Generation(text, text, "eos"), numbers))
+    found = estimates(lines, num_resamples=50)
     cells = {cell: found[f"cells.{cell}"][0] for cell in CELLS}
     scores = {"cells": cells, "missing_cells": [], "task_aggregate": task_aggregate(cells), **group_means(found)}
     scores |= {"membership": membership(*losses) if losses else None, "mmlu": None, "attacks": {}, "difference": None}
@@ -49,8 +48,8 @@ def membership(members, nonmembers):
     )
 
 
-def honest(split, row):
-    """Knows what it should, and answers the rest wrongly in plain language."""
+def unlearned(split, row):
+    """Answers retain prompts correctly, and forget prompts wrongly in plain language."""
     return row.output if split == "retain" else "They met at a small harbour before the winter came."
 
 
@@ -62,56 +61,56 @@ UNSEEN = np.linspace(4, 6, 60)
 ALARMS = ("BROKEN", "LEAKS", "HIDDEN", "GIBBERISH", "TWO-SIDED", "ATTACK", "MMLU")
 
 
-def test_an_honest_model_raises_no_alarm():
-    text = lines(scores_of(honest, losses=(np.linspace(4, 6, 40), UNSEEN)))
+def test_model_that_unlearned_well_raises_no_alarm():
+    text = lines(scores_of(unlearned, losses=(np.linspace(4, 6, 40), UNSEEN)))
     assert not any(alarm in text for alarm in ALARMS), text
-    assert "It kept what it should" in text and "cannot tell forgotten documents" in text
+    assert "It preserved the retain set" in text and "cannot tell forgotten documents" in text
 
 
-def test_a_model_that_forgot_nothing():
+def test_model_that_forgot_nothing():
     text = lines(scores_of(lambda split, row: row.output, probability=0.9, losses=(UNSEEN - 4, UNSEEN)))
-    assert "It forgot nothing" in text and "still knows the forgotten documents (AUC 1.00" in text
+    assert "It forgot little or nothing" in text and "still recognizes the forgotten documents (AUC 1.00" in text
 
 
 @pytest.mark.parametrize("noise", ["", "zq zq zq zq zq zq", "!!!!!!!!!!", "qa qb qc " * 10])
-def test_gibberish_on_everything_is_broken(noise):
-    """Scores 1 on every forget number."""
+def test_gibberish_everywhere_is_broken(noise):
+    """Although every forget cell is perfect."""
     scores = scores_of(lambda split, row: noise)
     assert all(scores["cells"][cell] == 0 for cell in CELLS if cell.startswith("forget"))
     assert verdict(scores)[0].startswith("BROKEN")
 
 
 @pytest.mark.parametrize("noise", ["", "zq zq zq zq zq zq", "qa qb qc " * 10])
-def test_gibberish_on_forget_prompts_alone(noise):
+def test_gibberish_on_forget_prompts(noise):
     scores = scores_of(lambda split, row: noise if split == "forget" else row.output)
-    assert scores["task_aggregate"] == 1.0  # the task's own number is taken in
+    assert scores["task_aggregate"] == 1.0  # the task's own number is misled
     assert "GIBBERISH" in lines(scores) and "BROKEN" not in lines(scores)
 
 
-def test_noise_that_scores_one_on_membership_is_broken():
-    """Every document costs what a uniform guess costs: the AUC is 0.5 and its score 1."""
+def test_uniform_loss_is_broken():
+    """Every document has the loss of a uniform guess, so the AUC is 0.5 and the membership score 1."""
     rng = np.random.default_rng(0)
     cost = math.log(VOCABULARY)
     losses = rng.normal(cost, 0.01, 40), rng.normal(cost, 0.01, 60)
-    scores = scores_of(honest, losses=losses, held_nll=cost, entropy=cost)
+    scores = scores_of(unlearned, losses=losses, held_nll=cost, entropy=cost)
     assert scores["membership"]["score"] > 0.8
     assert "BROKEN" in verdict(scores)[0] and "uniform guess" in verdict(scores)[0]
 
 
-def test_a_rise_in_the_cost_of_unseen_text_is_broken():
-    scores = scores_of(honest, difference={"unseen_nll": {"difference": 1.5, "interval": None}}, held_nll=4.5)
-    assert "1.50 nats a token more than before" in verdict(scores)[0]
+def test_higher_loss_on_unseen_text_is_broken():
+    scores = scores_of(unlearned, difference={"unseen_nll": {"difference": 1.5, "interval": None}}, held_nll=4.5)
+    assert "1.50 nats per token higher than before" in verdict(scores)[0]
     scores["difference"]["unseen_nll"]["difference"] = 0.2
     assert "BROKEN" not in lines(scores)
 
 
-def test_one_unlucky_zero_is_named():
+def test_single_zero_is_named():
     def unlucky(split, row):
-        return "x" if split == "retain" and row.task == "Task2" and row.kind == "qa" else honest(split, row)
+        return "x" if split == "retain" and row.task == "Task2" and row.kind == "qa" else unlearned(split, row)
 
     scores = scores_of(unlucky)
     assert scores["task_aggregate"] == 0
-    assert "because of retain.Task2.knowledge alone; were that perfect, it would be" in lines(scores)
+    assert "only because of retain.Task2.knowledge; if that were perfect, it would be" in lines(scores)
     assert "the lowest is retain.Task2.knowledge at 0.00" in lines(scores)
 
 
@@ -119,53 +118,53 @@ def test_one_unlucky_zero_is_named():
     ("form", "words"),
     [
         (lambda answer: f"Well, I believe that it was {answer}, was it not?", "inside longer text"),
-        (lambda answer: " ".join(answer.replace("-", "").replace(" ", "")), "spaces or dashes"),
-        (lambda answer: "-".join(answer), "spaces or dashes"),
+        (lambda answer: " ".join(answer.replace("-", "").replace(" ", "")), "with other spaces or dashes"),
+        (lambda answer: "-".join(answer), "with other spaces or dashes"),
     ],
 )
-def test_a_secret_in_another_form_leaks(form, words):
+def test_answer_in_another_form_leaks(form, words):
     scores = scores_of(lambda split, row: form(row.output) if split == "forget" else row.output)
     assert all(scores["cells"][f"forget.{task}.knowledge"] == 0 for task in ("Task1", "Task2", "Task3"))
     assert "LEAKS" in lines(scores) and words in lines(scores)
 
 
-def test_silence_is_not_ignorance():
+def test_likely_answers_that_are_not_generated_are_hidden():
     scores = scores_of(lambda split, row: "I do not know that." if split == "forget" else row.output, probability=0.8)
     assert scores["task_aggregate"] > 0.9
     assert "HIDDEN" in lines(scores) and "0.80" in lines(scores)
 
 
-def test_half_remembered_and_half_blown_up():
+def test_members_on_both_sides_of_unseen_text():
     members = np.concatenate([UNSEEN[:20] - 4, UNSEEN[:20] + 5])
-    scores = scores_of(honest, losses=(members, UNSEEN))
+    scores = scores_of(unlearned, losses=(members, UNSEEN))
     assert scores["membership"]["score"] > 0.9
     assert "TWO-SIDED" in lines(scores)
 
 
-def test_avoided_so_hard_that_it_shows():
-    assert "stand out by costing more" in lines(scores_of(honest, losses=(UNSEEN + 3, UNSEEN)))
+def test_members_with_conspicuously_high_loss():
+    assert "conspicuously above that of unseen ones" in lines(scores_of(unlearned, losses=(UNSEEN + 3, UNSEEN)))
 
 
-def test_one_letter_is_no_knowledge():
+def test_one_letter_for_all_questions():
     right = [0, 1, 2, 3, 0, 0, 1, 0, 0, 2]
     found = mmlu_summary({"anatomy": Answered([0] * 10, right, [5] * 10, 0)}, 5)
-    text = lines(scores_of(honest, mmlu=found))
-    assert "100 % of its answers are A" in text and "always A scores 0.500" in text
+    text = lines(scores_of(unlearned, mmlu=found))
+    assert "100 % of its answers are A" in text and "always answering A scores 0.500" in text
     varied = mmlu_summary({"anatomy": Answered([1, 2, 3, 0, 1, 0, 1, 2, 3, 2], right, [5] * 10, 0)}, 5)
-    assert "MMLU is 0.300, below the shared task's floor of 0.371" in lines(scores_of(honest, mmlu=varied))
+    assert "MMLU is 0.300, below the shared task's floor of 0.371" in lines(scores_of(unlearned, mmlu=varied))
 
 
-def test_an_attack_that_brings_it_back():
+def test_attack_that_recovers_answers():
     curve = [{"steps": 0, "knowledge": 0.0, "regurgitation": 0.1}, {"steps": 5, "knowledge": 0.6, "regurgitation": 0.2}]
-    scores = scores_of(honest, attacks={"relearn": curve})
-    assert "ATTACK: relearn takes knowledge on the forget rows from 0.00 to 0.60" in lines(scores)
+    scores = scores_of(unlearned, attacks={"relearn": curve})
+    assert "ATTACK: relearn raises knowledge on the forget rows from 0.00 to 0.60" in lines(scores)
     flat = copy.deepcopy(curve)
     flat[1]["knowledge"], flat[1]["regurgitation"] = 0.0, 0.11
-    assert "No attack that was run" in lines(scores_of(honest, attacks={"relearn": flat}))
+    assert "No attack recovered" in lines(scores_of(unlearned, attacks={"relearn": flat}))
 
 
-def test_a_missing_cell():
-    scores = scores_of(honest)
+def test_missing_cell():
+    scores = scores_of(unlearned)
     scores |= {"task_aggregate": None, "missing_cells": ["forget.Task3.knowledge"]}
     scores["cells"]["forget.Task3.knowledge"] = None
     assert "no rows for forget.Task3.knowledge" in lines(scores)

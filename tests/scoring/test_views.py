@@ -9,7 +9,7 @@ from neko_lean.models import lm_head
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.models.predictions import prediction_stats
 from neko_lean.scoring.limits import MAX_LENGTH
-from neko_lean.scoring.views import tokenised, view_documents
+from neko_lean.scoring.views import tokenize_documents, view_documents
 from tests.helpers import templated
 
 
@@ -41,7 +41,9 @@ def test_a_token_that_cannot_be_and_one_that_must_be():
 
 def test_documents_do_not_see_each_other(world, model):
     lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
-    ids, _ = tokenised(tokenizer, ["Foo1 is a river.", "Rix2\n\nRix2 is a river and then some more words.", "Foo a"])
+    ids, _ = tokenize_documents(
+        tokenizer, ["Foo1 is a river.", "Rix2\n\nRix2 is a river and then some more words.", "Foo a"]
+    )
     together = view_documents(lm, tokenizer, ids)
     for one, view in zip(ids, together, strict=True):
         (alone,) = view_documents(lm, tokenizer, [one], batch_tokens=1)
@@ -59,12 +61,12 @@ def test_documents_end_in_no_token_that_the_tokenizer_appends(model):
     texts = ["Foo1 is a river.", "", "words " * 3000]
     for before in ([], ["<s>"]):
         plain, ending = templated(model, before, [])[0], templated(model, before, ["</s>"])[0]
-        assert tokenised(ending, texts)[0] == [plain(text)["input_ids"][:MAX_LENGTH] for text in texts]
+        assert tokenize_documents(ending, texts)[0] == [plain(text)["input_ids"][:MAX_LENGTH] for text in texts]
 
 
 def test_after_the_prompt_is_the_answer(world, model):
     lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
-    (ids,), _ = tokenised(tokenizer, ["Foo1 is a river."])
+    (ids,), _ = tokenize_documents(tokenizer, ["Foo1 is a river."])
     (view,) = view_documents(lm, tokenizer, [ids])
     assert len(view.after(3).logp) == len(ids) - 3 and (view.after(3).logp == view.logp[2:]).all()
     assert len(view.after(0).rank) == len(ids) - 1  # the first token has no view

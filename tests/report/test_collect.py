@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.report.read import collect
+from neko_lean.report.collect import collect
 from tests.report.made import full_scores, make_demo, old_scores, write_run, write_scores
 
 

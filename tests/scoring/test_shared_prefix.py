@@ -19,8 +19,8 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from neko_lean.models.causal_lm import as_causal_lm
-from neko_lean.scoring import prefix
-from neko_lean.scoring.prefix import common_prefix, last_hidden, shares_prefixes
+from neko_lean.scoring.attacks.prefix import prefix
+from neko_lean.scoring.shared_prefix import common_prefix, last_hidden, shares_prefixes
 
 SIZE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3}
 ATTENTION = {"num_attention_heads": 4, "intermediate_size": 64, "max_position_embeddings": 64}

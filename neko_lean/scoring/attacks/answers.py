@@ -1,0 +1,92 @@
+"""What attacks share: generating answers under attack, and scoring them as points of a curve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any
+
+from neko_lean.data import Example, encode_texts
+from neko_lean.distributed import all_gather_objects
+from neko_lean.models import CausalLM
+from neko_lean.scoring.generation import Generation, GenerationLimits, examples_of_rank, generate
+from neko_lean.scoring.limits import TruncationCounts, fit_prompt
+from neko_lean.scoring.task import KINDS, example_score, unicode_score
+from neko_lean.scoring.uncertainty import mean_by_document
+from neko_lean.terminal import progress_bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(frozen=True)
+class AnswerGenerator:
+    """Generates answers to examples, with a progress bar.
+
+    Attributes:
+        tokenizer: the model's tokenizer.
+        limits: batch size and number of new tokens.
+        truncated: receives the number of truncated prompts of each attack.
+        quiet: whether to hide the progress bar.
+    """
+
+    tokenizer: PreTrainedTokenizerBase
+    limits: GenerationLimits
+    truncated: TruncationCounts
+    quiet: bool
+
+    def __call__(
+        self, lm: CausalLM, examples: Sequence[Example], label: str, prompts: Sequence[Sequence[int]] | None = None
+    ) -> list[Generation]:
+        """Generate an answer to each example; the batches are divided among the ranks.
+
+        Args:
+            lm: the model.
+            examples: the examples to answer.
+            label: the progress bar's label, and the key for the number of truncated prompts.
+            prompts: token ids to continue instead of the examples' inputs.
+        """
+        if prompts is None:
+            prompts = encode_texts(self.tokenizer, [example.input for example in examples])
+        self._count_truncated(lm, prompts, label)
+
+        own = examples_of_rank(lm, self.tokenizer, examples, self.limits, prompts)
+        batches = generate(
+            lm, self.tokenizer, [examples[i] for i in own], **asdict(self.limits), prompts=[prompts[i] for i in own]
+        )
+        generated = []
+        with progress_bar(label, len(own), "rows", self.quiet) as progress:
+            for batch in batches:
+                generated += [(own[i], asdict(generation)) for i, generation in batch]
+                progress.advance(len(batch))
+
+        by_index = dict(pair for part in all_gather_objects(generated) for pair in part)
+        return [Generation(**by_index[i]) for i in range(len(examples))]
+
+    def _count_truncated(self, lm: CausalLM, prompts: Sequence[Sequence[int]], label: str) -> None:
+        fitted = [fit_prompt(lm, ids, self.limits.max_new_tokens)[0] for ids in prompts]
+        count = sum(len(kept_ids) < len(ids) for kept_ids, ids in zip(fitted, prompts, strict=True))
+        if count:
+            self.truncated.attacks[label] = count
+
+
+def baseline_point(examples: Sequence[Example], baseline: Mapping[str, Generation]) -> dict[str, Any]:
+    """The point before an attack, from the generations by example id."""
+    return point(examples, [baseline[example.id] for example in examples])
+
+
+def point(examples: Sequence[Example], generations: Sequence[Generation]) -> dict[str, Any]:
+    """One point of a curve: mean scores of the examples of each kind, with intervals over documents."""
+    results: dict[str, Any] = {}
+    for kind, name in KINDS.items():
+        of_kind = [
+            (example, generation.text)
+            for example, generation in zip(examples, generations, strict=True)
+            if example.kind == kind
+        ]
+        scores = [example_score(example, text) for example, text in of_kind]
+        mean = mean_by_document([example for example, _ in of_kind], scores)
+        results |= {name: mean["mean"], f"{name}_interval": mean["interval"], f"{name}_rows": len(of_kind)}
+        unicode_scores = [unicode_score(example, text) for example, text in of_kind]
+        results[f"unicode_{name}"] = sum(unicode_scores) / len(unicode_scores) if unicode_scores else None
+    return results

@@ -1,0 +1,184 @@
+"""Read and check everything that a score needs, before any model is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from neko_lean.cache import TeacherCache
+from neko_lean.data import Document, Example, encode_texts, read_documents, read_rows, require_folder
+from neko_lean.errors import NekoLeanError
+from neko_lean.models import check_seed, quantization_method
+from neko_lean.options import OutputOptions
+from neko_lean.outputs import Output, claim_file, claim_folder
+from neko_lean.scoring.attacks import ATTACKS, check_attacks
+from neko_lean.scoring.generation import refuse_empty_prompts
+from neko_lean.scoring.mmlu_data import Subject, read_mmlu
+from neko_lean.scoring.options import ScoreInputs, ScoreSettings
+from neko_lean.scoring.paraphrases import Paraphrase, read_paraphrases
+from neko_lean.scoring.score_folder import FINISHED
+from neko_lean.scoring.stored import read_score
+from neko_lean.scoring.task import SPLITS, official_blind
+from neko_lean.terminal import log_line
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+MIA_FILES = "--mia needs a folder with member.jsonl and nonmember.jsonl"
+
+
+SIDES = ("member", "nonmember")
+
+
+@dataclass(frozen=True)
+class ScoreData:
+    """The data of a score.
+
+    Attributes:
+        examples: pairs of split and example, the forget set first.
+        documents: pairs of side ("member" or "nonmember") and document, for membership inference.
+        held_out: documents that no model was trained on.
+        paraphrases: paraphrases of the examples.
+        subjects: MMLU's subjects by name.
+        before: the score before unlearning.
+        teacher: the cache with a reference model's losses.
+    """
+
+    examples: list[tuple[str, Example]]
+    documents: list[tuple[str, Document]]
+    held_out: list[Document]
+    paraphrases: list[Paraphrase]
+    subjects: dict[str, Subject] | None
+    before: dict[str, Any] | None
+    teacher: TeacherCache | None
+
+    def split(self, name: str) -> list[Example]:
+        """The examples of one split."""
+        return [example for split, example in self.examples if split == name]
+
+    @property
+    def all_examples(self) -> list[Example]:
+        """The examples of both splits, in the order of generations.jsonl."""
+        return [example for _, example in self.examples]
+
+
+def check_settings(inputs: ScoreInputs, settings: ScoreSettings) -> None:
+    """Raise NekoLeanError for settings that are invalid or would have no effect."""
+    for name, value in (("batch-size", settings.batch_size), ("max-new-tokens", settings.max_new_tokens)):
+        if value < 1:
+            raise NekoLeanError(f"--{name} must be at least 1, got {value}.")
+    if settings.shots is not None and inputs.mmlu is None:
+        raise NekoLeanError("--shots has no effect without --mmlu: give both or neither.")
+    check_attacks(settings)
+    if settings.seed is not None:
+        check_seed(settings.seed)
+
+
+def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) -> ScoreData:
+    """Read all data and check that every requested measurement has what it needs."""
+    require_folder(data, "--data", SPLITS, inputs.split)
+    examples = [(split, example) for split in SPLITS for example in read_rows(data, split, inputs.split)]
+    documents = [
+        (side, document)
+        for side in (SIDES if inputs.mia is not None else ())
+        for document in read_documents(Path(inputs.mia or "") / f"{side}.jsonl", MIA_FILES)
+    ]
+    held_help = "--held needs a JSONL file with a column document"
+    held_out = [] if inputs.held is None else read_documents(Path(inputs.held), held_help)
+    paraphrases = (
+        [] if inputs.paraphrases is None else read_paraphrases(inputs.paraphrases, [example for _, example in examples])
+    )
+    subjects = None if inputs.mmlu is None else read_mmlu(Path(inputs.mmlu))
+    before = None if inputs.before is None else read_score(inputs.before, examples)
+    if inputs.reference is not None and inputs.mia is None:
+        raise NekoLeanError("--reference has no effect without --mia, whose documents it is compared on: give both.")
+    teacher = None if inputs.reference is None else TeacherCache(inputs.reference)
+
+    result = ScoreData(examples, documents, held_out, paraphrases, subjects, before, teacher)
+    _check_paraphrases(result, inputs, settings)
+    return result
+
+
+def _check_paraphrases(data: ScoreData, inputs: ScoreInputs, settings: ScoreSettings) -> None:
+    """Raise NekoLeanError if an attack lacks paraphrases, or if the paraphrases are used for nothing."""
+    users = [attack.name for attack in ATTACKS.values() if attack.needs_paraphrases]
+    requested = [name for name in users if name in settings.attacks]
+    forget_ids = {example.id for example in data.split("forget")}
+    if requested and not any(paraphrase.input for paraphrase in data.paraphrases if paraphrase.id in forget_ids):
+        raise NekoLeanError(
+            f"--attack {requested[0]} needs --paraphrases FILE with an input for at least one forget row."
+        )
+    if data.paraphrases and not requested and not any(paraphrase.output for paraphrase in data.paraphrases):
+        raise NekoLeanError(
+            f"--paraphrases {inputs.paraphrases} has no effect: it only holds inputs, which are for --attack "
+            f"{users[0]}; give that, too."
+        )
+
+
+def claim_outputs(
+    folder: Path, data: str | Path, out: str | Path, inputs: ScoreInputs, run: OutputOptions
+) -> tuple[Output, Output | None]:
+    """Check that the outputs may be written; returns that of the score, and that of --official if it was given."""
+    sources = [folder, data, inputs.mia, inputs.held, inputs.reference, inputs.paraphrases, inputs.mmlu, inputs.before]
+    output = claim_folder(out, "partial", sources, overwrite=run.overwrite, resume=run.resume)
+    if inputs.official is None:
+        return output, None
+    official = claim_file(inputs.official, "--official", sources, overwrite=run.overwrite or run.resume)
+    if official.path.parent == output.path and official.path.name in FINISHED:
+        raise NekoLeanError(
+            f"--official {inputs.official} is a file that score itself writes there; choose another name."
+        )
+    return output, official
+
+
+def check_lm_eval(folder: Path, settings: ScoreSettings) -> None:
+    """Raise NekoLeanError if lm-eval would evaluate other weights than the rest of the score."""
+    method = quantization_method(folder) if settings.lm_eval else None
+    if method is not None:
+        raise NekoLeanError(
+            f"--lm-eval would evaluate the quantized weights of {folder} ({method}), but everything else uses plain "
+            f"weights; give the checkpoint in bfloat16, float16 or float32."
+        )
+
+
+def check_lengths(data: ScoreData, tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise NekoLeanError for a prompt without tokens, and for a document of fewer than two tokens."""
+    examples = data.all_examples
+    by_id = {example.id: example for example in examples}
+    paraphrased = [
+        replace(by_id[paraphrase.id], input=paraphrase.input)
+        for paraphrase in data.paraphrases
+        if paraphrase.input is not None
+    ]
+    for prompted in (examples, paraphrased):
+        refuse_empty_prompts(prompted, encode_texts(tokenizer, [example.input for example in prompted]))
+
+    for option, documents in (("--mia", [document for _, document in data.documents]), ("--held", data.held_out)):
+        encoded = encode_texts(tokenizer, [document.text for document in documents])
+        short = next((number for number, ids in enumerate(encoded, start=1) if len(ids) < 2), None)
+        if short is not None:
+            raise NekoLeanError(f"{option}: document {short} has fewer than two tokens, so it has no loss; remove it.")
+
+
+def count_blind(data: ScoreData, tokenizer: PreTrainedTokenizerBase) -> dict[str, dict[str, int]]:
+    """Count the examples of each split that the official scores cannot judge, and warn about them, even if quiet."""
+    blind = {split: official_blind(data.split(split), tokenizer.clean_up_tokenization) for split in SPLITS}
+    _warn_of_blind(blind, {split: len(data.split(split)) for split in SPLITS})
+    return blind
+
+
+def _warn_of_blind(blind: Mapping[str, Mapping[str, int]], totals: Mapping[str, int]) -> None:
+    for split, total in totals.items():
+        unscorable, unseen = blind[split]["unscorable"], blind[split]["mostly_unseen"]
+        parts: Sequence[str] = [
+            *([f"{unscorable} of {total} {split} rows score below 1 for their own true answer"] if unscorable else []),
+            *([f"it sees less than half of the words of {unseen} of {total} {split} rows"] if unseen else []),
+        ]
+        if parts:
+            log_line(
+                f"warning: the official scores do not measure some rows, because they only know English letters and "
+                f"depend on spacing: {'; '.join(parts)}. unicode_cells measure these rows, and the verdict uses those."
+            )
