@@ -29,14 +29,14 @@ from rich.console import Console
 from torch import Tensor
 
 from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
-from neko_lean.cache.teacher import hidden_states, keep
-from neko_lean.cache.writer import teacher_batches
+from neko_lean.cache.planning import teacher_batches
+from neko_lean.cache.teacher import hidden_states, top_k_entries
 from neko_lean.data.batching import pad
 from neko_lean.data.examples import EncodedExample, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.jsonio import write_jsonl
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.models.causal_lm import CausalLM
+from neko_lean.models.causal_lm import CausalLM, as_causal_lm
 from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.lm_head import CHUNK_ELEMENTS
 from neko_lean.models.loading import load_model, load_tokenizer, new_model
@@ -192,12 +192,12 @@ def speed(teacher: CausalLM, examples: list[EncodedExample], rounds: int = 5) ->
     """
     batches = teacher_batches(examples, 8192)
     before = peak_memory(CPU)["process"]
-    keep(teacher, batches[-1], 0, 64, 0.999)
+    top_k_entries(teacher, batches[-1], 0, 64, 0.999)
     grown = peak_memory(CPU)["process"] - before
     with LiveTensors() as backbone:
         hidden_states(teacher, batches[-1], 0)
     with LiveTensors() as live:
-        keep(teacher, batches[-1], 0, 64, 0.999)
+        top_k_entries(teacher, batches[-1], 0, 64, 0.999)
     ratios, bare_total, cached_total = [], 0.0, 0.0
     for _ in range(rounds):
         bare = cached = 0.0
@@ -205,7 +205,7 @@ def speed(teacher: CausalLM, examples: list[EncodedExample], rounds: int = 5) ->
             start = time.perf_counter()
             bare_forward(teacher, batch)
             middle = time.perf_counter()
-            keep(teacher, batch, 0, 64, 0.999)
+            top_k_entries(teacher, batch, 0, 64, 0.999)
             cached += time.perf_counter() - middle
             bare += middle - start
         ratios.append(bare / cached)

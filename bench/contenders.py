@@ -167,18 +167,20 @@ def lean(work: Path, passes: int, device: torch.device, offload: bool) -> dict[s
     }
 
 
-def two_models(work: Path, passes: int, device: torch.device, way: TwoModelBaseline) -> dict[str, Any]:
+def two_models(work: Path, passes: int, device: torch.device, baseline: TwoModelBaseline) -> dict[str, Any]:
     """Two models in memory: a first step with its update, then timed passes of forward + backward."""
-    student = load_model(work / "model", way.dtype, device).model.train()
-    teacher = load_model(work / "model", way.dtype, device).model.eval()
-    if way.checkpointing:
+    student = load_model(work / "model", baseline.dtype, device).model.train()
+    teacher = load_model(work / "model", baseline.dtype, device).model.eval()
+    if baseline.checkpointing:
         checkpoint_activations(student)
     examples = step_examples(work, device)
     optimizer = torch.optim.AdamW(student.parameters(), lr=5e-5)
 
     def one_pass(number: int) -> float:
         start = clock(device)
-        batches = [_padded([example.input_ids for example in split], way, device) for split in examples[number % STEPS]]
+        batches = [
+            _padded([example.input_ids for example in split], baseline, device) for split in examples[number % STEPS]
+        ]
         two_model_loss(student, teacher, *batches, 0.2).backward()
         return clock(device) - start
 

@@ -19,8 +19,8 @@ import torch
 from contenders import clock, prepare, step_batches, title
 from torch import nn
 
-from neko_lean.cache.teacher import keep
-from neko_lean.cache.writer import teacher_batches
+from neko_lean.cache.planning import teacher_batches
+from neko_lean.cache.teacher import top_k_entries
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.models.causal_lm import CausalLM
@@ -96,7 +96,7 @@ def teacher_pass(lm: CausalLM, work: Path, lume: Path) -> dict[str, Any]:
     for _ in range(2):
         start = clock(lm.device)
         for batch in batches:
-            keep(lm, batch, 1, 64, 0.999)
+            top_k_entries(lm, batch, 1, 64, 0.999)
         seconds = clock(lm.device) - start
     peak = torch.cuda.max_memory_allocated(lm.device)
     return {"tokens": tokens, "seconds": seconds, "tokens_per_second": tokens / seconds, "allocated": peak}

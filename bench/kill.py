@@ -55,7 +55,7 @@ def all_cases(root: Path) -> list[Case]:
         Case("cache-teacher, one or two ranks", by_command["cache-teacher"][0], ranks=(2, 2, 1)),
         Case("score with membership", by_command["score"][2]),
         Case("score, one or two ranks", by_command["score"][0], ranks=(2, 2, 1)),
-        Case("unlearn, neko, a cache of its own", by_command["unlearn"][3]),
+        Case("unlearn, neko, its own cache", by_command["unlearn"][3]),
         Case("unlearn, neko, two ranks", by_command["unlearn"][0], ranks=(2,)),
         Case("memorize, layerwise, chosen by quality", by_command["memorize"][2]),
     ]

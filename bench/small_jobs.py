@@ -24,7 +24,7 @@ from transformers.conversion_mapping import get_checkpoint_conversion_mapping
 from transformers.utils.logging import disable_progress_bar
 
 import neko_lean.demo.run as demo_module
-from neko_lean.cache import CacheOptions, cache_teacher, writer
+from neko_lean.cache import CacheOptions, cache_teacher, planning
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.demo import world as demo_world
 from neko_lean.demo.base_model import write_base
@@ -35,10 +35,9 @@ from neko_lean.models.loading import load_tokenizer, new_model
 from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe, reads_cache
 from neko_lean.report.page import report
-from neko_lean.runs import memorize, unlearn
+from neko_lean.runs import memorize, training_run, unlearn
 from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import score
-from neko_lean.training import loop
 from tests.helpers import flat
 
 # Keys whose values differ between runs that computed the same.
@@ -122,10 +121,9 @@ def make_small() -> None:
     disable_progress_bar()
     get_checkpoint_conversion_mapping("olmo")  # built once for all children
     gc.freeze()  # otherwise every run would traverse all imported objects
-    loop.predicted_peak = lambda *_: None  # a prediction takes twice as long as such a run
-    writer.SHARD_POSITIONS = 100
+    training_run.predicted_peak = lambda *_: None  # a prediction takes twice as long as such a run
+    planning.SHARD_POSITIONS = 100
     demo_module.MEMORIZE = {"retain_rows": 4, "max_steps": 2, "backward": "plain", "max_length": 64}
-    demo_module.VOCABULARY = 300
     demo_module.ScoreSettings = partial(ScoreSettings, max_new_tokens=2)
     base = demo_module.write_base
 

@@ -30,7 +30,7 @@ from rich.table import Table
 from small_jobs import COMMANDS, Job, fingerprint, jobs, make_small, make_world
 from trials import USER, WORK, Known, Trial
 
-from neko_lean.cache.check import inspect_cache
+from neko_lean.cache import inspect_cache
 
 MIXED = "two commands"
 BEFORE = ("nothing", "an output", "a user's file", "a user's folder", "a killed run", "a stranger in the work folder")

@@ -1,6 +1,8 @@
-"""Two processes for test_sharding.py: gradients of a student in shards beside plain autograd's, both in float64.
+"""Run by test_sharding.py under torchrun: compares the gradients of a sharded student with those of plain autograd.
 
-torchrun ... tests/sharded.py FOLDER    where FOLDER holds world and cache; prints JSON
+    torchrun ... tests/sharded.py FOLDER
+
+FOLDER contains world and cache. Prints the largest relative difference in float64 for each recipe, as JSON.
 """
 
 import json
@@ -26,74 +28,79 @@ from neko_lean.training.layers import decoder_layers
 from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 
-# Heads of 7 rows a rank and less: 355 rows of the vocabulary do not split evenly either.
+# Two ranks cannot divide these weights evenly: each has at most 7 rows of a head, and the vocabulary has 355 rows.
 SHAPE = {"hidden_size": 28, "intermediate_size": 30, "num_hidden_layers": 3, "num_attention_heads": 2}
 RECIPES = [
     ("neko", {}),
     ("npo", {}),
     ("dpo", {"substitute": "refusal"}),
     ("calibrated", {"level": 3.0}),
-    ("graddiff", {"micro_tokens": 10_000}),  # one micro-batch, which is cut in two
+    ("graddiff", {"micro_tokens": 10_000}),  # a single micro-batch, which is divided between the ranks
     ("neko", {"retain_objective": "none", "micro_tokens": 20}),
     ("mlp", {}),
 ]
+CPU = torch.device("cpu")
 
 
-def student(vocabulary: int, tied: bool):
+def random_student(vocab_size: int, tied: bool):
     torch.manual_seed(1)
-    config = LlamaConfig(vocab_size=vocabulary, tie_word_embeddings=tied, attn_implementation="eager", **SHAPE)
+    config = LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=tied, attn_implementation="eager", **SHAPE)
     return as_causal_lm(LlamaForCausalLM(config).double())
 
 
-def compare(root: Path, name: str, change: dict, tied: bool) -> float:
-    """The largest difference of a gradient, relative to the largest of its parameter."""
+def largest_difference(root: Path, recipe_name: str, overrides: dict, tied: bool) -> float:
+    """The largest difference of a gradient, relative to the largest gradient of the same parameter."""
     tokenizer = load_tokenizer(root / "world" / "base")
-    recipe = load_recipe(name, {"micro_tokens": 60, "format": "neko", **change})
-    forget, retain = (read_rows(root / "world", stem)[:count] for stem, count in (("forget", 3), ("retain", 4)))
-    sets = [encode(rows, tokenizer, "neko", 512) for rows in (forget, retain, refusals(forget))]
-    others = sets[2] if change.get("substitute") else []
+    recipe = load_recipe(recipe_name, {"micro_tokens": 60, "format": "neko", **overrides})
+    forget, retain = read_rows(root / "world", "forget")[:3], read_rows(root / "world", "retain")[:4]
+    substitutes = refusals(forget) if overrides.get("substitute") else []
+    if recipe.retain_objective == "none":
+        retain = []
+    forget, retain, substitutes = (encode(rows, tokenizer, "neko", 512) for rows in (forget, retain, substitutes))
     cache = TeacherCache(root / "cache")
-    given = (sets[0], sets[1] if recipe.retain_objective != "none" else [], cache, recipe, 0)
 
+    # A single process with plain autograd.
     with as_single_process():
-        plain = student(len(tokenizer), tied)
-        batch = make_batch(*given, torch.device("cpu"), others)
-        loss = batch_losses(select_hidden(plain, batch.micro), plain, batch, recipe)["loss"]
-        loss.backward()
-        wanted = {name: p.grad for name, p in plain.model.named_parameters()}
+        plain = random_student(len(tokenizer), tied)
+        batch = make_batch(forget, retain, cache, recipe, 0, CPU, substitutes)
+        plain_loss = batch_losses(select_hidden(plain, batch.micro), plain, batch, recipe)["loss"]
+        plain_loss.backward()
+        plain_gradients = {name: parameter.grad for name, parameter in plain.model.named_parameters()}
 
-    spread = student(len(tokenizer), tied)
-    layers = decoder_layers(spread)
-    shards = ShardedModel(spread, layers, torch.device("cpu"))
-    walk = LayerPass(spread, layers, shards=shards)
-    learning = dict(spread.model.named_parameters())
+    # The sharded student, layer by layer.
+    sharded = random_student(len(tokenizer), tied)
+    layers = decoder_layers(sharded)
+    layer_pass = LayerPass(sharded, layers, shards=ShardedModel(sharded, layers, CPU))
+    parameters = dict(sharded.model.named_parameters())
     worst = 0.0
-    for _ in range(2):  # the second time from what the first has left
-        batch = make_batch(*given, torch.device("cpu"), others)
-        same = batch_losses(walk.forward(batch.on_this_rank()[0]), spread, batch, recipe)["loss"]
-        same.backward()
-        walk.backward(lambda parameter: None)
-        worst = max(worst, abs(same.item() - loss.item()))
-        for name, parameter in learning.items():
-            got = parameter.grad.full_tensor()
-            worst = max(worst, ((got - wanted[name]).abs().max() / wanted[name].abs().max()).item())
+    for _ in range(2):  # the second pass must not depend on what the first one leaves behind
+        batch = make_batch(forget, retain, cache, recipe, 0, CPU, substitutes)
+        loss = batch_losses(layer_pass.forward(batch.on_this_rank()[0]), sharded, batch, recipe)["loss"]
+        loss.backward()
+        layer_pass.backward(lambda parameter: None)
+
+        worst = max(worst, abs(loss.item() - plain_loss.item()))
+        for name, parameter in parameters.items():
+            expected = plain_gradients[name]
+            difference = (parameter.grad.full_tensor() - expected).abs().max() / expected.abs().max()
+            worst = max(worst, difference.item())
             parameter.grad = None
     return worst
 
 
 @with_process_group()
 def main(root: Path) -> None:
-    found = {}
+    worst = {}
     for tied in (False, True):
-        for number, (name, change) in enumerate(RECIPES):
-            found[f"{number} {name}, {'tied' if tied else 'untied'}"] = max(
-                raise_on_any_rank(lambda n=name, c=change, t=tied: compare(root, n, c, t))
+        for number, (recipe_name, overrides) in enumerate(RECIPES):
+            worst[f"{number} {recipe_name}, {'tied' if tied else 'untied'}"] = max(
+                raise_on_any_rank(lambda n=recipe_name, o=overrides, t=tied: largest_difference(root, n, o, t))
             )
     if is_main_process():
-        print(json.dumps(found))
+        print(json.dumps(worst))
 
 
 if __name__ == "__main__":
     main(Path(sys.argv[1]))
     sys.stdout.flush()
-    os._exit(0)  # as neko_lean.cli.main ends, and for its reason
+    os._exit(0)  # for the reason given in neko_lean.cli.main

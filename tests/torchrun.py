@@ -53,10 +53,10 @@ def stop_rank_1_after(last_step: int) -> None:
 
 
 if __name__ == "__main__":
-    from neko_lean.cache import writer
+    from neko_lean.cache import planning
     from neko_lean.cli import main
 
-    writer.SHARD_POSITIONS = 400
+    planning.SHARD_POSITIONS = 400
     if "STOP_AT" in os.environ:
         stop_rank_1_after(int(os.environ["STOP_AT"]))
     main()

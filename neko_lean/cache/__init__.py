@@ -1,6 +1,7 @@
-"""The teacher cache: top-k log-probabilities of a frozen teacher over the retain set, in place of a second model."""
+"""The teacher cache: top-k probabilities of a frozen teacher, computed once, so that no second model is in memory."""
 
-from neko_lean.cache.check import check_cache, inspect_cache
+from neko_lean.cache.check import check_cache
+from neko_lean.cache.inspection import inspect_cache
 from neko_lean.cache.options import CacheOptions
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.writer import cache_teacher

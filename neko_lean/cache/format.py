@@ -1,8 +1,9 @@
-"""The cache's manifest and constants; FORMAT.md beside this file says what each field means."""
+"""The data structures and constants of the cache format, which FORMAT.md specifies."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, fields
+from collections.abc import Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 import numpy as np
@@ -11,25 +12,27 @@ from neko_lean.models import config_differences
 
 FORMAT_VERSION = 2
 
+READABLE_VERSIONS = (1, 2)  # version 1 has no `config`
 
-READABLE = (1, 2)  # format versions; 1 has no `config`
+SCALE = 2.0**15  # stored probabilities are p * SCALE, so that float16 holds p >= 1.9e-9 with 11 significant bits
 
-
-SCALE = 2.0**15  # stored probabilities are p * SCALE: float16 then holds p >= 1.9e-9 with 11 bits
-
-
-STORED = {"float16": "F16", "float32": "F32"}  # dtypes of scaled_p, and what safetensors calls them
-
+STORED_DTYPES = {"float16": "F16", "float32": "F32"}  # dtypes of scaled_p, and their names in safetensors
 
 TEACHER_DTYPES = ("float32", "bfloat16")
 
-
-_LISTED = {"shards": "shard", "forget_shards": "forget"}  # fields that list shards, and what the names begin with
+SHARD_KINDS = {"shards": "shard", "forget_shards": "forget"}  # manifest field -> prefix of its file names
 
 
 @dataclass(frozen=True)
 class Shard:
-    """One file of the cache; `rows` is [(id, positions, digest), ...] in the order in which they lie in it."""
+    """One file of the cache.
+
+    Attributes:
+        file: file name.
+        bytes: file size; 0 in a plan.
+        sha256: checksum of the file; empty in a plan.
+        rows: (id, number of positions, digest) of each example, in the order in which the file stores them.
+    """
 
     file: str
     bytes: int
@@ -43,7 +46,7 @@ class Shard:
 
 @dataclass(frozen=True)
 class Manifest:
-    """manifest.json, but for its checksum."""
+    """The content of manifest.json, except its checksum. FORMAT.md describes each field."""
 
     written_by: str
     model: str
@@ -64,18 +67,21 @@ class Manifest:
     mean_mass: float
     shards: list[Shard] = field(default_factory=list)
     forget_shards: list[Shard] = field(default_factory=list)
-    config: dict[str, Any] | None = None  # identity.model_config of the teacher; None: format version 1
+    config: dict[str, Any] | None = None  # None in format version 1
     format_version: int = FORMAT_VERSION
 
     @property
+    def all_shards(self) -> list[Shard]:
+        return [*self.shards, *self.forget_shards]
+
+    @property
     def is_plan(self) -> bool:
-        """Whether the shards are still to be written: no byte, checksum or total is known yet."""
-        shards = [*self.shards, *self.forget_shards]
-        return not (self.entries or self.mean_mass or any(shard.bytes or shard.sha256 for shard in shards))
+        """Whether the shards have not been written yet: all sizes, checksums and totals are 0 or empty."""
+        return not (self.entries or self.mean_mass or any(shard.bytes or shard.sha256 for shard in self.all_shards))
 
 
 def shard_name(kind: str, number: int, count: int) -> str:
-    """shard-00000-of-0000N.safetensors, or forget-..."""
+    """File name of a shard, such as shard-00000-of-00003.safetensors. `kind` is a value of SHARD_KINDS."""
     return f"{kind}-{number:05d}-of-{count:05d}.safetensors"
 
 
@@ -84,13 +90,30 @@ def id_dtype(vocab_size: int) -> type[np.generic]:
     return np.uint16 if vocab_size <= 65536 else np.int32
 
 
-def differences(old: Manifest, new: Manifest) -> list[str]:
-    """Names of the fields in which two manifests differ; of the teacher's config, its keys with both values.
+def without_results(manifest: Manifest) -> Manifest:
+    """The plan that a complete manifest was made from."""
 
-    What format version 1 does not say is not compared.
+    def planned(shards: Sequence[Shard]) -> list[Shard]:
+        return [replace(shard, bytes=0, sha256="") for shard in shards]
+
+    return replace(
+        manifest,
+        entries=0,
+        mean_mass=0.0,
+        shards=planned(manifest.shards),
+        forget_shards=planned(manifest.forget_shards),
+    )
+
+
+def differences(old: Manifest, new: Manifest) -> list[str]:
+    """Compare two manifests.
+
+    Returns:
+        The names of the fields that differ. Keys of the teacher's config are listed one by one, with both values. The
+        config is skipped if one of the manifests has format version 1, which does not record it.
     """
-    names = [f.name for f in fields(Manifest) if f.name not in ("config", "format_version")]
-    found = [name for name in names if getattr(old, name) != getattr(new, name)]
+    names = [item.name for item in fields(Manifest) if item.name not in ("config", "format_version")]
+    changed = [name for name in names if getattr(old, name) != getattr(new, name)]
     if old.config is not None and new.config is not None:
-        found += config_differences(old.config, new.config)
-    return found
+        changed += config_differences(old.config, new.config)
+    return changed

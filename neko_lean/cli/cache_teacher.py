@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -13,22 +13,27 @@ from neko_lean.distributed import is_main_process
 from neko_lean.options import OutputOptions
 from neko_lean.terminal import print_lines
 
+if TYPE_CHECKING:
+    from neko_lean.cache.format import Manifest
+
 
 @command
 def cache_teacher(
     model: Model,
-    retain: Annotated[Path, typer.Argument(help="Parquet, jsonl or csv file, or a folder that holds retain.*.")],
+    retain: Annotated[Path, typer.Argument(help="Parquet, jsonl or csv file, or a folder with retain.*.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     cache: CacheOptions,
     run: OutputOptions,
     forget: Annotated[
-        Path | None, typer.Option(help="Forget set, for recipes that compare with the teacher on it: npo, dpo, undial.")
+        Path | None, typer.Option(help="Forget set, for recipes that need the teacher on it: npo, dpo, undial.")
     ] = None,
     anchor: Annotated[
-        Path | None, typer.Option(help="Unseen documents (jsonl: document, optionally task) to preserve as well.")
+        Path | None,
+        typer.Option(help="Documents that the model has never seen: jsonl with document and, optionally, task."),
     ] = None,
     check: Annotated[
-        int, typer.Option(min=0, metavar="N", help="Recompute N examples and fail unless the cache agrees.")
+        int,
+        typer.Option(min=0, metavar="N", help="Compare N examples with the live teacher; fail if they differ."),
     ] = 0,
     revision: Revision = None,
     json: Json = False,
@@ -44,20 +49,30 @@ def cache_teacher(
     manifest = write_cache(name, retain, out, forget=forget, anchor=anchor, cache=cache, run=run)
     if not is_main_process():
         return
-    checked = check_cache(out, name, retain, check, device=run.device) if check else None
+    comparison = check_cache(out, name, retain, check, device=run.device) if check else None
     if json:
-        emit({"cache": str(out), **inspect_cache(out), "check": checked})
+        emit({"cache": str(out), **inspect_cache(out), "check": comparison})
     elif not run.quiet:
-        size = sum(shard.bytes for shard in manifest.shards)
-        print_lines(
-            f"{out}: {manifest.rows} rows, {manifest.positions} positions, "
-            f"{(size + sum(shard.bytes for shard in manifest.forget_shards)) / 1e6:.1f} MB "
-            f"({size / manifest.positions:.1f} bytes per token, {manifest.entries / manifest.positions:.1f} entries); "
-            f"mean mass in the entries: {manifest.mean_mass:.4f}"
-        )
-        if checked:
-            print_lines(
-                f"check: {checked['rows']} rows recomputed; KL of cache to teacher {checked['kl_mean']:.1e} nats per "
-                f"position (largest {checked['kl_max']:.1e}); captured mass {checked['mass_mean']:.4f} "
-                f"(1st percentile {checked['mass_1st_percentile']:.4f})"
-            )
+        print_lines(_summary(out, manifest))
+        if comparison:
+            print_lines(_comparison_line(comparison))
+
+
+def _summary(out: Path, manifest: Manifest) -> str:
+    """One line with the size of a cache."""
+    retain_bytes = sum(shard.bytes for shard in manifest.shards)
+    all_bytes = sum(shard.bytes for shard in manifest.all_shards)
+    return (
+        f"{out}: {manifest.rows} rows, {manifest.positions} positions, {all_bytes / 1e6:.1f} MB "
+        f"({retain_bytes / manifest.positions:.1f} bytes and {manifest.entries / manifest.positions:.1f} entries per "
+        f"position); mean mass in the entries: {manifest.mean_mass:.4f}"
+    )
+
+
+def _comparison_line(comparison: dict[str, float]) -> str:
+    """One line with the result of `check_cache`."""
+    return (
+        f"check: {comparison['rows']} rows compared with the live teacher; KL from cache to teacher "
+        f"{comparison['kl_mean']:.1e} nats per position (maximum {comparison['kl_max']:.1e}); mass in the entries "
+        f"{comparison['mass_mean']:.4f} (1st percentile {comparison['mass_1st_percentile']:.4f})"
+    )

@@ -1,4 +1,4 @@
-"""A cache with right checksums that breaks an invariant of FORMAT.md is refused by `inspect --verify` and `unlearn`."""
+"""Caches with right checksums that break a rule of FORMAT.md: refused by `inspect --verify` and by `unlearn`."""
 
 import json
 import shutil
@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 from typer.testing import CliRunner
 
-from neko_lean.cache import writer
-from neko_lean.cache.check import check_cache, inspect_cache
+from neko_lean.cache import planning
+from neko_lean.cache.check import check_cache
+from neko_lean.cache.inspection import inspect_cache
 from neko_lean.cache.manifest import read_manifest
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cli import app
@@ -42,11 +43,11 @@ def good(world, model, anchor, tmp_path_factory):
     """A cache of several shards with forget rows and an anchor."""
     folder = tmp_path_factory.mktemp("good") / "cache"
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(writer, "SHARD_POSITIONS", 200)
+        patch.setattr(planning, "SHARD_POSITIONS", 200)
         options = {"forget": world, "anchor": anchor, "top_k": 8, "dtype": "float32"}
         make_cache(model, world, folder, batch_tokens=256, **options)
-    made = read_manifest(folder / "manifest.json")
-    assert len(made.shards) > 2 and len(made.forget_shards) > 2
+    manifest = read_manifest(folder / "manifest.json")
+    assert len(manifest.shards) > 2 and len(manifest.forget_shards) > 2
     return folder
 
 
@@ -73,7 +74,7 @@ def with_manifest(folder, change):
 
 
 def put(name, index, value):
-    """A change of one number of a tensor."""
+    """A change that replaces some numbers of a tensor."""
 
     def change(tensors):
         tensors[name][index] = value
@@ -82,7 +83,7 @@ def put(name, index, value):
 
 
 def remade(name, make):
-    """A change of a whole tensor."""
+    """A change that replaces a whole tensor."""
 
     def change(tensors):
         tensors[name] = make(tensors[name])
@@ -91,7 +92,7 @@ def remade(name, make):
 
 
 def nothing_inside(tail):
-    """No probability in any entry, and all of it, or what is given, outside."""
+    """A change that sets every entry to 0 and every tail to `tail`."""
 
     def change(tensors):
         tensors["scaled_p"][:] = 0
@@ -105,7 +106,7 @@ def zero_at_the_end(tensors):
 
 
 def zero_and_no_tail(tensors):
-    """All probability in the first entry, the others 0: with an empty tail that sums to 1."""
+    """Put all probability into the first entry, so that it sums to 1 with an empty tail."""
     starts = tensors["offsets"][:-1]
     tensors["scaled_p"][:] = 0
     tensors["scaled_p"][starts] = 2**15
@@ -113,7 +114,7 @@ def zero_and_no_tail(tensors):
 
 
 def little_inside(tensors):
-    """Of a mass of 0.001 the entries hold five times as much: less than the absolute tolerance would find."""
+    """Entries that sum to 0.005 instead of 0.001, which an absolute tolerance alone would not notice."""
     sizes = np.diff(tensors["offsets"])
     tensors["scaled_p"][:] = np.repeat(0.005 / sizes * 2**15, sizes)
     tensors["tail_logp"][:] = np.log(1 - 0.001)
@@ -162,7 +163,7 @@ FORGET = {
 
 
 def at(*path, to=None):
-    """A change of one value of the manifest, with the path to it; `to` may be a function of what is there."""
+    """A change that replaces the value at a path in the manifest. `to` may be a function of the old value."""
 
     def change(manifest):
         inner = manifest
@@ -174,10 +175,10 @@ def at(*path, to=None):
 
 
 def row_in_two_shards(manifest):
-    one, two = manifest["shards"][:2]
-    moved = two["rows"][0][1] - one["rows"][0][1]
-    two["rows"][0] = one["rows"][0]
-    manifest["positions"] -= moved
+    first_shard, second_shard = manifest["shards"][:2]
+    added = first_shard["rows"][0][1] - second_shard["rows"][0][1]
+    second_shard["rows"][0] = first_shard["rows"][0]
+    manifest["positions"] += added
 
 
 MANIFEST = {
@@ -227,10 +228,10 @@ def refused(world, model, anchor, tmp_path):
         inputs += ("--anchor", anchor) if recipe == "calibrated" else ()
         commands = [("inspect", cache, "--verify")] if inspect else []
         for command in [*commands, ("unlearn", model, *inputs, "--out", tmp_path / "out", *ALL_ROWS)]:
-            found = CliRunner().invoke(app, [str(one) for one in (*command, "--quiet")])
-            assert found.exit_code == 2, (found.output, found.exception)
-            errors = [line for line in found.stderr.splitlines() if not line.startswith("warning: ")]
-            assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], found.stderr
+            result = CliRunner().invoke(app, [str(argument) for argument in (*command, "--quiet")])
+            assert result.exit_code == 2, (result.output, result.exception)
+            errors = [line for line in result.stderr.splitlines() if not line.startswith("warning: ")]
+            assert len(errors) == 1 and errors[0].startswith("error: ") and words in errors[0], result.stderr
             assert [path.name for path in tmp_path.iterdir()] == ["cache"]
 
     return check
@@ -262,31 +263,31 @@ def test_manifest(cache, refused, name):
     refused(cache, words)
 
 
-def test_a_vocabulary_that_is_not_the_models(world, model, cache, refused):
+def test_another_vocabulary_size_than_the_models(world, model, cache, refused):
     with_manifest(cache, at("vocab_size", to=lambda size: size + 1))
     refused(cache, "tokens in its vocabulary", inspect=False)
     with pytest.raises(CacheError, match="tokens in its vocabulary"):
         check_cache(cache, model, world, 1)
 
 
-def test_a_top_k_below_what_is_stored(cache, refused):
+def test_a_top_k_below_the_stored_number_of_entries(cache, refused):
     with_manifest(cache, lambda manifest: manifest.update(top_k=7, entries=manifest["positions"]))
     refused(cache, "entries, top_k is 7")
 
 
-def test_totals_and_strangers_are_found_by_verify(cache):
+def test_verify_finds_wrong_totals_and_other_files(cache):
     with_manifest(cache, at("mean_mass", to=lambda mass: mass / 2))
     with pytest.raises(CacheError, match="mean_mass"):
         TeacherCache(cache).verify()
     with_manifest(cache, at("mean_mass", to=lambda mass: mass * 2))
     TeacherCache(cache).verify()
     (cache / "plan.json").touch()
-    with pytest.raises(CacheError, match=r"holds 'plan\.json', which is no part"):
+    with pytest.raises(CacheError, match=r"holds 'plan\.json', which is not part"):
         inspect_cache(cache, verify=True)
 
 
-def test_an_anchor_of_single_tokens_has_no_losses(world, model, tmp_path):
-    """Its documents are in the cache, but no token of them has a predecessor."""
+def test_anchor_documents_of_single_tokens_have_no_losses(world, model, tmp_path):
+    """The documents are in the cache, but none of their tokens has a predecessor."""
     file = tmp_path / "anchor.jsonl"
     known = [token.removeprefix("\u0120") for token in load_tokenizer(model).get_vocab() if token.startswith("\u0120")]
     write_jsonl(file, [{"document": word} for word in sorted(word for word in known if word.isalpha())[:2]])
@@ -295,13 +296,13 @@ def test_an_anchor_of_single_tokens_has_no_losses(world, model, tmp_path):
     TeacherCache(cached).verify()
     command = ["unlearn", model, "--forget", world, "--retain", world, "--cache", cached, "--anchor", file]
     command += ["--recipe", "calibrated", "--out", tmp_path / "out", "--quiet", *ALL_ROWS]
-    found = CliRunner().invoke(app, list(map(str, command)))
-    assert found.exit_code == 2 and "no document of the anchor has two tokens" in found.stderr, found.output
+    result = CliRunner().invoke(app, list(map(str, command)))
+    assert result.exit_code == 2 and "no document of the anchor has two tokens" in result.stderr, result.output
     assert sorted(path.name for path in tmp_path.iterdir()) == ["anchor.jsonl", "cache"]
 
 
 def test_a_cache_of_version_1_is_read_with_a_warning(world, model, cache, capsys):
-    """It lacks `config`, and some of its probabilities underflowed to 0."""
+    """It has no `config`, and some of its probabilities underflowed to 0."""
     with_tensors(cache, "shard", into_the_tail)
     mass = 1 - np.mean(
         [tail for tensors in map(load_file, cache.glob("shard-*")) for tail in np.exp(tensors["tail_logp"])]
@@ -319,7 +320,7 @@ def test_a_cache_of_version_1_is_read_with_a_warning(world, model, cache, capsys
 
 
 def into_the_tail(tensors):
-    """The probability of each position's last entry becomes part of the tail's, and the entry is 0."""
+    """Move the probability of each position's last entry to the tail."""
     last = tensors["offsets"][1:] - 1
     moved = tensors["scaled_p"][last].astype(np.float64) / 2**15
     tensors["tail_logp"][:] = np.log(np.exp(tensors["tail_logp"].astype(np.float64)) + moved)
@@ -327,18 +328,18 @@ def into_the_tail(tensors):
 
 
 @pytest.mark.parametrize("stored", ["float16", "float32"])
-def test_what_underflows_belongs_to_the_tail(world, model, tmp_path, stored):
-    """Every token asked for: those whose probability is 0 as stored are left out, and the KL is that of all of them."""
+def test_tokens_that_underflow_belong_to_the_tail(world, model, tmp_path, stored):
+    """With top_k = V, tokens that underflow are not stored, and the KL still matches that over all tokens."""
     lm = load_model(model, torch.float32, torch.device("cpu"))
     with torch.no_grad():
         lm.head.mul_(40)
     lm.model.save_pretrained(tmp_path / "sure")
     load_tokenizer(model).save_pretrained(tmp_path / "sure")
     vocabulary = len(lm.head)
-    made = make_cache(
+    manifest = make_cache(
         tmp_path / "sure", world, tmp_path / "cache", top_k=vocabulary, mass=1, dtype="float32", stored_dtype=stored,
     )  # fmt: skip
-    assert made.positions < made.entries < made.positions * vocabulary
+    assert manifest.positions < manifest.entries < manifest.positions * vocabulary
     cache = TeacherCache(tmp_path / "cache")
     cache.verify()
     assert all((p > 0).all() for _, _, p, _ in cache.sweep())
@@ -346,29 +347,30 @@ def test_what_underflows_belongs_to_the_tail(world, model, tmp_path, stored):
     teacher = load_model(tmp_path / "sure", torch.float32, torch.device("cpu"))
     rows = encode(read_rows(world, "retain"), load_tokenizer(model), "plain", 512)
     rng = torch.Generator().manual_seed(0)
-    for one in rows[:6]:
+    for example in rows[:6]:
         with torch.no_grad():
-            hidden = teacher.hidden(torch.tensor([one.input_ids]))[0].double()
+            hidden = teacher.hidden(torch.tensor([example.input_ids]))[0].double()
         logp = (hidden @ teacher.head.detach().double().T).log_softmax(1)
         moved = hidden + 0.05 * torch.randn(hidden.shape, generator=rng).double()
         moved.requires_grad_()
         logq = (moved @ teacher.head.detach().double().T).log_softmax(1)
         dense = (logp.exp() * (logp - logq)).sum(1)
-        (wanted,) = torch.autograd.grad(dense.sum(), moved)
-        nothing = torch.full((len(one),), -1)
-        kl = token_stats(moved, teacher.head.detach().double(), nothing, *cache.read([one]))[1]
-        (found,) = torch.autograd.grad(kl.sum(), moved)
+        (expected,) = torch.autograd.grad(dense.sum(), moved)
+        nothing = torch.full((len(example),), -1)
+        kl = token_stats(moved, teacher.head.detach().double(), nothing, *cache.read([example]))[1]
+        (result,) = torch.autograd.grad(kl.sum(), moved)
         torch.testing.assert_close(kl, dense, rtol=2e-3, atol=1e-3)
-        assert torch.nn.functional.cosine_similarity(found.flatten(), wanted.flatten(), dim=0) > 0.999
+        assert torch.nn.functional.cosine_similarity(result.flatten(), expected.flatten(), dim=0) > 0.999
 
 
 NUMBERS = [0, 1, -1, 2, 7, 2**15, 60000, 2**31, 2**62, 1e-9, -1e-9, -3.5, float("nan"), float("inf"), -float("inf")]
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
-def test_changed_numbers_never_make_a_loss_that_is_not_finite(good, world, model, anchor, tmp_path_factory, data):
-    """Either a CacheError, or a finite KL and finite log-probabilities for every row."""
+def test_changed_numbers_never_cause_a_non_finite_loss(good, world, model, anchor, tmp_path_factory, data):
+    """Reading raises CacheError, or every example has a finite KL and finite log-probabilities."""
     folder = shutil.copytree(good, tmp_path_factory.mktemp("fuzz") / "cache")
     kind = data.draw(st.sampled_from(["shard", "forget"]))
 
@@ -392,7 +394,7 @@ def test_changed_numbers_never_make_a_loss_that_is_not_finite(good, world, model
 
 
 def read_all(folder, world, model, anchor):
-    """Read every row as a step does; whatever comes back makes finite losses."""
+    """Read every example as a training step does, and check that the losses are finite."""
     cache = TeacherCache(folder)
     tokenizer = load_tokenizer(model)
     retain, forget = (encode(read_rows(world, name), tokenizer, "plain", 512) for name in ("retain", "forget"))
@@ -405,9 +407,9 @@ def read_all(folder, world, model, anchor):
     kl = token_stats(hidden, weight, torch.full((len(tail),), -1), ids, logp, tail)[1]
     (grad,) = torch.autograd.grad(kl.sum(), hidden)
     assert kl.isfinite().all() and grad.isfinite().all() and (kl > -1e-3).all()
-    assert all(np.isfinite(cache.target_logp(one)).all() for one in [*forget, *documents])
+    assert all(np.isfinite(cache.target_logp(example)).all() for example in [*forget, *documents])
 
 
-def test_the_untouched_cache_passes(good, world, model, anchor):
+def test_an_unchanged_cache_is_accepted(good, world, model, anchor):
     read_all(good, world, model, anchor)
     TeacherCache(good).verify()

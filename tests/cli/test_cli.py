@@ -106,11 +106,13 @@ def test_every_command_is_quiet_or_gives_one_object_where_asked(model):
 def test_inspect_and_check(world, model, tmp_path):
     check = ("--forget", world, "--check", 5)
     cached = call("cache-teacher", model, world, "--out", tmp_path / "cache", *check)
-    assert cached.exit_code == 0 and re.search(r"check: \d+ rows live; KL of cache to teacher", cached.stdout)
+    assert cached.exit_code == 0 and re.search(
+        r"check: \d+ rows compared with the live teacher; KL from cache to teacher", cached.stdout
+    )
     again = call("cache-teacher", model, world, "--out", tmp_path / "cache", *check, "--resume", "--json")
     assert json.loads(again.stdout)["check"]["rows"] >= 5
     shown = call("inspect", tmp_path / "cache", "--verify")
-    assert shown.exit_code == 0 and "every checksum" in shown.stdout and "entries a token" in shown.stdout
+    assert shown.exit_code == 0 and "every checksum" in shown.stdout and "entries per position" in shown.stdout
     about = json.loads(call("inspect", tmp_path / "cache", "--json").stdout)
     assert about["rows"] == 36 + 24 and about["forget_shards"][0]["rows"] == 48
     assert call("inspect", tmp_path / "cache", "--quiet").output == ""
@@ -155,7 +157,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world, model, cache, tmp_path
         (("cache-teacher", model, world, *out, "--top-k", 0), "top_k"),
         (("cache-teacher", model, world, *out, "--mass", 0), "mass"),
         (("cache-teacher", model, world, "--out", tmp_path / "full"), "--overwrite"),
-        (("inspect", tmp_path / "full"), "no complete"),
+        (("inspect", tmp_path / "full"), "not a complete"),
         (("unlearn", model, *data, "--cache", tmp_path / "none", *out), "none does not exist"),
         (("unlearn", model, "--forget", world, "--retain", tmp_path / "bad", "--cache", cache, *neko), "lacks row"),
         (("unlearn", model, *data, "--cache", cache, *out), "--format plain"),

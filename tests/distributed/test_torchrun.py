@@ -6,14 +6,12 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from neko_lean.cache import writer
-from neko_lean.cache.options import CacheOptions
-from neko_lean.cache.writer import cache_teacher
+from neko_lean.cache import planning, records
 from neko_lean.cli import app
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.devices import pick_device
-from neko_lean.options import OutputOptions
 from neko_lean.outputs.signing import file_sha256
+from tests.helpers import make_cache
 from tests.torchrun import set_rank, torchrun
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
@@ -25,9 +23,8 @@ def checksums(folder: Path) -> dict[str, str]:
 
 @pytest.mark.slow
 def test_two_ranks_write_the_same_cache_as_one_process(world, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "SHARD_POSITIONS", 400)
-    settings, options = CacheOptions(batch_tokens=300), OutputOptions(quiet=True)
-    cache_teacher(model, world, tmp_path / "one", forget=world, settings=settings, options=options)
+    monkeypatch.setattr(planning, "SHARD_POSITIONS", 400)
+    make_cache(model, world, tmp_path / "one", forget=world, batch_tokens=300)
     result = torchrun(
         "cache-teacher", model, world, "--forget", world, "--batch-tokens", 300, "--out", tmp_path / "two", "--json"
     )
@@ -40,19 +37,19 @@ def test_two_ranks_write_the_same_cache_as_one_process(world, model, tmp_path, m
 
 @pytest.mark.slow
 def test_two_ranks_resume_a_cache_that_one_process_began(world, model, tmp_path, monkeypatch):
-    monkeypatch.setattr(writer, "SHARD_POSITIONS", 400)
-    settings, options = CacheOptions(batch_tokens=300), OutputOptions(quiet=True)
-    cache_teacher(model, world, tmp_path / "one", settings=settings, options=options)
-    write_atomically = writer.write_atomically
+    monkeypatch.setattr(planning, "SHARD_POSITIONS", 400)
+    options = {"batch_tokens": 300, "quiet": True}
+    make_cache(model, world, tmp_path / "one", **options)
+    write_atomically = records.write_atomically
 
     def run_out_of_space(path, data):
         if path.name.startswith("shard-00001-"):
             raise OSError(28, "No space left on device")
         write_atomically(path, data)
 
-    monkeypatch.setattr(writer, "write_atomically", run_out_of_space)
+    monkeypatch.setattr(records, "write_atomically", run_out_of_space)
     with pytest.raises(NekoLeanError, match="No space left"):
-        cache_teacher(model, world, tmp_path / "two", settings=settings, options=options)
+        make_cache(model, world, tmp_path / "two", **options)
     result = torchrun("cache-teacher", model, world, "--batch-tokens", 300, "--out", tmp_path / "two", "--resume")
     assert result.returncode == 0, result.stderr
     assert checksums(tmp_path / "two") == checksums(tmp_path / "one")
@@ -72,5 +69,5 @@ def test_single_process_features_refuse_torchrun(tmp_path, monkeypatch):
     set_rank(monkeypatch, 0, world_size=2)
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and "run it without torchrun" in result.stderr
-    with pytest.raises(NekoLeanError, match="a GPU of its own"):
+    with pytest.raises(NekoLeanError, match="each rank uses its own GPU; pass --device cuda, not cuda:1"):
         pick_device("cuda:1")

@@ -59,27 +59,45 @@ def test_loss_and_gradients_equal_the_dense_ones_if_k_is_v(chunk):
     torch.testing.assert_close((*stats, *actual), (*reference, *expected), rtol=1e-10, atol=1e-12)
 
 
-@pytest.mark.parametrize("softcap", [None, 2.0])
-@pytest.mark.parametrize("scale", [1.0, 0.3])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("k", [2, V])
-def test_bias_scale_and_soft_cap_with_gradients(bias, scale, softcap, k):
+def transformed_problem(bias, scale, softcap, k):
+    """Leaves (hidden, weight and any bias), their logit transform, and token_stats as a function of the leaves."""
     hidden, weight, target, teacher = problem(2)
     transform = LogitTransform(torch.randn(V, dtype=torch.float64).requires_grad_() if bias else None, scale, softcap)
-    leaves = (hidden, weight, transform.bias)[: 3 if bias else 2]
 
     def stats(hidden, weight, bias=None):
         transform = LogitTransform(bias, scale, softcap)
         return token_stats(hidden, weight, target, *top_k(teacher, k), transform=transform, chunk=5)
 
+    return (hidden, weight, transform.bias)[: 3 if bias else 2], transform, stats
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("k", [2, V])
+def test_gradient_through_bias_scale_and_soft_cap_by_finite_differences(bias, scale, softcap, k):
+    leaves, _, stats = transformed_problem(bias, scale, softcap, k)
     assert torch.autograd.gradcheck(stats, leaves)
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+@pytest.mark.parametrize("scale", [1.0, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("k", [2, V])
+def test_bias_scale_and_soft_cap_equal_the_dense_ones(bias, scale, softcap, k):
+    leaves, transform, stats = transformed_problem(bias, scale, softcap, k)
+    hidden, weight = leaves[:2]
+    _, _, target, teacher = problem(2)
     expected_logp, expected_kl = dense(hidden, weight, target, teacher, transform)
     logp, kl = stats(*leaves)
     torch.testing.assert_close(logp, expected_logp, rtol=1e-10, atol=1e-12)
-    torch.testing.assert_close(prediction_stats(hidden, weight, target.clamp(min=0), transform).logp[target >= 0],
-                               expected_logp[target >= 0].detach(), rtol=1e-10, atol=1e-12)  # fmt: skip
+    predictions = prediction_stats(hidden, weight, target.clamp(min=0), transform)
+    is_target = target >= 0
+    torch.testing.assert_close(predictions.logp[is_target], expected_logp[is_target].detach(), rtol=1e-10, atol=1e-12)
     if k < V:
         return
+
     torch.testing.assert_close(kl, expected_kl, rtol=1e-10, atol=1e-12)
     upstream = torch.randn(2, N, dtype=torch.float64)
     expected = torch.autograd.grad((torch.stack([expected_logp, expected_kl]) * upstream).sum(), leaves)

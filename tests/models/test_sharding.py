@@ -24,6 +24,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@pytest.mark.slow
 def test_gradients_are_those_of_plain_autograd(world, model, tmp_path):
     """For two-term losses, several micro-batches per rank, uneven shards, and tied and untied heads."""
     (tmp_path / "world").symlink_to(world)

@@ -1,0 +1,170 @@
+"""Plan a cache before the teacher runs: which examples it contains, and which shard stores each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from neko_lean.cache.format import STORED_DTYPES, Shard, shard_name
+from neko_lean.cache.options import CacheOptions
+from neko_lean.data import (
+    FORMATS,
+    EncodedExample,
+    Example,
+    encode,
+    length_batches,
+    read_anchor,
+    read_rows,
+    refusals,
+)
+from neko_lean.errors import NekoLeanError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ExampleBatch = list[EncodedExample]
+
+SHARD_POSITIONS = 2**16  # positions in a shard before the next one begins: 17 MB at 64 entries per position
+
+
+def validate_options(options: CacheOptions) -> None:
+    """Raise NekoLeanError if an option has an impossible value."""
+    for name in ("top_k", "max_length", "batch_tokens"):
+        if getattr(options, name) < 1:
+            raise NekoLeanError(f"{name} must be at least 1, got {getattr(options, name)}.")
+    if not 0 < options.mass <= 1:
+        raise NekoLeanError(f"mass must be > 0 and <= 1, got {options.mass}.")
+    if options.stored_dtype not in STORED_DTYPES:
+        raise NekoLeanError(f"stored_dtype {options.stored_dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
+    if options.format not in FORMATS:
+        raise NekoLeanError(f"format {options.format!r} is not one of {', '.join(FORMATS)}.")
+
+
+@dataclass(frozen=True)
+class CacheData:
+    """The data sets that a cache is made of."""
+
+    retain: list[Example]
+    anchor: list[Example]
+    forget: list[Example]
+
+
+def read_cache_data(retain: str | Path, forget: str | Path | None, anchor: str | Path | None) -> CacheData:
+    """Read the data files that `cache_teacher` is given. Raises NekoLeanError for a bad file."""
+    return CacheData(
+        retain=read_rows(retain, "retain"),
+        anchor=read_anchor(anchor) if anchor is not None else [],
+        forget=read_rows(forget, "forget") if forget is not None else [],
+    )
+
+
+@dataclass(frozen=True)
+class CacheExamples:
+    """The tokenized examples of a cache, each at most once per list.
+
+    Attributes:
+        top_k: examples whose top-k probabilities are stored, in retain shards.
+        targets: examples whose tokens' log-probabilities are stored, in forget shards.
+    """
+
+    top_k: list[EncodedExample]
+    targets: list[EncodedExample]
+
+    @property
+    def all(self) -> list[EncodedExample]:
+        return [*self.top_k, *self.targets]
+
+
+def encode_cache_data(
+    data: CacheData, tokenizer: PreTrainedTokenizerBase, style: str, max_length: int
+) -> CacheExamples:
+    """Tokenize the data sets, and each forget example with a refusal as its answer.
+
+    Args:
+        data: the data sets.
+        tokenizer: the teacher's tokenizer.
+        style: prompt format, which does not apply to anchor documents.
+        max_length: number of tokens that examples are truncated to.
+    """
+    retain = encode(data.retain, tokenizer, style, max_length)
+    anchor = encode(data.anchor, tokenizer, "plain", max_length)
+    forget = encode(data.forget, tokenizer, style, max_length)
+    refused = encode(refusals(data.forget), tokenizer, style, max_length)
+    return CacheExamples(top_k=_distinct(retain + anchor + forget), targets=_distinct(forget + refused + anchor))
+
+
+def _distinct(examples: Sequence[EncodedExample]) -> list[EncodedExample]:
+    """Remove examples that have both id and text in common with another one."""
+    return list({(example.example.id, example.example.digest): example for example in examples}.values())
+
+
+@dataclass(frozen=True)
+class ShardJob:
+    """A shard to write, and the batches of examples that the teacher runs on for it."""
+
+    shard: Shard
+    batches: list[ExampleBatch]
+
+    @property
+    def num_tokens(self) -> int:
+        return sum(len(example) for batch in self.batches for example in batch)
+
+
+@dataclass(frozen=True)
+class ShardJobs:
+    """The shards of a cache: `top_k` are its retain shards and `targets` its forget shards."""
+
+    top_k: list[ShardJob]
+    targets: list[ShardJob]
+
+
+def plan_shards(examples: CacheExamples, batch_tokens: int) -> ShardJobs:
+    """Distribute the examples over shards. The result depends only on the arguments."""
+    return ShardJobs(
+        top_k=_plan_shards("shard", examples.top_k, batch_tokens, skipped_tokens=0),
+        # The first token of an example has no log-probability.
+        targets=_plan_shards("forget", examples.targets, batch_tokens, skipped_tokens=1),
+    )
+
+
+def _plan_shards(
+    kind: str, examples: Sequence[EncodedExample], batch_tokens: int, skipped_tokens: int
+) -> list[ShardJob]:
+    groups = _group_batches(teacher_batches(examples, batch_tokens))
+    jobs = []
+    for number, batches in enumerate(groups):
+        rows = [
+            (example.example.id, len(example) - skipped_tokens, example.example.digest)
+            for batch in batches
+            for example in batch
+        ]
+        name = shard_name(kind, number, len(groups))
+        jobs.append(ShardJob(Shard(name, bytes=0, sha256="", rows=rows), batches))
+    return jobs
+
+
+def teacher_batches(examples: Sequence[EncodedExample], batch_tokens: int) -> list[ExampleBatch]:
+    """Batches of examples of similar length, shortest first; the same on every run.
+
+    Args:
+        examples: tokenized examples.
+        batch_tokens: maximum number of positions in a batch, padding included.
+    """
+    lengths = [len(example) for example in examples]
+    batches = length_batches(lengths, max_rows=max(1, len(examples)), max_tokens=batch_tokens)
+    return [[examples[index] for index in batch] for batch in batches]
+
+
+def _group_batches(batches: Sequence[ExampleBatch]) -> list[list[ExampleBatch]]:
+    """Group consecutive batches until each group has at least SHARD_POSITIONS positions."""
+    groups: list[list[ExampleBatch]] = []
+    positions = 0
+    for batch in batches:
+        if not groups or positions >= SHARD_POSITIONS:
+            groups.append([])
+            positions = 0
+        groups[-1].append(batch)
+        positions += sum(map(len, batch))
+    return groups
