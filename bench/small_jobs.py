@@ -124,7 +124,6 @@ def make_small() -> None:
     training_run.predicted_peak = lambda *_: None  # a prediction takes twice as long as such a run
     planning.SHARD_POSITIONS = 100
     demo_module.MEMORIZE = {"retain_rows": 4, "max_steps": 2, "backward": "plain", "max_length": 64}
-    demo_module.VOCABULARY = 300
     demo_module.ScoreSettings = partial(ScoreSettings, max_new_tokens=2)
     base = demo_module.write_base
 

@@ -1,4 +1,4 @@
-"""Fixtures: a small world, a random model and its cache, made on the fly. No test needs the network."""
+"""Shared fixtures: a small data set, a random model and its teacher cache. No test needs the network."""
 
 import os
 from collections.abc import Callable
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
-# Two workers with two threads each share two cores: threads that wait must not spin.
+# Test workers share the cores, so waiting threads must not spin.
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
@@ -22,26 +22,30 @@ torch.set_num_threads(2)
 
 @pytest.fixture(autouse=True)
 def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The same warnings and dtypes on every CPU: it counts as one with bfloat16 instructions."""
+    """Treat every CPU as one with bfloat16 instructions, so that warnings and dtypes are the same everywhere."""
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
 
 
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
-    """For tests that compare with another process, which runs on the CPU: so does this one."""
+    """Hide the GPUs, for tests that compare this process with another one that runs on the CPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
 
 
 @pytest.fixture(scope="session")
 def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with forget.jsonl, retain.jsonl, mia/, and base/: config and tokenizer of a small OLMo."""
+    """A folder with forget.jsonl, retain.jsonl, mia/, and base/, the config and tokenizer of a small OLMo."""
     folder = tmp_path_factory.mktemp("world")
-    forget, retain, other = make_rows("Foo"), make_rows("Rix", 6), make_rows("Oth")
+    forget, retain, unseen = make_rows("Foo"), make_rows("Rix", 6), make_rows("Oth")
     write_rows(folder / "forget.jsonl", forget)
     write_rows(folder / "retain.jsonl", retain)
     (folder / "mia").mkdir()
-    for name, rows in (("member", forget), ("nonmember", other)):
-        documents = [{"id": r.id, "document": f"{r.input} {r.output}"} for r in rows if r.kind == "sc"]
+    for name, examples in (("member", forget), ("nonmember", unseen)):
+        documents = [
+            {"id": example.id, "document": f"{example.input} {example.output}"}
+            for example in examples
+            if example.kind == "sc"
+        ]
         write_jsonl(folder / "mia" / f"{name}.jsonl", documents)
     write_base(folder / "base", [*forget, *retain])
     return folder
@@ -49,13 +53,13 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def model(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A random model with the world's tokenizer."""
     return random_model(world, tmp_path_factory.mktemp("model"), scale=20.0)
 
 
 @pytest.fixture(scope="session")
 def cache(world: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The model's teacher cache over the world's retain rows, with the default settings in float32."""
-
+    """The model's teacher cache of the world's retain set, in float32 and the neko format."""
     out = tmp_path_factory.mktemp("cache")
     make_cache(model, world, out, dtype="float32", format="neko")
     return out
@@ -63,10 +67,10 @@ def cache(world: Path, model: Path, tmp_path_factory: pytest.TempPathFactory) ->
 
 @pytest.fixture
 def unlearn(world: Path, model: Path, cache: Path) -> Callable[..., Any]:
-    """`unlearn` of the world with recipe neko, in few words."""
+    """A function `unlearn(out, overrides, **kwargs)` that unlearns the world's forget set with the recipe neko."""
 
-    def run(out: Path, change: dict[str, Any] = SMALL, **options: Any) -> dict[str, Any]:
-        given = {"model": model, "cache": cache, "recipe": "neko", "overrides": change, "seed": 3, "quiet": True}
-        return flat(neko_lean.unlearn)(out=out, forget=world, retain=world, **{**given, **options})
+    def run(out: Path, overrides: dict[str, Any] = SMALL, **kwargs: Any) -> dict[str, Any]:
+        defaults = {"model": model, "cache": cache, "recipe": "neko", "overrides": overrides, "seed": 3, "quiet": True}
+        return flat(neko_lean.unlearn)(out=out, forget=world, retain=world, **{**defaults, **kwargs})
 
     return run

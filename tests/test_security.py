@@ -1,4 +1,4 @@
-"""What a checkpoint, a cache or a row cannot do: run code, lead to files elsewhere, use the network, or be quoted."""
+"""Security: no checkpoint, cache or data file can run code, read other files, use the network, or leak its texts."""
 
 import ast
 import json
@@ -34,6 +34,7 @@ PACKAGE = Path(neko_lean.__file__).parent
 MARKER = "Zanzibar"
 ELSEWHERE = ["../x", "a/../../x", "/etc/passwd", "..", ""]
 FORBIDDEN = {"subprocess", "pickle", "marshal", "shelve", "requests", "urllib", "socket"}
+# Runs the command line, and prints to stderr when anything tries to connect.
 NO_SOCKETS = """
 import socket, sys
 def refuse(*args, **kwargs):
@@ -50,13 +51,13 @@ def call(*args):
 
 
 def change(file, **values):
-    """Lay `values` over a JSON object in a file."""
+    """Change fields of the JSON object in a file."""
     file.write_text(json.dumps({**json.loads(file.read_text()), **values}))
 
 
 @pytest.fixture
 def copied(model, tmp_path):
-    """A checkpoint that a test may change, and weights beside it that it must not reach."""
+    """A copy of the model that a test may change; it must not read the weights `x` in the parent folder."""
     folder = shutil.copytree(model, tmp_path / "model")
     shutil.copy(folder / "model.safetensors", tmp_path / "x")
     return folder
@@ -64,36 +65,38 @@ def copied(model, tmp_path):
 
 @pytest.fixture
 def no_network(monkeypatch):
-    """Whatever would connect, or look a name up, fails and is listed."""
-    tried = []
+    """Make every connection and name lookup fail, and list the attempts."""
+    attempts = []
 
     def refuse(*args, **kwargs):
-        tried.append(args)
+        attempts.append(args)
         raise OSError("no network here")
 
     for name in ("connect", "connect_ex"):
         monkeypatch.setattr(socket.socket, name, refuse)
     for name in ("getaddrinfo", "create_connection"):
         monkeypatch.setattr(socket, name, refuse)
-    return tried
+    return attempts
 
 
-def test_nothing_in_the_package_runs_a_shell_unpickles_or_trusts_code():
+def test_the_package_never_runs_a_shell_unpickles_or_trusts_remote_code():
     for file in PACKAGE.rglob("*.py"):
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.Import | ast.ImportFrom):
-                names = [node.module or ""] if isinstance(node, ast.ImportFrom) else [one.name for one in node.names]
+                names = (
+                    [node.module or ""] if isinstance(node, ast.ImportFrom) else [alias.name for alias in node.names]
+                )
                 assert not {name.split(".")[0] for name in names} & FORBIDDEN, file
             if isinstance(node, ast.Call):
-                called = ast.unparse(node.func)
-                assert called not in ("eval", "exec", "os.system", "os.popen", "torch.load", "np.load"), file
+                function = ast.unparse(node.func)
+                assert function not in ("eval", "exec", "os.system", "os.popen", "torch.load", "np.load"), file
                 for keyword in node.keywords:
                     if keyword.arg in ("trust_remote_code", "shell"):
                         assert ast.unparse(keyword.value) == "False", file
-                assert not called.endswith("from_pretrained") or "local_files_only=True" in ast.unparse(node), file
+                assert not function.endswith("from_pretrained") or "local_files_only=True" in ast.unparse(node), file
 
 
-# What a checkpoint says of itself
+# Checkpoints
 
 
 def test_code_in_a_checkpoint_is_never_run(copied, tmp_path, world):
@@ -125,15 +128,15 @@ def test_code_on_the_hub_is_never_run(copied, no_network, key, nested):
 
 
 @pytest.mark.parametrize("name", [*ELSEWHERE, "part/model.safetensors", 7])
-def test_an_index_of_weights_names_files_of_its_folder(copied, name):
+def test_a_weight_index_cannot_name_files_outside_its_folder(copied, name):
     (copied / "model.safetensors").unlink()
     (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": name}}))
     with pytest.raises(NekoLeanError, match="not a file in its folder"):
         weight_files(copied)
 
 
-def test_weights_are_those_that_the_fingerprint_is_of(copied):
-    # An index beside the one file: transformers reads the file.
+def test_the_weights_that_are_loaded_are_those_that_are_fingerprinted(copied):
+    # If a folder contains both a single file and an index, transformers reads the file.
     (copied / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../x"}}))
     assert weight_files(copied) == [copied / "model.safetensors"]
     change(copied / "config.json", transformers_weights="../x")
@@ -147,7 +150,7 @@ def test_an_adapter_is_refused(copied):
         model_folder(copied)
 
 
-def test_a_tokenizers_files_are_in_its_folder(copied, tmp_path):
+def test_a_tokenizer_cannot_name_files_outside_its_folder(copied, tmp_path):
     shutil.move(copied / "tokenizer.json", tmp_path / "tokenizer.json")
     change(copied / "tokenizer_config.json", tokenizer_file=str(tmp_path / "tokenizer.json"))
     with pytest.raises(NekoLeanError, match="tokenizer"):
@@ -155,17 +158,17 @@ def test_a_tokenizers_files_are_in_its_folder(copied, tmp_path):
 
 
 @pytest.mark.parametrize("text", [b"{", b"[" * 10**5, b"\xff"])
-def test_a_config_that_is_no_json_is_said_so(copied, text):
+def test_a_config_that_is_not_json_is_refused(copied, text):
     (copied / "config.json").write_bytes(text)
     with pytest.raises(NekoLeanError, match="not readable JSON"):
         model_folder(copied)
 
 
-# What manifests say
+# Manifests
 
 
 @pytest.mark.parametrize("name", [*ELSEWHERE, "../shard-00000-of-00001.safetensors", "a/shard-00000-of-00001"])
-def test_a_cache_names_files_of_its_folder(cache, tmp_path, name):
+def test_a_cache_manifest_cannot_name_files_outside_its_folder(cache, tmp_path, name):
     folder = shutil.copytree(cache, tmp_path / "cache")
     shards = json.loads((folder / "manifest.json").read_text())["shards"]
     resign(folder, shards=[{**shards[0], "file": name}, *shards[1:]])
@@ -174,7 +177,7 @@ def test_a_cache_names_files_of_its_folder(cache, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", [*ELSEWHERE, "link"])
-def test_a_save_names_files_of_its_folder(tmp_path, name):
+def test_a_save_manifest_cannot_name_files_outside_its_folder(tmp_path, name):
     (tmp_path / "x").write_text("outside")
     folder = tmp_path / "step-00000001"
     (folder / "sub").mkdir(parents=True)
@@ -189,7 +192,7 @@ def test_a_save_names_files_of_its_folder(tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["scores.json", "generations.jsonl"])
-def test_scores_are_no_links_to_files_elsewhere(tmp_path, name):
+def test_scores_cannot_be_links_to_files_outside_their_folder(tmp_path, name):
     (tmp_path / "private").write_text(json.dumps({"id": "a-sc1", "numbers": {}}) + "\n")
     folder = tmp_path / "handed" / "scores"
     folder.mkdir(parents=True)
@@ -227,23 +230,25 @@ def test_local_folders_need_no_network(world, model, tmp_path, no_network, monke
     assert no_network == []
 
 
-def test_offline_a_hub_name_ends_in_a_sentence(tmp_path):
+def test_a_hub_name_is_one_sentence_when_offline(tmp_path):
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path), "PYTHONPATH": str(PACKAGE.parent)}
     command = [sys.executable, "-c", NO_SOCKETS, "plan", "owner/name"]
-    done = subprocess.run(command, capture_output=True, text=True, env=env)
-    assert done.returncode == 2 and "CONNECTS" not in done.stderr, done.stderr
+    process = subprocess.run(command, capture_output=True, text=True, env=env)
+    assert process.returncode == 2 and "CONNECTS" not in process.stderr, process.stderr
     refusal = "error: owner/name is not a local folder, and downloading it from the Hugging Face Hub failed"
-    assert refusal in done.stderr.splitlines()[-1]
+    assert refusal in process.stderr.splitlines()[-1]
 
 
-def test_a_revision_pins_what_is_fetched_and_is_written_down(world, model, tmp_path, monkeypatch):
+def test_a_revision_pins_the_download_and_is_recorded(world, model, tmp_path, monkeypatch):
     import huggingface_hub
 
-    asked = []
+    requests = []
 
     def fetch(name, *, revision, allow_patterns):
-        asked.append((name, revision))
-        assert all(one.endswith((".json", ".safetensors", ".txt", ".model", ".jinja")) for one in allow_patterns)
+        requests.append((name, revision))
+        assert all(
+            pattern.endswith((".json", ".safetensors", ".txt", ".model", ".jinja")) for pattern in allow_patterns
+        )
         return str(model)
 
     monkeypatch.setattr(huggingface_hub, "snapshot_download", fetch)
@@ -258,51 +263,52 @@ def test_a_revision_pins_what_is_fetched_and_is_written_down(world, model, tmp_p
     ):
         result = call(*args)
         assert result.exit_code == 0, result.output
-    assert asked == [("owner/name", "abc123")] * 5
+    assert requests == [("owner/name", "abc123")] * 5
     for file in ("cache/manifest.json", "u/run.json", "s/scores.json", "m/run.json"):
         assert json.loads((tmp_path / file).read_text())["model"] == "owner/name@abc123"
     model_folder("owner/name")
-    assert asked[-1] == ("owner/name", None) and model_name("owner/name") == "owner/name"
+    assert requests[-1] == ("owner/name", None) and model_name("owner/name") == "owner/name"
     refused = call("plan", model, "--revision", "abc123")
     assert refused.exit_code == 2 and "--revision is for a hub name" in refused.stderr
-    for strange in ("../../x", "a/../../x", "", "x y", "/etc"):
-        assert call("plan", "owner/name", "--revision", strange).exit_code == 2
-    assert len(asked) == 6
+    for revision in ("../../x", "a/../../x", "", "x y", "/etc"):
+        assert call("plan", "owner/name", "--revision", revision).exit_code == 2
+    assert len(requests) == 6
 
 
 # Personal data
 
 
-def test_no_row_is_quoted_by_the_commands(world, model, tmp_path, capfd):
-    """Rows whose every text holds a marker, through all commands, as talkative as they are by default."""
+def test_no_command_prints_texts_of_the_data(world, model, tmp_path, capfd):
+    """Every text contains a marker, and all commands run with their default output."""
     data = tmp_path / "data"
     (data / "mia").mkdir(parents=True)
     for name, prefix in (("forget", "Foo"), ("retain", "Rix")):
-        rows = [
-            replace(row, input=f"{MARKER} {row.input}", output=f"{row.output} {MARKER}") for row in make_rows(prefix)
+        examples = [
+            replace(example, input=f"{MARKER} {example.input}", output=f"{example.output} {MARKER}")
+            for example in make_rows(prefix)
         ]
-        write_rows(data / f"{name}.jsonl", rows)
+        write_rows(data / f"{name}.jsonl", examples)
     for name in ("member", "nonmember"):
         documents = [{"document": f"{MARKER} {n} {name} and more words", "task": "Task1"} for n in range(4)]
         write_jsonl(data / "mia" / f"{name}.jsonl", documents)
     anchor = ("--anchor", data / "mia" / "nonmember.jsonl")
     both = ("--forget", data, "--retain", data, *anchor, "--cache", tmp_path / "c", "--max-steps", 2)
-    rows = ("--data", data, "--mia", data / "mia", "--max-new-tokens", 4)
-    shown = ""
+    score_inputs = ("--data", data, "--mia", data / "mia", "--max-new-tokens", 4)
+    output = ""
     for args in (
         ("cache-teacher", model, data, *anchor, "--forget", data, "--out", tmp_path / "c", "--check", 2, "--top-k", 2),
         ("inspect", tmp_path / "c", "--verify"),
         ("unlearn", model, *both, "--out", tmp_path / "u"),
         ("memorize", model, "--data", data, "--max-steps", 2, "--out", tmp_path / "m"),
-        ("score", tmp_path / "m", *rows, "--out", tmp_path / "s1", "--attack", "prefix"),
-        ("score", tmp_path / "u", *rows, "--before", tmp_path / "s1", "--json", "--out", tmp_path / "s2"),
+        ("score", tmp_path / "m", *score_inputs, "--out", tmp_path / "s1", "--attack", "prefix"),
+        ("score", tmp_path / "u", *score_inputs, "--before", tmp_path / "s1", "--json", "--out", tmp_path / "s2"),
         ("report", tmp_path / "s1", tmp_path / "s2", "--out", tmp_path / "report.html"),
     ):
         result = call(*args)
         assert result.exit_code == 0, result.output
-        shown += result.output + result.stderr
+        output += result.output + result.stderr
     out, err = capfd.readouterr()
-    assert len(shown) > 1000 and MARKER not in shown + out + err
+    assert len(output) > 1000 and MARKER not in output + out + err
     files = [path for path in tmp_path.rglob("*") if path.is_file() and data not in path.parents]
     assert {path.name for path in files if MARKER.encode() in path.read_bytes()} == {"generations.jsonl", "report.html"}
 
@@ -310,7 +316,7 @@ def test_no_row_is_quoted_by_the_commands(world, model, tmp_path, capfd):
 @pytest.mark.parametrize("column", ["id", "input", "output", "task"])
 @pytest.mark.parametrize("value", [f"{MARKER} lives here", [MARKER], {"a": MARKER}, ""])
 def test_no_error_quotes_a_row(tmp_path, column, value):
-    """Columns that were mixed up put a text where an id or a task should be."""
+    """If columns are mixed up, the id or the task can contain personal data."""
     row = {**asdict(make_rows("Foo")[0]), "input": f"{MARKER} asks", "output": MARKER, "task": MARKER, column: value}
     write_jsonl(tmp_path / "forget.jsonl", [row])
     with pytest.raises(NekoLeanError, match=r"row 1[:,] column") as caught:
@@ -337,15 +343,15 @@ def test_no_error_quotes_a_file(tmp_path, name, text):
 
 
 def test_no_error_quotes_a_document_a_paraphrase_or_a_question(tmp_path):
-    file, rows = tmp_path / "x.jsonl", make_rows("Foo")
+    file, examples = tmp_path / "x.jsonl", make_rows("Foo")
     for split in ("dev", "test"):
         (tmp_path / split).mkdir()
         (tmp_path / split / f"virology_{split}.csv").write_text(f"{MARKER},a,b,c,d,{MARKER}\n")
     for read, raw in (
         (lambda: read_documents(file, ""), {"document": MARKER, "task": MARKER}),
         (lambda: read_documents(file, ""), {"document": [MARKER]}),
-        (lambda: read_paraphrases(file, rows), {"id": MARKER, "input": MARKER}),
-        (lambda: read_paraphrases(file, rows), {"id": rows[0].id, "input": [MARKER]}),
+        (lambda: read_paraphrases(file, examples), {"id": MARKER, "input": MARKER}),
+        (lambda: read_paraphrases(file, examples), {"id": examples[0].id, "input": [MARKER]}),
         (lambda: read_mmlu(tmp_path), {}),
     ):
         write_jsonl(file, [raw])

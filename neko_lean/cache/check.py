@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -63,21 +63,18 @@ def check_cache(
     identity = identify(path, tokenizer)
     cache.check(identity, style=manifest.format, max_length=manifest.max_length, encoded=examples)
 
-    # Compare with the live teacher.
+    # Run the teacher.
     teacher = load_model(path, pick_dtype(manifest.teacher_dtype), pick_device(device))
     teacher.model.eval()
     cache.check_vocabulary(len(teacher.head))
-    kl_parts, mass_parts, num_rows = [], [], 0
-    for batch in _spread(teacher_batches(examples, manifest.batch_tokens)):
-        if num_rows >= min(rows, len(examples)):
-            break
-        kl, mass = _compare(cache, teacher, batch, int(tokenizer.pad_token_id))
-        kl_parts.append(kl)
-        mass_parts.append(mass)
-        num_rows += len(batch)
+    batches = _first_rows(_spread(teacher_batches(examples, manifest.batch_tokens)), min(rows, len(examples)))
+    pad_id = int(tokenizer.pad_token_id)
+    comparisons = [_compare(cache, teacher, batch, pad_id) for batch in batches]
+    kl = np.concatenate([batch_kl for batch_kl, _ in comparisons])
+    mass = np.concatenate([batch_mass for _, batch_mass in comparisons])
 
-    # Summarize.
-    kl, mass = np.concatenate(kl_parts), np.concatenate(mass_parts)
+    # Compare.
+    num_rows = sum(map(len, batches))
     kl_mean = float(kl.mean())
     if not abs(kl_mean) <= MAX_MEAN_KL[manifest.teacher_dtype]:
         raise CacheError(
@@ -98,6 +95,16 @@ def _spread(batches: Sequence[ExampleBatch]) -> Iterator[ExampleBatch]:
     """The batches in bit-reversed order: first, middle, quarters, ... Any number of them covers all lengths."""
     for index in sorted(range(len(batches)), key=lambda index: int(f"{index:020b}"[::-1], 2)):
         yield batches[index]
+
+
+def _first_rows(batches: Iterable[ExampleBatch], rows: int) -> list[ExampleBatch]:
+    """The first batches that together have at least `rows` examples."""
+    selected: list[ExampleBatch] = []
+    for batch in batches:
+        if sum(map(len, selected)) >= rows:
+            break
+        selected.append(batch)
+    return selected
 
 
 @torch.no_grad()

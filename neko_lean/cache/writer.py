@@ -42,7 +42,7 @@ from neko_lean.models import (
     usable_length,
 )
 from neko_lean.options import OutputOptions
-from neko_lean.outputs import MANIFEST, claim_folder, explained_write_errors
+from neko_lean.outputs import MANIFEST, Output, claim_folder, explained_write_errors
 from neko_lean.terminal import log_line, progress_bar
 
 LOW_MASS = 0.9  # below this mean captured probability, the KL says little about single tokens
@@ -103,7 +103,7 @@ def cache_teacher(
     teacher.model.eval()
     refuse_unknown_examples(examples.all, teacher)
 
-    # Plan.
+    # Plan, and say how many examples are truncated.
     jobs = plan_shards(examples, cache.batch_tokens)
     identity, vocab_size = identify(folder, tokenizer), teacher.head.shape[0]
     plan = validate_plan(_plan_manifest(model_name(model), identity, vocab_size, cache, examples, jobs))
@@ -111,22 +111,31 @@ def cache_teacher(
     if warning := position_warning(examples.all, limit, cache.max_length):
         log_line(warning)
 
-    # Write and publish. Every rank reads the manifest before the lock is released, while no other run can replace it.
-    pad_id = int(tokenizer.pad_token_id)
+    manifest = _write_cache(output, plan, jobs, teacher, int(tokenizer.pad_token_id), run)
+    _warn_of_low_mass(manifest)
+    return manifest
+
+
+def _write_cache(
+    output: Output, plan: Manifest, jobs: ShardJobs, teacher: CausalLM, pad_id: int, run: OutputOptions
+) -> Manifest:
+    """Write and publish the shards of a plan, unless the output is complete, and return its manifest."""
     with open_stage(output, plan, run.resume) as stage:
         if stage is not None:
             explained = explained_write_errors(output.path)
             raise_on_any_rank(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, run.quiet)))
             run_on_main_and_broadcast(explained(lambda: publish_stage(stage, plan, output)))
-        manifest = _read_on_all_ranks(output.path / MANIFEST)
+        # Every rank reads the manifest before the lock is released. After that, another run may replace the output.
+        return _read_on_all_ranks(output.path / MANIFEST)
 
+
+def _warn_of_low_mass(manifest: Manifest) -> None:
     if manifest.mean_mass < LOW_MASS:
         log_line(
             f"warning: the KL will say little about single tokens, because the entries hold only "
-            f"{manifest.mean_mass:.3f} of the teacher's probability on average: raise --top-k (now {cache.top_k}) or "
-            f"--mass (now {cache.mass})."
+            f"{manifest.mean_mass:.3f} of the teacher's probability on average: raise --top-k (now {manifest.top_k}) "
+            f"or --mass (now {manifest.mass})."
         )
-    return manifest
 
 
 def _plan_manifest(

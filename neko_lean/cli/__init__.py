@@ -28,12 +28,14 @@ from neko_lean.terminal import print_to_stderr
 
 @contextmanager
 def _printable_usage() -> Iterator[None]:
-    """Have errors in the use of a command shown without what a path or a number in it would do to the terminal."""
+    """Show usage errors with control characters escaped, which a path or a number on the command line may contain."""
     try:
         yield
     except Exception as error:
-        if hasattr(error, "format_message"):  # typer brings click's errors, or depends on them, by its version
-            error.show = partial(_show_usage, error)  # type: ignore[attr-defined]
+        # Some versions of typer ship click's exceptions and others import them, so they are recognized by this method.
+        usage_error: Any = error
+        if hasattr(usage_error, "format_message"):
+            usage_error.show = partial(_show_usage, usage_error)
         raise
 
 
@@ -45,15 +47,15 @@ def _show_usage(error: Any, file: object = None) -> None:
 
 
 class Commands(TyperGroup):
-    """The commands, whose errors in use are printable."""
+    """The commands, with usage errors that are safe to print."""
 
     def make_context(self, *args: Any, **options: Any) -> Any:
-        """Read the arguments before the command's name."""
+        """Parse the arguments before the command's name."""
         with _printable_usage():
             return super().make_context(*args, **options)
 
     def invoke(self, ctx: Any) -> Any:
-        """Read the command's own arguments, and run it."""
+        """Parse the command's arguments and run it."""
         with _printable_usage():
             return super().invoke(ctx)
 

@@ -1,4 +1,4 @@
-"""What every command shares: its common options, its one-sentence errors, and its one JSON object."""
+"""What all commands share: common options, one-sentence errors with exit code 2, and JSON output."""
 
 from __future__ import annotations
 
@@ -81,27 +81,29 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
             _print_error(os_error_sentence(error) or first_line(error))
             raise typer.Exit(2) from error
 
-    signature = signature_with_flags(function)
-    functools.update_wrapper(wrapped, function)
-    wrapped.__signature__ = signature  # type: ignore[attr-defined]
-    wrapped.__annotations__ = {name: parameter.annotation for name, parameter in signature.parameters.items()}
+    # Typer reads the options from the signature and the annotations.
+    described: Any = functools.update_wrapper(wrapped, function)
+    described.__signature__ = signature_with_flags(function)
+    described.__annotations__ = {
+        name: parameter.annotation for name, parameter in described.__signature__.parameters.items()
+    }
     return wrapped
 
 
 def _print_error(sentence: str) -> None:
-    """One line on stderr, in one piece: other ranks write at the same time."""
+    """Print an error in a single write, because other ranks may print at the same time."""
     print_to_stderr(f"{'' if is_main_process() else f'rank {rank()}: '}error: {sentence}")
 
 
 def _stopped(stop: Interrupted, resumes: bool) -> list[str]:
-    """What a signal has left, and the command line that goes on from it, where the command can: a line each."""
+    """What a signal left on disk and, if the command can be resumed, the command line that continues it."""
     if stop.saved_state is None or not resumes:
         return [f"{stop}; the output folder was not written."]
-    again = [one for one in sys.argv[1:] if one != "--resume"]
+    arguments = [argument for argument in sys.argv[1:] if argument != "--resume"]
     name = ["neko-lean"]
     if world_size() > 1:
         name = ["torchrun", "--nproc-per-node", os.environ["LOCAL_WORLD_SIZE"], "-m", "neko_lean"]
-    return [f"{stop}; {stop.saved_state}. Continue with:", f"  {shlex.join([*name, *again, '--resume'])}"]
+    return [f"{stop}; {stop.saved_state}. Continue with:", f"  {shlex.join([*name, *arguments, '--resume'])}"]
 
 
 def _quieten_libraries() -> None:
@@ -115,16 +117,16 @@ def _quieten_libraries() -> None:
 
 
 def pinned(model: str, revision: str | None) -> str:
-    """MODEL at --revision, as owner/name@revision: what is downloaded, and what files call the model."""
+    """MODEL at --revision, as owner/name@revision."""
     if revision is None:
         return model
     if Path(model).exists():
-        raise NekoLeanError(f"--revision is for a hub name, and {model} is here already: leave it out.")
+        raise NekoLeanError(f"--revision applies to a hub name, but {model} is a local path; leave it out.")
     return f"{model}@{revision}"
 
 
 def emit(result: Any) -> None:
-    """One JSON object on stdout; null stands for NaN and infinities, which JSON does not have."""
+    """Print one JSON object on stdout, with null for NaN and infinity, which JSON cannot represent."""
     print_json(nan_to_null(result))
 
 

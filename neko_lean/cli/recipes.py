@@ -1,4 +1,4 @@
-"""`neko-lean recipes`: what ships, and every value."""
+"""`neko-lean recipes`: list the shipped recipes, or show every value of some."""
 
 from __future__ import annotations
 
@@ -9,27 +9,30 @@ import typer
 from neko_lean.cli.common import Json, Quiet, command, emit
 from neko_lean.terminal import print_lines
 
-ABOUT = ("name", "summary")
-
 
 @command
 def recipes(
-    names: Annotated[list[str] | None, typer.Argument(metavar="[NAME]...", help="Recipes, or .toml files.")] = None,
+    names: Annotated[
+        list[str] | None, typer.Argument(metavar="[NAME]...", help="Recipes to show in full; names or .toml files.")
+    ] = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """List the recipes; of those named, every value that has an effect.
+    """List the recipes. With names, show every value of these recipes that has an effect.
 
     Example: neko-lean recipes    or    neko-lean recipes calibrated my.toml --json
     """
     from neko_lean.recipes import DEFAULT, has_effect, load_recipe, recipe_names
 
-    found = [load_recipe(name) for name in names or recipe_names()]
+    loaded = [load_recipe(name) for name in names or recipe_names()]
     if json:
-        emit({"recipes": [one.values() for one in found]})
+        emit({"recipes": [recipe.values() for recipe in loaded]})
     elif not quiet:
-        for one in found:
-            print_lines(f"{one.name}{' (the default of unlearn)' if one.name == DEFAULT else ''}: {one.summary}")
+        for recipe in loaded:
+            default = " (the default of unlearn)" if recipe.name == DEFAULT else ""
+            print_lines(f"{recipe.name}{default}: {recipe.summary}")
             if names:
-                shown = {k: v for k, v in one.values().items() if k not in ABOUT and has_effect(k, one)}
-                print_lines(*(f"    {k} = {v!r}" for k, v in shown.items()))
+                values = {key: value for key, value in recipe.values().items() if has_effect(key, recipe)}
+                print_lines(
+                    *(f"    {key} = {value!r}" for key, value in values.items() if key not in ("name", "summary"))
+                )

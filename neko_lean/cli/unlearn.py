@@ -24,25 +24,26 @@ class UnlearnFlags(TrainingFlags):
     state_bits: int | None = option(None, "Bits of the optimizer state: 8, or 4 with torchao.  [default: the recipe's]")
 
 
+@dataclass(frozen=True, kw_only=True)
+class TeacherFlags:
+    """Where the teacher's probabilities come from."""
+
+    cache: Path | None = option(None, "Folder that cache-teacher wrote.  [default: made first, deleted at the end]")
+    anchor: Path | None = option(None, "Unseen documents (jsonl); with --cache, the ones that cache-teacher was given.")
+    base_cache: Path | None = option(
+        None, "Cache of the model before it learned the forget set, made with cache-teacher --forget."
+    )
+
+
 @command
 def unlearn(
     model: Model,
     forget: Annotated[Path, typer.Option(help="Forget set: a file, or a folder that holds forget.*.")],
     retain: Annotated[Path, typer.Option(help="Retain set: examples whose behaviour is preserved.")],
     out: Annotated[Path, typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.")],
+    teacher: TeacherFlags,
     recipe: UnlearnFlags,
     run: RunOptions,
-    cache: Annotated[
-        Path | None, typer.Option(help="Folder that cache-teacher wrote.  [default: made first, deleted at the end]")
-    ] = None,
-    anchor: Annotated[
-        Path | None,
-        typer.Option(help="Unseen documents (jsonl); with --cache, the ones that cache-teacher was given."),
-    ] = None,
-    base_cache: Annotated[
-        Path | None,
-        typer.Option(help="Cache of the model before it learned the forget set, made with cache-teacher --forget."),
-    ] = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -59,9 +60,9 @@ def unlearn(
         out,
         forget,
         retain,
-        cache=cache,
-        anchor=anchor,
-        base_cache=base_cache,
+        cache=teacher.cache,
+        anchor=teacher.anchor,
+        base_cache=teacher.base_cache,
         recipe=recipe.recipe,
         overrides=recipe.overrides(),
         run=run,

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
+from torch import nn
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.causal_lm import CausalLM, as_causal_lm
@@ -165,7 +166,8 @@ def load_model(folder: Path, dtype: torch.dtype, device: torch.device) -> Causal
     loaded, info = _load_with_transformers(folder, dtype, **loading_kwargs(method, device))
     model = dequantize(loaded, method, dtype)
     check_loaded(model, folder, stored, info, dequantized=method is not None)
-    return as_causal_lm(model.to(device))  # type: ignore[arg-type]
+    nn.Module.to(model, device)  # in place; transformers' own `to` is annotated as taking no device
+    return as_causal_lm(model)
 
 
 def _load_with_transformers(folder: Path, dtype: torch.dtype, **kwargs: Any) -> tuple[Any, Any]:

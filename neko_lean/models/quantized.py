@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import nn
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.trust import nested_values, read_config
@@ -81,7 +82,7 @@ def dequantize(model: PreTrainedModel, method: str | None, dtype: torch.dtype) -
     if getattr(model, "is_quantized", False):
         model = model.dequantize(dtype=dtype)
     # Dequantised weights, and weights that were not quantised, can be float32.
-    model = model.to(dtype)  # type: ignore[arg-type]
+    nn.Module.to(model, dtype)  # in place; transformers' own `to` is annotated as taking no dtype
     # Otherwise saving would give the plain weights the names of the quantised ones.
     model.__dict__["_weight_conversions"] = None
 

@@ -71,16 +71,15 @@ def unlearn(
 
     Args:
         model: checkpoint folder, or hub name: owner/name or owner/name@revision.
-        out: folder to write: a complete checkpoint with tokenizer, run.json and metrics.jsonl. It appears when it is
-            complete.
+        out: folder to write: a checkpoint with tokenizer, run.json and metrics.jsonl. It appears when it is complete.
         forget, retain: parquet, jsonl or csv files, or folders that hold `forget.*` and `retain.*`. A recipe that does
             not use the retain set only has it checked.
         cache: folder that `cache_teacher` wrote for this model and these retain rows.
         anchor: jsonl file of documents that the model never saw (column `document`, optionally `task`). They are
             preserved like the retain set and determine the loss at which a token counts as forgotten. Must be the
             anchor that the cache was made with.
-        base_cache: folder that `cache_teacher` wrote, with these forget rows, for the model before it learned them, if
-            it is available: its losses are then the levels of the forget tokens.
+        base_cache: folder that `cache_teacher` wrote, with these forget rows, for the model before it learned them:
+            its losses are then the levels of the forget tokens.
         recipe: name of a shipped recipe, or path of a .toml file.
         overrides: values of the recipe to replace, by key.
         run: device, seed, saving, and how to treat an existing output.
@@ -90,12 +89,10 @@ def unlearn(
 
     Raises:
         NekoLeanError: bad input, or an argument that has no effect with this recipe; or a loss or gradient that became
-            NaN or infinite. In that case `out` holds the checkpoint of the best evaluation, or else of the last save,
-            if there is one.
+            NaN or infinite, with the checkpoint of the best evaluation or last save, if there is one, in `out`.
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the current step was completed and saved.
 
     Example:
-        import neko_lean
         neko_lean.unlearn("allenai/OLMo-1B-0724-hf", "unlearned/", "data/", "data/", overrides={"lr": 1e-5})
     """
     # Check everything that can be checked without the model.
@@ -112,20 +109,15 @@ def unlearn(
     prepared = prepare_examples(forget, retain, anchor, chosen, tokenizer, max_length, run.seed)
     teacher, base = _open(cache), _open(base_cache)
     model_identity = identify(folder, tokenizer)
-    identity = identity_of(
-        "unlearn",
-        chosen,
-        run.seed,
-        device,
-        {
-            "model": model_identity.weights,
-            "tokenizer": model_identity.tokenizer,
-            "config": model_config(folder, training=True) if chosen.dropout else model_identity.config,
-            **prepared.digests(),
-            "cache": _digest(teacher),
-            "base cache": _digest(base),
-        },
-    )
+    parts = {
+        "model": model_identity.weights,
+        "tokenizer": model_identity.tokenizer,
+        "config": model_config(folder, training=True) if chosen.dropout else model_identity.config,
+        **prepared.digests(),
+        "cache": _digest(teacher),
+        "base cache": _digest(base),
+    }
+    identity = identity_of("unlearn", chosen, run.seed, device, parts)
     if (result := finished_before(output, identity, run)) is not None:
         return result
 

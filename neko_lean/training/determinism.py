@@ -8,15 +8,18 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
-import torch.utils.deterministic as torch_deterministic
+import torch.utils.deterministic
 
 from neko_lean.distributed import world_size
 from neko_lean.errors import NekoLeanError, first_line
 from neko_lean.models import CausalLM, token_stats
 from neko_lean.terminal import log_line
 from neko_lean.training.backward import plain_gradients
+
+torch_deterministic: Any = torch.utils.deterministic  # its type stub lacks the attribute that is set below
 
 
 @contextmanager
@@ -32,14 +35,14 @@ def deterministic(device: torch.device) -> Iterator[None]:
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # required for matrix products in this mode
     enabled = torch.are_deterministic_algorithms_enabled()
     warn_only = torch.is_deterministic_algorithms_warn_only_enabled()
-    fill = torch_deterministic.fill_uninitialized_memory  # type: ignore[attr-defined]
+    fill = torch_deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True)
-    torch_deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
+    torch_deterministic.fill_uninitialized_memory = False
     try:
         yield
     finally:
         torch.use_deterministic_algorithms(enabled, warn_only=warn_only)
-        torch_deterministic.fill_uninitialized_memory = fill  # type: ignore[attr-defined]
+        torch_deterministic.fill_uninitialized_memory = fill
 
 
 def deterministic_device(student: CausalLM) -> torch.device:

@@ -61,17 +61,17 @@ def test_a_run_that_is_killed_twice_ends_in_the_same_bytes(world, model, cache, 
         written = json.loads((folder / "config.json").read_text())
         (folder / "config.json").write_text(json.dumps(written | config))
         model = folder
-    more = {"cache": cache}
+    inputs = {"cache": cache}
     if recipe in ("calibrated", "sequential", "alternating"):
-        more = {"cache": anchored / "cache", "anchor": anchored / "anchor.jsonl"}
+        inputs = {"cache": anchored / "cache", "anchor": anchored / "anchor.jsonl"}
     if recipe == "sequential":  # needs no teacher
-        del more["cache"]
+        del inputs["cache"]
 
     def run(out, **options):
         common = {"recipe": recipe, "overrides": change, "seed": 3, "quiet": True, **options}
         if recipe == "memorize":
             return flat(neko_lean.memorize)(model, world, out, **common)
-        return flat(neko_lean.unlearn)(model, out, world, world, **more, **common)
+        return flat(neko_lean.unlearn)(model, out, world, world, **inputs, **common)
 
     whole = run(tmp_path / "whole")
     assert not saved(tmp_path / "whole").exists()
@@ -84,9 +84,9 @@ def test_a_run_that_is_killed_twice_ends_in_the_same_bytes(world, model, cache, 
             run(out, save_every=2, resume=number > 0)
         assert not out.exists() and steps_saved(out)[-1] == (step - 1) // 2 * 2 and len(steps_saved(out)) <= 2
         assert not list(saved(out).rglob("*.pt")) and not list(saved(out).rglob("*.pkl"))
-    again = run(out, resume=True)
+    resumed = run(out, resume=True)
     assert result(out) == result(tmp_path / "whole")
-    assert again["wait_seconds"] == pytest.approx(
+    assert resumed["wait_seconds"] == pytest.approx(
         sum(json.loads(line)["wait_seconds"] for line in (out / "metrics.jsonl").read_text().splitlines())
     )
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
@@ -157,7 +157,7 @@ def test_overwrite_starts_anew_and_resume_without_a_save_says_so(unlearn, tmp_pa
     assert not saved(out).exists() and json.loads((out / "run.json").read_text())["seed"] == 4
     unlearn(tmp_path / "two", resume=True, quiet=False)
     assert "there is no save; starting from step 0" in capsys.readouterr().err
-    # The complete output of the same run is left as it is; that of another run is refused.
+    # The complete output of the same run is left unchanged; that of another run is refused.
     before = file_sha256(tmp_path / "two" / "run.json")
     assert unlearn(tmp_path / "two", resume=True)["steps"] == 10
     assert file_sha256(tmp_path / "two" / "run.json") == before

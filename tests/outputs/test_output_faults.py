@@ -1,7 +1,7 @@
-"""The fault matrix of outputs: every command that writes, in every place where it must not, or cannot, or not yet.
+"""Faults of outputs, for every command that writes: paths that it must not or cannot write to, and interrupted runs.
 
-What is checked each time: exit code 2 and one sentence, everything of the user's as it was, and a finished or half-done
-result that is still there and completes with --resume.
+Each test checks that the command exits with code 2 and a one-sentence error, that the user's files are unchanged, and
+that a finished or partial result is kept and can be completed with --resume.
 """
 
 import errno
@@ -37,7 +37,7 @@ SMALL = ("--set", "forget_rows=4", "--set", "retain_rows=4", "--max-steps", 2)
 
 @pytest.fixture
 def arguments(world, model, cache, monkeypatch):
-    """A short run of each command, without its --out."""
+    """The arguments of a short run of each command, without --out."""
     monkeypatch.setattr(planning, "SHARD_POSITIONS", 100)
     return {
         "cache-teacher": (model, world, "--batch-tokens", 256, "--dtype", "float32"),
@@ -50,25 +50,25 @@ def arguments(world, model, cache, monkeypatch):
 
 @pytest.fixture
 def run(arguments):
-    def run(command, out, *more):
-        given = [command, *arguments[command], "--out", out, "--quiet", *more]
-        return CliRunner().invoke(app, [str(one) for one in given])
+    def run(command, out, *options):
+        given = [command, *arguments[command], "--out", out, "--quiet", *options]
+        return CliRunner().invoke(app, [str(argument) for argument in given])
 
     return run
 
 
-def refused(found, *words):
-    """Exit code 2 and one sentence with these words."""
-    assert found.exit_code == 2, (found.output, found.exception)
-    errors = [line for line in found.stderr.splitlines() if line.startswith("error: ")]
-    assert len(errors) == 1 and "Traceback" not in found.stderr and found.stdout == ""
+def assert_refused(outcome, *words):
+    """Check for exit code 2 and a one-sentence error that contains these words, and return the error."""
+    assert outcome.exit_code == 2, (outcome.output, outcome.exception)
+    errors = [line for line in outcome.stderr.splitlines() if line.startswith("error: ")]
+    assert len(errors) == 1 and "Traceback" not in outcome.stderr and outcome.stdout == ""
     for word in words:
         assert word in errors[0], errors[0]
     return errors[0]
 
 
-def tree(folder):
-    """Everything in a folder: names, contents, where links lead."""
+def snapshot(folder):
+    """The content of a folder: names, file contents, and targets of links."""
     return {
         str(path.relative_to(folder)): os.readlink(path)  # noqa: PTH115
         if path.is_symlink()
@@ -79,8 +79,8 @@ def tree(folder):
     }
 
 
-def interrupt(command, run, out, monkeypatch, *more):
-    """Cut a run off with something in its stage to continue from."""
+def interrupt(command, run, out, monkeypatch, *options):
+    """Interrupt a run when its work folder has something to resume from, and return the work folder."""
     with monkeypatch.context() as patch:
         if command == "cache-teacher":
             write, count = records.write_atomically, []
@@ -103,66 +103,66 @@ def interrupt(command, run, out, monkeypatch, *more):
         else:
             kill_at(patch, 2)
         with pytest.raises(Killed):
-            run(command, out, *more, *(("--save-every", 1) if STAGE[command] == "saved" else ()))
+            run(command, out, *options, *(("--save-every", 1) if STAGE[command] == "saved" else ()))
     stage = out.with_name(f".{out.name}.{STAGE[command]}")
     assert stage.is_dir()
     return stage
 
 
-def same_result(command, one, two):
+def same_result(command, first, second):
     if STAGE[command] == "saved":
-        return result(one) == result(two)
+        return result(first) == result(second)
     if command == "cache-teacher":
-        return tree(one) == tree(two)
-    scores = [json.loads((folder / "scores.json").read_text()) for folder in (one, two)]
-    for found in scores:
-        del found["wall_seconds"], found["peak_memory"]
-    return scores[0] == scores[1] and tree(one)["generations.jsonl"] == tree(two)["generations.jsonl"]
+        return snapshot(first) == snapshot(second)
+    scores = [json.loads((folder / "scores.json").read_text()) for folder in (first, second)]
+    for outcome in scores:
+        del outcome["wall_seconds"], outcome["peak_memory"]
+    return scores[0] == scores[1] and snapshot(first)["generations.jsonl"] == snapshot(second)["generations.jsonl"]
 
 
 # Before any work
 
 
 @pytest.mark.parametrize("command", ALL)
-def test_a_folder_of_the_users_is_never_replaced(run, tmp_path, command):
+def test_a_folder_of_the_user_is_never_replaced(run, tmp_path, command):
     mine = tmp_path / "mine"
     mine.mkdir()
     (mine / "thesis.txt").write_text("all of it")
     (mine / "forget.jsonl").write_text("{}")
-    before = tree(tmp_path)
-    refused(run(command, mine), "already holds something")
-    refused(run(command, mine, "--overwrite"), "replaces only folders that neko-lean wrote")
-    assert tree(tmp_path) == before
+    before = snapshot(tmp_path)
+    assert_refused(run(command, mine), "already holds something")
+    assert_refused(run(command, mine, "--overwrite"), "replaces only folders that neko-lean wrote")
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("command", ALL)
-def test_an_output_is_no_input(run, arguments, world, model, cache, tmp_path, command, monkeypatch):
-    """Its own data, its own model, a folder above them, by another spelling, through a link."""
+def test_an_output_must_not_be_an_input(run, arguments, world, model, cache, tmp_path, command, monkeypatch):
+    """The run's data, its model, or a folder above them, in any spelling and through links."""
     root = tmp_path / "a"
     for name, source in (("data", world), ("model", model), ("cache", cache)):
         shutil.copytree(source, root / name)
-        (root / name / "scores.json").write_text('{"cells": {}, "verdict": []}')  # as if it were ours
+        (root / name / "scores.json").write_text('{"cells": {}, "verdict": []}')  # as if neko-lean had written it
     moved = {str(world): root / "data", str(model): root / "model", str(cache): root / "cache"}
-    arguments[command] = tuple(moved.get(str(one), one) for one in arguments[command])
+    arguments[command] = tuple(moved.get(str(argument), argument) for argument in arguments[command])
     (tmp_path / "link").symlink_to(root / "data")
     (tmp_path / "up").symlink_to(root)
     monkeypatch.chdir(tmp_path)
-    before = tree(root)
+    before = snapshot(root)
     inputs = ["data"] if command == "demo" else ["data", "model", *(["cache"] if command == "unlearn" else [])]
     places = [root / name for name in inputs] + [root, "a", "link", "up/data", "a/../a/data", "a/data/"]
     for place in places:
-        refused(run(command, place, "--overwrite"), "an input of this run")
-    assert tree(root) == before and sorted(path.name for path in tmp_path.iterdir()) == ["a", "link", "up"]
+        assert_refused(run(command, place, "--overwrite"), "an input of this run")
+    assert snapshot(root) == before and sorted(path.name for path in tmp_path.iterdir()) == ["a", "link", "up"]
 
 
 @pytest.mark.parametrize("command", ALL)
-def test_a_place_that_nothing_can_be_moved_to_is_refused_before_any_work(run, tmp_path, command, monkeypatch):
+def test_a_path_that_nothing_can_be_moved_to_is_refused_first(run, tmp_path, command, monkeypatch):
     (tmp_path / "volume").mkdir()
     (tmp_path / "file").touch()
     (tmp_path / "round").symlink_to(tmp_path / "round")
     (tmp_path / "mountinfo").write_text(f"36 35 98:0 / {tmp_path}/volume rw - ext4 /dev/sda rw\n")
     monkeypatch.setattr(place_module, "_MOUNTS", tmp_path / "mountinfo")
-    before = tree(tmp_path)
+    before = snapshot(tmp_path)
     for place, words in (
         (tmp_path / "volume", "is a mount point"),
         (tmp_path / ("x" * 250), "choose a shorter --out"),
@@ -172,24 +172,26 @@ def test_a_place_that_nothing_can_be_moved_to_is_refused_before_any_work(run, tm
         (tmp_path / "round", "link"),
         ("/", "root of the file system"),
     ):
-        refused(run(command, place), words)
-    assert tree(tmp_path) == before
+        assert_refused(run(command, place), words)
+    assert snapshot(tmp_path) == before
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_link_to_where_nothing_is_yet_is_followed_once(run, tmp_path, command):
+def test_a_dangling_link_is_followed(run, tmp_path, command):
     (tmp_path / "link").symlink_to(tmp_path / "deep" / "new")
-    found = run(command, tmp_path / "link")
-    assert found.exit_code == 0, found.output
+    outcome = run(command, tmp_path / "link")
+    assert outcome.exit_code == 0, outcome.output
     assert (tmp_path / "link").is_symlink() and any((tmp_path / "deep" / "new").iterdir())
     assert [path.name for path in (tmp_path / "deep").iterdir()] == ["new"]
 
 
 @pytest.mark.parametrize("command", ALL)
-def test_another_process_has_the_output(run, tmp_path, command):
+def test_an_output_that_another_process_is_writing_is_refused(run, tmp_path, command):
     with locked(claim_folder(tmp_path / "out", STAGE[command], [])):
-        for more in ((), ("--overwrite",), *([("--resume",)] if command != "demo" else [])):
-            refused(run(command, tmp_path / "out", *more), "another process is writing", "choose another --out")
+        for options in ((), ("--overwrite",), *([("--resume",)] if command != "demo" else [])):
+            assert_refused(
+                run(command, tmp_path / "out", *options), "another process is writing", "choose another --out"
+            )
         assert [path.name for path in tmp_path.iterdir()] == [".out.lock"]
 
 
@@ -198,7 +200,7 @@ def test_another_process_has_the_output(run, tmp_path, command):
 
 @pytest.mark.parametrize("fault", ["a folder appears", "a file appears", "a busy place"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_finished_result_outlives_its_last_move(run, tmp_path, command, fault, monkeypatch):
+def test_a_finished_result_survives_a_failed_move(run, tmp_path, command, fault, monkeypatch):
     out, kept, publish = tmp_path / "out", [], MODULE[command].publish
 
     def hindered(stage, output):
@@ -223,8 +225,10 @@ def test_a_finished_result_outlives_its_last_move(run, tmp_path, command, fault,
 
     with monkeypatch.context() as patch:
         patch.setattr(MODULE[command], "publish", hindered)
-        more = ("--overwrite",) if fault == "a folder appears" else ()
-        refused(run(command, out, *more), "the result is complete", f"it is in {kept[0] if kept else out.parent}")
+        options = ("--overwrite",) if fault == "a folder appears" else ()
+        assert_refused(
+            run(command, out, *options), "the result is complete", f"it is in {kept[0] if kept else out.parent}"
+        )
     assert any(kept[0].iterdir())
     if fault != "a busy place":
         assert "mine" in (out if out.is_file() else out / "thesis.txt").read_text()
@@ -234,12 +238,12 @@ def test_a_finished_result_outlives_its_last_move(run, tmp_path, command, fault,
     assert run(command, tmp_path / "whole").exit_code == 0
     assert same_result(command, out, tmp_path / "whole")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "whole"]
-    # Once more there is nothing to do, and nothing changes.
-    before = tree(out)
-    assert run(command, out, "--resume").exit_code == 0 and tree(out) == before
+    # Resuming again does nothing.
+    before = snapshot(out)
+    assert run(command, out, "--resume").exit_code == 0 and snapshot(out) == before
 
 
-# What a run left when it was cut off
+# Interrupted runs
 
 OTHER = {
     "cache-teacher": (("--top-k", 5), "another top_k"),
@@ -253,12 +257,12 @@ OTHER = {
 def test_resume_with_another_option_deletes_nothing(run, tmp_path, command, monkeypatch):
     out = tmp_path / "out"
     stage = interrupt(command, run, out, monkeypatch)
-    before = tree(stage)
+    before = snapshot(stage)
     option, words = OTHER[command]
-    refused(run(command, out, "--resume", *option), words, "start anew with --overwrite")
-    assert tree(stage) == before
-    refused(run(command, out), "--resume")
-    assert tree(stage) == before
+    assert_refused(run(command, out, "--resume", *option), words, "start anew with --overwrite")
+    assert snapshot(stage) == before
+    assert_refused(run(command, out), "--resume")
+    assert snapshot(stage) == before
     assert run(command, out, "--resume").exit_code == 0
     assert run(command, tmp_path / "whole").exit_code == 0
     assert same_result(command, out, tmp_path / "whole")
@@ -269,20 +273,20 @@ def die(*_):
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_finished_result_is_not_cleared_by_another_run(run, tmp_path, command, monkeypatch):
-    """It was killed just before its last move: neither other options nor another command may take it for rubbish."""
+def test_another_run_does_not_remove_a_finished_result(run, tmp_path, command, monkeypatch):
+    """The run was killed just before its last move. Neither other options nor another command may remove its result."""
     out = tmp_path / "out"
     with monkeypatch.context() as patch:
         patch.setattr(MODULE[command], "publish", die)
         with pytest.raises(Killed):
             run(command, out)
     stage = tmp_path / f".out.{STAGE[command]}"
-    before = tree(stage)
+    before = snapshot(stage)
     other = {"cache-teacher": "score", "score": "cache-teacher", "unlearn": "memorize", "memorize": "unlearn"}[command]
-    refused(run(other, out, "--resume"), str(stage), "start anew with --overwrite")
-    assert tree(stage) == before
-    refused(run(command, out, "--resume", *OTHER[command][0]), str(stage), "start anew with --overwrite")
-    assert tree(stage) == before
+    assert_refused(run(other, out, "--resume"), str(stage), "start anew with --overwrite")
+    assert snapshot(stage) == before
+    assert_refused(run(command, out, "--resume", *OTHER[command][0]), str(stage), "start anew with --overwrite")
+    assert snapshot(stage) == before
     assert run(command, out, "--resume").exit_code == 0
     assert run(command, tmp_path / "whole").exit_code == 0
     assert same_result(command, out, tmp_path / "whole")
@@ -300,20 +304,20 @@ def test_a_run_that_replaces_an_output_can_be_resumed(run, tmp_path, command, mo
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_a_run_left_that_began_a_complete_output_again_goes(run, tmp_path, command, monkeypatch):
+def test_resuming_a_complete_output_removes_the_work_folder_of_the_same_run(run, tmp_path, command, monkeypatch):
     out = tmp_path / "out"
     assert run(command, out).exit_code == 0
-    stage, before = interrupt(command, run, out, monkeypatch, "--overwrite"), tree(out)
+    stage, before = interrupt(command, run, out, monkeypatch, "--overwrite"), snapshot(out)
     assert run(command, out, "--resume").exit_code == 0
-    assert not stage.exists() and tree(out) == before
-    # Another run's stays.
+    assert not stage.exists() and snapshot(out) == before
+    # The work folder of another run is kept.
     interrupt(command, run, out, monkeypatch, "--overwrite", *OTHER[command][0])
     assert run(command, out, "--resume").exit_code == 0
-    assert stage.exists() and tree(out) == before
+    assert stage.exists() and snapshot(out) == before
 
 
 @pytest.mark.parametrize("change", [(), ("--top-k", 5)])
-def test_a_cache_that_was_completed_meanwhile_is_not_made_again(run, tmp_path, monkeypatch, change):
+def test_a_cache_that_another_process_has_completed_is_not_written_again(run, tmp_path, monkeypatch, change):
     out, locked_, others = tmp_path / "out", work_folder_module.locked, []
 
     @contextmanager
@@ -326,16 +330,16 @@ def test_a_cache_that_was_completed_meanwhile_is_not_made_again(run, tmp_path, m
             yield
 
     monkeypatch.setattr(work_folder_module, "locked", late)
-    found = run("cache-teacher", out, "--resume")
+    outcome = run("cache-teacher", out, "--resume")
     if change:
-        refused(found, "another top_k")
+        assert_refused(outcome, "another top_k")
     else:
-        assert found.exit_code == 0, found.output
+        assert outcome.exit_code == 0, outcome.output
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
 
 
-def test_a_cache_tells_its_own_numbers_and_not_the_next_ones(arguments, tmp_path, monkeypatch, run):
-    """Another run replaces the output as soon as the lock is free."""
+def test_cache_teacher_returns_its_own_manifest(arguments, tmp_path, monkeypatch, run):
+    """Another run replaces the output as soon as the lock is released."""
     out, locked_, others = tmp_path / "out", work_folder_module.locked, []
 
     @contextmanager
@@ -353,7 +357,7 @@ def test_a_cache_tells_its_own_numbers_and_not_the_next_ones(arguments, tmp_path
 
 
 @pytest.mark.parametrize("again", [(), ("--resume",)])
-def test_official_results_are_of_this_score_and_not_of_the_next(run, tmp_path, monkeypatch, again):
+def test_official_results_belong_to_this_score(run, tmp_path, monkeypatch, again):
     """Another run replaces the score before its official results are written."""
     out, official, wanted = tmp_path / "out", tmp_path / "official.json", tmp_path / "wanted.json"
     assert run("score", tmp_path / "whole", "--official", wanted).exit_code == 0
@@ -362,16 +366,16 @@ def test_official_results_are_of_this_score_and_not_of_the_next(run, tmp_path, m
     for name in ("finished_score", "open_score_folder"):
         original = getattr(run_module, name)
         monkeypatch.setattr(run_module, name, followed_by(original, lambda: replace_lines(out)))
-    found = run("score", out, "--official", official, *again)
-    if found.exit_code == 0:
+    outcome = run("score", out, "--official", official, *again)
+    if outcome.exit_code == 0:
         assert json.loads(official.read_text()) == json.loads(wanted.read_text())
     else:
-        refused(found, "was replaced by another run")
+        assert_refused(outcome, "was replaced by another run")
         assert not official.exists()
 
 
 def replace_lines(out):
-    """What another run with other options leaves, with other points."""
+    """Write the output that another run with other options would leave, with other points."""
     if (out / "scores.json").is_file():
         scores = json.loads((out / "scores.json").read_text())
         (out / "scores.json").write_text(json.dumps({**scores, "made_from": "another"}))
@@ -381,39 +385,39 @@ def replace_lines(out):
 
 
 def followed_by(original, then):
-    """A function, or a context manager, after which something else happens."""
+    """Wrap a function or a context manager so that `then` is called after it."""
 
     def wrapped(*arguments, **options):
-        found = original(*arguments, **options)
-        if not hasattr(found, "__enter__"):
+        outcome = original(*arguments, **options)
+        if not hasattr(outcome, "__enter__"):
             then()
-            return found
-        return leaving(found, then)
+            return outcome
+        return leaving(outcome, then)
 
     return wrapped
 
 
 @contextmanager
 def leaving(manager, then):
-    with manager as found:
-        yield found
+    with manager as outcome:
+        yield outcome
     then()
 
 
 @pytest.mark.parametrize("option", ["--resume", "--overwrite"])
 @pytest.mark.parametrize("command", COMMANDS)
-def test_what_is_not_ours_in_a_stage_is_left_alone(run, tmp_path, command, option, monkeypatch):
+def test_a_file_of_the_user_in_a_work_folder_is_kept(run, tmp_path, command, option, monkeypatch):
     out = tmp_path / "out"
     stage = interrupt(command, run, out, monkeypatch)
     (stage / "thesis.txt").write_text("all of it")
-    before = tree(stage)
-    refused(run(command, out, option), "holds thesis.txt, which neko-lean did not write")
-    assert tree(stage) == before
+    before = snapshot(stage)
+    assert_refused(run(command, out, option), "holds thesis.txt, which neko-lean did not write")
+    assert snapshot(stage) == before
 
 
 @pytest.mark.parametrize("command", COMMANDS)
-def test_no_link_in_a_stage_is_followed(run, tmp_path, command, monkeypatch):
-    """Each file and folder of a stage, put elsewhere and linked; the stage itself; its lock."""
+def test_no_link_in_a_work_folder_is_followed(run, tmp_path, command, monkeypatch):
+    """Everything in the work folder, the work folder itself, and its lock are replaced by links in turn."""
     out, away = tmp_path / "out", tmp_path / "away"
     stage = interrupt(command, run, out, monkeypatch)
     for number, name in enumerate(sorted(path.name for path in stage.iterdir())):
@@ -422,30 +426,30 @@ def test_no_link_in_a_stage_is_followed(run, tmp_path, command, monkeypatch):
         (stage / name).symlink_to(elsewhere)
         for path in (elsewhere, *elsewhere.rglob("*")):
             path.touch()
-        before = tree(tmp_path)
+        before = snapshot(tmp_path)
         for option in ("--resume", "--overwrite"):
-            refused(run(command, out, option), "is a link")
-        assert tree(tmp_path) == before, name
+            assert_refused(run(command, out, option), "is a link")
+        assert snapshot(tmp_path) == before, name
         (stage / name).unlink()
         elsewhere.rename(stage / name)
     stage.rename(away)
     stage.symlink_to(away)
-    before = tree(away)
+    before = snapshot(away)
     for option in ("--resume", "--overwrite"):
-        refused(run(command, out, option), "is a link")
-    assert tree(away) == before
+        assert_refused(run(command, out, option), "is a link")
+    assert snapshot(away) == before
     stage.unlink()
     away.rename(stage)
     (tmp_path / "theirs").write_text("all of it")
     (tmp_path / ".out.lock").symlink_to(tmp_path / "theirs")
-    refused(run(command, out, "--resume"), "is a link")
+    assert_refused(run(command, out, "--resume"), "is a link")
     assert (tmp_path / "theirs").read_text() == "all of it"
     (tmp_path / ".out.lock").unlink()
     assert run(command, out, "--resume").exit_code == 0
 
 
 @pytest.mark.parametrize("name", ["generations.jsonl", "plan.json"])
-def test_a_hard_link_in_a_scores_stage_shares_nothing(run, tmp_path, name, monkeypatch):
+def test_hard_links_to_files_in_a_work_folder_are_not_changed(run, tmp_path, name, monkeypatch):
     out = tmp_path / "out"
     stage = interrupt("score", run, out, monkeypatch)
     os.link(stage / name, tmp_path / "mine")
@@ -454,7 +458,7 @@ def test_a_hard_link_in_a_scores_stage_shares_nothing(run, tmp_path, name, monke
     assert (tmp_path / "mine").read_bytes() == before
 
 
-# What the operating system says
+# Errors of the operating system
 
 
 @pytest.mark.parametrize("code", [errno.EIO, errno.EDQUOT, errno.EFBIG, errno.ENOSPC, errno.ESTALE, errno.ENOENT])
@@ -465,8 +469,8 @@ def test_an_error_while_writing_is_one_sentence(run, tmp_path, command, code, mo
 
     with monkeypatch.context() as patch:
         patch.setattr(os, "fsync", failing)
-        said = refused(run(command, tmp_path / "out"), str(tmp_path / "out"))
-    assert os.strerror(code) in said or "No space left" in said or "quota" in said
+        message = assert_refused(run(command, tmp_path / "out"), str(tmp_path / "out"))
+    assert os.strerror(code) in message or "No space left" in message or "quota" in message
     assert not (tmp_path / "out").exists()
 
 
@@ -479,10 +483,10 @@ def test_a_parent_that_vanishes_is_one_sentence(run, tmp_path, command, monkeypa
         publish(stage, output)
 
     monkeypatch.setattr(MODULE[command], "publish", vanishing)
-    refused(run(command, parent / "out"), "No such file or directory")
+    assert_refused(run(command, parent / "out"), "No such file or directory")
 
 
-def test_what_score_and_report_write_besides_is_checked_before_the_work(run, tmp_path):
+def test_other_files_that_score_and_report_write_are_checked_first(run, tmp_path):
     (tmp_path / "theirs.json").write_text("{}")
     out = tmp_path / "out"
     for official, words in (
@@ -492,15 +496,17 @@ def test_what_score_and_report_write_besides_is_checked_before_the_work(run, tmp
         (tmp_path / ("x" * 300), "shorter"),
         (out / "scores.json", "score itself writes"),
     ):
-        refused(run("score", out, "--official", official), words)
-    refused(run("score", out, "--official", tmp_path / "theirs.json", "--overwrite"), "was not written by neko-lean")
+        assert_refused(run("score", out, "--official", official), words)
+    assert_refused(
+        run("score", out, "--official", tmp_path / "theirs.json", "--overwrite"), "was not written by neko-lean"
+    )
     assert not out.exists() and (tmp_path / "theirs.json").read_text() == "{}"
-    found = run("score", out, "--official", out / "official.json")
-    assert found.exit_code == 0, found.output
+    outcome = run("score", out, "--official", out / "official.json")
+    assert outcome.exit_code == 0, outcome.output
     assert "aggregated-terms" in json.loads((out / "official.json").read_text())
     (out / "official.json").unlink()
     # A run that was killed before it wrote this file writes it when it is resumed.
     assert run("score", out, "--official", tmp_path / "official.json", "--resume").exit_code == 0
     assert (tmp_path / "official.json").is_file() and run("score", out, "--overwrite").exit_code == 0
     report = CliRunner().invoke(app, ["report", str(out), "--out", str(tmp_path / "theirs.json"), "--overwrite"])
-    refused(report, "was not written by neko-lean")
+    assert_refused(report, "was not written by neko-lean")

@@ -45,26 +45,22 @@ class NoRoom(torch.autograd.Function):
 
 def test_out_of_memory_in_forward_makes_the_pieces_smaller(unlearn, tmp_path, monkeypatch, capsys):
     fail(monkeypatch, trainer, "batch_losses", {3, 4, 5, 9})
-    seen = []
-    monkeypatch.setattr(loop.Loop, "_evaluate", lambda self: seen.append(self.state.head_chunk) or {})
+    head_chunks = []
+    monkeypatch.setattr(loop.Loop, "_evaluate", lambda self: head_chunks.append(self.state.head_chunk) or {})
     run = unlearn(tmp_path / "out", {**SMALL, "eval_every": 1})
     warnings = [line for line in capsys.readouterr().err.splitlines() if "CUDA out of memory" in line]
     assert len(warnings) == 4 and "in step 3; retrying with the head in chunks of" in warnings[0]
     assert all("micro-batches of at most" in line for line in warnings[1:])
     assert run["steps"] == 10 and run["ended"] == "all steps taken"
     assert run["recipe"]["micro_tokens"] < load_recipe("neko").micro_tokens
-    assert seen[1] is None and seen[2] > 0
+    assert head_chunks[1] is None and head_chunks[2] > 0
     whole = tmp_path / "whole"
     monkeypatch.undo()
     unlearn(whole)
-    for one, two in zip(metrics(tmp_path / "out"), metrics(whole), strict=True):  # each step takes the same examples
-        assert (one["step"], one["rows"], one["tokens"], one["lr"]) == (
-            two["step"],
-            two["rows"],
-            two["tokens"],
-            two["lr"],
-        )
-        assert one["loss"] == pytest.approx(two["loss"], rel=0.05)
+    for actual, expected in zip(metrics(tmp_path / "out"), metrics(whole), strict=True):
+        for key in ("step", "rows", "tokens", "lr"):  # each step takes the same examples
+            assert actual[key] == expected[key]
+        assert actual["loss"] == pytest.approx(expected["loss"], rel=0.05)
 
 
 @pytest.mark.parametrize("backward", ["layerwise", "checkpointed", "plain"])
@@ -82,28 +78,28 @@ def test_out_of_memory_before_the_first_update_is_retried(unlearn, tmp_path, mon
     monkeypatch.setattr(trainer, "batch_losses", failing)
     unlearn(tmp_path / "out", change)
     assert capsys.readouterr().err.count("CUDA out of memory in step 3") == 1
-    one, two = model_weights(tmp_path / "out"), model_weights(tmp_path / "whole")
-    start = max((one[name] - two[name]).abs().max().item() for name in one)
-    assert start < 1e-3 and len(metrics(tmp_path / "out")) == 10
+    actual, expected = model_weights(tmp_path / "out"), model_weights(tmp_path / "whole")
+    difference = max((actual[name] - expected[name]).abs().max().item() for name in actual)
+    assert difference < 1e-3 and len(metrics(tmp_path / "out")) == 10
 
 
 @pytest.mark.parametrize("every", [2, 0])
 def test_out_of_memory_during_updates_restores_the_last_save(unlearn, tmp_path, monkeypatch, capsys, every):
     """Without saves it starts from the beginning. A run that is killed later resumes to the same bytes."""
 
-    def touch(layer_pass, update):
+    def update_the_head(layer_pass, update):
         update(layer_pass.lm.head)  # now only the head has been updated
 
     def run(out, **options):
         with monkeypatch.context() as patch:
             # The first call verifies the layers before training.
-            fail(patch, layerwise.LayerPass, "backward", {7}, touch)
+            fail(patch, layerwise.LayerPass, "backward", {7}, update_the_head)
             return unlearn(out, save_every=every, **options)
 
-    found = run(tmp_path / "out")
+    first = run(tmp_path / "out")
     err = capsys.readouterr().err
     assert "CUDA out of memory in step 6; retrying with the head in chunks of" in err
-    assert found["steps"] == 10 and [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, 11))
+    assert first["steps"] == 10 and [line["step"] for line in metrics(tmp_path / "out")] == list(range(1, 11))
     if not every:
         # It equals a run that uses the smaller pieces from the beginning.
         original = trainer.Trainer.load_state
