@@ -75,8 +75,7 @@ def unlearn(
         cache: folder that `cache_teacher` wrote for this model and these retain rows.
         anchor: jsonl file of documents that the model never saw (column `document`, optionally `task`); the one that
             the cache was made with. Preserved like the retain set, and the source of the levels of forget tokens.
-        base_cache: folder that `cache_teacher` wrote, with these forget rows, for the model before it learned them:
-            its losses are then the levels of the forget tokens.
+        base_cache: cache of the model before it learned these forget rows; its losses are then the levels.
         recipe: name of a shipped recipe, or path of a .toml file.
         overrides: values of the recipe to replace, by key.
         run: device, seed, saving, and how to treat an existing output.
@@ -85,8 +84,8 @@ def unlearn(
         The contents of run.json.
 
     Raises:
-        NekoLeanError: bad input, or an argument that has no effect with this recipe; or a loss or gradient that became
-            NaN or infinite, with the checkpoint of the best evaluation or last save, if there is one, in `out`.
+        NekoLeanError: bad input, an argument without effect, or a loss or gradient that became NaN or infinite; then
+            `out` holds the checkpoint of the best evaluation or last save, if there is one.
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the current step was completed and saved.
 
     Example:

@@ -69,9 +69,5 @@ def test_single_process_features_refuse_torchrun(tmp_path, monkeypatch):
     set_rank(monkeypatch, 0, world_size=2)
     result = CliRunner().invoke(app, ["demo", "--out", str(tmp_path / "out")])
     assert result.exit_code == 2 and "run it without torchrun" in result.stderr
-<<<<<<< HEAD
     with pytest.raises(NekoLeanError, match="each rank uses its own GPU; pass --device cuda, not cuda:1"):
-=======
-    with pytest.raises(NekoLeanError, match="each rank uses its own GPU"):
->>>>>>> b
         pick_device("cuda:1")
