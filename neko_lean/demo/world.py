@@ -18,32 +18,14 @@ from neko_lean.data import TASKS, Example
 from neko_lean.jsonio import write_jsonl
 
 STORIES, PEOPLE, ENTRIES = 12, 10, 24  # documents of each kind in each set
-
-
 _ONSETS = "B|Br|C|Cl|D|Dr|F|G|Gr|H|J|K|L|M|N|P|Qu|R|S|St|T|Th|V|W|Y|Z"
-
-
 _VOWELS = "a|e|i|o|u|ae|ei|ia"
-
-
 _MIDDLES = "l|ll|m|n|nd|r|rr|s|st|t|v|x"
-
-
 _ENDINGS = "a|an|as|el|en|eth|ia|in|is|o|on|or|us|yn"
-
-
 _TOWN_ENDINGS = "bridge|dale|ford|haven|holm|mere|mouth|port|stead|wick"
-
-
 _JOBS = "baker|bookbinder|botanist|cartographer|clockmaker|diver|fiddler|glazier|librarian|potter|smith|tailor"
-
-
 _THINGS = "bell|chart|compass|diary|kite|lantern|locket|lyre|mask|mirror|seal|telescope"
-
-
 _PLACES = "the attic|the boathouse|the bell tower|the greenhouse|the old mill|the quarry|the tram depot|the wine cellar"
-
-
 _GOODS = "amber|copper|glass|indigo|paper|pears|salt|slate|tin|wool"
 
 

@@ -76,8 +76,7 @@ def unlearn(
         anchor: jsonl file of documents that the model never saw (column `document`, optionally `task`); the one that
             the cache was made with. Preserved like the retain set, and the source of the levels of forget tokens.
         base_cache: cache of the model before it learned these forget rows; its losses are then the levels.
-        recipe: name of a shipped recipe, or path of a .toml file.
-        overrides: values of the recipe to replace, by key.
+        recipe, overrides: name of a shipped recipe or path of a .toml file, and values that replace its own.
         run: device, seed, saving, and how to treat an existing output.
 
     Returns:

@@ -13,11 +13,7 @@ from neko_lean.scoring.task import CELLS, KINDS, SPLITS
 from neko_lean.scoring.values import interval, number
 
 NOT_MEASURED = "not measured"
-
-
 Scores = Mapping[str, Any]
-
-
 # Label and dotted key in scores.json of the rows below the task's own numbers.
 OTHER_ROWS = (
     ("forget answers in longer text", "leaks.forget.contained"),
