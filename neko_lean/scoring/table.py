@@ -13,15 +13,11 @@ from neko_lean.scoring.task import CELLS, KINDS, SPLITS
 from neko_lean.scoring.values import interval, number
 
 NOT_MEASURED = "not measured"
-
-
 Scores = Mapping[str, Any]
-
-
 # Label and dotted key in scores.json of the rows below the task's own numbers.
 OTHER_ROWS = (
     ("forget answers in longer text", "leaks.forget.contained"),
-    ("forget answers, letters and digits only", "leaks.forget.alphanumeric"),
+    ("forget answers, alphanumeric", "leaks.forget.alphanumeric"),
     ("forget extraction strength", "memorisation.forget.extraction_strength"),
     ("forget answer probability", "memorisation.forget.answer_probability"),
     ("degenerate retain outputs", "outputs.retain.degenerate"),

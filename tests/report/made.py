@@ -1,4 +1,4 @@
-"""Score folders and runs that the report's tests make for themselves: everything a scores.json may hold, or little."""
+"""Generated score and run folders for the report's tests, with complete or minimal scores."""
 
 import json
 import random
@@ -9,7 +9,7 @@ from neko_lean.data.examples import TASKS
 from neko_lean.jsonio import write_jsonl
 from neko_lean.scoring.task import CELLS, KINDS, SPLITS
 
-LEVELS = {"target": 1.0, "calibrated": 0.02, "neko": 0.4}  # how much of the forget set each still has
+LEVELS = {"target": 1.0, "calibrated": 0.02, "neko": 0.4}  # the share of the forget set that each model still knows
 
 
 def around(value: float, width: float = 0.05) -> list[float]:
@@ -27,7 +27,7 @@ def attack(area: float) -> dict[str, Any]:
 
 
 def full_scores(model: str, left: float, seed: int = 0) -> dict[str, Any]:
-    """Every key of the schema. `left`: the share of the forget set that the model still has."""
+    """Scores with every key. `left` is the share of the forget set that the model still knows."""
     rng = random.Random(seed)
 
     def near(value: float) -> float:
@@ -110,7 +110,7 @@ def full_scores(model: str, left: float, seed: int = 0) -> dict[str, Any]:
 
 
 def old_scores(model: str, left: float) -> dict[str, Any]:
-    """What scores.json held before it held more."""
+    """Scores of an older version, with fewer keys."""
     new = full_scores(model, left)
     kept = ("model", "cells", "missing_cells", "task_aggregate", "rows", "dtype", "device", "max_new_tokens")
     membership = {key: new["membership"][key] for key in ("auc", "score", "members", "nonmembers")}
@@ -118,7 +118,7 @@ def old_scores(model: str, left: float) -> dict[str, Any]:
 
 
 def make_generations(said: str, rows_each: int = 6) -> list[dict[str, Any]]:
-    """`rows_each` rows of each cell, all answered with `said`."""
+    """`rows_each` rows of each cell, all with the generation `said`."""
     return [
         {
             "split": split,
@@ -143,7 +143,7 @@ def write_scores(folder: Path, scores: dict[str, Any], generations: list[dict[st
     folder.mkdir(parents=True)
     (folder / "scores.json").write_text(json.dumps(scores))
     rows = make_generations("It was nobody of the river.") if generations is None else generations
-    # As JSON allows it: a lone surrogate has to be spelled.
+    # JSON can only express a lone surrogate as an escape.
     (folder / "generations.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
@@ -177,7 +177,7 @@ def write_run(folder: Path, start: str, recipe: str, steps: int = 60, command: s
 
 
 def make_demo(folder: Path) -> Path:
-    """Folders as `neko-lean demo` leaves them."""
+    """Folders as `neko-lean demo` writes them."""
     write_run(folder / "target", "base", "memorize", command="memorize")
     write_scores(folder / "scores-before", full_scores("target", 1.0))
     files = ["data", "target", "scores-before"]

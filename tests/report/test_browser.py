@@ -1,4 +1,4 @@
-"""The page in a real browser, where there is one: no error, no overflow on a phone, and the examples work."""
+"""The page in a real browser, if one is installed: no errors, no overflow on a phone, and working examples."""
 
 import html
 import json

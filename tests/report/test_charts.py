@@ -1,4 +1,4 @@
-"""Charts: round ticks, every point within the frame, and text that stays text."""
+"""Charts: round ticks, every point inside the frame, and escaped text."""
 
 import re
 from xml.etree import ElementTree
@@ -13,7 +13,7 @@ HOSTILE = "</text><script>alert(1)</script>&\"'"
 @pytest.mark.parametrize(
     "values", [[0, 1], [-24.3, -0.1], [3, 3], [0, 0], [], [-2, -2], [1e-9, 2e-9], [-1e15, 1e15], [-1e-9, 0.4]]
 )
-def test_ticks_are_few_and_inside(values):
+def test_ticks_are_few_and_inside_the_axis(values):
     for room in (0.0, 0.04):
         found = axis(values, room=room)
         assert found.low < found.high
@@ -28,12 +28,12 @@ def test_ticks_are_round():
     assert axis([5, 6], zero=True).low == 0.0
 
 
-def test_styles_repeat_but_never_take_that_of_before():
+def test_styles_repeat_without_that_of_the_model_before():
     assert [slot(n) for n in range(SLOTS)] == [1, 2, 3, 4, 5, 6, 1]
     assert len({key(n) for n in range(SLOTS)}) == SLOTS
 
 
-def test_charts_are_well_formed_labelled_and_escaped():
+def test_charts_are_well_formed_labeled_and_escaped():
     dot = Dot(1, HOSTILE, 0.3, (0.2, 0.4))
     drawn = [
         dots([(HOSTILE, [dot, Dot(2, "b", 1.7)])], HOSTILE, "left"),

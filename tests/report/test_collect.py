@@ -1,4 +1,4 @@
-"""Which folders belong together, which scores are those before, and what is refused."""
+"""Matching scores with runs, finding the scores before unlearning, and refused folders."""
 
 import json
 import shutil
@@ -10,14 +10,14 @@ from neko_lean.report.collect import collect
 from tests.report.made import full_scores, make_demo, old_scores, write_run, write_scores
 
 
-def told(collected):
-    """What was made of the folders: (before, [(label, folder, run)])."""
+def summarize(collected):
+    """The collected folders as (before, [(label, folder, run)])."""
     before = collected.before.folder.name if collected.before else None
     return before, [(one.label, one.folder.name, one.run.folder.name if one.run else None) for one in collected.after]
 
 
-def test_a_demo_folder_alone(tmp_path):
-    before, after = told(collect([make_demo(tmp_path / "demo")]))
+def test_demo_folder(tmp_path):
+    before, after = summarize(collect([make_demo(tmp_path / "demo")]))
     assert before == "scores-before"
     assert after == [
         ("calibrated", "scores-calibrated", "unlearned-calibrated"),
@@ -25,39 +25,42 @@ def test_a_demo_folder_alone(tmp_path):
     ]
 
 
-def test_folders_in_any_order_are_matched_by_the_model(tmp_path):
+def test_folders_in_any_order_are_matched_by_model(tmp_path):
     demo = make_demo(tmp_path / "demo")
     named = [demo / name for name in ("unlearned-neko", "scores-neko", "scores-before")]
-    assert told(collect(named)) == ("scores-before", [("neko", "scores-neko", "unlearned-neko")])
+    assert summarize(collect(named)) == ("scores-before", [("neko", "scores-neko", "unlearned-neko")])
     # Without runs the scores' own difference says what they were compared with.
-    assert told(collect(named[1:])) == ("scores-before", [("unlearned-neko", "scores-neko", None)])
+    assert summarize(collect(named[1:])) == ("scores-before", [("unlearned-neko", "scores-neko", None)])
 
 
-def test_scores_alone_the_first_is_before_and_one_has_none(tmp_path):
+def test_scores_without_runs(tmp_path):
     one = write_scores(tmp_path / "one", old_scores("a", 1.0))
     two = write_scores(tmp_path / "two", old_scores("b", 0.1))
-    assert told(collect([one, two])) == ("one", [("b", "two", None)])
-    assert told(collect([one])) == (None, [("a", "one", None)])
-    assert told(collect([one, two], before=two)) == ("two", [("a", "one", None)])
-    assert told(collect([one], before=two)) == ("two", [("a", "one", None)])
+    assert summarize(collect([one, two])) == ("one", [("b", "two", None)])
+    assert summarize(collect([one])) == (None, [("a", "one", None)])
+    assert summarize(collect([one, two], before=two)) == ("two", [("a", "one", None)])
+    assert summarize(collect([one], before=two)) == ("two", [("a", "one", None)])
 
 
-def test_renamed_folders_are_paired_where_only_one_pair_is_left_or_by_name(tmp_path):
+def test_renamed_folders_are_paired_if_unambiguous_or_named(tmp_path):
     before = write_scores(tmp_path / "b", old_scores("target", 1.0))
     scores = [write_scores(tmp_path / f"s{n}", old_scores("moved", 0.1)) for n in range(2)]
     runs = [write_run(tmp_path / f"r{n}", "target", "calibrated") for n in range(2)]
-    assert told(collect([before, scores[0], runs[0]])) == ("b", [("calibrated", "s0", "r0")])
+    assert summarize(collect([before, scores[0], runs[0]])) == ("b", [("calibrated", "s0", "r0")])
     with pytest.raises(NekoLeanError, match="SCORES=RUN"):
         collect([before, *scores, *runs])
     paired = collect([before, *(f"{s}={r}" for s, r in zip(scores, reversed(runs), strict=True))])
-    assert told(paired) == ("b", [("calibrated, s0", "s0", "r1"), ("calibrated, s1", "s1", "r0")])
+    assert summarize(paired) == ("b", [("calibrated, s0", "s0", "r1"), ("calibrated, s1", "s1", "r0")])
 
 
-def test_a_folder_of_folders_may_hold_runs_that_nobody_scored(tmp_path):
+def test_runs_without_scores_inside_a_folder_are_ignored(tmp_path):
     demo = make_demo(tmp_path / "demo")
     shutil.rmtree(demo / "scores-neko")
     (demo / "demo.json").unlink()
-    assert told(collect([demo])) == ("scores-before", [("calibrated", "scores-calibrated", "unlearned-calibrated")])
+    assert summarize(collect([demo])) == (
+        "scores-before",
+        [("calibrated", "scores-calibrated", "unlearned-calibrated")],
+    )
 
 
 def test_labels_differ(tmp_path):
@@ -66,7 +69,7 @@ def test_labels_differ(tmp_path):
     assert labels == ["before", "x, s, 1", "x, s, 2", "x, s, 3"]
 
 
-def test_no_generations_is_no_error(tmp_path):
+def test_missing_generations_are_no_error(tmp_path):
     folder = write_scores(tmp_path / "s", old_scores("a", 1.0))
     (folder / "generations.jsonl").unlink()
     assert collect([folder]).after[0].rows == []
@@ -77,7 +80,7 @@ def test_lone_surrogates_are_replaced(tmp_path):
     assert collect([folder]).after[0].label == "a?"
 
 
-def test_bad_folders(tmp_path):
+def test_invalid_folders(tmp_path):
     run = write_run(tmp_path / "run", "target", "neko")
     (tmp_path / "empty").mkdir()
     broken = write_scores(tmp_path / "broken", old_scores("a", 1.0))

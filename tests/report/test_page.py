@@ -1,4 +1,4 @@
-"""The page: complete in one file, older scores and newer, nothing that a model says can act in it."""
+"""The page: self-contained, for older and newer scores, and safe against hostile texts."""
 
 import json
 import math
@@ -58,7 +58,7 @@ def demo(tmp_path_factory):
     return make_demo(tmp_path_factory.mktemp("report") / "demo")
 
 
-def test_everything_is_there_and_nothing_is_fetched(demo, tmp_path):
+def test_page_is_complete_and_loads_nothing(demo, tmp_path):
     made = report([demo], tmp_path / "report.html")
     text, page = read(tmp_path / "report.html")
     assert made["models"] == ["before", "calibrated", "neko"] and made["rows"] == 72
@@ -75,7 +75,7 @@ def test_everything_is_there_and_nothing_is_fetched(demo, tmp_path):
     assert not re.search(r"@import|url\(|https?:", text)
 
 
-def test_old_scores_and_almost_none(tmp_path):
+def test_old_and_minimal_scores(tmp_path):
     old = [write_scores(tmp_path / name, old_scores(name, left)) for name, left in LEVELS.items()]
     made = report(old, tmp_path / "old.html")
     assert made["before"] == "before" and len(made["models"]) == 3
@@ -86,7 +86,7 @@ def test_old_scores_and_almost_none(tmp_path):
 
 
 def spoil(value, replacements):
-    """Each value in turn replaced by one of another type."""
+    """Replace each value in turn by one of another type."""
     if isinstance(value, dict):
         return {key: spoil(one, replacements) for key, one in value.items()}
     if isinstance(value, list):
@@ -94,7 +94,7 @@ def spoil(value, replacements):
     return next(replacements)
 
 
-def test_values_of_any_type_end_in_a_page(tmp_path):
+def test_values_of_any_type_produce_a_page(tmp_path):
     strange = [None, "text", [], {}, True, -1, 10**400, math.nan, math.inf, -1e308, {"auc": []}, [[0]]]
     for start in range(len(strange)):
 
@@ -111,7 +111,7 @@ def test_values_of_any_type_end_in_a_page(tmp_path):
         report([folder, whole], tmp_path / "page.html", overwrite=True)
 
 
-def test_nothing_that_files_say_can_act(tmp_path):
+def test_hostile_texts_are_escaped(tmp_path):
     number = 0
 
     def hostile(value):
@@ -146,7 +146,7 @@ def test_nothing_that_files_say_can_act(tmp_path):
     assert "{{ 7 * 7 }}" in text and clean[0] in "".join(page.words)
 
 
-def test_the_policy_names_the_one_script_and_the_one_style(demo, tmp_path):
+def test_policy_allows_only_the_script_and_the_style_sheet(demo, tmp_path):
     import base64
     import hashlib
 
@@ -160,14 +160,14 @@ def test_the_policy_names_the_one_script_and_the_one_style(demo, tmp_path):
         assert base64.b64encode(hashlib.sha256(source[0].encode()).digest()).decode() in policy
 
 
-def test_without_texts_no_text_of_a_row_is_in_the_page(demo, tmp_path):
+def test_page_without_texts(demo, tmp_path):
     report([demo], tmp_path / "page.html", texts=False)
     text, _ = read(tmp_path / "page.html")
     assert "written without texts" in text
     assert "walked into the wood" not in text and "of the river" not in text and "555" not in text
 
 
-def test_the_file_is_written_whole_or_not_at_all(demo, tmp_path, monkeypatch):
+def test_file_is_written_completely_or_not_at_all(demo, tmp_path, monkeypatch):
     out = tmp_path / "deep" / "page.html"
     report([demo], out)
     first = out.read_bytes()
@@ -187,7 +187,7 @@ def luminance(colour):
     return 0.2126 * light[0] + 0.7152 * light[1] + 0.0722 * light[2]
 
 
-def test_contrast_is_enough_in_light_and_dark():
+def test_contrast_of_both_themes():
     style = (HERE / "page.css").read_text()
     themes = [dict(re.findall(r"--([\w]+): (#[0-9a-f]{6});", part)) for part in style.split("--paper")[1:4]]
     papers = re.findall(r"--paper: (#[0-9a-f]{6});", style)
@@ -207,7 +207,7 @@ def call(*args):
     return CliRunner().invoke(app, ["report", *map(str, args)])
 
 
-def test_the_command(demo, tmp_path):
+def test_command(demo, tmp_path):
     out = ("--out", tmp_path / "page.html")
     shown = call(demo, *out)
     assert (

@@ -1,4 +1,4 @@
-"""MMLU subjects that tests make for themselves, and folders of them in both layouts."""
+"""Generated MMLU subjects for tests, and folders of them in both layouts."""
 
 import csv
 import random
@@ -12,7 +12,7 @@ WORDS = ["wood", "river", "land", "phone", "Foo1", "Foo2", "Rix3", "walked", "bo
 
 
 def make_subject(name, tests=12, dev=5, seed=0):
-    """Made-up questions of different lengths; every third begins with a line break, which a tokenizer may merge."""
+    """Random questions of different lengths; every third begins with a line break, which a tokenizer may merge."""
     rng = random.Random(f"{name}{seed}")
 
     def text(most):

@@ -1,4 +1,4 @@
-"""The three loops feed a model the same tokens and hand out the same logits, and rows may end at any step."""
+"""The three decoding loops pass on the same logits, and rows may end at any step."""
 
 import pytest
 import torch
@@ -18,7 +18,7 @@ def lm():
 
 
 def run(decode, lm, prompts):
-    """Tokens and logits of each row, each token the likeliest."""
+    """Greedy tokens and logits of each row."""
     tokens = {row: [] for row in LENGTHS}
     seen = {row: [] for row in LENGTHS}
 
@@ -35,7 +35,7 @@ def run(decode, lm, prompts):
 
 
 @pytest.mark.parametrize("decode", [decode_padded, decode_cached])
-def test_the_loops_agree(lm, decode):
+def test_loops_agree(lm, decode):
     prompts = [[5, 6, 7, 8], [9, 10, 11, 12], [20, 3, 4, 44], [31, 30, 2, 1]]
     wanted, logits = run(decode_full, lm, prompts)
     found, others = run(decode, lm, prompts)
@@ -43,7 +43,7 @@ def test_the_loops_agree(lm, decode):
     torch.testing.assert_close(others, logits, atol=1e-5, rtol=1e-5)
 
 
-def test_padded_prompts_of_several_lengths_are_each_decoded_as_alone(lm):
+def test_padded_batch_equals_single_prompts(lm):
     prompts = [[5, 6, 7, 8, 9, 10, 11], [9], [20, 3, 4], [31, 30]]
     found, logits = run(decode_padded, lm, prompts)
     for row, prompt in enumerate(prompts):
@@ -57,7 +57,7 @@ def test_padded_prompts_of_several_lengths_are_each_decoded_as_alone(lm):
 
 
 @pytest.mark.parametrize("decode", [decode_padded, decode_cached, decode_full])
-def test_no_row_has_more_tokens_than_the_batch_may_have(lm, decode):
+def test_maximum_number_of_new_tokens(lm, decode):
     steps = []
     decode(lm, Prompts([[5, 6]], 0, 4), lambda rows, scores: steps.append(rows) or [7 for _ in rows])
     assert len(steps) == 4

@@ -1,5 +1,4 @@
-"""Every family decodes the token ids of transformers' own greedy generate, whatever state it keeps; and a way of
-decoding that goes wrong is noticed in float32 and in bfloat16."""
+"""Every family decodes the tokens of transformers' greedy `generate`, and the probes detect wrong decoding methods."""
 
 import pytest
 import torch
@@ -47,15 +46,15 @@ FAMILIES = {
         {**ATTENTION, **LINEAR, **MIXED, **EXPERTS, "head_dim": 8, "shared_expert_intermediate_size": 16},
     ),
     "lfm2": (CACHED, {**ATTENTION, "layer_types": ["conv", "full_attention"]}),
-    "rwkv": (CACHED_ALONE, {"attention_hidden_size": 32}),  # mixes up the states of a batch
+    "rwkv": (CACHED_ALONE, {"attention_hidden_size": 32}),  # mixes the states of a batch
     "blenderbot-small": (FULL, {"d_model": 32, "decoder_layers": 3, "encoder_layers": 1, "decoder_attention_heads": 4}),
 }
 
 
 def lively(family, dtype=torch.float32, **sizes):
-    """A random model whose next token depends on every token that it sees, and is never nearly tied."""
+    """A random model whose next token depends on every previous token, with no near ties."""
     shared = {"vocab_size": VOCABULARY, "hidden_size": 32, "num_hidden_layers": 2, "max_position_embeddings": 512}
-    if family == "blenderbot-small":  # there it means the encoder's
+    if family == "blenderbot-small":  # there, it is that of the encoder
         shared.pop("num_hidden_layers")
     config = AutoConfig.for_model(family, **shared, **sizes, pad_token_id=0, bos_token_id=1, eos_token_id=2)
     torch.manual_seed(0)
@@ -81,14 +80,14 @@ def decoded(lm, prompts=PROMPTS, most=10):
 
 
 def generated(lm, prompts=PROMPTS, most=10):
-    """The reference: transformers' generate, one row at a time."""
+    """The reference: transformers' `generate`, one row at a time."""
     config = GenerationConfig(do_sample=False, max_new_tokens=most, eos_token_id=list(ENDS), pad_token_id=0)
     lm.model.generation_config = GenerationConfig()
     return [lm.model.generate(torch.tensor([ids]), generation_config=config)[0, len(ids) :].tolist() for ids in prompts]
 
 
 def without_cache(lm, prompts=PROMPTS, most=10):
-    """The reference where a family's generate raises."""
+    """The reference for families whose `generate` raises."""
     found = []
     for ids in prompts:
         new = []
@@ -100,7 +99,7 @@ def without_cache(lm, prompts=PROMPTS, most=10):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_token_ids_are_those_of_generate(family):
+def test_token_ids_equal_those_of_generate(family):
     method, sizes = FAMILIES[family]
     lm = lively(family, **sizes)
     lm.model.generation_config = GenerationConfig(
@@ -131,14 +130,14 @@ pad = decoding.pad
 @pytest.mark.parametrize(
     ("owner", "name", "wrong"), [(Cache, "batch_select_indices", reversed_rows), (decoding, "pad", padding_seen)]
 )
-def test_wrong_padded_batches_are_noticed(monkeypatch, dtype, owner, name, wrong):
+def test_wrong_padded_batches_are_detected(monkeypatch, dtype, owner, name, wrong):
     assert pick_method(lively("llama", dtype, **ATTENTION), 0, 40) is PADDED
     monkeypatch.setattr(owner, name, wrong)
     assert pick_method(lively("llama", dtype, **ATTENTION), 0, 40) is CACHED
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_state_that_is_lost_is_noticed(monkeypatch, dtype):
+def test_lost_state_is_detected(monkeypatch, dtype):
     lm = lively("llama", dtype, **ATTENTION)
     forward = type(lm.model).forward
 
@@ -156,13 +155,13 @@ def test_each_model_is_probed_once(monkeypatch):
     assert pick_method(lively("llama", **ATTENTION), 0, 40) is PADDED and len(calls) == 2
 
 
-def test_a_probe_leaves_the_mode_of_the_model_alone():
+def test_probe_restores_training_mode():
     lm = lively("llama", **ATTENTION)
     lm.model.train()
     assert pick_method(lm, 0, 40) is PADDED and lm.model.training
 
 
-def test_rotations_that_depend_on_the_longest_row_are_not_shared_out():
+def test_length_limit_of_rescaled_rotary_embeddings():
     rope = {
         "rope_type": "longrope", "rope_theta": 10000.0, "original_max_position_embeddings": 26,
         "short_factor": [1.0] * 4, "long_factor": [9.0] * 4,

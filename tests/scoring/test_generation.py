@@ -1,5 +1,4 @@
-"""Batched greedy decoding equals decoding one row at a time, whatever the checkpoint's own config says; and what is
-stopped early would have scored the same."""
+"""Batched greedy generation equals generating one row at a time, and stopping early does not change a score."""
 
 # ruff: noqa: RUF001
 
@@ -24,7 +23,7 @@ from tests.helpers import LUME, make_rows, random_model, templated
 
 
 def one_at_a_time(lm, tokenizer, rows, most):
-    """The naive reference: no batch, no cache, no generate()."""
+    """The naive reference: without batches, cache, or `generate`."""
     texts = []
     for row in rows:
         ids = tokenizer(row.input)["input_ids"]
@@ -40,13 +39,13 @@ def one_at_a_time(lm, tokenizer, rows, most):
 
 
 def cleaned_up(text):
-    """What transformers 4, with which the task was scored, did to spaces."""
-    for found in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
-        text = text.replace(found, found.strip())
+    """Clean up spaces as transformers 4 did, with which the shared task was scored."""
+    for spaced in (" .", " ?", " !", " ,", " ' ", " n't", " 'm", " 's", " 've", " 're"):
+        text = text.replace(spaced, spaced.strip())
     return text
 
 
-def some_rows():
+def sample_rows():
     rows = make_rows("Foo", 6)
     if LUME.is_dir():
         rows += read_rows(LUME, "forget", "validation")[::16]
@@ -54,16 +53,16 @@ def some_rows():
 
 
 def in_order(lm, tokenizer, rows, **options):
-    found = dict(one for batch in generate(lm, tokenizer, rows, **options) for one in batch)
-    assert sorted(found) == list(range(len(rows)))
-    return [found[i] for i in range(len(rows))]
+    generations = dict(pair for batch in generate(lm, tokenizer, rows, **options) for pair in batch)
+    assert sorted(generations) == list(range(len(rows)))
+    return [generations[i] for i in range(len(rows))]
 
 
 def sometimes_ending(world, folder):
-    """A model that says EOS for one of the tokens it likes, so that rows of a batch end apart."""
+    """A model that generates EOS instead of a likely token, so that the rows of a batch end at different steps."""
     lm = load_model(random_model(world, folder, seed=3, scale=5.0), torch.float32, torch.device("cpu"))
     tokenizer = load_tokenizer(folder)
-    prompt = torch.tensor([tokenizer(some_rows()[0].input)["input_ids"]])
+    prompt = torch.tensor([tokenizer(sample_rows()[0].input)["input_ids"]])
     said = lm.model.generate(prompt, max_new_tokens=6, do_sample=False, pad_token_id=0)[0, -1]
     with torch.no_grad():
         lm.head[tokenizer.eos_token_id] = lm.head[said] * 1.001
@@ -73,14 +72,14 @@ def sometimes_ending(world, folder):
 @pytest.mark.parametrize("batch_size", [1, 7, 64])
 def test_batches_equal_single_rows(world, tmp_path, batch_size):
     lm, tokenizer = sometimes_ending(world, tmp_path / "m")
-    rows = some_rows()
+    rows = sample_rows()
     wanted = one_at_a_time(lm, tokenizer, rows, 12)
     got = in_order(lm, tokenizer, rows, batch_size=batch_size, max_new_tokens=12)
     assert [one.text for one in got] == [one.window for one in got] == wanted
     assert {one.ended for one in got} == {"eos", "limit"}
 
 
-def test_the_checkpoints_own_generation_config_is_not_used(world, tmp_path):
+def test_generation_config_of_the_checkpoint_is_ignored(world, tmp_path):
     from transformers import GenerationConfig
 
     folder = random_model(world, tmp_path / "m", seed=3, scale=5.0)
@@ -89,17 +88,17 @@ def test_the_checkpoints_own_generation_config_is_not_used(world, tmp_path):
     ).save_pretrained(folder)
     lm = load_model(folder, torch.float32, torch.device("cpu"))
     tokenizer = load_tokenizer(folder)
-    rows = some_rows()[:6]
+    rows = sample_rows()[:6]
     got = in_order(lm, tokenizer, rows, batch_size=4, max_new_tokens=10)
     assert [one.text for one in got] == one_at_a_time(lm, tokenizer, rows, 10)
 
 
 @pytest.mark.parametrize("shape", ["id", "list", "config.json"])
-def test_a_generation_ends_where_that_of_transformers_ends(world, tmp_path, shape):
-    """At an end token of the checkpoint that is not the tokenizer's."""
+def test_generation_ends_where_that_of_transformers_ends(world, tmp_path, shape):
+    """At an EOS token of the checkpoint that the tokenizer does not have."""
     folder = random_model(world, tmp_path / "m", seed=3, scale=5.0)
     lm, tokenizer = load_model(folder, torch.float32, torch.device("cpu")), load_tokenizer(folder)
-    rows = some_rows()[:6]
+    rows = sample_rows()[:6]
     prompt = torch.tensor([tokenizer(rows[0].input)["input_ids"]])
     end = int(lm.model.generate(prompt, max_new_tokens=6, do_sample=False)[0, -1])
     assert end != tokenizer.eos_token_id
@@ -120,7 +119,7 @@ def test_a_generation_ends_where_that_of_transformers_ends(world, tmp_path, shap
 
 
 def few_positions(tokenizer, positions):
-    """A GPT-2 of so few learned positions that its rows do not fit."""
+    """A GPT-2 with too few learned positions for some rows."""
     torch.manual_seed(1)
     config = GPT2Config(
         vocab_size=len(tokenizer), n_embd=32, n_layer=2, n_head=4, n_positions=positions, eos_token_id=None
@@ -131,7 +130,7 @@ def few_positions(tokenizer, positions):
     return lm
 
 
-def test_prompts_and_generations_fit_the_models_positions(world, model):
+def test_prompts_and_generations_fit_the_positions_of_the_model(world, model):
     tokenizer = load_tokenizer(model)
     lm, rows = few_positions(tokenizer, 16), make_rows("Foo", 6)
     lengths = [len(tokenizer(row.input)["input_ids"]) for row in rows]
@@ -160,7 +159,7 @@ def test_prompts_and_generations_fit_the_models_positions(world, model):
      (30, 9, 4, (2, 2)), (3, 9, 2, (1, 1)), (9000, 7, 10**9, (2048, 7)),
      (9000, 7, 2050, (2043, 7)), (7, 10**6, 64, (7, 57))],
 )  # fmt: skip
-def test_a_prompt_keeps_its_end_and_leaves_room(monkeypatch, length, most, limit, wanted):
+def test_prompt_keeps_its_end_and_leaves_room_for_new_tokens(monkeypatch, length, most, limit, wanted):
     monkeypatch.setattr(limits, "position_limit", lambda lm, longest: min(longest, limit))
     prompt, room = fit_prompt(None, list(range(length)), most)
     assert (len(prompt), room) == wanted and prompt == list(range(length))[-len(prompt) :]
@@ -175,21 +174,21 @@ def test_spaces_are_cleaned_up_and_special_tokens_dropped(world, model):
 
 
 @pytest.mark.parametrize("family", ["GPT2", "Bloom", "OPT", "Mistral", "Mamba"])
-def test_every_kind_of_model_decodes_as_it_does_alone(world, model, family):
-    """Learned positions, ALiBi, a sliding window; and a model whose state is no key-value cache is refused or right."""
+def test_batches_equal_single_rows_in_every_kind_of_model(world, model, family):
+    """Learned positions, ALiBi, a sliding window, and a model with a recurrent state."""
     tokenizer = load_tokenizer(model)
     config, family_model = small(family, len(tokenizer))
     torch.manual_seed(1)
     lm = as_causal_lm(family_model(config).eval())
     with torch.no_grad():
         lm.head.mul_(20)
-    rows = some_rows()[:12]
+    rows = sample_rows()[:12]
     got = in_order(lm, tokenizer, rows, batch_size=5, max_new_tokens=14)
     assert [one.text for one in got] == one_at_a_time(lm, tokenizer, rows, 14)
 
 
 def small(family, vocabulary):
-    """Config and class of a two-layer model of another family."""
+    """Config and class of a two-layer model of a family."""
     import transformers
 
     sizes = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2}
@@ -204,32 +203,32 @@ def small(family, vocabulary):
     return getattr(transformers, f"{family}Config")(**sizes, **more), getattr(transformers, name)
 
 
-def test_a_tokenizer_that_ends_every_text_prompts_without_that_end(model):
+def test_prompts_have_no_appended_eos(model):
     lm, plain = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
     ending, _, _ = templated(model, [], ["</s>"])
     lm.model.resize_token_embeddings(len(ending))
-    lm, rows = as_causal_lm(lm.model), some_rows()[:6]
+    lm, rows = as_causal_lm(lm.model), sample_rows()[:6]
     got = in_order(lm, ending, rows, batch_size=4, max_new_tokens=12)
     assert [one.text for one in got] == one_at_a_time(lm, plain, rows, 12)
 
 
-def test_prompts_may_be_given_as_tokens(world, tmp_path):
+def test_prompts_as_tokens(world, tmp_path):
     lm, tokenizer = sometimes_ending(world, tmp_path / "m")
-    rows = some_rows()[:4]
+    rows = sample_rows()[:4]
     longer = [tokenizer(f"{row.input} and so")["input_ids"] for row in rows]
     got = in_order(lm, tokenizer, rows, batch_size=3, max_new_tokens=8, prompts=longer)
     asked = [Example(row.id, f"{row.input} and so", row.output, row.task) for row in rows]
     assert [one.text for one in got] == one_at_a_time(lm, tokenizer, asked, 8)
 
 
-def test_stopping_early_changes_no_score_and_no_window(world, tmp_path, monkeypatch):
+def test_stopping_early_preserves_scores_and_windows(world, tmp_path, monkeypatch):
     monkeypatch.setattr(generation, "WINDOW", 4)
     monkeypatch.setattr(generation, "STRIDE", 3)
     lm, tokenizer = sometimes_ending(world, tmp_path / "m")
-    said = one_at_a_time(lm, tokenizer, some_rows(), 40)
+    said = one_at_a_time(lm, tokenizer, sample_rows(), 40)
     rows = []
-    for number, (row, text) in enumerate(zip(some_rows(), said, strict=True)):
-        # Answers that the model gives in full, or begins to give, beside those that it does not know.
+    for number, (row, text) in enumerate(zip(sample_rows(), said, strict=True)):
+        # Answers that the model gives in full, begins to give, or does not know.
         words = text.split()
         known = [row.output, " ".join(words[:3]) or "x", text.strip() or "x"][number % 3]
         rows.append(Example(row.id, row.input, known, row.task))
@@ -270,8 +269,8 @@ PIECES += [
 
 
 @given(st.lists(st.sampled_from(PIECES), min_size=1, max_size=8), st.lists(st.sampled_from(PIECES), max_size=8))
-def test_what_is_settled_stays_so(said, more):
-    """For any answer, text and continuation: once is_settled, the score of the longer text is that of the shorter."""
+def test_settled_scores_stay_the_same(said, more):
+    """For any answer, text and continuation: once settled, the longer text has the score of the shorter one."""
     short, longer = cleaned_up("".join(said)), cleaned_up("".join([*said, *more]))
     for output in (longer.strip(), short.strip(), "do", "a walk", "".join(more).strip(), "12"):
         for row in (Example("1qa0", "q", output, "Task1"), Example("1sc1", "q", output, "Task1")):
@@ -283,8 +282,8 @@ def test_what_is_settled_stays_so(said, more):
     )
 
 
-def test_folding_case_is_no_finer_than_lower_case():
-    """settled() compares bare forms, the score lower(): two texts that are one to the score must be one to it."""
+def test_bare_forms_are_equal_if_lower_case_is():
+    """is_settled compares bare forms and the score lower case, so equal lower-case texts must have equal bare forms."""
     for code in range(sys.maxunicode + 1):
         one = chr(code)
         assert bare(one.lower()) == bare(one), hex(code)

@@ -1,4 +1,4 @@
-"""The harness is called as its documentation says, and what comes back is plain numbers. The harness is a stand-in."""
+"""A fake harness is called as documented, and its results become plain numbers."""
 
 import json
 import os
@@ -21,10 +21,10 @@ FOUND = {
 }
 
 
-def test_numbers_only(monkeypatch):
+def test_results_are_plain_numbers(monkeypatch):
     calls = []
-    stand_in = SimpleNamespace(simple_evaluate=lambda **given: calls.append(given) or FOUND)
-    monkeypatch.setitem(sys.modules, "lm_eval", stand_in)
+    fake = SimpleNamespace(simple_evaluate=lambda **given: calls.append(given) or FOUND)
+    monkeypatch.setitem(sys.modules, "lm_eval", fake)
     found = lm_eval_tasks("a,b=c", ["arc", "ppl"], "cpu", "float32", 8)
     assert found == {"arc": {"acc,none": 0.25, "sample_len": 4.0}, "ppl": {"bits_per_byte,none": 2.5}}
     assert json.loads(json.dumps(found, allow_nan=False)) == found
@@ -34,7 +34,7 @@ def test_numbers_only(monkeypatch):
     assert call["model_args"] == {"pretrained": "a,b=c", "dtype": "float32", "trust_remote_code": False}
 
 
-def test_under_torchrun_it_does_not_know_of_other_ranks(monkeypatch):
+def test_other_ranks_are_hidden_from_the_harness(monkeypatch):
     launched = {"TORCHELASTIC_RUN_ID": "x", "WORLD_SIZE": "2", "RANK": "0", "LOCAL_RANK": "0"}
     seen = []
 
@@ -52,7 +52,7 @@ def test_under_torchrun_it_does_not_know_of_other_ranks(monkeypatch):
 
 
 @pytest.mark.parametrize("error", [KeyError("nosuch"), ConnectionError("no network"), ImportError("no accelerate")])
-def test_what_the_harness_refuses_is_one_sentence(monkeypatch, error):
+def test_errors_of_the_harness_are_one_sentence(monkeypatch, error):
     def simple_evaluate(**given):
         raise error
 

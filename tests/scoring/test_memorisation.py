@@ -1,4 +1,4 @@
-"""Memorisation by its definitions, written out by hand."""
+"""Memorisation measures against their definitions."""
 
 import numpy as np
 import pytest
@@ -22,7 +22,7 @@ def view(logp, rank=None):
 
 
 def by_definition(rank):
-    """1 - (fewest tokens given after which greedy decoding says all the rest) / n; if all have to be given, 0."""
+    """1 - (number of tokens that must be given for greedy decoding to produce the rest) / n; 0 if all must be."""
     for given_tokens in range(len(rank) + 1):
         if all(one == 1 for one in rank[given_tokens:]):
             return 1 - given_tokens / len(rank)
@@ -30,17 +30,17 @@ def by_definition(rank):
 
 
 @given(st.lists(st.integers(1, 3), min_size=1, max_size=12))
-def test_extraction_strength_is_its_definition(rank):
+def test_extraction_strength_equals_its_definition(rank):
     assert extraction_strength(np.array(rank)) == pytest.approx(by_definition(rank), abs=1e-12)
 
 
 @pytest.mark.parametrize("length", range(1, 12))
-def test_an_all_wrong_answer_has_no_extraction_strength(length):
+def test_wrong_answer_has_no_extraction_strength(length):
     assert extraction_strength(np.full(length, 2)) == 0.0
     assert extraction_strength(np.ones(length, dtype=int)) == 1.0
 
 
-def test_by_hand():
+def test_examples():
     assert exact_memorisation(np.array([1, 5, 1, 1])) == 0.75
     assert answer_probability(np.log([0.5, 0.125])) == pytest.approx(0.25)
     # Wrong answers at 0.1 and 0.3 against a paraphrase at 0.4.

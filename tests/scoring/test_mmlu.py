@@ -1,4 +1,4 @@
-"""MMLU: the choices are those of each whole prompt alone, and the averages are right."""
+"""MMLU: batches choose the same letters as single prompts, and the averages are correct."""
 
 from types import SimpleNamespace
 
@@ -31,13 +31,13 @@ def parts(tmp_path_factory):
 
 
 def alone(lm, tokenizer, text):
-    """The four letters' probabilities among themselves after one whole prompt: no batch, no cache."""
+    """Probabilities of the four letters after one whole prompt, without batches or cache."""
     letters = [tokenizer.encode(f" {letter}")[-1] for letter in "ABCD"]
     with torch.no_grad():
         return lm.model(input_ids=torch.tensor([tokenizer.encode(text)])).logits[0, -1, letters].softmax(0)
 
 
-def test_examples_are_dropped_from_the_last_until_the_prompt_fits(parts):
+def test_last_examples_are_dropped_until_the_prompt_fits(parts):
     tokenizer, _ = parts
     subject = make_subject("anatomy", tests=20)
     lengths = {
@@ -55,14 +55,14 @@ def test_examples_are_dropped_from_the_last_until_the_prompt_fits(parts):
             assert one.ids == whole[-most:]
 
 
-def test_a_prompt_ends_in_no_token_that_the_tokenizer_appends(model):
+def test_prompts_have_no_appended_eos(model):
     plain, ending = templated(model, ["<s>"], [])[0], templated(model, ["<s>"], ["</s>", "</s>"])[0]
     subject = make_subject("anatomy")
     assert encode_prompts(ending, subject, 5, 700) == encode_prompts(plain, subject, 5, 700)
     assert letter_tokens(ending) == letter_tokens(plain)
 
 
-def test_letters_that_the_tokenizer_does_not_know():
+def test_tokenizer_without_distinct_letters_is_refused():
     with pytest.raises(NekoLeanError, match="apart"):
         letter_tokens(SimpleNamespace(encode=lambda text, add_special_tokens: [5, 6]))
     with pytest.raises(NekoLeanError, match="apart"):
@@ -71,7 +71,7 @@ def test_letters_that_the_tokenizer_does_not_know():
 
 @pytest.mark.parametrize("batch_tokens", [300, 5000])
 @pytest.mark.parametrize("shots", [0, 3, 5])
-def test_batches_equal_each_whole_prompt_alone(parts, shots, batch_tokens):
+def test_batches_equal_single_prompts(parts, shots, batch_tokens):
     tokenizer, lm = parts
     subject = make_subject("anatomy", tests=15, seed=shots)
     limit = 10**6
@@ -87,11 +87,11 @@ def test_batches_equal_each_whole_prompt_alone(parts, shots, batch_tokens):
     wanted = torch.stack([alone(lm, tokenizer, text) for text in texts])
     torch.testing.assert_close(got.softmax(1), wanted, atol=1e-4, rtol=0)
     assert got.argmax(1).tolist() == wanted.argmax(1).tolist()
-    assert len(set(wanted.argmax(1).tolist())) > 1  # else it would prove little
+    assert len(set(wanted.argmax(1).tolist())) > 1  # otherwise the test would prove little
 
 
-def test_a_merge_across_the_border_is_kept(parts):
-    """The prompts above, split after what they share, would be other tokens than they are as a whole."""
+def test_prompts_are_tokenized_as_a_whole(parts):
+    """Prompts split after their shared prefix would have other tokens."""
     tokenizer, _ = parts
     subject = make_subject("anatomy")
     before = prompt_text("anatomy", subject.dev, Question("", ("",) * 4, 0)).partition("\nA. \nB. ")[0]
@@ -100,8 +100,8 @@ def test_a_merge_across_the_border_is_kept(parts):
     assert any(ids[n] + ids[n + 1] != ids[n + 2] for n in range(0, len(ids), 3))
 
 
-def test_a_model_whose_right_answers_are_known(parts):
-    """Right answers laid out so that the model, by its answer to each whole prompt alone, has 7 of 12 and 1 of 4."""
+def test_accuracies_with_known_answers(parts):
+    """Correct answers are chosen so that the model answers 7 of 12 and 1 of 4 correctly."""
     tokenizer, lm = parts
     subjects, said = {}, []
     for name, tests, known in (("anatomy", 12, 7), ("made_up", 4, 1)):
@@ -125,9 +125,9 @@ def test_a_model_whose_right_answers_are_known(parts):
 
 
 @pytest.mark.parametrize("letter", "ABCD")
-def test_a_constant_answer_scores_its_floor(model, letter):
+def test_constant_answer_scores_its_floor(model, letter):
     lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
-    with torch.no_grad():  # one embedding for all tokens makes one hidden state for all prompts
+    with torch.no_grad():  # with one embedding for all tokens, all prompts have the same hidden state
         lm.embedding.copy_(lm.embedding[7].clone())
         hidden = lm.hidden(torch.tensor([[1, 2, 3]]))[0, -1]
         lm.head.copy_(-hidden)
@@ -137,7 +137,7 @@ def test_a_constant_answer_scores_its_floor(model, letter):
     assert found["micro"] == found["floors"][letter]
 
 
-def test_the_models_positions_are_the_limit(parts, monkeypatch):
+def test_prompts_fit_the_positions_of_the_model(parts, monkeypatch):
     tokenizer, lm = parts
     subjects = {"anatomy": make_subject("anatomy", tests=6)}
     longest = max(len(one.ids) for one in encode_prompts(tokenizer, subjects["anatomy"], 5, 10**6))
@@ -149,7 +149,7 @@ def test_the_models_positions_are_the_limit(parts, monkeypatch):
     assert found["truncated"] > 0 and found["subjects"]["anatomy"]["shots"] == 0
 
 
-def test_bfloat16_answers_too(model):
+def test_bfloat16(model):
     lm = load_model(model, torch.bfloat16, torch.device("cpu"))
     found = mmlu(lm, load_tokenizer(model), {"x": make_subject("x", tests=3)}, shots=2, batch_tokens=900)
     assert found["questions"] == 3 and found["subjects_found"] == 0
@@ -158,13 +158,13 @@ def test_bfloat16_answers_too(model):
 def test_more_shots_than_examples_are_refused(parts):
     tokenizer, lm = parts
     subjects = {"anatomy": make_subject("anatomy", dev=3)}
-    with pytest.raises(NekoLeanError, match="anatomy has 3 dev questions, fewer than the 5 shots requested requested"):
+    with pytest.raises(NekoLeanError, match="anatomy has 3 dev questions, fewer than the 5 shots requested"):
         mmlu(lm, tokenizer, subjects, batch_tokens=900)
     with pytest.raises(NekoLeanError, match="0 or more, got -1"):
         mmlu(lm, tokenizer, subjects, shots=-1, batch_tokens=900)
 
 
-def test_the_arithmetic_by_hand():
+def test_summary():
     found = summary(
         {
             "anatomy": Answered(chosen=[0, 0, 1, 3], right=[0, 1, 1, 3], shots=[5, 5, 4, 5], truncated=1),

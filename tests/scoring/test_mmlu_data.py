@@ -1,4 +1,4 @@
-"""MMLU's files read as they are written, in both layouts, and its prompt to the letter."""
+"""Reading MMLU in both layouts, and the exact prompt."""
 
 import pyarrow
 import pyarrow.parquet
@@ -34,7 +34,7 @@ def test_both_layouts_give_the_same_questions(tmp_path):
         ('"q,a,b,c,d,A\n', r"row 2: expected 6 columns .*found 1"),
     ],
 )
-def test_bad_csv_is_named(tmp_path, line, words):
+def test_invalid_csv_is_named(tmp_path, line, words):
     write_csv(tmp_path, [make_subject("anatomy")])
     (tmp_path / "test" / "anatomy_test.csv").write_text("q,a,b,c,d,A\n" + line)
     with pytest.raises(NekoLeanError, match=f"anatomy_test.csv, {words}"):
@@ -53,7 +53,7 @@ def test_bad_csv_is_named(tmp_path, line, words):
         ({"answer": ...}, "row 1: column answer is missing"),
     ],
 )
-def test_bad_parquet_is_named(tmp_path, change, words):
+def test_invalid_parquet_is_named(tmp_path, change, words):
     write_hub(tmp_path, [make_subject("anatomy")])
     row = {"question": "q", "choices": list("abcd"), "answer": 0} | change
     row = {name: value for name, value in row.items() if value is not ...}
@@ -83,7 +83,7 @@ def test_missing_and_unreadable_files_are_named(tmp_path):
         read_mmlu(plain)
 
 
-def test_a_byte_order_mark_and_long_cells_are_read_and_bad_text_is_named(tmp_path):
+def test_byte_order_mark_long_cells_and_invalid_utf8(tmp_path):
     plain = write_csv(tmp_path, [make_subject("x")])
     file = plain / "test" / "x_test.csv"
     long = "word " * 60_000
@@ -97,7 +97,7 @@ def test_a_byte_order_mark_and_long_cells_are_read_and_bad_text_is_named(tmp_pat
         read_mmlu(plain)
 
 
-def test_the_prompt_to_the_letter():
+def test_exact_prompt():
     example, asked = Question("1 + 1?", ("1", "2", "3", "4"), 1), Question("2 + 2?", ("1", "2", "3", "4"), 3)
     assert prompt_text("college_mathematics", [example], asked) == (
         "The following are multiple choice questions (with answers) about  college mathematics.\n\n"

@@ -1,4 +1,4 @@
-"""The official numbers, against the official script's own steps: a CSV file written and read back, pandas' means."""
+"""The official results against the official script's steps: a CSV file written and read back, and pandas' means."""
 
 import io
 import json
@@ -20,7 +20,7 @@ WORDS += ['say "hi", she said\nso', "'", ",", "\u00a0x", "<NA>", "n/a", "null "]
 
 
 def generations(rows, seed):
-    """Everything a model might say: the truth, near it, part of it, and every word that a CSV file bends."""
+    """Varied outputs: the true answer, similar ones, parts of it, and every word that a CSV file changes."""
     rng = random.Random(seed)
     said = []
     for row in rows:
@@ -38,7 +38,7 @@ def generations(rows, seed):
 
 
 def by_the_official_script(sets):
-    """evaluate_generations.py's compute_metrics, step by step, on pandas and rouge_score themselves."""
+    """compute_metrics of evaluate_generations.py, step by step, with pandas and rouge_score."""
     scorer = RougeScorer(["rougeL"], use_stemmer=True)
     results, terms = {}, []
     for split, (rows, said) in sets.items():
@@ -94,7 +94,7 @@ def check(sets):
     assert got["aggregate-score"] == -1 and "mmlu_average" not in got and json.dumps(got, allow_nan=False)
 
 
-@pytest.mark.skipif(not LUME.is_dir(), reason="LUME's public splits are not beside the project")
+@pytest.mark.skipif(not LUME.is_dir(), reason="LUME's public splits are not available")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_all_rows_of_lume_train(seed):
     sets = {split: read_rows(LUME, split, "train") for split in ("forget", "retain")}
@@ -102,7 +102,7 @@ def test_all_rows_of_lume_train(seed):
 
 
 @pytest.mark.parametrize("seed", range(20))
-def test_every_word_that_a_csv_file_bends(seed):
+def test_words_that_a_csv_file_changes(seed):
     rng = random.Random(seed)
     sets = {}
     for split in ("forget", "retain"):
@@ -111,7 +111,7 @@ def test_every_word_that_a_csv_file_bends(seed):
     check(sets)
 
 
-def test_a_task_missing_from_one_split_is_named_and_has_no_aggregate():
+def test_missing_task_has_no_aggregate():
     rows = make_rows("Foo", 2)
     sets = {"forget": [r for r in rows if r.task != "Task2"], "retain": rows}
     sets = {split: (some, generations(some, 0)) for split, some in sets.items()}
@@ -122,7 +122,7 @@ def test_a_task_missing_from_one_split_is_named_and_has_no_aggregate():
     assert missing_cells(cells) == ["forget.Task2.regurgitation", "forget.Task2.knowledge"]
 
 
-def test_the_final_is_there_only_when_all_three_parts_are():
+def test_final_score_needs_all_three_parts():
     rows = make_rows("Foo", 1)
     scored = {split: [(row, 0.5) for row in rows] for split in ("forget", "retain")}
     scores = {"cells": cell_means(scored), "task_aggregate": 0.5, "mmlu": {"micro": 0.25}, "final": 0.5}

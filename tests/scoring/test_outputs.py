@@ -1,4 +1,4 @@
-"""Leaks that exact match misses, and outputs that are no language."""
+"""Leaks that exact match misses, and degenerate outputs."""
 
 # ruff: noqa: RUF001
 
@@ -52,7 +52,7 @@ def test_leaks(output, text, contained, letters, numbers):
 
 
 @given(st.text(max_size=30), st.text(max_size=10), st.text(max_size=10))
-def test_a_secret_said_in_full_is_always_found(secret, before, after):
+def test_complete_answer_is_always_found(secret, before, after):
     found = leak_numbers(row(secret), f"{before} {secret} {after}")
     assert all(value == 1 for value in found.values())
     assert contains(f"{before} {secret} {after}", secret) or not words(secret)
@@ -69,7 +69,7 @@ def test_repetition_and_degenerate():
     assert not degenerate("the the") and not degenerate("no") and not degenerate("the cat the cat")
 
 
-def test_scripts_without_spaces_repeat_themselves_too():
+def test_repetition_in_scripts_without_spaces():
     assert repetition("我不知道这件事" * 6) > 0.5 and repetition("她出生在河边一个安静的小镇") == 0
     assert degenerate("好好好") and not degenerate("她出生在河边")
     same = output_numbers(Example("1sc1", "q", "она родилась у реки", "Task1"), "она родилась у реки")
@@ -78,7 +78,7 @@ def test_scripts_without_spaces_repeat_themselves_too():
     )
 
 
-def test_f1_and_length_do_mind_longer_text():
+def test_f1_and_length_change_with_longer_text():
     short = output_numbers(Example("1sc1", "q", "one two three four", "Task1"), "one two three four")
     longer = output_numbers(Example("1sc1", "q", "one two three four", "Task1"), "one two three four " + "x y " * 4)
     assert short["rouge_f1"] == 1 and longer["rouge_f1"] == pytest.approx(0.5)

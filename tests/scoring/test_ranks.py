@@ -1,5 +1,4 @@
-"""`score` by several processes: the files are those of one, a run goes on with another number of them, and an error of
-one of them ends all."""
+"""`score` with several processes: same files, resuming with another number of ranks, and errors of one rank."""
 
 import errno
 import json
@@ -12,8 +11,7 @@ from neko_lean.distributed.ranks import is_main_process
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.scoring import generation, measure, views
-from neko_lean.scoring.attacks.prefix import prefix
+from neko_lean.scoring import generation, measure, shared_prefix, views
 from neko_lean.scoring.generation import GenerationLimits, examples_of_rank, generate
 from neko_lean.scoring.run import SCORES
 from neko_lean.scoring.score_folder import GENERATIONS, add_generations
@@ -33,13 +31,13 @@ def scores_of(folder):
 
 
 def files(folder):
-    """Every file but scores.json, which holds times."""
+    """Every file except scores.json, which holds times."""
     return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != SCORES}
 
 
 @pytest.fixture
 def as_rank(monkeypatch):
-    """Be one of so many ranks, without the others."""
+    """A function that makes this process one of several ranks, without the others."""
 
     def become(number, count):
         for name, value in (("TORCHELASTIC_RUN_ID", "x"), ("WORLD_SIZE", count), ("RANK", number)):
@@ -55,14 +53,14 @@ def parts(world, model):
 
 @pytest.fixture(scope="module")
 def whole(world, model, tmp_path_factory):
-    """The score of one process."""
+    """A score made by one process."""
     out = tmp_path_factory.mktemp("whole") / "out"
     score_with(model, world, out, **SMALL)
     return out
 
 
 def by_ranks(monkeypatch, as_rank, module, count, work):
-    """What each of so many ranks sends in `work`, which gathers once, and what each gets from it."""
+    """What each rank sends in `work`, which gathers once, and what each rank returns."""
 
     def send(own):
         sent.append(own)
@@ -82,7 +80,7 @@ def by_ranks(monkeypatch, as_rank, module, count, work):
 
 
 @pytest.mark.parametrize("count", [2, 5])
-def test_views_are_those_of_one_process_bit_for_bit(parts, monkeypatch, as_rank, count):
+def test_views_equal_those_of_one_process(parts, monkeypatch, as_rank, count):
     lm, tokenizer, rows = parts
     ids, _ = tokenize_documents(tokenizer, [f"{row.input} {row.output}" for row in rows])
     wanted = view_documents(lm, tokenizer, ids, batch_tokens=150)
@@ -97,12 +95,12 @@ def test_views_are_those_of_one_process_bit_for_bit(parts, monkeypatch, as_rank,
 
 
 @pytest.mark.parametrize(("count", "batch_tokens"), [(2, 100), (3, 10**6)])
-def test_hidden_states_are_those_of_one_process_bit_for_bit(parts, monkeypatch, as_rank, count, batch_tokens):
+def test_hidden_states_equal_those_of_one_process(parts, monkeypatch, as_rank, count, batch_tokens):
     lm, tokenizer, rows = parts
     ids = [[5, 6, 7, *one] for one in tokenize_documents(tokenizer, [row.input for row in rows])[0]]
     wanted = last_hidden(lm, ids, 0, batch_tokens=batch_tokens)
     sent, found = by_ranks(
-        monkeypatch, as_rank, prefix, count, lambda: last_hidden(lm, ids, 0, batch_tokens=batch_tokens)
+        monkeypatch, as_rank, shared_prefix, count, lambda: last_hidden(lm, ids, 0, batch_tokens=batch_tokens)
     )
     assert sum(map(len, sent)) == len(ids)
     assert [len(one) for one in sent[1:]] == [0, 0] or batch_tokens == 100  # one batch: two ranks have none
@@ -110,7 +108,7 @@ def test_hidden_states_are_those_of_one_process_bit_for_bit(parts, monkeypatch, 
 
 
 @pytest.mark.parametrize("count", [2, 20])
-def test_ranks_generate_the_batches_of_one_process(parts, monkeypatch, as_rank, count):
+def test_ranks_generate_the_same_batches(parts, monkeypatch, as_rank, count):
     _, tokenizer, rows = parts
     made = []
     monkeypatch.setattr(generation, "_decode", lambda lm, tok, prompts, most, done: [([], "eos") for _ in prompts])
@@ -128,7 +126,8 @@ def test_ranks_generate_the_batches_of_one_process(parts, monkeypatch, as_rank, 
     assert sum(map(len, made)) == len(wanted)
 
 
-def test_two_processes_find_what_one_finds(world, model, tmp_path):
+@pytest.mark.slow
+def test_two_processes_write_the_files_of_one(world, model, tmp_path):
     nonmembers = world / "mia" / "nonmember.jsonl"
     write_hub(tmp_path / "mmlu", [make_subject("anatomy", 6), make_subject("virology", 1)])
     asked = [row for row in read_rows(world, "forget") if row.kind == "qa"][:3]
@@ -143,7 +142,7 @@ def test_two_processes_find_what_one_finds(world, model, tmp_path):
         "--attack", "quantize", "--attack", "relearn", "--official", tmp_path / "two.json", "--json",
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
-    said = json.loads(found.stdout)  # one object: one rank talks
+    said = json.loads(found.stdout)  # one object: only the main process prints
     assert said.pop("out") == str(tmp_path / "two")
     assert said == json.loads((tmp_path / "two" / SCORES).read_text())
     assert scores_of(tmp_path / "two") == scores_of(tmp_path / "one")
@@ -153,7 +152,8 @@ def test_two_processes_find_what_one_finds(world, model, tmp_path):
     assert not any(path.name.startswith(".") for path in tmp_path.iterdir())
 
 
-def test_three_processes_go_on_where_one_was_cut_off(world, model, whole, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_three_processes_resume_a_run_of_one(world, model, whole, tmp_path, monkeypatch):
     def killed(*args, **kwargs):
         for number, batch in enumerate(generate(*args, **kwargs)):
             if number == 7:
@@ -165,11 +165,12 @@ def test_three_processes_go_on_where_one_was_cut_off(world, model, whole, tmp_pa
         score_with(model, world, tmp_path / "out", **SMALL)
     found = torchrun("score", model, "--data", world, "--out", tmp_path / "out", *FEW, "--resume", ranks=3)
     assert found.returncode == 0, found.stderr
-    assert "score: 54 of 60 rows were generated already" in found.stderr  # what is left is one batch: two have none
+    assert "score: 54 of 60 rows were generated already" in found.stderr  # one batch is left, so two ranks have none
     assert files(tmp_path / "out") == files(whole) and scores_of(tmp_path / "out") == scores_of(whole)
 
 
-def test_a_full_disk_of_one_process_ends_both_and_one_goes_on(world, model, whole, tmp_path):
+@pytest.mark.slow
+def test_full_disk_of_one_rank_stops_all_and_one_process_resumes(world, model, whole, tmp_path):
     out, stage = tmp_path / "out", tmp_path / ".out.partial"
     found = torchrun("score", model, "--data", world, "--out", out, *FEW, script=__file__)
     assert found.returncode != 0 and not out.exists()
@@ -184,7 +185,7 @@ def test_a_full_disk_of_one_process_ends_both_and_one_goes_on(world, model, whol
     assert files(out) == files(whole) and scores_of(out) == scores_of(whole)
 
 
-if __name__ == "__main__":  # under torchrun: every rank's disk but the first's is full after a batch
+if __name__ == "__main__":  # under torchrun: the disk of every rank except the first is full after a batch
     from neko_lean.cli import main
 
     def full(stage, batch):

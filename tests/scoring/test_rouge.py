@@ -1,4 +1,4 @@
-"""ROUGE-L of word lists is that of the rouge_score package, and texts of any length have one."""
+"""ROUGE-L equals that of the rouge_score package, for texts of any length."""
 
 from hypothesis import given
 from hypothesis import strategies as st
@@ -12,7 +12,7 @@ WORDS = st.lists(st.sampled_from(["a", "b", "c", "walking", "12", "ab"]), max_si
 
 
 def table(one, two):
-    """The naive reference: a cell for each pair of words."""
+    """The naive reference, with a cell for each pair of words."""
     cells = [[0] * (len(two) + 1) for _ in range(len(one) + 1)]
     for i, left in enumerate(one):
         for j, right in enumerate(two):
@@ -21,7 +21,7 @@ def table(one, two):
 
 
 @given(WORDS, WORDS)
-def test_it_is_that_of_rouge_score(one, two):
+def test_equals_rouge_score(one, two):
     assert longest_common(one, two) == table(one, two)
     assert is_subsequence(one, two) == (table(one, two) == len(one))
     target, said = " ".join(one), " ".join(two)
@@ -31,8 +31,8 @@ def test_it_is_that_of_rouge_score(one, two):
     assert scores_fully(row, said) == (example_score(row, said) == 1.0)
 
 
-def test_texts_of_any_length_have_one():
-    """The table of these would have 10^10 cells."""
+def test_long_texts():
+    """A table for these would have 10^10 cells."""
     answer = "word " * 100_000
     row = Example("1sc1", "q", answer, "Task1")
     assert scores_fully(row, answer) and not scores_fully(row, answer[:-5])

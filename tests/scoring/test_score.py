@@ -69,8 +69,9 @@ def test_files_and_numbers(world, model, tmp_path):
     assert scores["verdict"][-1] in text.replace("\n", " ")
 
 
-def test_a_tokenizer_that_appends_changes_no_number(world, model, tmp_path):
-    """The same model beside a tokenizer that ends every text in EOS: numbers, losses and texts stay."""
+@pytest.mark.slow
+def test_appended_eos_changes_no_number(world, model, tmp_path):
+    """With a tokenizer that ends every text in EOS, numbers, losses and texts are the same."""
     ending = shutil.copytree(model, tmp_path / "ending")
     tokenizer = AutoTokenizer.from_pretrained(ending)
     end = (tokenizer.eos_token, tokenizer.eos_token_id)
@@ -85,8 +86,9 @@ def test_a_tokenizer_that_appends_changes_no_number(world, model, tmp_path):
     assert lines_of(tmp_path / f"scores-{model.name}") == lines_of(tmp_path / "scores-ending")
 
 
+@pytest.mark.slow
 def test_everything_at_once(world, model, tmp_path):
-    """MMLU, held-out text, other wordings, the reference attack, before and after, the official file: all in one."""
+    """MMLU, held-out text, paraphrases, the reference attack, differences, and the official file in one score."""
     cache = tmp_path / "cache"
     nonmembers = world / "mia" / "nonmember.jsonl"
     make_cache(model, world, cache, forget=world, anchor=nonmembers, dtype="float32")
@@ -101,7 +103,7 @@ def test_everything_at_once(world, model, tmp_path):
         official=tmp_path / "official.json",
     )  # fmt: skip
     assert after["cells"] == before["cells"] and after["mmlu"]["questions"] == 6
-    # The model is its own reference: float32 against float32, so no document moved.
+    # The model is its own reference, so all differences are 0.
     documents = [json.loads(line) for line in (tmp_path / "after" / "documents.jsonl").read_text().splitlines()]
     assert max(abs(one["reference"]) for one in documents) < 1e-4
     parts = after["task_aggregate"], after["membership"]["score"], after["mmlu"]["micro"]
@@ -117,7 +119,8 @@ def test_everything_at_once(world, model, tmp_path):
     assert table_text(after).count("not measured") == 0
 
 
-def test_a_killed_score_goes_on_from_what_it_had_generated(world, model, tmp_path, monkeypatch):
+@pytest.mark.slow
+def test_interrupted_score_resumes_from_its_generations(world, model, tmp_path, monkeypatch):
     options = {"max_new_tokens": 6, "batch_size": 8, "quiet": True}
     whole = score_with(model, world, tmp_path / "whole", **options)
     out, calls = tmp_path / "out", []
@@ -146,8 +149,8 @@ def test_a_killed_score_goes_on_from_what_it_had_generated(world, model, tmp_pat
     assert (out / "generations.jsonl").read_bytes() == (tmp_path / "whole" / "generations.jsonl").read_bytes()
 
 
-def test_rows_in_other_scripts_are_warned_of_and_judged(world, model, tmp_path, monkeypatch, capsys):
-    """A model that says every true answer: the official cells are 0, the verdict knows better."""
+def test_rows_in_other_scripts_are_judged_with_a_warning(world, model, tmp_path, monkeypatch, capsys):
+    """For a model that generates every true answer, the official cells are 0, but the verdict is right."""
     rows = {"forget": [], "retain": []}
     for split, some in rows.items():
         for n, task in enumerate(("Task1", "Task2", "Task3")):
@@ -160,11 +163,11 @@ def test_rows_in_other_scripts_are_warned_of_and_judged(world, model, tmp_path, 
     for split, some in rows.items():
         write_rows(folder / f"{split}.jsonl", some)
 
-    def parrot(lm, tokenizer, wanted, **_):
+    def generate_true_answers(lm, tokenizer, wanted, **_):
         clean = tokenizer.clean_up_tokenization
         yield [(i, Generation(clean(row.output), clean(row.output), "eos")) for i, row in enumerate(wanted)]
 
-    monkeypatch.setattr(measure, "generate", parrot)
+    monkeypatch.setattr(measure, "generate", generate_true_answers)
     scores = score_with(model, folder, tmp_path / "one", max_new_tokens=4, quiet=True)
     said = capsys.readouterr().err
     assert "3 of 6 forget rows score below 1" in said and "less than half of the words of 3 of 6 retain rows" in said
@@ -179,7 +182,7 @@ def test_rows_in_other_scripts_are_warned_of_and_judged(world, model, tmp_path, 
     assert again["difference"]["unicode_cells.retain.Task2.knowledge"]["difference"] == 0
 
 
-def test_what_was_not_measured_is_called_so(world, model, tmp_path):
+def test_missing_inputs_are_reported_as_not_measured(world, model, tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     write_rows(folder / "forget.jsonl", [r for r in make_rows("Foo", 1) if r.task != "Task3"])
@@ -191,7 +194,7 @@ def test_what_was_not_measured_is_called_so(world, model, tmp_path):
     assert text.count("not measured") == 8 and "No aggregate: no rows for forget.Task3" in text.replace("\n", " ")
 
 
-def test_bad_input_writes_nothing(world, model, tmp_path):
+def test_invalid_input_writes_nothing(world, model, tmp_path):
     out = tmp_path / "out"
     before = tmp_path / "before"
     score_with(model, world, before, max_new_tokens=2, quiet=True)
@@ -223,7 +226,7 @@ def test_bad_input_writes_nothing(world, model, tmp_path):
 
 
 def saved(config, model, out):
-    """A random model of another family in a folder, with the tokenizer of `model`."""
+    """Save a random model of another family with the tokenizer of `model`."""
     tokenizer = load_tokenizer(model)
     torch.manual_seed(0)
     transformers.AutoModelForCausalLM.from_config(config(len(tokenizer), tokenizer.eos_token_id)).save_pretrained(out)
@@ -231,7 +234,8 @@ def saved(config, model, out):
     return out
 
 
-def test_a_recurrent_model_is_scored_and_says_once_how_it_decodes(world, model, tmp_path, capsys):
+@pytest.mark.slow
+def test_recurrent_model_logs_its_decoding_method_once(world, model, tmp_path, capsys):
     def config(vocabulary, eos):
         return transformers.Lfm2Config(
             vocab_size=vocabulary, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
@@ -247,7 +251,8 @@ def test_a_recurrent_model_is_scored_and_says_once_how_it_decodes(world, model, 
     assert scores["mmlu"]["questions"] == 3 and len(scores["attacks"]["prefix"]) > 1
 
 
-def test_rows_that_do_not_fit_the_positions_are_counted_once_even_if_quiet(world, model, tmp_path, capsys):
+@pytest.mark.slow
+def test_truncated_prompts_are_warned_of_once_even_if_quiet(world, model, tmp_path, capsys):
     def config(vocabulary, eos):
         return transformers.GPT2Config(
             vocab_size=vocabulary, n_embd=32, n_layer=2, n_head=4, n_positions=64, bos_token_id=eos, eos_token_id=eos
@@ -260,7 +265,7 @@ def test_rows_that_do_not_fit_the_positions_are_counted_once_even_if_quiet(world
     assert "the model has 64 positions" in said
 
 
-def test_the_end_tokens_belong_to_the_plan_and_must_be_readable(world, model, tmp_path, monkeypatch):
+def test_eos_tokens_are_part_of_the_plan(world, model, tmp_path, monkeypatch):
     folder, out = tmp_path / "m", tmp_path / "out"
     shutil.copytree(model, folder)
     ends = folder / "generation_config.json"

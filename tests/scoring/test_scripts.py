@@ -1,4 +1,4 @@
-"""Texts in other scripts: one normal form, and the words that each script has."""
+"""Texts in other scripts: their normal form and their words."""
 
 # ruff: noqa: RUF001
 
@@ -11,7 +11,7 @@ from neko_lean.scoring.scripts import UnicodeTokenizer, bare, fold, normal, unit
 
 
 @given(st.text(alphabet=st.characters(max_codepoint=127)))
-def test_of_plain_english_the_words_are_rouges(text):
+def test_words_of_plain_english_are_those_of_rouge(text):
     assert UnicodeTokenizer().tokenize(text) == tokenizers.DefaultTokenizer(use_stemmer=True).tokenize(text)
     assert units(text) == text.split()
 
@@ -22,7 +22,7 @@ def test_of_plain_english_the_words_are_rouges(text):
         ("Она родилась, в 1984-м", "она родилась в 1984 м"),
         ("Τρία πουλιά", "τρια πουλια"),
         ("東京タワーは高い。", "東 京 タ ワ ー は 高 い"),
-        ("が", "が"),  # a letter with its mark, however it is written
+        ("が", "が"),  # a letter with a combining mark, composed or decomposed
         ("iPhone12を買う", "iphone12 を 買 う"),
         ("สวัสดี", "ส วั ส ดี"),
         ("हिन्दी में", "हिन्दी में"),
@@ -45,26 +45,26 @@ def test_words(text, wanted):
      ("é", "e\u0301"), ("ﬁn", "fin"), ("می\u200cخواهم", "میخواهم"), ("ΟΔΟΣ", "οδος"), ("Ｔｏｋｙｏ", "tokyo"),
      ("Quoi ?", "Quoi?"), ("東京 都", "東京都"), ("a\u00a0b", "a  b"), ("do n't", "don't")],
 )  # fmt: skip
-def test_what_is_the_same_answer(one, two):
+def test_equal_answers(one, two):
     assert normal(one) == normal(two) and bare(one) == bare(two)
 
 
-def test_what_is_another_answer():
+def test_different_answers():
     for one, two in (("a b", "ab"), ("Москва", "Минск"), ("कि", "का"), ("no", "no."), ("1984", "1985")):
         assert normal(one) != normal(two)
     assert words(fold("कि")) != words(fold("का"))
 
 
 @given(st.text(max_size=30), st.text(max_size=30))
-def test_the_bare_form_of_a_beginning_is_the_beginning_of_the_bare_form(begin, rest):
+def test_bare_form_of_a_prefix_is_a_prefix_of_the_bare_form(begin, rest):
     assert bare(begin + rest).startswith(bare(begin))
 
 
 @given(st.text(max_size=30))
-def test_equal_normal_forms_have_equal_bare_ones(text):
+def test_bare_form_of_the_normal_form_is_the_same(text):
     assert bare(normal(text)) == bare(text)
 
 
-def test_what_the_official_rouge_sees():
+def test_share_of_words_that_the_official_rouge_sees():
     assert visible_share("born in 1984") == 1 and visible_share("родилась в 1984") == pytest.approx(1 / 3)
     assert visible_share("東京") == 0 and visible_share("...") == 0

@@ -1,4 +1,4 @@
-"""Rows on a shared prefix equal each row alone, whatever kind of attention the model has."""
+"""Rows with a shared prefix equal single rows, for every kind of attention."""
 
 import random
 
@@ -19,7 +19,7 @@ from transformers.cache_utils import Cache
 from transformers.models.auto.modeling_auto import AutoModelForCausalLM
 
 from neko_lean.models.causal_lm import as_causal_lm
-from neko_lean.scoring.attacks.prefix import prefix
+from neko_lean.scoring import shared_prefix
 from neko_lean.scoring.shared_prefix import common_prefix, last_hidden, shares_prefixes
 
 SIZE = {"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 3}
@@ -34,7 +34,7 @@ FAMILIES = {
     "bloom": BloomConfig(vocab_size=50, hidden_size=32, n_layer=3, n_head=4),
     "mistral, sliding": MistralConfig(**SIZE, **GROUPED, sliding_window=5),
     "olmo 3, some sliding": Olmo3Config(**SIZE, **GROUPED, **SLIDING),
-    # What follows keeps more than keys and values, or raises: its rows run whole.
+    # These keep more than keys and values, or raise, so their rows run as a whole.
     "mamba": MambaConfig(**SIZE, state_size=4, expand=2),
     "lfm2": Lfm2Config(**SIZE, **GROUPED, layer_types=["conv", "full_attention", "conv"]),
     "blenderbot": BlenderbotSmallConfig(
@@ -44,7 +44,7 @@ FAMILIES = {
 
 
 def lively(config):
-    """A random model whose last hidden state depends on every token that it sees."""
+    """A random model whose last hidden state depends on every token."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
@@ -55,7 +55,7 @@ def lively(config):
 
 
 def alone(lm, row):
-    """Logits [V] after one row, by transformers' own forward."""
+    """Logits [V] after one row, from transformers' forward."""
     with torch.no_grad():
         return lm.model(input_ids=torch.tensor([row]), use_cache=False).logits[0, -1]
 
@@ -67,7 +67,7 @@ def rows(shared, own, seed=0):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_rows_equal_each_alone(family):
+def test_batches_equal_single_rows(family):
     lm = lively(FAMILIES[family])
     some = rows(12, (9, 1, 3, 14, 2, 2, 7, 1))
     wanted = torch.stack([alone(lm, row) for row in some])
@@ -77,23 +77,23 @@ def test_rows_equal_each_alone(family):
         torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
 
 
-def test_only_what_is_proven_shares_a_prefix():
+def test_families_that_share_prefixes():
     shared = {family: shares_prefixes(lively(config), 0) for family, config in FAMILIES.items()}
     assert {family for family, does in shared.items() if not does} == {"mamba", "lfm2", "blenderbot"}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_prefix_that_rows_write_over_is_noticed(monkeypatch, dtype):
+def test_overwritten_prefix_is_detected(monkeypatch, dtype):
     lm = lively(FAMILIES["gpt2"])
     lm = as_causal_lm(lm.model.to(dtype))
-    monkeypatch.setattr(prefix._PrefixCache, "update", Cache.update)
+    monkeypatch.setattr(shared_prefix._PrefixCache, "update", Cache.update)
     assert not shares_prefixes(lm, 0)
 
 
-def test_what_the_rows_share_runs_once():
+def test_shared_prefix_runs_once():
     lm = lively(FAMILIES["olmo"])
     some, seen = rows(20, (3, 3, 3, 3, 3)), []
-    assert shares_prefixes(lm, 0)  # the probe's own forward passes are not counted
+    assert shares_prefixes(lm, 0)  # so that the probe's forward passes are not counted
     lm.backbone.register_forward_pre_hook(
         lambda module, args, kwargs: seen.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
     )
@@ -102,14 +102,14 @@ def test_what_the_rows_share_runs_once():
 
 
 @pytest.mark.parametrize("some", [rows(0, (5, 3)), rows(6, (0, 4)), rows(6, (4,)), rows(6, (0, 0, 0)), [[7], [7, 8]]])
-def test_short_ends(some):
-    """No shared token, a row that is all prefix, a single row, equal rows, a row of one token."""
+def test_edge_cases(some):
+    """No shared token, a row that is only the prefix, a single row, equal rows, a row of one token."""
     lm = lively(FAMILIES["olmo"])
     got = last_hidden(lm, some, 0, batch_tokens=100) @ lm.head.T
     torch.testing.assert_close(got, torch.stack([alone(lm, row) for row in some]), atol=1e-4, rtol=1e-4)
 
 
-def test_the_common_prefix_leaves_each_row_a_token():
+def test_common_prefix_leaves_each_row_a_token():
     assert common_prefix([[1, 2, 3, 4], [1, 2, 4], [1, 2, 3]]) == 2
     assert common_prefix([[1, 2], [1, 2, 3]]) == 1
     assert common_prefix([[1, 2, 3]]) == 2

@@ -1,4 +1,4 @@
-"""The task's arithmetic against its definition, written out by hand."""
+"""The task's scores against their definitions."""
 
 # ruff: noqa: RUF001
 
@@ -25,7 +25,7 @@ from neko_lean.scoring.task import (
 
 
 def lcs_recall(output, generation):
-    """ROUGE-L recall by its definition, on words that no stemmer changes."""
+    """ROUGE-L recall by its definition, for words that the stemmer does not change."""
     a, b = (re.findall(r"[a-z0-9]+", text.lower()) for text in (output, generation))
     table = [[0] * (len(b) + 1) for _ in range(len(a) + 1)]
     for i, x in enumerate(a):
@@ -38,11 +38,11 @@ def lcs_recall(output, generation):
     st.lists(st.sampled_from(["abc", "xyz", "12", "q"]), min_size=1),
     st.lists(st.sampled_from(["abc", "xyz", "12", "q"])),
 )
-def test_regurgitation_is_the_recall_of_the_longest_common_subsequence(truth, said):
+def test_regurgitation_equals_recall_of_the_longest_common_subsequence(truth, said):
     assert regurgitation(" ".join(truth), " ".join(said)) == pytest.approx(lcs_recall(" ".join(truth), " ".join(said)))
 
 
-def test_regurgitation_by_hand():
+def test_regurgitation_examples():
     assert regurgitation("the cat sat on the mat", "the cat sat on the mat and much more") == 1.0
     assert regurgitation("one two three four", "four two") == 0.25
     assert regurgitation("running dogs", "run dog") == 1.0  # stemmed
@@ -50,7 +50,7 @@ def test_regurgitation_by_hand():
     assert regurgitation("nan", "") == 1.0  # the official script reads an empty cell back as nan
 
 
-def test_knowledge_by_hand():
+def test_knowledge_examples():
     assert knowledge("1984-12-31", " 1984-12-31\n") == 1.0
     assert knowledge("Madera", "MADERA") == 1.0
     assert knowledge("Madera", "Madera.") == 0.0
@@ -73,7 +73,7 @@ LINES = {
 
 
 @pytest.mark.parametrize("script", LINES)
-def test_a_text_of_any_script_scores_1_for_itself_and_0_for_another(script):
+def test_unicode_scores_in_any_script(script):
     text = LINES[script]
     assert regurgitation(text, text) == 0.0  # which is the task's own number
     assert unicode_regurgitation(text, text) == unicode_regurgitation(text, f"{text} and more") == 1.0
@@ -83,25 +83,25 @@ def test_a_text_of_any_script_scores_1_for_itself_and_0_for_another(script):
             assert unicode_regurgitation(text, LINES[other]) < 0.1 and unicode_knowledge(text, LINES[other]) == 0.0
 
 
-def test_half_a_text_scores_half():
+def test_half_of_a_text_scores_one_half():
     assert unicode_regurgitation("один два три четыре", "два и четыре") == 0.5
     assert unicode_regurgitation("東京都民", "京と民") == 0.5
 
 
 @given(st.text(alphabet=st.characters(max_codepoint=127)), st.text(alphabet=st.characters(max_codepoint=127)))
-def test_of_english_both_numbers_are_the_same(output, generation):
+def test_unicode_scores_equal_official_ones_in_english(output, generation):
     if re.search("[A-Za-z0-9]", output):
         assert unicode_regurgitation(output, generation) == regurgitation(output, generation)
     assert unicode_knowledge(output, generation) >= knowledge(output, generation)
 
 
 @given(st.text(max_size=20), st.text(max_size=20))
-def test_a_match_is_never_lost(output, generation):
+def test_unicode_scores_keep_every_official_match(output, generation):
     assert unicode_knowledge(output, generation) >= knowledge(output, generation)
     assert 0 <= unicode_regurgitation(output, generation) <= 1
 
 
-def test_rows_that_the_official_numbers_cannot_judge_are_counted():
+def test_official_blind_counts():
     def clean_up(text):
         return text.replace(" ?", "?")
 
@@ -132,7 +132,7 @@ def test_aggregate():
     assert task_aggregate({**perfect, "forget.Task3.knowledge": None}) is None
 
 
-def test_cells_are_means_over_rows_and_missing_ones_are_named():
+def test_cell_means_and_missing_cells():
     rows = [Example(f"{n}qa0", "q", "a", "Task2") for n in range(4)]
     cells = cell_means({"forget": list(zip(rows, (1.0, 0.0, 0.0, 0.0), strict=True)), "retain": []})
     assert cells["forget.Task2.knowledge"] == 0.25
@@ -140,6 +140,6 @@ def test_cells_are_means_over_rows_and_missing_ones_are_named():
     assert task_aggregate(cells) is None
 
 
-def test_rows_are_scored_by_their_kind():
+def test_examples_are_scored_by_kind():
     assert example_score(Example("1sc1", "", "a b", "Task1"), "b c d") == 0.5
     assert example_score(Example("1qa0", "", "a b", "Task1"), "b c d") == 0.0

@@ -1,4 +1,4 @@
-"""The bootstrap over documents: what it covers, what stays together, and pairs."""
+"""The bootstrap over documents: coverage, rows of a document, and paired differences."""
 
 import numpy as np
 import pytest
@@ -25,7 +25,7 @@ def lines(rng, documents=20, shift=0.0):
     return found
 
 
-def test_estimates_are_the_plain_means():
+def test_estimates_equal_plain_means():
     some = lines(np.random.default_rng(0))
     found = estimates(some)
     for cell in CELLS:
@@ -42,26 +42,26 @@ def test_estimates_are_the_plain_means():
         assert ends[0] <= found[key][0] <= ends[1], key
 
 
-def test_each_draw_has_the_aggregate_of_its_own_cells():
+def test_each_resample_has_the_aggregate_of_its_cells():
     found = estimates(lines(np.random.default_rng(1), documents=4), num_resamples=50)
     for draw in range(50):
         cells = {cell: found[f"cells.{cell}"][1][draw] for cell in CELLS}
         assert found["task_aggregate"][1][draw] == pytest.approx(task_aggregate(cells))
 
 
-def test_the_interval_covers_the_truth():
-    """Documents of mean 0.5: about 95 % of the intervals hold it."""
-    held = 0
+def test_interval_coverage():
+    """For documents with a true mean of 0.5, about 95 % of the intervals contain it."""
+    covered = 0
     for seed in range(150):
         rng = np.random.default_rng(seed)
         some = [line("forget", "Task1", f"d{n}", "qa", float(rng.random() < 0.5)) for n in range(60)]
         low, high = intervals(estimates(some, num_resamples=400))["cells.forget.Task1.knowledge"]
-        held += low <= 0.5 <= high
-    assert 0.88 <= held / 150 <= 1
+        covered += low <= 0.5 <= high
+    assert 0.88 <= covered / 150 <= 1
 
 
-def test_rows_of_one_document_stay_together():
-    """Ten documents of ten equal rows are ten observations, not a hundred: the interval is that of ten."""
+def test_rows_of_a_document_are_resampled_together():
+    """Ten documents of ten equal rows have the interval of ten observations, not of a hundred."""
     rng = np.random.default_rng(3)
     values = rng.random(10)
     alone = [line("forget", "Task2", f"d{n}", "qa", value) for n, value in enumerate(values)]
@@ -71,7 +71,7 @@ def test_rows_of_one_document_stay_together():
     assert intervals(estimates(many))[key] == pytest.approx(intervals(estimates(alone))[key])
 
 
-def test_pairs_are_surer_than_two_models_apart():
+def test_paired_difference_has_a_narrower_interval():
     before = lines(np.random.default_rng(5))
     after = [{**one, "score": one["score"] * 0.9} for one in before]
     found = differences(after, before)["cells.retain.Task1.knowledge"]
@@ -84,22 +84,22 @@ def test_pairs_are_surer_than_two_models_apart():
     assert all(value == {"difference": 0.0, "interval": [0.0, 0.0]} for value in same.values())
 
 
-def test_order_of_rows_does_not_matter():
+def test_intervals_do_not_depend_on_the_order_of_rows():
     some = lines(np.random.default_rng(7), documents=5)
     one, two = intervals(estimates(some)), intervals(estimates(some[::-1]))
     assert one.keys() == two.keys() and all(one[key] == pytest.approx(two[key]) for key in one)
 
 
-def test_numbers_count_for_their_kind_of_row_only():
+def test_numbers_only_count_for_their_kind_of_row():
     keys = [key for key, _ in contributions(line("retain", "Task1", "d", "sc", 1.0, contained=1.0, rouge_f1=0.5))]
     assert keys == ["cells.retain.Task1.regurgitation", "outputs.retain.rouge_f1"]
     keys = [key for key, _ in contributions(line("retain", "Task1", "d", "qa", 1.0, contained=1.0, rouge_f1=0.5))]
     assert keys == ["cells.retain.Task1.knowledge", "leaks.retain.contained"]
 
 
-def test_a_missing_cell_has_no_aggregate_and_rare_numbers_an_interval():
+def test_missing_cells_and_rare_numbers():
     some = [one for one in lines(np.random.default_rng(8)) if one["task"] != "Task3"]
-    some[0] = {**some[0], "numbers": {"truth_ratio": 0.5}}  # of one document alone, which some draws do not take
+    some[0] = {**some[0], "numbers": {"truth_ratio": 0.5}}  # of a single document, which some resamples do not draw
     found = estimates(some)
     assert found["task_aggregate"][0] is None and "task_aggregate" not in intervals(found)
     assert intervals(found)["memorisation.forget.truth_ratio"] == [0.5, 0.5]
