@@ -86,7 +86,7 @@ def test_other_backward_modes_are_refused(world, model, cache, tmp_path, monkeyp
     from neko_lean.training import backward
 
     monkeypatch.setattr(backward, "world_size", lambda: 2)
-    with pytest.raises(NekoLeanError, match=f"backward={value} is for one process"):
+    with pytest.raises(NekoLeanError, match=f"backward={value} works only in a single process"):
         flat(unlearn)(
             model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides={"backward": value}, quiet=True
         )

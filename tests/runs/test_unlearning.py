@@ -48,7 +48,7 @@ def test_lost_answers_are_counted_and_reported(world, model, tmp_path, capsys):
         model, tmp_path / "out", world, world, recipe="neko", overrides=change, run=RunOptions(quiet=True)
     )
     assert 0 < run["forget_answers_lost"] < 24
-    assert f"whole answer of {run['forget_answers_lost']} of 24 forget rows" in capsys.readouterr().err
+    assert f"warning: {run['forget_answers_lost']} of 24 forget rows get no forget loss" in capsys.readouterr().err
 
 
 def test_another_models_cache_is_refused_before_anything_is_written(world, cache, tmp_path):
