@@ -67,12 +67,12 @@ def by_ranks(monkeypatch, as_rank, module, count, work):
         raise InterruptedError
 
     sent, found = [], []
-    monkeypatch.setattr(module, "gather_rows", send)
+    monkeypatch.setattr(module, "all_gather_tensors", send)
     for number in range(count):
         as_rank(number, count)
         with pytest.raises(InterruptedError):
             work()
-    monkeypatch.setattr(module, "gather_rows", lambda own: sent)
+    monkeypatch.setattr(module, "all_gather_tensors", lambda own: sent)
     for number in range(count):
         as_rank(number, count)
         found.append(work())
