@@ -85,9 +85,9 @@ def main() -> None:
         largest = 0.0
         for number in range(1, options.rounds + 1):
             micro = micro_batches(number, device)
-            pair = {way: step(walks[way], micro) for way in ((0, 1) if number % 2 else (1, 0))}
-            for way in (0, 1):
-                seconds[way].append(pair[way][0])
+            pair = {variant: step(walks[variant], micro) for variant in ((0, 1) if number % 2 else (1, 0))}
+            for variant in (0, 1):
+                seconds[variant].append(pair[variant][0])
             differences = [
                 (pair[1][2][key] - gradient).norm() / gradient.norm() for key, gradient in pair[0][2].items()
             ]

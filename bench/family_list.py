@@ -1,4 +1,4 @@
-"""What bench/families.py tests besides every causal family of transformers: variants of a family's configuration."""
+"""Variants of families that bench/families.py tests in addition to every causal family of transformers."""
 
 from __future__ import annotations
 

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
 
 from neko_lean.models.causal_lm import CausalLM
+from neko_lean.runs import training_run
 from neko_lean.training import loop
 
 
@@ -67,17 +68,17 @@ def recorded_weights() -> Iterator[dict[str, Tensor]]:
     The run's memory is not predicted, because the prediction takes longer than these runs.
     """
     recorded: dict[str, Tensor] = {}
-    write, prediction = loop.save_checkpoint, loop.predicted_peak
+    write, prediction = loop.save_checkpoint, training_run.predicted_peak
 
     def watched(lm: CausalLM, *args: Any) -> None:
         recorded.update({name: p.detach().clone() for name, p in lm.model.named_parameters()})
         write(lm, *args)
 
-    loop.save_checkpoint, loop.predicted_peak = watched, lambda *_: None
+    loop.save_checkpoint, training_run.predicted_peak = watched, lambda *_: None
     try:
         yield recorded
     finally:
-        loop.save_checkpoint, loop.predicted_peak = write, prediction
+        loop.save_checkpoint, training_run.predicted_peak = write, prediction
 
 
 class Recorder:

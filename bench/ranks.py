@@ -31,10 +31,9 @@ from neko_lean.demo.world import build_world, write_world
 from neko_lean.models.devices import pick_device
 from neko_lean.models.lm_head import CHUNK_ELEMENTS
 from neko_lean.models.loading import load_tokenizer, new_model
-from neko_lean.options import OutputOptions
+from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.runs import unlearn
 from neko_lean.training import optimizer as optim
-from tests.helpers import flat
 
 SMALL = {"max_steps": 20, "forget_rows": 8, "retain_rows": 16, "lr": 1e-3, "micro_tokens": 512}
 
@@ -66,16 +65,16 @@ def weight_distances(work: Path) -> dict[str, float]:
     command(2, model, work, work / "cache", work / "two", SMALL)
     rounding, generator = optim.round_stochastically, torch.Generator().manual_seed(99)
     optim.round_stochastically = lambda value, _: rounding(value, generator)
-    options: dict[str, Any] = {"cache": work / "cache", "recipe": "neko", "overrides": SMALL, "quiet": True}
-    flat(unlearn)(model, work / "again", work, work, **options)
+    options: dict[str, Any] = {"cache": work / "cache", "recipe": "neko", "overrides": SMALL}
+    unlearn(model, work / "again", work, work, **options, run=RunOptions(quiet=True))
     optim.round_stochastically = rounding
 
-    def flattened(name: str) -> torch.Tensor:
+    def weights(name: str) -> torch.Tensor:
         tensors = load_file(work / name / "model.safetensors")
         return torch.cat([tensors[key].float().flatten() for key in sorted(tensors)])
 
-    single = flattened("one")
-    return {name: (flattened(name) - single).abs().mean().item() for name in ("two", "again", "model")}
+    single = weights("one")
+    return {name: (weights(name) - single).abs().mean().item() for name in ("two", "again", "model")}
 
 
 def main() -> None:

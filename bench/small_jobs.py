@@ -32,13 +32,12 @@ from neko_lean.demo.run import demo
 from neko_lean.demo.world import World, build_world, write_world
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_tokenizer, new_model
-from neko_lean.options import OutputOptions
+from neko_lean.options import DemoOptions, OutputOptions, RunOptions
 from neko_lean.recipes import load_recipe, reads_cache
 from neko_lean.report.page import report
 from neko_lean.runs import memorize, training_run, unlearn
 from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import score
-from tests.helpers import flat
 
 # Keys whose values differ between runs that computed the same.
 TIMES = {"wait_seconds", "seconds", "wall_seconds", "peak_memory", "measured_peak", "measured_peaks"}
@@ -149,22 +148,23 @@ def jobs(root: Path) -> dict[str, list[Job]]:
         )
 
     def unlearning(out: Path, *, change: dict[str, Any], seed: int = 3, own_cache: bool = False, **flags: bool) -> Any:
-        given = {"recipe": "neko", "overrides": {**SHORT, **change}, "save_every": 2, "quiet": True}
-        return flat(unlearn)(model, out, data, data, cache=None if own_cache else cache, seed=seed, **given, **flags)
+        recipe: dict[str, Any] = {"recipe": "neko", "overrides": {**SHORT, **change}}
+        run = RunOptions(seed=seed, save_every=2, quiet=True, **flags)
+        return unlearn(model, out, data, data, cache=None if own_cache else cache, **recipe, run=run)
 
     def memorizing(out: Path, *, change: dict[str, Any], seed: int = 3, **flags: bool) -> Any:
-        given = {"overrides": {**SHORT, **change}, "save_every": 2, "quiet": True}
-        return flat(memorize)(model, data, out, seed=seed, **given, **flags)
+        run = RunOptions(seed=seed, save_every=2, quiet=True, **flags)
+        return memorize(model, data, out, overrides={**SHORT, **change}, run=run)
 
     def scoring_(out: Path, *, max_new_tokens: int, inputs: ScoreInputs = ScoreInputs(), **flags: bool) -> Any:
         settings = ScoreSettings(batch_size=4, max_new_tokens=max_new_tokens)
         return score(model, data, out, inputs=inputs, settings=settings, run=replace(QUIET, **flags))
 
-    def reporting(out: Path, **given: Any) -> Any:
-        return report([root / "scores"], out, **given)
+    def reporting(out: Path, **kwargs: Any) -> Any:
+        return report([root / "scores"], out, **kwargs)
 
     def demoing(out: Path, *, seed: int, **flags: bool) -> Any:
-        result = flat(demo)(out, seed=seed, max_steps=2, quiet=True, **flags)
+        result = demo(out, max_steps=2, run=DemoOptions(seed=seed, quiet=True, **flags))
         return {key: result[key] for key in ("verdict", "files")}
 
     calls: dict[str, list[Callable[..., Any]]] = {
@@ -210,8 +210,9 @@ def training_jobs(root: Path) -> dict[str, Job]:
     def unlearning(out: Path, *, recipe: str, change: dict[str, Any], **flags: bool) -> Any:
         overrides = {**SHORT, **change}
         cache = root / "anchored" if reads_cache(load_recipe(recipe, overrides), anchor=True) else None
-        given: dict[str, Any] = {"recipe": recipe, "overrides": overrides, "seed": 3, "save_every": 3, "quiet": True}
-        return flat(unlearn)(model, out, data, data, cache=cache, anchor=data / "anchor.jsonl", **given, **flags)
+        inputs: dict[str, Any] = {"cache": cache, "anchor": data / "anchor.jsonl"}
+        run = RunOptions(seed=3, save_every=3, quiet=True, **flags)
+        return unlearn(model, out, data, data, **inputs, recipe=recipe, overrides=overrides, run=run)
 
     return {
         name: Job("unlearn", 100 + number, partial(unlearning, recipe=recipe, change=change))

@@ -30,7 +30,7 @@ ROWS, WIDTH, VOCABULARY = 2048, 2048, 50304
 
 
 def head(device: torch.device, rounds: int) -> dict[str, float]:
-    """Median seconds of the head's forward and backward pass, both ways, without a teacher."""
+    """Median seconds of the head's forward and backward pass with both methods, without a teacher."""
     generator = torch.Generator(device).manual_seed(0)
 
     def random(*shape: int) -> torch.Tensor:
@@ -47,13 +47,13 @@ def head(device: torch.device, rounds: int) -> dict[str, float]:
         return F.cross_entropy((leaves[0] @ leaves[1].T).float(), target)
 
     seconds: dict[str, list[float]] = {"token_stats": [], "materialised": []}
-    ways: dict[str, Callable[[], torch.Tensor]] = {"token_stats": ours, "materialised": materialised}
+    methods: dict[str, Callable[[], torch.Tensor]] = {"token_stats": ours, "materialised": materialised}
     for number in range(rounds + 1):
-        for name, way in ways.items():
+        for name, method in methods.items():
             for leaf in leaves:
                 leaf.grad = None
             start = clock(device)
-            way().backward()
+            method().backward()
             spent = clock(device) - start
             if number:  # the first round warms up
                 seconds[name].append(spent)

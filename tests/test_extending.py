@@ -1,4 +1,4 @@
-"""The example in docs/extending.md works as it is printed: objective, registration, recipe."""
+"""The example in docs/extending.md works as printed: objective, registration and recipe."""
 
 import re
 from pathlib import Path
@@ -64,7 +64,7 @@ def test_its_recipe_trains(tnpo, world, model, tmp_path):
 
 
 def test_the_registration_names_the_line_that_is_there():
-    """The diff on the page applies to the file as it is."""
+    """The diff on the page applies to the current file."""
     diff = next(text for kind, text in BLOCKS if kind == "diff")
     (before,) = (line[1:] for line in diff.splitlines() if line.startswith("-"))
     assert before in (ROOT / "neko_lean" / "objectives" / "__init__.py").read_text().splitlines()

@@ -1,4 +1,4 @@
-"""The scripts of shared/faults, where they are: each ends right. What they show has tests of its own as well."""
+"""The scripts in shared/faults, if they are available, must pass. Their faults have tests in this suite as well."""
 
 import ast
 import os

@@ -212,6 +212,7 @@ def test_scores_cannot_be_links_to_files_outside_their_folder(tmp_path, name):
 # The network
 
 
+@pytest.mark.slow
 def test_local_folders_need_no_network(world, model, tmp_path, no_network, monkeypatch):
     import huggingface_hub
 
@@ -239,6 +240,7 @@ def test_a_hub_name_is_one_sentence_when_offline(tmp_path):
     assert refusal in process.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_a_revision_pins_the_download_and_is_recorded(world, model, tmp_path, monkeypatch):
     import huggingface_hub
 
@@ -278,6 +280,7 @@ def test_a_revision_pins_the_download_and_is_recorded(world, model, tmp_path, mo
 # Personal data
 
 
+@pytest.mark.slow
 def test_no_command_prints_texts_of_the_data(world, model, tmp_path, capfd):
     """Every text contains a marker, and all commands run with their default output."""
     data = tmp_path / "data"

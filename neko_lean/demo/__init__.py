@@ -1,4 +1,4 @@
-"""The demo: a small model learns a small world by heart, then runs the same code as the three commands."""
+"""The demo: a small model memorizes a small synthetic data set, then all commands run on it."""
 
 from neko_lean.demo.run import demo
 

@@ -12,8 +12,13 @@ EOS, PAD = "<|endoftext|>", "<|padding|>"
 
 
 def write_base(folder: Path, rows: Sequence[Example], vocabulary: int = VOCABULARY) -> None:
-    """Write config and tokenizer of a small OLMo model, no weights; the tokenizer is trained on these rows and has at
-    most `vocabulary` tokens."""
+    """Write the config and the tokenizer of a small OLMo model, without weights.
+
+    Args:
+        folder: folder to write to.
+        rows: examples that the tokenizer is trained on.
+        vocabulary: largest vocabulary size.
+    """
     from tokenizers import ByteLevelBPETokenizer
     from transformers import OlmoConfig, PreTrainedTokenizerFast
 

@@ -14,7 +14,7 @@ ANCHORS = 60  # documents of each task in an anchor taken from the train split
 
 
 def copy_rows(source: Path, split: str | None, out: Path) -> None:
-    """Copy one split of real rows into `out` as the world would be written, with its Task3 documents as members."""
+    """Copy one split of real data to `out` in the layout of the synthetic world; its Task3 documents are members."""
     sets = {name: read_rows(source, name, split) for name in ("forget", "retain")}
     out.mkdir()
     for name, rows in sets.items():
@@ -25,14 +25,14 @@ def copy_rows(source: Path, split: str | None, out: Path) -> None:
     nonmembers = source / "mia" / "nonmember.jsonl"
     members = task3_documents(sets["forget"])
     if nonmembers.is_file() and members:
-        # The official member.jsonl is drawn from the train split: of another split they are non-members.
+        # The official member.jsonl is drawn from the train split; with another split they would be non-members.
         (out / "mia").mkdir()
         write_jsonl(out / "mia" / "member.jsonl", members)
         (out / "mia" / "nonmember.jsonl").write_bytes(nonmembers.read_bytes())
 
 
 def _anchor(source: Path, known: set[str]) -> list[dict[str, str]]:
-    """The documents of `anchor.jsonl`, or the first of each task in the train split that are not among these rows."""
+    """The documents of `anchor.jsonl`, or else the first of each task in the train split that are not `known`."""
     if (source / "anchor.jsonl").is_file():
         return [{"document": row.output, "task": row.task} for row in read_anchor(source / "anchor.jsonl")]
     try:

@@ -1,7 +1,8 @@
-"""A made-up world with LUME's three kinds of documents (arXiv 2502.15097): stories, biographies, encyclopaedia entries.
+"""A synthetic data set with LUME's three kinds of documents (arXiv 2502.15097): stories, biographies, encyclopedia
+entries.
 
-Names and places are built from syllables and facts are drawn at random, so nothing here is about anybody: ID numbers
-begin with 900 and area codes with 1, which are never given out. As in LUME every e-mail follows from its owner's name.
+Names and places are built from syllables and facts are drawn at random, so no document describes a real person: ID
+numbers start with 900 and area codes with 1, which are never assigned. As in LUME, e-mail addresses follow from names.
 """
 
 from __future__ import annotations
@@ -17,63 +18,45 @@ from neko_lean.data import TASKS, Example
 from neko_lean.jsonio import write_jsonl
 
 STORIES, PEOPLE, ENTRIES = 12, 10, 24  # documents of each kind in each set
-
-
 _ONSETS = "B|Br|C|Cl|D|Dr|F|G|Gr|H|J|K|L|M|N|P|Qu|R|S|St|T|Th|V|W|Y|Z"
-
-
 _VOWELS = "a|e|i|o|u|ae|ei|ia"
-
-
 _MIDDLES = "l|ll|m|n|nd|r|rr|s|st|t|v|x"
-
-
 _ENDINGS = "a|an|as|el|en|eth|ia|in|is|o|on|or|us|yn"
-
-
 _TOWN_ENDINGS = "bridge|dale|ford|haven|holm|mere|mouth|port|stead|wick"
-
-
 _JOBS = "baker|bookbinder|botanist|cartographer|clockmaker|diver|fiddler|glazier|librarian|potter|smith|tailor"
-
-
 _THINGS = "bell|chart|compass|diary|kite|lantern|locket|lyre|mask|mirror|seal|telescope"
-
-
 _PLACES = "the attic|the boathouse|the bell tower|the greenhouse|the old mill|the quarry|the tram depot|the wine cellar"
-
-
 _GOODS = "amber|copper|glass|indigo|paper|pears|salt|slate|tin|wool"
 
 
 @dataclass(frozen=True)
 class World:
-    """Rows of four sets of documents; no two documents share a subject."""
+    """Examples of four sets of documents; no two documents share a subject."""
 
     forget: list[Example]
     retain: list[Example]
     heldout: list[Example]  # documents that the model never sees
-    anchor: list[Example]  # others that it never sees, to hold still
+    anchor: list[Example]  # other documents that the model never sees, for `--anchor`
 
 
 class _Author:
-    """Draws facts; a name is never given twice."""
+    """Draws random facts and unique names."""
 
     def __init__(self, seed: int) -> None:
         self.rng = random.Random(seed)
-        self.given: set[str] = set()
+        self.used_names: set[str] = set()
 
     def pick(self, choices: str) -> str:
-        """One of the choices in 'a|b|c'."""
+        """Pick from choices such as 'a|b|c'."""
         return self.rng.choice(choices.split("|"))
 
     def name(self, endings: str = _ENDINGS) -> str:
         while True:
             middle = self.pick(_VOWELS) + self.pick(_MIDDLES) if self.rng.random() < 0.6 else ""
-            found = self.pick(_ONSETS) + middle + self.pick(_VOWELS) + self.pick(_MIDDLES) + self.pick(endings)
-            if found not in self.given:
-                self.given.add(found)
-                return found
+            name = self.pick(_ONSETS) + middle + self.pick(_VOWELS) + self.pick(_MIDDLES) + self.pick(endings)
+            if name not in self.used_names:
+                self.used_names.add(name)
+                return name
 
     def town(self) -> str:
         return self.name(_TOWN_ENDINGS)
@@ -88,14 +71,14 @@ class _Author:
         return str(uuid.UUID(int=self.rng.getrandbits(128), version=4))
 
     def split(self, text: str) -> tuple[str, str]:
-        """Cut a document into prompt and completion at a space between 40 % and 65 % of its words."""
+        """Split a document into prompt and completion after 40 % to 65 % of its words."""
         words = text.split(" ")
         cut = self.number(int(0.4 * len(words)), int(0.65 * len(words)))
         return " ".join(words[:cut]), " ".join(words[cut:])
 
 
 def build_world(seed: int = 0) -> World:
-    """The world of this seed: four sets of STORIES, PEOPLE and ENTRIES documents each, with their sc and qa rows."""
+    """Build the world: four sets of STORIES, PEOPLE and ENTRIES documents each, as sc and qa examples."""
     author = _Author(seed)
     kinds: list[tuple[Callable[[_Author], list[Example]], int]] = [
         (_story, STORIES),
@@ -107,8 +90,8 @@ def build_world(seed: int = 0) -> World:
 
 
 def write_world(world: World, out: Path) -> None:
-    """Write rows (forget.jsonl, retain.jsonl, heldout.jsonl) and whole documents: anchor.jsonl, and in mia/ the Task3
-    documents of forget and heldout."""
+    """Write examples (forget.jsonl, retain.jsonl, heldout.jsonl) and whole documents: anchor.jsonl, and mia/ with the
+    Task3 documents of the forget and held-out sets."""
     (out / "mia").mkdir(parents=True)
     for name in ("forget", "retain", "heldout"):
         write_jsonl(out / f"{name}.jsonl", map(asdict, getattr(world, name)))
@@ -117,16 +100,18 @@ def write_world(world: World, out: Path) -> None:
     write_jsonl(out / "mia" / "nonmember.jsonl", task3_documents(world.heldout))
 
 
-def anchor_documents(rows: Sequence[Example], most: int | None = None) -> list[dict[str, str]]:
-    """Whole texts of the documents among these rows, each with its task, as `--anchor` reads them: of each task the
-    first `most`, or all."""
+def anchor_documents(rows: Sequence[Example], per_task: int | None = None) -> list[dict[str, str]]:
+    """Whole texts of the documents in these rows, each with its task, as `--anchor` reads them: the first `per_task` of
+    each task, or all."""
     documents = [row for row in rows if row.kind == "sc"]
-    chosen = [row for task in TASKS for row in [one for one in documents if one.task == task][:most]]
-    return [{"document": f"{row.input} {row.output}", "task": row.task} for row in chosen]
+    by_task = [[row for row in documents if row.task == task][:per_task] for task in TASKS]
+    return [
+        {"document": f"{row.input} {row.output}", "task": row.task} for rows_of_task in by_task for row in rows_of_task
+    ]
 
 
 def task3_documents(rows: Sequence[Example]) -> list[dict[str, str]]:
-    """Whole texts of the Task3 documents among these rows, as the loss attack reads them."""
+    """Whole texts of the Task3 documents in these rows, as `--mia` reads them."""
     return [
         {"id": row.document, "document": f"{row.input} {row.output}"}
         for row in rows
@@ -214,7 +199,7 @@ def _person(author: _Author) -> list[Example]:
 
 
 def _entry(author: _Author) -> list[Example]:
-    """An encyclopaedia entry and one question about it."""
+    """An encyclopedia entry and one question about it."""
     town, region = author.town(), author.name()
     kind = author.pick("bridge|club|river|scholar")
     if kind == "bridge":

@@ -1,4 +1,4 @@
-"""The registry of objectives: one function each, with its requirements and hyperparameters stated beside it.
+"""The registry of objectives: one function each, with its requirements and hyperparameters declared next to it.
 
 `@forget_objective("name", ...)` or `@retain_objective("name", ...)` registers a function; recipes, the batch, the cache
 and the command line read what it needs from here. docs/extending.md adds one as an example.

@@ -133,7 +133,7 @@ def _merge(parent: Mapping[str, Any], child: Mapping[str, Any]) -> dict[str, Any
 
 
 def _build(name: str, values: Mapping[str, Any]) -> Recipe:
-    """The recipe of these values, with the hyperparameters of its own objective."""
+    """Build a recipe; `hyperparameters` holds those of its objective only."""
     objective = FORGET_OBJECTIVES.get(values["forget_objective"])
     declared = objective.hyperparameters if objective is not None else {}
     hyperparameters = {key: values.get(key, parameter.default) for key, parameter in declared.items()}

@@ -17,14 +17,8 @@ from neko_lean.report.values import format_interval, format_number
 from neko_lean.scoring import Interval
 
 SLOTS = 7  # styles: slot 0 is the model before unlearning, the others are used in turn
-
-
 DASHES = ("2 3", "", "7 3", "1.5 2.5", "9 3 2 3", "4 2", "12 4")
-
-
 WIDTH, HEIGHT = 360, 210
-
-
 LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
 
 

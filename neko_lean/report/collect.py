@@ -17,8 +17,6 @@ from neko_lean.report.read import RUN, SCORES, Run, Scored, read_object, read_ru
 from neko_lean.report.values import text
 
 BEFORE = "before"
-
-
 EXPECTED = "give folders that `neko-lean score` or `unlearn` wrote, or a folder that holds them"
 
 

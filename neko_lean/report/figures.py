@@ -15,8 +15,6 @@ from neko_lean.report.values import mapping, mean, numbers, objects
 from neko_lean.scoring import ATTACKS, KINDS, SPLITS, Attack, interval, number
 
 MAX_POINTS = 80  # of a curve; more steps are averaged, because single steps are noisy
-
-
 Points = list[tuple[float, float]]
 
 
@@ -90,8 +88,6 @@ def _peak_memory(line: dict[str, Any]) -> float | None:
 
 
 PEAK_MEMORY = _Curve("Peak memory", "GiB so far; of the GPU by PyTorch, or of the process on a CPU", _peak_memory)
-
-
 CURVES = (
     _Curve("Forget loss", "nats; the recipe's own forget objective", _logged("forget_loss")),
     _Curve("Retain loss", "nats; KL divergence from the teacher, or cross-entropy", _logged("retain_loss")),

@@ -30,8 +30,6 @@ from neko_lean.report.values import text
 from neko_lean.scoring import number
 
 HERE = Path(__file__).parent
-
-
 TITLE = "Did it forget?"
 
 

@@ -76,8 +76,6 @@ _SCORE_LINES: dict[str, Column] = {
     "device": _score_cell("device"),
     "duration": _formatted(lambda model: model.scores, "wall_seconds", format_duration),
 }
-
-
 _RUN_LINES: dict[str, Column] = {
     "started from": _run_cell("model"),
     "recipe": _run_cell("recipe", "name"),

@@ -13,8 +13,6 @@ from neko_lean.models import is_inside
 from neko_lean.report.values import text
 
 SCORES, GENERATIONS = "scores.json", "generations.jsonl"
-
-
 RUN, METRICS = "run.json", "metrics.jsonl"
 
 

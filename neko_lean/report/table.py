@@ -10,8 +10,6 @@ from neko_lean.report.values import NOT_MEASURED, format_change, format_interval
 from neko_lean.scoring import interval, number
 
 COUNTS = ("answer_rank", "questions", "shots")  # keys of numbers of things, which are shown without decimals
-
-
 SMALL_PRINT = "Small print: 95 % interval, and change from before, if the scores have them."
 
 

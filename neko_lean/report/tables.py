@@ -22,8 +22,6 @@ from neko_lean.scoring import CELLS, KINDS, SPLITS, number
 
 # Key in scores.json, name, and meaning of each line.
 LineSpec = tuple[str, str, str]
-
-
 MEMORISATION_LINES: tuple[LineSpec, ...] = (
     ("exact_memorisation", "exact memorisation", "share of answer tokens that are the most likely ones"),
     ("extraction_strength", "extraction strength", "share of the answer that is generated once the rest is given"),
@@ -31,16 +29,12 @@ MEMORISATION_LINES: tuple[LineSpec, ...] = (
     ("truth_ratio", "truth ratio", "probability of wrong answers relative to a paraphrase of the true one"),
     ("answer_rank", "answer rank", "of an answer's least expected token; geometric mean over questions"),
 )
-
-
 LEAK_LINES: tuple[LineSpec, ...] = (
     ("contained", "contained", "share of answers that occur in the first 64 tokens as whole words"),
     ("alphanumeric", "letters and digits", "the same, comparing only letters and digits"),
     ("digits", "digits", "the same, comparing only digits, for answers with at least four"),
     ("within_ten", "within ten", "share of answers whose every token is among the ten most likely"),
 )
-
-
 OUTPUT_LINES: tuple[LineSpec, ...] = (
     ("repetition", "repetition", "share of four-word sequences that are repeats"),
     ("degenerate", "degenerate outputs", "share of outputs that are empty or repeat one word or character"),

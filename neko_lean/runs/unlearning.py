@@ -65,31 +65,26 @@ def unlearn(
 ) -> dict[str, Any]:
     """Train a model to forget the forget set while its behaviour on the retain set is preserved.
 
-    `unlearn(model_path, output_path, forget_dir, retain_dir)` is the signature by which the shared task ran its
-    entries. Without a `cache`, the teacher is cached first and the cache is deleted at the end; teacher and student are
-    never in memory at the same time.
+    `unlearn(model_path, output_path, forget_dir, retain_dir)` is the shared task's signature. Without a `cache`, the
+    teacher is cached first and the cache is deleted at the end; teacher and student are never in memory together.
 
     Args:
         model: checkpoint folder, or hub name: owner/name or owner/name@revision.
         out: folder to write: a checkpoint with tokenizer, run.json and metrics.jsonl. It appears when it is complete.
-        forget, retain: parquet, jsonl or csv files, or folders that hold `forget.*` and `retain.*`. A recipe that does
-            not use the retain set only has it checked.
+        forget, retain: parquet, jsonl or csv files, or folders that hold `forget.*` and `retain.*`.
         cache: folder that `cache_teacher` wrote for this model and these retain rows.
-        anchor: jsonl file of documents that the model never saw (column `document`, optionally `task`). They are
-            preserved like the retain set and determine the loss at which a token counts as forgotten. Must be the
-            anchor that the cache was made with.
-        base_cache: folder that `cache_teacher` wrote, with these forget rows, for the model before it learned them:
-            its losses are then the levels of the forget tokens.
-        recipe: name of a shipped recipe, or path of a .toml file.
-        overrides: values of the recipe to replace, by key.
+        anchor: jsonl file of documents that the model never saw (column `document`, optionally `task`); the one that
+            the cache was made with. Preserved like the retain set, and the source of the levels of forget tokens.
+        base_cache: cache of the model before it learned these forget rows; its losses are then the levels.
+        recipe, overrides: name of a shipped recipe or path of a .toml file, and values that replace its own.
         run: device, seed, saving, and how to treat an existing output.
 
     Returns:
         The contents of run.json.
 
     Raises:
-        NekoLeanError: bad input, or an argument that has no effect with this recipe; or a loss or gradient that became
-            NaN or infinite, with the checkpoint of the best evaluation or last save, if there is one, in `out`.
+        NekoLeanError: bad input, an argument without effect, or a loss or gradient that became NaN or infinite; then
+            `out` holds the checkpoint of the best evaluation or last save, if there is one.
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the current step was completed and saved.
 
     Example:
@@ -129,8 +124,8 @@ def unlearn(
         examples = training_examples(prepared, chosen, teacher, base, tokenizer)
         lost = report_truncation(prepared, chosen, run.quiet)
 
-        make_student = partial(load_model, folder, pick_dtype(chosen.dtype))
-        job = TrainingJob(make_student, tokenizer, examples, teacher, chosen, device, run)
+        student = partial(load_model, folder, pick_dtype(chosen.dtype))
+        job = TrainingJob(student, tokenizer, examples, teacher, chosen, device, run)
         about = {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost}
         result = train(job, work, signals, about)
     raise_failure(result, output.path)

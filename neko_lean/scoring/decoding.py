@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 # Takes the indices of the rows still decoding and their logits [N, V]; returns each row's next token, None to end it.
 Choose = Callable[[Sequence[int], Tensor], Sequence[int | None]]
-
-
 Decode = Callable[[CausalLM, "Prompts", Choose], None]
 
 

@@ -21,25 +21,13 @@ from neko_lean.models import CausalLM, position_limit, rescaling_length
 from neko_lean.scoring.decoding import Choose, Decode, Prompts, decode_cached, decode_full, decode_padded
 
 PROBE_LENGTH = 64  # positions of the longest row in a padded batch
-
-
 LONG_PROBE_LENGTH = 320  # positions with a recurrent state: more than the chunks in which such layers read a prompt
-
-
 STEPS = 6  # tokens decoded by a probe
-
-
 # Maximum deviation: as a multiple of the measured rounding, and as an absolute limit for models unstable to rounding.
 TOLERANCE = 4.0
-
-
 LARGEST_DEVIATION = 0.1
-
-
 # Cache layers that hold keys and values and nothing else, or nothing at all.
 KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
-
-
 _outcomes: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 
@@ -59,14 +47,8 @@ class Method:
 
 
 PADDED = Method("in padded batches", decode_padded, "any")
-
-
 CACHED = Method("by transformers' generate, prompts of equal length together", decode_cached, "one length")
-
-
 CACHED_ALONE = Method("by transformers' generate, one prompt at a time", decode_cached, "alone")
-
-
 FULL = Method("without a cache, with a forward pass over the whole row for each token", decode_full, "one length")
 
 

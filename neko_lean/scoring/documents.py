@@ -25,8 +25,6 @@ if TYPE_CHECKING:
 
 
 DOCUMENTS = "documents.jsonl"
-
-
 # By text: the tokens that a reference model's loss was computed on, and the loss.
 ReferenceLosses = Mapping[str, tuple[Sequence[int], float]]
 

@@ -29,8 +29,6 @@ if TYPE_CHECKING:
 # Leaks and degenerate outputs are measured on a generation's first WINDOW tokens, or on twice the length of the answer
 # if that is longer.
 WINDOW = 64
-
-
 STRIDE = 16  # tokens between two checks whether an answer is settled
 
 

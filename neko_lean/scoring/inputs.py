@@ -28,8 +28,6 @@ if TYPE_CHECKING:
 
 
 MIA_FILES = "--mia needs a folder with member.jsonl and nonmember.jsonl"
-
-
 SIDES = ("member", "nonmember")
 
 

@@ -12,40 +12,22 @@ from typing import Any
 from neko_lean.scoring.values import interval, mean, number
 
 YES, PARTLY, NO, UNKNOWN = "yes", "partly", "no", "unknown"
-
-
 # Forgotten: at most this share of forget answers is left, to the letter or within the text ...
 MAX_ANSWERS_LEFT = 0.05
-
-
 # ... and no regurgitation is above this ROUGE-L recall; common words alone give unseen text 0.2 to 0.4.
 MAX_TEXT_LEFT = 0.5
-
-
 # Not forgotten: the mean of the forget cells is above this share of what it was.
 REMEMBERED_SHARE = 0.8
-
-
 # Hidden: the true answers' tokens have a higher probability than this although the answers are not generated.
 LIKELY_PROBABILITY = 0.5
-
-
 # Retained: every retain cell is at least this, whatever it was before ...
 HIGH_CELL = 0.9
-
-
 # ... or the mean of the retain cells, and each single cell, are at least these shares of what they were.
 RETAINED_MEAN, RETAINED_CELL = 0.95, 0.9
-
-
 # Partly retained: the mean of the retain cells is at least this share of what it was.
 PARTLY_RETAINED_MEAN = 0.6
-
-
 # Degenerate: a working model stays below this share of degenerate outputs, and of repeated four-word sequences.
 MAX_DEGENERATE = 0.2
-
-
 LEAK_FORMS = ("contained", "alphanumeric", "digits")
 
 

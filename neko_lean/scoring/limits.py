@@ -13,14 +13,8 @@ from neko_lean.data import EncodedExample
 from neko_lean.models import CausalLM, position_limit
 
 MAX_LENGTH = 2048  # tokens of a prompt, of a document, and of an example's prompt and answer together
-
-
 BATCH_TOKENS = 8192  # positions of a forward pass over documents, padding included
-
-
 GENERATED_TOKENS = 65536  # positions of a generation batch, new tokens and padding included
-
-
 MIN_NEW_TOKENS = 32  # new tokens that a prompt leaves room for: if the model has fewer positions, the prompt is cut
 
 

@@ -21,11 +21,7 @@ if TYPE_CHECKING:
 
 
 Values = Sequence[float] | np.ndarray
-
-
 MAX_FALSE_POSITIVE_RATE = 0.01
-
-
 NUM_RESAMPLES = 1000  # of the bootstrap
 
 

@@ -36,8 +36,6 @@ if TYPE_CHECKING:
 
 
 AWARD_FLOOR = 0.371  # submissions below it received no award in the shared task
-
-
 MAX_LENGTH = 2048
 
 

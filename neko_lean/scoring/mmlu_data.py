@@ -15,17 +15,9 @@ from neko_lean.data import csv_cells, read_parquet
 from neko_lean.errors import NekoLeanError
 
 LETTERS = "ABCD"
-
-
 SUBJECT_SPLITS = ("dev", "test")
-
-
 COLUMNS = ("question", "choices", "answer")
-
-
 NOT_SUBJECTS = ("all", "auxiliary_train")  # further folders in the hub's repository
-
-
 # fmt: off
 SUBJECTS = frozenset(
     {

@@ -15,8 +15,6 @@ from neko_lean.scoring.scripts import words as folded_words
 from neko_lean.scoring.task import unicode_rouge
 
 MIN_SECRET = 4  # a shorter answer (in letters and digits) occurs in a text by chance
-
-
 NGRAM = 4  # words per repeated sequence
 
 

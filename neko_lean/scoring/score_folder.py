@@ -42,24 +42,12 @@ from neko_lean.scoring.generation import Generation
 from neko_lean.terminal import log_line
 
 T = TypeVar("T")
-
-
 PLAN = "plan.json"
-
-
 SCORES = "scores.json"
-
-
 GENERATIONS = "generations.jsonl"
-
-
 PARTS = "generations*.jsonl"  # one file per rank
-
-
 # The final generations.jsonl until scores.json is written, too: until then, resuming needs the ranks' own files.
 ROWS = ".rows.tmp"
-
-
 FINISHED = (SCORES, GENERATIONS, "documents.jsonl")
 
 

@@ -13,15 +13,9 @@ from neko_lean.scoring.task import CELLS, KINDS, SPLITS
 from neko_lean.scoring.values import interval, number
 
 NOT_MEASURED = "not measured"
-
-
 Scores = Mapping[str, Any]
-
-
 # A row's label, and a function that formats a model's number.
 Row = tuple[str, Callable[[Scores], str]]
-
-
 # Label and dotted key in scores.json of the rows below the task's own numbers.
 OTHER_ROWS = (
     ("forget answers in longer text", "leaks.forget.contained"),

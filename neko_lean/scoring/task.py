@@ -14,14 +14,8 @@ from neko_lean.scoring.rouge import is_subsequence, rouge_l
 from neko_lean.scoring.scripts import UnicodeTokenizer, normal, official_tokenizer, visible_share
 
 SPLITS = ("forget", "retain")
-
-
 KINDS = {"sc": "regurgitation", "qa": "knowledge"}
-
-
 CELLS = tuple(f"{split}.{task}.{kind}" for split in SPLITS for task in TASKS for kind in KINDS.values())
-
-
 # The official script writes texts to a CSV file and reads them back with pandas, which takes these words for missing
 # values. Converted to text again, each of them is 'nan', in an answer as in a generation.
 _MISSING = frozenset(

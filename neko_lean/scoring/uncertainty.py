@@ -18,30 +18,18 @@ from neko_lean.data import Example
 from neko_lean.scoring.task import CELLS, SPLITS, task_aggregate
 
 NUM_RESAMPLES = 2000
-
-
 Line = Mapping[str, Any]
-
-
 # A number's value, and its values over the resamples: [resamples].
 Estimate = tuple[float | None, np.ndarray]
-
-
 # A split and a task; documents are resampled within each.
 Stratum = tuple[str, str]
-
-
 AGGREGATE = "task_aggregate"
-
-
 # The group in scores.json that each number of a row belongs to, and the kinds of row that have the number.
 GROUPS = {
     "memorisation": (("extraction_strength", "exact_memorisation", "answer_probability", "truth_ratio"), ("sc", "qa")),
     "leaks": (("contained", "alphanumeric", "digits", "within_ten"), ("qa",)),
     "outputs": (("repetition", "degenerate", "entropy"), ("sc", "qa")),
 }
-
-
 KEYS = {name: (group, kinds) for group, (names, kinds) in GROUPS.items() for name in names}
 
 
@@ -49,8 +37,6 @@ KEYS |= dict.fromkeys(("rouge_f1", "length_ratio"), ("outputs", ("sc",)))
 
 
 KEYS["answer_rank"] = ("memorisation", ("qa",))
-
-
 GEOMETRIC = ("answer_rank",)  # averaged geometrically, so that one rank in the thousands does not dominate the mean
 
 

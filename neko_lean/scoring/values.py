@@ -9,8 +9,6 @@ from collections.abc import Mapping
 from typing import Any
 
 LARGEST_VALUE = 1e15  # no measured number comes near it
-
-
 Interval = tuple[float, float]
 
 

@@ -30,8 +30,6 @@ def anchored(world, model, tmp_path_factory):
 
 
 DROPOUT = {"attention_dropout": 0.2}
-
-
 CASES = {
     "layerwise, chosen by quality": ("neko", EVALUATED, {}),
     "layerwise, state on the host": ("neko", {**SMALL, "offload_state": True, "offload_activations": True}, {}),

@@ -50,7 +50,7 @@ def ours(name, logp, reference, row):
 
 
 def naive(name, logp, reference, row):
-    """Row by row, as the papers write it."""
+    """Example by example, as the papers write it."""
     losses = []
     for one in set(row.tolist()):
         own, ref = logp[row == one], reference[row == one]
@@ -119,7 +119,7 @@ def test_bounds_and_limits():
     loss = calibrated(sure, level[:3], of_row[:3], torch.ones(3))
     slope = torch.autograd.grad(loss, sure)[0]
     assert slope[0] > 50 * slope[1] and slope.isfinite().all()
-    # NPO's gradient is that of ascent on the sums as beta goes to 0, but for a factor of the rows' number.
+    # As beta approaches 0, NPO's gradient approaches that of ascent on the sums, divided by the number of examples.
     inputs = TokenInputs(logp, row, torch.ones(len(row)), reference_logp=reference)
     (small,) = torch.autograd.grad(FORGET_OBJECTIVES["npo"].loss(inputs, beta=1e-9), logp)
     torch.testing.assert_close(small, torch.full_like(small, 1 / 5))

@@ -94,7 +94,7 @@ def check(sets):
     assert got["aggregate-score"] == -1 and "mmlu_average" not in got and json.dumps(got, allow_nan=False)
 
 
-@pytest.mark.skipif(not LUME.is_dir(), reason="LUME's public splits are not beside the project")
+@pytest.mark.skipif(not LUME.is_dir(), reason="LUME's public splits are not available")
 @pytest.mark.parametrize("seed", [0, 1])
 def test_all_rows_of_lume_train(seed):
     sets = {split: read_rows(LUME, split, "train") for split in ("forget", "retain")}

@@ -1,14 +1,11 @@
-"""One step's batch and its two-term loss, against two live models and plain autograd in float64."""
+"""One step's batch and its two-term loss, compared with two live models and plain autograd in float64."""
 
 import dataclasses
 import math
 import random
-from itertools import pairwise
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from neko_lean.cache.options import CacheOptions
 from neko_lean.cache.reader import TeacherCache
@@ -20,12 +17,11 @@ from neko_lean.models.causal_lm import checkpoint_activations
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.options import OutputOptions
 from neko_lean.recipes import load_recipe
-from neko_lean.training import batch as step
+from neko_lean.training import batch as batch_module
 from neko_lean.training.batch import _to_device, make_batch, select_hidden
 from neko_lean.training.layers import decoder_layers
 from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
-from neko_lean.training.micro_batches import OVERHEAD, micro_batches, split_across_ranks
 from tests.helpers import random_model, tiny
 
 CPU = torch.device("cpu")
@@ -33,7 +29,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def pieces(world, tmp_path_factory):
-    """A sure teacher, a student that is another model, encoded rows, and the teacher's cache with every entry."""
+    """A confident teacher, another model as the student, encoded examples, and the teacher's cache with every entry."""
     folder = tmp_path_factory.mktemp("pieces")
     teacher = random_model(world, folder / "teacher", seed=1, scale=10.0)
     student = random_model(world, folder / "student", seed=2, scale=10.0)
@@ -51,16 +47,16 @@ def pieces(world, tmp_path_factory):
 
 
 def naive(teacher, student, forget, retain, recipe):
-    """The recipe's loss row by row, with two live models and all logits: GA on answers, dense KL on retain."""
+    """The recipe's loss, example by example, with two live models and all logits: GA on answers, dense KL on retain."""
     logp, rows, kl, padded = [], [], [], 0
-    longest = max(len(one) for one in retain)
-    for number, one in enumerate(forget):
-        logq = student(input_ids=torch.tensor([one.input_ids])).logits[0].log_softmax(1)
-        for i in range(one.prompt_length + recipe.answer_skip, len(one)):
-            logp.append(logq[i - 1, one.input_ids[i]])
+    longest = max(len(example) for example in retain)
+    for number, example in enumerate(forget):
+        logq = student(input_ids=torch.tensor([example.input_ids])).logits[0].log_softmax(1)
+        for i in range(example.prompt_length + recipe.answer_skip, len(example)):
+            logp.append(logq[i - 1, example.input_ids[i]])
             rows.append(number)
-    for one in retain:
-        ids = torch.tensor([one.input_ids])
+    for example in retain:
+        ids = torch.tensor([example.input_ids])
         with torch.no_grad():
             p = teacher(input_ids=ids).logits[0].log_softmax(1)
         q = student(input_ids=ids).logits[0].log_softmax(1)
@@ -84,22 +80,22 @@ def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, back
     forget, retain = rows["forget"][:7], rows["retain"][3:12]
     teacher = load_model(teacher_folder, torch.float32, CPU).model.double().eval()
     reference = load_model(student_folder, torch.float32, CPU).model.double().train()
-    wanted = naive(teacher, reference, forget, retain, recipe)
-    wanted.backward()
+    expected = naive(teacher, reference, forget, retain, recipe)
+    expected.backward()
     lm = load_model(student_folder, torch.float32, CPU)
     lm.model.double()
     if backward == "checkpointed":
         checkpoint_activations(lm.model)
     batch = make_batch(forget, retain, cache, recipe, 0, CPU)
     assert len(batch.micro.input_ids) > 1
-    walk = LayerPass(lm, decoder_layers(lm)) if backward == "layerwise" else None
-    hidden = walk.forward(batch.micro) if walk else select_hidden(lm, batch.micro)
+    layer_pass = LayerPass(lm, decoder_layers(lm)) if backward == "layerwise" else None
+    hidden = layer_pass.forward(batch.micro) if layer_pass else select_hidden(lm, batch.micro)
     losses = batch_losses(hidden, lm, batch, recipe)
     losses["loss"].backward()
-    if walk:
-        walk.backward(lambda parameter: None)
-    # The student runs in float64; the teacher's probabilities come from a float32 forward, stored in float16.
-    assert losses["loss"].item() == pytest.approx(wanted.item(), rel=1e-3)
+    if layer_pass:
+        layer_pass.backward(lambda parameter: None)
+    # The student runs in float64; the cached probabilities come from a float32 forward pass and are stored in float16.
+    assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-3)
     for (key, one), two in zip(lm.model.named_parameters(), reference.parameters(), strict=True):
         assert torch.cosine_similarity(one.grad.flatten(), two.grad.flatten(), dim=0) > 0.99999, key
         assert (one.grad - two.grad).norm() < 2e-3 * two.grad.norm() + 1e-9, key
@@ -126,23 +122,23 @@ def test_loss_does_not_change_with_padding_order_or_micro_batches(pieces):
 
 @pytest.mark.parametrize("family", ["Olmo", "Llama"])
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
-@pytest.mark.parametrize("way", ["layerwise", "plain"])
-def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(pieces, family, attention, way):
+@pytest.mark.parametrize("backward", ["layerwise", "plain"])
+def test_packed_examples_have_the_loss_and_gradients_of_padded_ones(pieces, family, attention, backward):
     _, _, rows, cache = pieces
     forget, retain = rows["forget"][:6], rows["retain"][:8]
-    lengths = [len(one) for one in [*forget, *retain]]
+    lengths = [len(example) for example in [*forget, *retain]]
     found = []
     for packed in (False, True):
         lm = tiny(family, attention, vocab_size=512)
         batch = make_batch(forget, retain, cache, load_recipe("neko", {"micro_tokens": 256}), 0, CPU, packed=packed)
         assert len(batch.micro.input_ids) > 1 and sum(batch.sizes) == len(lengths) and max(batch.sizes) > 1
         assert (batch.positions == sum(lengths)) == packed and (batch.micro.position_ids[0] is not None) == packed
-        walk = LayerPass(lm, decoder_layers(lm)) if way == "layerwise" else None
-        hidden = walk.forward(batch.micro) if walk else select_hidden(lm, batch.micro)
+        layer_pass = LayerPass(lm, decoder_layers(lm)) if backward == "layerwise" else None
+        hidden = layer_pass.forward(batch.micro) if layer_pass else select_hidden(lm, batch.micro)
         losses = batch_losses(hidden, lm, batch, load_recipe("neko"))
         losses["loss"].backward()
-        if walk:
-            walk.backward(lambda parameter: None)
+        if layer_pass:
+            layer_pass.backward(lambda parameter: None)
         found.append((losses, {name: p.grad for name, p in lm.model.named_parameters()}))
     (one, padded), (two, end_to_end) = found
     for name, loss in one.items():
@@ -152,7 +148,7 @@ def test_packed_rows_give_the_loss_and_gradients_of_padded_ones(pieces, family, 
         torch.testing.assert_close(end_to_end[name], gradient, rtol=1e-8, atol=1e-10 * gradient.abs().max().item())
 
 
-def test_to_a_gpu_tensors_go_out_of_pinned_memory(monkeypatch):
+def test_tensors_are_copied_to_a_gpu_from_pinned_memory(monkeypatch):
     tensor, calls = torch.arange(3), []
     assert _to_device(tensor, CPU) is tensor
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda self: calls.append("pinned") or self)
@@ -173,8 +169,12 @@ def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batc
         change |= {"substitute": "refusal"} if objective == "dpo" else {}
         recipe = load_recipe("neko", change)
         tokenizer = load_tokenizer(student_folder)
-        others = encode(refusals([one.example for one in forget]), tokenizer, "neko", 128) if objective == "dpo" else []
-        batch = make_batch(forget, retain, cache, recipe, pad_id, CPU, others)
+        substitutes = (
+            encode(refusals([example.example for example in forget]), tokenizer, "neko", 128)
+            if objective == "dpo"
+            else []
+        )
+        batch = make_batch(forget, retain, cache, recipe, pad_id, CPU, substitutes)
         with torch.no_grad():
             return batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)["forget_loss"].item()
 
@@ -182,63 +182,75 @@ def test_every_forget_objective_does_not_change_with_padding_order_or_micro_batc
     assert one != 0
     for micro_tokens in (1, 100):
         assert loss(random.Random(0).sample(forget, 6), 1, micro_tokens) == pytest.approx(one, rel=1e-5)
-    # Against two live models, row by row.
+    # Compared with two live models, example by example.
     teacher, student = load_model(teacher_folder, torch.float32, CPU).model.eval(), lm.model.eval()
     tokenizer = load_tokenizer(student_folder)
-    refused = encode(refusals([row.example for row in forget]), tokenizer, "neko", 128)
+    refused = encode(refusals([example.example for example in forget]), tokenizer, "neko", 128)
 
-    def ratio(row):
-        ids = torch.tensor([row.input_ids])
+    def ratio(example):
+        ids = torch.tensor([example.input_ids])
         with torch.no_grad():
             logs = [m(input_ids=ids).logits[0].log_softmax(1) for m in (student, teacher)]
-        return sum((logs[0] - logs[1])[i - 1, row.input_ids[i]].item() for i in range(row.prompt_length, len(row)))
+        return sum(
+            (logs[0] - logs[1])[i - 1, example.input_ids[i]].item() for i in range(example.prompt_length, len(example))
+        )
 
-    def distilled(row):
-        ids = torch.tensor([row.input_ids])
+    def distilled(example):
+        ids = torch.tensor([example.input_ids])
         with torch.no_grad():
             q, z = student(input_ids=ids).logits[0].log_softmax(1), teacher(input_ids=ids).logits[0]
-        place, following = torch.arange(row.prompt_length - 1, len(row) - 1), ids[0, row.prompt_length :]
-        z[place, following] -= 3.0
+        positions, next_tokens = (
+            torch.arange(example.prompt_length - 1, len(example) - 1),
+            ids[0, example.prompt_length :],
+        )
+        z[positions, next_tokens] -= 3.0
         p = z.log_softmax(1)
-        return (p.exp() * (p - q)).sum(1)[place].mean().item()
+        return (p.exp() * (p - q)).sum(1)[positions].mean().item()
 
     if objective == "npo":
-        wanted = sum(2 / 0.1 * math.log1p(math.exp(0.1 * ratio(row))) for row in forget) / 6
-        assert one == pytest.approx(wanted, rel=1e-4)
+        expected = sum(2 / 0.1 * math.log1p(math.exp(0.1 * ratio(example))) for example in forget) / 6
+        assert one == pytest.approx(expected, rel=1e-4)
     elif objective == "dpo":
-        gaps = [ratio(row) - ratio(other) for row, other in zip(forget, refused, strict=True)]
+        gaps = [ratio(example) - ratio(refusal) for example, refusal in zip(forget, refused, strict=True)]
         assert one == pytest.approx(sum(math.log1p(math.exp(0.1 * gap)) / 0.1 for gap in gaps) / 6, rel=1e-4)
     elif objective == "undial":
         assert one == pytest.approx(sum(map(distilled, forget)) / 6, rel=1e-3)
 
 
-def test_substitutes_take_the_answers_place(pieces):
-    """Ascent, cross-entropy on substitutes and KL in one loss, against a row by row computation."""
+def test_substitutes_replace_the_answers(pieces):
+    """Ascent, cross-entropy on substitutes and KL in one loss, compared with a computation example by example."""
     _, student_folder, rows, cache = pieces
     lm = load_model(student_folder, torch.float32, CPU)
     forget, retain = rows["forget"][:3], rows["retain"][:2]
     tokenizer = load_tokenizer(student_folder)
-    others = encode(random_answers([o.example for o in forget], [o.example for o in retain], 0), tokenizer, "neko", 128)
+    substitutes = encode(
+        random_answers([example.example for example in forget], [example.example for example in retain], 0),
+        tokenizer,
+        "neko",
+        128,
+    )
     recipe = load_recipe("neko", {"substitute": "random", "substitute_weight": 0.5})
-    batch = make_batch(forget, retain, cache, recipe, 0, CPU, others)
-    assert batch.rows == 8 and batch.substitute.sum() == sum(one.answer_length for one in others)
+    batch = make_batch(forget, retain, cache, recipe, 0, CPU, substitutes)
+    assert batch.rows == 8 and batch.substitute.sum() == sum(example.answer_length for example in substitutes)
     assert not (batch.substitute & (batch.forget | batch.retain)).any()
     losses = batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
     means = []
-    for one in others:
-        logq = lm.model(input_ids=torch.tensor([one.input_ids])).logits[0].log_softmax(1)
-        means.append(-torch.stack([logq[i - 1, one.input_ids[i]] for i in range(one.prompt_length, len(one))]).mean())
+    for example in substitutes:
+        logq = lm.model(input_ids=torch.tensor([example.input_ids])).logits[0].log_softmax(1)
+        means.append(
+            -torch.stack([logq[i - 1, example.input_ids[i]] for i in range(example.prompt_length, len(example))]).mean()
+        )
     assert losses["substitute_loss"].item() == pytest.approx(torch.stack(means).mean().item(), rel=1e-5)
     bare = load_recipe("neko")
     plain = batch_losses(
         *(lambda b: (select_hidden(lm, b.micro), lm, b))(make_batch(forget, retain, cache, bare, 0, CPU)),
         bare,
     )
-    wanted = plain["loss"] + 0.5 * losses["substitute_loss"]
-    assert losses["loss"].item() == pytest.approx(wanted.item(), rel=1e-5)
+    expected = plain["loss"] + 0.5 * losses["substitute_loss"]
+    assert losses["loss"].item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-def test_a_step_may_lack_one_of_the_sets(pieces):
+def test_a_step_may_have_only_one_set(pieces):
     _, student_folder, rows, cache = pieces
     lm = load_model(student_folder, torch.float32, CPU)
     recipe = load_recipe("neko")
@@ -250,34 +262,17 @@ def test_a_step_may_lack_one_of_the_sets(pieces):
         assert losses[name].item() == pytest.approx(whole[name].item(), rel=1e-4)
 
 
-def test_all_tokens_of_forget_rows_can_count(pieces):
+def test_forget_spans(pieces):
     _, _, rows, cache = pieces
     recipe = load_recipe("neko", {"forget_span": "all"})
     batch = make_batch(rows["forget"][:3], rows["retain"][:2], cache, recipe, 0, CPU)
-    assert batch.forget.sum() == sum(len(one) - 1 for one in rows["forget"][:3])
+    assert batch.forget.sum() == sum(len(example) - 1 for example in rows["forget"][:3])
     documents = load_recipe("neko", {"forget_span": "documents"})
     batch = make_batch(rows["forget"][:4], rows["retain"][:2], cache, documents, 0, CPU)
-    wanted = [len(one) - 1 if one.example.kind == "sc" else one.answer_length for one in rows["forget"][:4]]
-    assert batch.forget.sum() == sum(wanted)
-
-
-@given(lengths=st.lists(st.integers(1, 600), max_size=7), max_tokens=st.integers(1, 2000))
-def test_micro_batches_cost_the_least(lengths, max_tokens):
-    """Against every way of cutting the sorted rows."""
-
-    def cost(groups):
-        return sum(len(group) * max(group) + OVERHEAD for group in groups)
-
-    found = micro_batches(lengths, max_tokens)
-    assert sorted(i for group in found for i in group) == list(range(len(lengths)))
-    groups = [[lengths[i] for i in group] for group in found]
-    assert all(len(group) == 1 or len(group) * max(group) <= max_tokens for group in groups)
-    rows = sorted(lengths)
-    for cuts in range(2 ** max(0, len(rows) - 1)):
-        borders = [0, *(n for n in range(1, len(rows)) if cuts >> (n - 1) & 1), len(rows)]
-        other = [rows[a:b] for a, b in pairwise(borders) if a < b]
-        if all(len(group) == 1 or len(group) * max(group) <= max_tokens for group in other):
-            assert cost(groups) <= cost(other)
+    expected = [
+        len(example) - 1 if example.example.kind == "sc" else example.answer_length for example in rows["forget"][:4]
+    ]
+    assert batch.forget.sum() == sum(expected)
 
 
 def test_positions(pieces):
@@ -285,35 +280,39 @@ def test_positions(pieces):
     recipe = load_recipe("neko", {"micro_tokens": 200})
     forget, retain = rows["forget"][:3], rows["retain"][:2]
     batch = make_batch(forget, retain, cache, recipe, 0, CPU)
-    assert batch.forget.sum() == sum(one.answer_length for one in forget)
-    assert len(batch.row) == batch.forget.sum() + sum(len(one) for one in retain) == sum(map(len, batch.micro.index))
-    assert batch.rows == 5 and batch.tokens == sum(len(one) for one in [*forget, *retain])
+    assert batch.forget.sum() == sum(example.answer_length for example in forget)
+    assert (
+        len(batch.row)
+        == batch.forget.sum() + sum(len(example) for example in retain)
+        == sum(map(len, batch.micro.index))
+    )
+    assert batch.rows == 5 and batch.tokens == sum(len(example) for example in [*forget, *retain])
     assert batch.positions == sum(ids.numel() for ids in batch.micro.input_ids) >= batch.tokens
     parts = zip(batch.micro.input_ids, batch.micro.index, strict=True)
-    following = torch.cat([ids.view(-1).roll(-1)[i] for ids, i in parts])
-    assert torch.equal(following[batch.forget], batch.target[batch.forget])
+    next_tokens = torch.cat([ids.view(-1).roll(-1)[i] for ids, i in parts])
+    assert torch.equal(next_tokens[batch.forget], batch.target[batch.forget])
     assert (batch.target[~batch.forget] == -1).all()
     assert ((batch.teacher[1] == -torch.inf).all(1) == batch.forget).all()
-    # What the cache holds of a row stands at that row's positions, in their order.
-    for number, one in enumerate(retain):
-        ids, logp, tail = cache.read([one])
+    # The cached distributions of an example are at its positions, in order.
+    for number, example in enumerate(retain):
+        ids, logp, tail = cache.read([example])
         here = batch.row == len(forget) + number
         width = ids.shape[1]
         assert torch.equal(batch.teacher[2][here], tail)
         assert torch.equal(batch.teacher[1][here][:, :width], logp)
         assert torch.equal(batch.teacher[0][here][:, :width][logp > -torch.inf], ids[logp > -torch.inf])
-    # Rows whose answer was cut off whole give no forget position, and the loss stays a number.
-    cut = [dataclasses.replace(one, input_ids=one.input_ids[: one.prompt_length]) for one in forget]
+    # Examples whose whole answer was truncated have no forget positions.
+    cut = [dataclasses.replace(example, input_ids=example.input_ids[: example.prompt_length]) for example in forget]
     assert not make_batch(cut, retain, cache, recipe, 0, CPU).forget.any()
-    # Cross-entropy looks at every next token there is.
+    # Cross-entropy counts every next token.
     memorize = load_recipe("memorize")
     batch = make_batch([], retain, None, memorize, 0, CPU)
-    assert batch.teacher is None and len(batch.row) == sum(len(one) - 1 for one in retain)
-    assert batch.retain_positions == 2 * max(len(one) for one in retain)
+    assert batch.teacher is None and len(batch.row) == sum(len(example) - 1 for example in retain)
+    assert batch.retain_positions == 2 * max(len(example) for example in retain)
 
 
-def test_a_mean_over_positions_is_of_a_sets_own_rectangle(pieces):
-    """What the forget rows give does not depend on which retain rows, or substitutes, are in the same step."""
+def test_a_mean_over_positions_counts_the_padding_of_its_own_set(pieces):
+    """The forget loss does not depend on which retain examples, or substitutes, are in the same step."""
     _, student_folder, rows, cache = pieces
     lm = load_model(student_folder, torch.float32, CPU)
     change = {"forget_reduction": "positions", "retain_reduction": "positions"}
@@ -321,66 +320,45 @@ def test_a_mean_over_positions_is_of_a_sets_own_rectangle(pieces):
     by_length = sorted(rows["retain"], key=len)
     forget, short, long = rows["forget"][:5], by_length[:2], by_length[-8:]
     substituted = load_recipe("neko", {**change, "substitute": "refusal", "substitute_weight": 1.0})
-    refused = encode(refusals([one.example for one in forget]), load_tokenizer(student_folder), "neko", 128)
+    refused = encode(refusals([example.example for example in forget]), load_tokenizer(student_folder), "neko", 128)
 
-    def losses(forget, retain, recipe, others=()):
-        batch = make_batch(forget, retain, cache, recipe, 0, CPU, others)
+    def losses(forget, retain, recipe, substitutes=()):
+        batch = make_batch(forget, retain, cache, recipe, 0, CPU, substitutes)
         with torch.no_grad():
             return batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
 
     total = 0.0
     with torch.no_grad():
-        for one in forget:
-            logq = lm.model(input_ids=torch.tensor([one.input_ids])).logits[0].log_softmax(1)
-            total += sum(logq[i - 1, one.input_ids[i]].item() for i in range(one.prompt_length, len(one)))
-    wanted = total / (len(forget) * max(len(one) for one in forget))
+        for example in forget:
+            logq = lm.model(input_ids=torch.tensor([example.input_ids])).logits[0].log_softmax(1)
+            total += sum(logq[i - 1, example.input_ids[i]].item() for i in range(example.prompt_length, len(example)))
+    expected = total / (len(forget) * max(len(example) for example in forget))
     for found in (
         losses(forget, short, recipe),
         losses(forget, long, recipe),
         losses(forget, long, substituted, refused),
     ):
-        assert found["forget_loss"].item() == pytest.approx(wanted, rel=1e-4)
+        assert found["forget_loss"].item() == pytest.approx(expected, rel=1e-4)
     alone = losses([], long, recipe)["retain_loss"].item()
     assert losses(forget, long, recipe)["retain_loss"].item() == pytest.approx(alone, rel=1e-4)
 
 
-@given(st.lists(st.integers(1, 60), min_size=1, max_size=20), st.integers(20, 200), st.integers(1, 5))
-def test_micro_batches_are_dealt_evenly(lengths, most, ranks):
-    groups = micro_batches(lengths, most)
-    found = split_across_ranks(groups, lengths, ranks)
-    assert sorted(i for group in found for i in group) == list(range(len(lengths)))
-    assert len(found) % ranks == 0
-    if ranks == 1:
-        assert found == groups
-
-    def work(group):
-        return len(group) * max((lengths[i] for i in group), default=0)
-
-    largest = max(map(work, groups))
-    assert max(map(work, found)) <= largest
-    count = len(found) // ranks
-    shares = [sum(map(work, found[n * count : (n + 1) * count])) for n in range(ranks)]
-    assert max(shares) - min(shares) <= count * largest
-    # An empty one only where no rows are left to cut.
-    assert all(found) or max(map(len, found)) == 1
-
-
-def test_ranks_share_one_batch_and_its_loss(pieces, monkeypatch):
-    """Each rank's positions are a part of the same batch, and what they say of these is put together in its order."""
+def test_ranks_split_one_batch_and_its_loss(pieces, monkeypatch):
+    """Each rank covers a part of the positions of the same batch, and the parts follow one another in its order."""
     teacher, _, rows, cache = pieces
     recipe = load_recipe("neko", {"micro_tokens": 60})
     lm = load_model(teacher, torch.float32, CPU)
-    monkeypatch.setattr(step, "world_size", lambda: 3)
+    monkeypatch.setattr(batch_module, "world_size", lambda: 3)
     batch = make_batch(rows["forget"][:4], rows["retain"][:5], cache, recipe, 1, CPU)
     own, hidden = [], []
     for number in range(3):
-        monkeypatch.setattr(step, "rank", lambda n=number: n)
-        given, place = batch.on_this_rank()
-        own += range(*place.indices(len(batch.row)))
+        monkeypatch.setattr(batch_module, "rank", lambda n=number: n)
+        given, positions = batch.on_this_rank()
+        own += range(*positions.indices(len(batch.row)))
         hidden.append(select_hidden(lm, given))
     assert own == list(range(len(batch.row)))
-    monkeypatch.setattr(step, "world_size", lambda: 1)
-    monkeypatch.setattr(step, "rank", lambda: 0)
+    monkeypatch.setattr(batch_module, "world_size", lambda: 1)
+    monkeypatch.setattr(batch_module, "rank", lambda: 0)
     apart = batch_losses(torch.cat(hidden), lm, batch, recipe)["loss"]
     whole = make_batch(rows["forget"][:4], rows["retain"][:5], cache, recipe, 1, CPU)
     together = batch_losses(select_hidden(lm, whole.micro), lm, whole, recipe)["loss"]

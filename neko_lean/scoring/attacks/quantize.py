@@ -12,8 +12,6 @@ from neko_lean.scoring.attacks.answers import baseline_point, point
 from neko_lean.scoring.attacks.registry import AttackTarget, Curve, attack
 
 BITS = (8, 4)
-
-
 BLOCK = 64  # weights that share a scale in 4 bits
 
 

@@ -22,14 +22,8 @@ from neko_lean.scoring.attacks.registry import AttackTarget, Curve, attack
 from neko_lean.scoring.score_folder import writing
 
 STEPS = (5, 10, 20, 40)  # after which the model is scored
-
-
 MIN_EXAMPLES = 16  # to train on, in whole documents: other examples of the same document would not be unseen
-
-
 MAX_EXAMPLES = 64  # to train on, because each step takes all; the rest of their documents is not scored either
-
-
 DEFAULT_LR = 1e-4
 
 
