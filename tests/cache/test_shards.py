@@ -27,9 +27,9 @@ SHARD = "shard-00000-of-00001.safetensors"
 @settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow])
 def test_malformed_shards(small, tmp_path_factory, data):
     folder, _, examples = small
-    other = tmp_path_factory.mktemp("fuzz") / "c"
-    shutil.copytree(folder, other)
-    path = other / data.draw(st.sampled_from([SHARD, SHARD.replace("shard", "forget")]))
+    damaged = tmp_path_factory.mktemp("fuzz") / "c"
+    shutil.copytree(folder, damaged)
+    path = damaged / data.draw(st.sampled_from([SHARD, SHARD.replace("shard", "forget")]))
     if data.draw(st.booleans()):  # numbers that the writer does not write
         tensors = load_file(path)
         name = data.draw(st.sampled_from(sorted(tensors)))
@@ -55,19 +55,19 @@ def test_malformed_shards(small, tmp_path_factory, data):
         for _ in range(data.draw(st.integers(1, 4))):
             raw[data.draw(st.integers(0, min(len(raw), 400) - 1))] = data.draw(st.integers(0, 255))
         path.write_bytes(bytes(raw[: data.draw(st.integers(0, len(raw)))]) if data.draw(st.booleans()) else raw)
-    resign(other)
-    read_everything(other, examples)
-    shutil.rmtree(other.parent)
+    resign(damaged)
+    read_everything(damaged, examples)
+    shutil.rmtree(damaged.parent)
 
 
 def test_an_unchanged_cache_can_be_read_and_a_linked_shard_cannot(small, tmp_path):
     folder, _, examples = small
     assert read_everything(folder, examples)
-    other = shutil.copytree(folder, tmp_path / "c")
-    (other / SHARD).rename(tmp_path / "elsewhere")
-    (other / SHARD).symlink_to(tmp_path / "elsewhere")
+    damaged = shutil.copytree(folder, tmp_path / "c")
+    (damaged / SHARD).rename(tmp_path / "elsewhere")
+    (damaged / SHARD).symlink_to(tmp_path / "elsewhere")
     with pytest.raises(CacheError, match="missing"):
-        TeacherCache(other).read(examples[0][:1])
+        TeacherCache(damaged).read(examples[0][:1])
 
 
 def test_the_error_says_what_is_damaged(world, cache, tmp_path):

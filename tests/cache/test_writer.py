@@ -121,13 +121,13 @@ def test_a_folder_name_that_is_not_text_is_refused_before_the_teacher_runs(world
 def test_an_example_without_tokens_is_refused_before_the_teacher_runs(world, model, tmp_path, monkeypatch):
     monkeypatch.setattr(writer, "_write_shards", lambda *_: pytest.fail("the teacher ran"))
 
-    def without(rows, *arguments, **options):
+    def encode_without_tokens(rows, *arguments, **options):
         return [
             replace(example, input_ids=[]) if example.example.id == rows[1].id else example
             for example in encode(rows, *arguments, **options)
         ]
 
-    monkeypatch.setattr(planning, "encode", without)
+    monkeypatch.setattr(planning, "encode", encode_without_tokens)
     with pytest.raises(NekoLeanError, match=f"row {make_rows('Rix')[1].id!r} has no token"):
         make_cache(model, world, tmp_path / "cache")
     assert list(tmp_path.iterdir()) == []
@@ -143,7 +143,7 @@ def test_nan_outputs_of_the_teacher_are_an_error_that_names_the_example(world, m
     assert lengths[0] != lengths[1]
     original = teacher.hidden_states
 
-    def broken(model, batch, pad_id):
+    def hidden_states_with_nan(model, batch, pad_id):
         hidden = original(model, batch, pad_id)
         start = 0
         for example in batch:
@@ -151,7 +151,7 @@ def test_nan_outputs_of_the_teacher_are_an_error_that_names_the_example(world, m
             start += len(example)
         return hidden
 
-    monkeypatch.setattr(teacher, "hidden_states", broken)
+    monkeypatch.setattr(teacher, "hidden_states", hidden_states_with_nan)
     with pytest.raises(NekoLeanError, match="row badqa0 is NaN or infinite"):
         make_cache(model, tmp_path / "retain.jsonl", tmp_path / "cache")
     assert [path.name for path in tmp_path.iterdir()] == ["retain.jsonl"]
