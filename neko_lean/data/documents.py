@@ -48,7 +48,7 @@ def read_documents(path: Path, hint: str) -> list[Document]:
             raise NekoLeanError(f"{where}: column 'document' must be a non-empty string.")
         task = values.get("task", ANCHOR_TASK)
         if task not in (ANCHOR_TASK, *TASKS):
-            raise NekoLeanError(f"{where}: column 'task' is not one of {', '.join(TASKS)}.")
+            raise NekoLeanError(f"{where}: column 'task' must be one of {', '.join(TASKS)}.")
         documents.append(Document(text, task))
 
     if not documents:

@@ -208,7 +208,7 @@ def _validate(record: Record) -> Example:
     if _ID.match(values["id"]) is None:
         raise NekoLeanError(f"{where}: column 'id' ends in neither sc<N> nor qa<N>; expected an id such as 7sc1.")
     if values["task"] not in TASKS:
-        raise NekoLeanError(f"{where}: column 'task' is not one of {', '.join(TASKS)}.")
+        raise NekoLeanError(f"{where}: column 'task' must be one of {', '.join(TASKS)}.")
     return Example(*(values[column] for column in COLUMNS))
 
 

@@ -79,11 +79,7 @@ def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) ->
     """Read all data and check that every requested measurement has what it needs."""
     require_folder(data, "--data", SPLITS, inputs.split)
     examples = [(split, example) for split in SPLITS for example in read_rows(data, split, inputs.split)]
-    documents = [
-        (side, document)
-        for side in (SIDES if inputs.mia is not None else ())
-        for document in read_documents(Path(inputs.mia or "") / f"{side}.jsonl", MIA_FILES)
-    ]
+    documents = [] if inputs.mia is None else _read_membership_documents(Path(inputs.mia))
     held_help = "--held needs a JSONL file with a column document"
     held_out = [] if inputs.held is None else read_documents(Path(inputs.held), held_help)
     paraphrases = (
@@ -98,6 +94,11 @@ def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) ->
     result = ScoreData(examples, documents, held_out, paraphrases, subjects, before, teacher)
     _check_paraphrases(result, inputs, settings)
     return result
+
+
+def _read_membership_documents(folder: Path) -> list[tuple[str, Document]]:
+    """Members and non-members as pairs of side and document."""
+    return [(side, document) for side in SIDES for document in read_documents(folder / f"{side}.jsonl", MIA_FILES)]
 
 
 def _check_paraphrases(data: ScoreData, inputs: ScoreInputs, settings: ScoreSettings) -> None:

@@ -53,7 +53,7 @@ def measure_all(
     scores = {
         "membership": membership,
         "mmlu": _measure_mmlu(context, data, DEFAULT_SHOTS if shots is None else shots),
-        "final": None,
+        "final": None,  # computed from the complete scores
         **uncertainty.group_means(estimates),
         "held_nll": held_nll,
         "nonmember_nll": None if membership is None else membership["nonmember_loss"],

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, TypeVar
 
-from neko_lean.distributed import is_main_process, rank, require_shared_folder, run_on_main_and_broadcast
-from neko_lean.errors import NekoLeanError, UnpublishedError
+from neko_lean.distributed import is_main_process, rank, run_on_main_and_broadcast
+from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import json_object
 from neko_lean.models import config_differences
 from neko_lean.outputs import (
@@ -23,23 +23,22 @@ from neko_lean.outputs import (
     clear_work,
     empty_folder,
     explained_write_errors,
+    keep_or_discard,
     locked,
     no_follow,
+    open_work_folder,
     publish,
     refuse_occupied,
     refuse_strange_work,
     refuse_unfinished,
     refuse_unplanned,
     remove_replaced,
-    remove_tree,
     restore_interrupted,
     sync_tree,
     unshare,
-    working_in,
     write_atomically,
 )
 from neko_lean.scoring.generation import Generation
-from neko_lean.terminal import log_line
 
 T = TypeVar("T")
 PLAN = "plan.json"
@@ -68,32 +67,20 @@ def open_score_folder(output: Output, plan: Mapping[str, Any], *, resume: bool, 
         NekoLeanError: the output must not be replaced, another process is writing it, there is an unfinished run and
             `resume` is off, or that run has a different plan (the message names what differs).
     """
-    stage = output.work
-    with ExitStack() as stack:
 
-        def begin() -> None:
-            stack.enter_context(locked(output))
-            with explained_write_errors(output.path):
-                restore_interrupted(output)
-                refuse_existing(output, resume)
-                _begin(output, plan, resume)
+    def prepare() -> bool:
+        refuse_existing(output, resume)
+        _begin(output, plan, resume)
+        return True
 
-        run_on_main_and_broadcast(begin)
-        require_shared_folder(stage)
-        stack.enter_context(working_in(stage))
-        try:
-            with explained_write_errors(output.path):
-                yield stage
-            run_on_main_and_broadcast(writing(stage, lambda: _end(output)))
-        except BaseException as error:
-            if not is_main_process() or isinstance(error, UnpublishedError):
-                raise
-            if any(path.stat().st_size for path in stage.glob(PARTS)):
-                log_line(f"{stage} keeps what was generated: continue with --resume.", quiet)
-            else:
-                with suppress(OSError):
-                    remove_tree(stage)
-            raise
+    def on_error(error: BaseException) -> None:
+        has_generations = any(path.stat().st_size for path in output.work.glob(PARTS))
+        keep_or_discard(output.work, error, "what was generated" if has_generations else None, quiet)
+
+    with open_work_folder(output, prepare, on_error):
+        with explained_write_errors(output.path):
+            yield output.work
+        run_on_main_and_broadcast(writing(output.work, lambda: _end(output)))
 
 
 def writing(stage: Path, work: Callable[[], T]) -> Callable[[], T]:

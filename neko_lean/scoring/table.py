@@ -14,6 +14,8 @@ from neko_lean.scoring.values import interval, number
 
 NOT_MEASURED = "not measured"
 Scores = Mapping[str, Any]
+# A row's label, and a function that formats a model's number.
+Row = tuple[str, Callable[[Scores], str]]
 # Label and dotted key in scores.json of the rows below the task's own numbers.
 OTHER_ROWS = (
     ("forget answers in longer text", "leaks.forget.contained"),
@@ -42,46 +44,41 @@ def score_table(named: Mapping[str, Scores]) -> Group:
     for name in named:
         table.add_column(name, justify="right")
 
-    def add_row(label: str, value: Callable[[Scores], str]) -> None:
-        texts = [value(scores) for scores in named.values()]
-        # Side by side there is no room for intervals; the verdict has the important ones.
-        table.add_row(label, *(texts if len(texts) == 1 else [text.split(" (")[0] for text in texts]))
-
-    for label, value in _cell_rows(named):
-        if label is None:
+    for number_of_section, rows in enumerate(_sections(named)):
+        if number_of_section:
             table.add_section()
-        else:
-            add_row(label, value)
-    for label, key in (
-        ("membership AUC", "auc"),
-        ("membership AUC, two-sided", "two_sided_auc"),
-        ("membership score", "score"),
-    ):
-        add_row(label, _membership_value(key))
-    add_row("MMLU", lambda scores: format_number(number(scores, "mmlu", "micro")))
-    add_row("final", _value("final"))
-    table.add_section()
-    for label, key in OTHER_ROWS:
-        add_row(label, _value(key))
+        for label, value in rows:
+            texts = [value(scores) for scores in named.values()]
+            # Side by side there is no room for intervals; the verdict has the important ones.
+            table.add_row(label, *(texts if len(texts) == 1 else [text.split(" (")[0] for text in texts]))
     return Group(table, *_notes(named))
 
 
-def _cell_rows(named: Mapping[str, Scores]) -> list[tuple[str | None, Callable[[Scores], str]]]:
-    """Labels and values of the task's cells and aggregate; None as the label starts a section."""
-    section = (None, _value(""))
-    rows: list[tuple[str | None, Callable[[Scores], str]]] = []
-    for split in SPLITS:
-        rows += [
+def _sections(named: Mapping[str, Scores]) -> list[list[Row]]:
+    """The table's rows by section; sections without rows are left out."""
+    cells = [
+        [
             (f"{split} {task} {kind}", _value(f"cells.{split}.{task}.{kind}"))
             for task in TASKS
             for kind in KINDS.values()
         ]
-        rows.append(section)
-    differing = [cell for cell in CELLS if any(_differs(scores, cell) for scores in named.values())]
-    if differing:
-        rows += [(f"{cell.replace('.', ' ')}, any script", _value(f"unicode_cells.{cell}")) for cell in differing]
-        rows.append(section)
-    return [*rows, ("task aggregate", _value("task_aggregate"))]
+        for split in SPLITS
+    ]
+    any_script = [
+        (f"{cell.replace('.', ' ')}, any script", _value(f"unicode_cells.{cell}"))
+        for cell in CELLS
+        if any(_differs(scores, cell) for scores in named.values())
+    ]
+    headline = [
+        ("task aggregate", _value("task_aggregate")),
+        ("membership AUC", _membership_value("auc")),
+        ("membership AUC, two-sided", _membership_value("two_sided_auc")),
+        ("membership score", _membership_value("score")),
+        ("MMLU", _value("mmlu.micro")),
+        ("final", _value("final")),
+    ]
+    other = [(label, _value(key)) for label, key in OTHER_ROWS]
+    return [section for section in (*cells, any_script, headline, other) if section]
 
 
 def _differs(scores: Scores, cell: str) -> bool:

@@ -31,7 +31,7 @@ def test_quotes_are_part_of_an_id():
         ({"id": "1xx1"}, ["row 2: column 'id' ends in neither sc<N> nor qa<N>"]),
         ({"id": "sc1"}, ["row 2: column 'id'"]),
         ({"id": "1sc1"}, ["row 2: column 'id'", "row 1"]),
-        ({"task": "Task9"}, ["row 2: column 'task' is not one of Task1"]),
+        ({"task": "Task9"}, ["row 2: column 'task' must be one of Task1"]),
     ],
 )
 def test_messages_name_the_row_and_the_column(tmp_path, change, words):

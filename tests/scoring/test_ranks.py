@@ -67,12 +67,12 @@ def by_ranks(monkeypatch, as_rank, module, count, work):
         raise InterruptedError
 
     sent, found = [], []
-    monkeypatch.setattr(module, "gather_rows", send)
+    monkeypatch.setattr(module, "all_gather_tensors", send)
     for number in range(count):
         as_rank(number, count)
         with pytest.raises(InterruptedError):
             work()
-    monkeypatch.setattr(module, "gather_rows", lambda own: sent)
+    monkeypatch.setattr(module, "all_gather_tensors", lambda own: sent)
     for number in range(count):
         as_rank(number, count)
         found.append(work())
@@ -111,7 +111,7 @@ def test_hidden_states_equal_those_of_one_process(parts, monkeypatch, as_rank, c
 def test_ranks_generate_the_same_batches(parts, monkeypatch, as_rank, count):
     _, tokenizer, rows = parts
     made = []
-    monkeypatch.setattr(generation, "_decode", lambda lm, tok, prompts, most, done: [([], "eos") for _ in prompts])
+    monkeypatch.setattr(generation, "_decode", lambda lm, tokenizer, prompts, is_done: [([], "eos") for _ in prompts])
 
     def batches(own):
         said = generate(parts[0], tokenizer, [rows[i] for i in own], batch_size=5, max_new_tokens=1)
