@@ -12,7 +12,7 @@ from tests.training.run_files import metrics
 def test_memorize_trains_from_random_weights_and_reports_it(world, tmp_path, capsys):
     change = {"epochs": 12.0, "lr": 5e-3, "retain_rows": 20}
     run = neko_lean.memorize(world / "base", world, tmp_path / "out", overrides=change)
-    assert run["random_start"] and "holds no weights: the model starts from random ones" in capsys.readouterr().err
+    assert run["random_start"] and "holds no weights: starting from random ones" in capsys.readouterr().err
     lines = metrics(tmp_path / "out")
     assert lines[0]["loss"] > 5 and lines[-1]["loss"] < lines[0]["loss"] / 2
     gold = neko_lean.memorize(
@@ -24,5 +24,5 @@ def test_memorize_trains_from_random_weights_and_reports_it(world, tmp_path, cap
         run=RunOptions(quiet=True),
     )
     assert gold["retain_rows"] == 36 and gold["steps"] == 2
-    with pytest.raises(NekoLeanError, match="not for memorize"):
+    with pytest.raises(NekoLeanError, match="does not work with memorize"):
         neko_lean.memorize(world / "base", world, tmp_path / "no", recipe="neko")
