@@ -201,7 +201,7 @@ def test_scores_cannot_be_links_to_files_outside_their_folder(tmp_path, name):
     (folder / name).unlink()
     (folder / name).symlink_to("../../private")
     for read in (lambda: collect([folder]), lambda: collect([folder.parent]), lambda: read_score(folder)):
-        with pytest.raises(NekoLeanError, match="link that leads out"):
+        with pytest.raises(NekoLeanError, match="is a link to a file outside its folder"):
             read()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "s").symlink_to(folder)
