@@ -271,7 +271,7 @@ def test_a_revision_pins_the_download_and_is_recorded(world, model, tmp_path, mo
     model_folder("owner/name")
     assert requests[-1] == ("owner/name", None) and model_name("owner/name") == "owner/name"
     refused = call("plan", model, "--revision", "abc123")
-    assert refused.exit_code == 2 and "--revision is for a hub name" in refused.stderr
+    assert refused.exit_code == 2 and "--revision applies to a hub name" in refused.stderr
     for revision in ("../../x", "a/../../x", "", "x y", "/etc"):
         assert call("plan", "owner/name", "--revision", revision).exit_code == 2
     assert len(requests) == 6

@@ -120,7 +120,7 @@ def test_resume_refuses_another_run_and_names_what_differs(world, model, cache, 
     write_rows(fewer / "forget.jsonl", make_rows("Foo", 3))
     cases = [
         ({"seed": 4}, r"another seed \(3, now 4\);"),
-        ({"change": {**SMALL, "lr": 3e-3}}, r"another recipe value lr \(0.002, now 0.003\);"),
+        ({"overrides": {**SMALL, "lr": 3e-3}}, r"another recipe value lr \(0.002, now 0.003\);"),
         ({"model": other, "cache": tmp_path / "others"}, "another cache, model;"),
         ({"cache": tmp_path / "wide"}, "another cache;"),
     ]

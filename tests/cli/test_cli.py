@@ -73,7 +73,7 @@ def test_plan_and_the_peak_at_the_end_of_unlearn(world, model, cache, tmp_path):
     assert found["ways"]["neko-lean"]["peak"] > 0 and len(found["ways"]) == 3
     assert "each of 2 GPUs" in " ".join(call("plan", model, "--batch-tokens", 256, "--gpus", 2).stdout.split())
     wrong = call("plan", model, "--gpu", "large")
-    assert wrong.exit_code == 2 and "write it as 8GB" in wrong.output
+    assert wrong.exit_code == 2 and "write it like 8GB" in wrong.output
     data = (
         "--forget",
         world,
@@ -118,12 +118,13 @@ def test_inspect_and_check(world, model, tmp_path):
     assert call("inspect", tmp_path / "cache", "--quiet").output == ""
 
 
-def test_recipes_are_listed_with_what_was_measured(tmp_path):
+def test_recipes_are_listed_and_shown(tmp_path):
     listed = call("recipes")
-    assert listed.exit_code == 0 and listed.stdout.count("measured:") == len(recipe_names())
+    names = [line.split(":")[0].split(" ")[0] for line in listed.stdout.splitlines()]
+    assert listed.exit_code == 0 and names == recipe_names()
     assert f"{DEFAULT} (the default of unlearn)" in listed.stdout
     shown = call("recipes", "npo").stdout
-    assert "forget_objective = 'npo'" in shown and shown.count("measured:") == 1
+    assert "forget_objective = 'npo'" in shown and "beta = 0.1" in shown and "chunk_rows" not in shown
     assert [one["name"] for one in json.loads(call("recipes", "npo", "dpo", "--json").stdout)["recipes"]] == [
         "npo",
         "dpo",
@@ -182,9 +183,9 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world, model, cache, tmp_path
         (("unlearn", model, "--forget", world, "--retain", tmp_path / "none", *out, "--recipe", "graddiff",
           "--set", "retain_objective=none"), "none does not exist"),
         (("unlearn", model, *data, *neko, "--set", "answer_skip=500"), "would forget nothing"),
-        (("memorize", model, "--data", world, *out, "--set", "order=chunks"), "order chunks"),
+        (("memorize", model, "--data", world, *out, "--set", "order=chunks"), "order 'chunks' splits the forget set"),
         (("memorize", model, "--data", world, *out, "--set", "substitute=refusal", "--set", "substitute_weight=1.0",
-          "--set", "forget_rows=4"), "no substitute"),
+          "--set", "forget_rows=4"), "needs retain_objective ce and neither a forget_objective nor a substitute"),
         (("memorize", model, "--data", world / "forget.jsonl", *out), "is a file"),
         (("score", model, "--data", world / "forget.jsonl", *out), "is a file"),
         (("score", model, "--data", world, *out, "--seed", 0), "--seed has no effect"),
@@ -205,7 +206,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world, model, cache, tmp_path
 def test_a_signal_ends_with_the_line_that_goes_on(world, model, cache, tmp_path, number):
     """A process as a person starts it; it sends itself the signal in its fourth step."""
     script = (
-        "import os, signal, sys; from neko_lean import loop; from neko_lean.cli import main\n"
+        "import os, signal, sys; from neko_lean.training import loop; from neko_lean.cli import main\n"
         "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # the tests may run where they are ignored
         "signal.signal(signal.SIGHUP, signal.SIG_DFL)\n"
         "original = loop.Loop._step\n"

@@ -92,7 +92,7 @@ def test_examples_longer_than_the_learned_positions_are_truncated_with_a_warning
         write_rows(tmp_path / f"{stem}.jsonl", [replace(first, output="word " * 100), *rest])
 
     flat(neko_lean.cache_teacher)(folder, tmp_path, tmp_path / "cache", dtype="float32", quiet=True)
-    warning = "warning: the model has 48 positions, fewer than the 512 asked for: 1 of 24 rows cut to 48 tokens"
+    warning = "warning: 1 of 24 rows truncated to 48 tokens (157 tokens lost): the model has only 48 positions"
     assert warning in capsys.readouterr().err
 
     overrides = {**TWO_STEPS, "format": "plain", "max_length": 512}

@@ -206,7 +206,7 @@ def test_dropout_rates_matter_if_training_uses_dropout(world, model, tmp_path, m
     for path in (tmp_path / ".out.saved").glob("step-*"):
         (path / "manifest.json").unlink()
         seal(path)
-    with pytest.raises(NekoLeanError, match="did not write it down"):
+    with pytest.raises(NekoLeanError, match="not recorded by the version that started the run"):
         flat(neko_lean.unlearn)(model, out, world, world, resume=True, **kwargs)
 
 

@@ -164,7 +164,7 @@ def test_the_real_loss_keeps_one_layers_gradients_alive(two_term, tied):
     whole = make_batch(
         rows["forget"][:8], rows["retain"][:8], cache, dataclasses.replace(recipe, micro_tokens=10**6), 0, CPU
     )
-    assert len(whole.micro) == 1
+    assert len(whole.micro.input_ids) == 1
     expected = batch_losses(select_hidden(lm, whole.micro), lm, whole, recipe)
     expected["loss"].backward()
     plain = gradients(lm)
