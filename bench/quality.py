@@ -42,12 +42,11 @@ from neko_lean.demo.world import anchor_documents, task3_documents
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.options import OutputOptions, RunOptions
+from neko_lean.options import OutputOptions, RunOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import staged_folder
 from neko_lean.recipes import load_recipe, parse_override, reads_cache, recipe_names
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
-from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import score
 
 QUICK = ("gold", "destroyed", "neko", "npo", "calibrated")

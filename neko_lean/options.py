@@ -1,12 +1,13 @@
-"""Options shared by the commands: one dataclass field each, with the help text that `--help` prints.
+"""The options of all commands: one dataclass field each, with the help text that `--help` prints.
 
 The Python API takes these dataclasses; `cli/flags.py` turns their fields into command-line options. So an option
-is named, typed, defaulted and explained in one place.
+is named, typed, defaulted and explained in one place, and the command line need not import the packages that use it.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -58,3 +59,71 @@ class DemoOptions(BasicOptions):
     """Options of the demo."""
 
     seed: int = option(0, "Random seed for the made-up data, data order and stochastic rounding.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class CacheOptions:
+    """What the teacher runs in, and which of its probabilities are stored.
+
+    Attributes:
+        top_k: maximum number of entries per position. With `top_k >= vocab_size` and `mass=1`, all tokens are stored.
+        mass: each position stores the fewest most likely tokens whose probabilities sum to this value, at most `top_k`
+            of them; in (0, 1]. With 1, every position stores `top_k` tokens.
+        format: prompt format, 'plain' or 'neko'. The recipe that reads the cache must use the same format.
+        max_length: examples are truncated to this many tokens.
+        batch_tokens: number of positions per forward pass, padding included.
+        dtype: dtype that the teacher runs in, 'bfloat16' or 'float32'.
+        stored_dtype: dtype of the stored probabilities, 'float16' (relative error at most 2^-11) or 'float32'.
+    """
+
+    top_k: int = option(64, "Maximum number of entries per position.")
+    mass: float = option(
+        0.999, "Store the fewest most likely tokens whose probabilities sum to this value; 1 always stores --top-k."
+    )
+    format: str = option("plain", "Prompt format, plain or neko; the recipe must use the same format.")
+    max_length: int = option(512, "Truncate examples to this many tokens.")
+    batch_tokens: int = option(8192, "Positions per forward pass, padding included.")
+    dtype: str = option("bfloat16", "Dtype that the teacher runs in: bfloat16 or float32.")
+    stored_dtype: str = option("float16", "Dtype of the stored probabilities: float16 or float32.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreInputs:
+    """Optional inputs and outputs of `score`. A measurement whose input is missing is reported as not measured."""
+
+    mia: str | Path | None = option(None, "Folder with member.jsonl and nonmember.jsonl, for membership inference.")
+    split: str | None = option(None, "Read forget_SPLIT.* and retain_SPLIT.*, as LUME names its files.")
+    held: str | Path | None = option(
+        None, "JSONL file of documents that no model was trained on; used to detect a broken model."
+    )
+    reference: str | Path | None = option(
+        None, "Teacher cache with a reference model's losses of the --mia documents, for the reference attack."
+    )
+    paraphrases: str | Path | None = option(
+        None, "JSONL file of paraphrases: id, and input, or output with a list of wrong answers, or all three."
+    )
+    mmlu: str | Path | None = option(None, "Folder with MMLU, in the layout of the hub or of its authors.")
+    before: str | Path | None = option(
+        None, "Score folder of the model before unlearning; adds differences with confidence intervals."
+    )
+    official: str | Path | None = option(None, "Also write the results file of the shared task to this path.")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ScoreSettings:
+    """How `score` measures a model."""
+
+    shots: int | None = option(None, "Number of MMLU examples before each question.  [default: 5]", min=0)
+    lm_eval: tuple[str, ...] = option(
+        (), "Task of lm-evaluation-harness (needs neko-lean[lm-eval]); repeatable.", metavar="TASK"
+    )
+    attacks: tuple[str, ...] = option(
+        (),
+        "Attack that tries to recover the forget set: prefix, paraphrase, quantize or relearn; repeatable.",
+        flag="--attack",
+    )
+    relearn_lr: float | None = option(None, "Learning rate of --attack relearn.  [default: 1e-4]")
+    batch_size: int = option(32, "Maximum number of prompts generated together.")
+    max_new_tokens: int = option(256, "Maximum number of tokens per generation; the shared task uses 256.")
+    seed: int | None = option(None, "Random seed for the examples that --attack relearn trains on.  [default: 0]")
+    dtype: str | None = option(None, "float32 or bfloat16.  [default: float32 on a CPU, bfloat16 on a GPU]")

@@ -2,8 +2,8 @@
 
 from neko_lean.cache.check import check_cache
 from neko_lean.cache.inspection import inspect_cache
-from neko_lean.cache.options import CacheOptions
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.writer import cache_teacher
+from neko_lean.options import CacheOptions
 
 __all__ = ["CacheOptions", "TeacherCache", "cache_teacher", "check_cache", "inspect_cache"]

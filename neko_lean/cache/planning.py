@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neko_lean.cache.format import STORED_DTYPES, Shard, shard_name
-from neko_lean.cache.options import CacheOptions
 from neko_lean.data import (
     FORMATS,
     EncodedExample,
@@ -20,6 +19,7 @@ from neko_lean.data import (
     refusals,
 )
 from neko_lean.errors import NekoLeanError
+from neko_lean.options import CacheOptions
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

@@ -14,7 +14,6 @@ import numpy as np
 from neko_lean import __version__
 from neko_lean.cache.format import Manifest
 from neko_lean.cache.manifest import read_manifest, validate_plan
-from neko_lean.cache.options import CacheOptions
 from neko_lean.cache.planning import (
     CacheExamples,
     ShardJobs,
@@ -41,7 +40,7 @@ from neko_lean.models import (
     refuse_unknown_examples,
     usable_length,
 )
-from neko_lean.options import OutputOptions
+from neko_lean.options import CacheOptions, OutputOptions
 from neko_lean.outputs import MANIFEST, Output, claim_folder, explained_write_errors
 from neko_lean.terminal import log_line, progress_bar
 

@@ -7,10 +7,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from neko_lean.cache.options import CacheOptions
 from neko_lean.cli.common import Json, Model, Revision, command, emit, pinned
 from neko_lean.distributed import is_main_process
-from neko_lean.options import OutputOptions
+from neko_lean.options import CacheOptions, OutputOptions
 from neko_lean.terminal import print_lines
 
 if TYPE_CHECKING:

@@ -9,8 +9,7 @@ import typer
 
 from neko_lean.cli.common import Json, Model, Revision, command, emit, pinned
 from neko_lean.distributed import is_main_process
-from neko_lean.options import OutputOptions
-from neko_lean.scoring.options import ScoreInputs, ScoreSettings
+from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.terminal import print_table
 
 

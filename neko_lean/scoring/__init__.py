@@ -1,9 +1,9 @@
 """Scoring a model: greedy generations, the shared task's metrics, membership inference, attacks, and a verdict."""
 
+from neko_lean.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.attacks import ATTACKS, Attack
 from neko_lean.scoring.judge import NO, PARTLY, UNKNOWN, YES, cells_before, judged_cells
 from neko_lean.scoring.membership_attacks import MEMBERSHIP_ATTACKS
-from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.run import score
 from neko_lean.scoring.table import score_table
 from neko_lean.scoring.task import CELLS, KINDS, SPLITS

@@ -11,12 +11,11 @@ from neko_lean.cache import TeacherCache
 from neko_lean.data import Document, Example, encode_texts, read_documents, read_rows, require_folder
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import check_seed, quantization_method
-from neko_lean.options import OutputOptions
+from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import Output, claim_file, claim_folder
 from neko_lean.scoring.attacks import ATTACKS, check_attacks
 from neko_lean.scoring.generation import refuse_empty_prompts
 from neko_lean.scoring.mmlu_data import Subject, read_mmlu
-from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.paraphrases import Paraphrase, read_paraphrases
 from neko_lean.scoring.score_folder import FINISHED
 from neko_lean.scoring.stored import read_score

@@ -19,7 +19,7 @@ from neko_lean.models import (
     pick_dtype,
     usable_length,
 )
-from neko_lean.options import OutputOptions
+from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import Output
 from neko_lean.scoring.documents import ReferenceLosses, reference_losses
 from neko_lean.scoring.inputs import (
@@ -32,7 +32,6 @@ from neko_lean.scoring.inputs import (
     read_data,
 )
 from neko_lean.scoring.limits import MAX_LENGTH
-from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.plan import digest_of_run, make_plan
 
 if TYPE_CHECKING:

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from neko_lean.models import identify, stated_eos_token_id
+from neko_lean.options import ScoreInputs, ScoreSettings
 from neko_lean.outputs import MANIFEST, file_sha256
 from neko_lean.scoring.inputs import ScoreData
-from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase

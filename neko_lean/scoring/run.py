@@ -13,7 +13,7 @@ from neko_lean.distributed import run_on_main_and_broadcast, with_process_group
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import jsonl_text, strict_json
 from neko_lean.models import peak_memory
-from neko_lean.options import OutputOptions
+from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import Output, locked, publish_file
 from neko_lean.scoring.attacks import AttackTarget, run_attacks
 from neko_lean.scoring.attacks.answers import AnswerGenerator
@@ -23,7 +23,6 @@ from neko_lean.scoring.limits import TruncationCounts
 from neko_lean.scoring.lm_eval import lm_eval_tasks
 from neko_lean.scoring.measure import ScoringContext, generate_answers
 from neko_lean.scoring.official import official_results
-from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.results import Measured, difference, measure_all, task_scores
 from neko_lean.scoring.score_folder import GENERATIONS, SCORES, finished_score, open_score_folder, write_result, writing
 from neko_lean.scoring.stored import read_score

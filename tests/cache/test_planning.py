@@ -3,9 +3,9 @@
 import pytest
 
 from neko_lean.cache import planning
-from neko_lean.cache.options import CacheOptions
 from neko_lean.cache.planning import CacheExamples, plan_shards, validate_options
 from neko_lean.errors import NekoLeanError
+from neko_lean.options import CacheOptions
 from tests.helpers import encoded
 
 

@@ -12,10 +12,9 @@ from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_tokenizer
-from neko_lean.options import OutputOptions
+from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.scoring import job, limits
 from neko_lean.scoring.limits import BATCH_TOKENS, GENERATED_TOKENS, fit_answer, generation_batches
-from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from tests.helpers import flat, make_rows, write_rows
 from tests.scoring.subjects import make_subject, write_hub
 

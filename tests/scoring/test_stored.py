@@ -11,10 +11,9 @@ from rich.console import Console
 import neko_lean
 from neko_lean.data.examples import read_rows
 from neko_lean.errors import NekoLeanError
-from neko_lean.options import OutputOptions
+from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.report.page import report
 from neko_lean.scoring import job
-from neko_lean.scoring.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.results import difference
 from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.table import score_table

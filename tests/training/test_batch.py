@@ -7,7 +7,6 @@ import random
 import pytest
 import torch
 
-from neko_lean.cache.options import CacheOptions
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.data.examples import read_rows
@@ -15,7 +14,7 @@ from neko_lean.data.substitutes import random_answers, refusals
 from neko_lean.data.tokenization import encode
 from neko_lean.models.causal_lm import checkpoint_activations
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.options import OutputOptions
+from neko_lean.options import CacheOptions, OutputOptions
 from neko_lean.recipes import load_recipe
 from neko_lean.training import batch as batch_module
 from neko_lean.training.batch import _to_device, make_batch, select_hidden

@@ -14,9 +14,9 @@ from typing import TYPE_CHECKING, Any
 from neko_lean.data import Example
 from neko_lean.errors import NekoLeanError, did_you_mean
 from neko_lean.models import CausalLM
+from neko_lean.options import ScoreSettings
 from neko_lean.scoring.attacks.answers import AnswerGenerator
 from neko_lean.scoring.generation import Generation
-from neko_lean.scoring.options import ScoreSettings
 from neko_lean.scoring.paraphrases import Paraphrase
 
 if TYPE_CHECKING:

@@ -9,11 +9,11 @@ from neko_lean.data.batching import pad
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.options import ScoreSettings
 from neko_lean.scoring.attacks import AttackTarget
 from neko_lean.scoring.attacks.answers import AnswerGenerator
 from neko_lean.scoring.generation import Generation, GenerationLimits
 from neko_lean.scoring.limits import TruncationCounts
-from neko_lean.scoring.options import ScoreSettings
 from tests.helpers import random_model
 
 CPU = torch.device("cpu")

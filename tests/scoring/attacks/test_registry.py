@@ -5,8 +5,8 @@ from dataclasses import fields
 import pytest
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.options import ScoreSettings
 from neko_lean.scoring.attacks import ATTACKS, check_attacks
-from neko_lean.scoring.options import ScoreSettings
 
 
 def test_registered_attacks():
