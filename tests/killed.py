@@ -14,7 +14,7 @@ import time
 from pathlib import Path
 
 from bench.processes import forked
-from neko_lean.checkpoints import run_folder, saves
+from neko_lean.checkpoints import open_run, run_folder, saves, tensors
 from neko_lean.options import RunOptions
 from neko_lean.runs import unlearn
 
@@ -35,7 +35,7 @@ def kill_this_process(*_):
 
 def kill_during_the_second_save():
     """Die after the second save's weights are written, but before its state is."""
-    save_file = saves.save_file
+    save_file = tensors.save_file
     num_calls = 0
 
     def save_file_or_die(*arguments):
@@ -45,7 +45,7 @@ def kill_during_the_second_save():
             kill_this_process()
         save_file(*arguments)
 
-    saves.save_file = save_file_or_die
+    tensors.save_file = save_file_or_die
 
 
 def kill_before_the_rename():
@@ -66,7 +66,7 @@ def kill_before_the_output_is_moved():
 
 
 def kill_after_the_output_is_moved():
-    run_folder._clear = kill_this_process
+    open_run.discard = kill_this_process
 
 
 # For each moment, the function that prepares the process to be killed then. None: a random time.
