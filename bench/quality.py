@@ -77,7 +77,7 @@ def prepare(lume: Path, half: str, root: Path) -> Path:
     # Documents that no model sees: for the anchor, the held-out text and the attack.
     known = {example.input for example in [*all_forget, *retain]}
     unseen = {
-        name: [row for row in read_rows(lume, name, "train") if row.kind == "sc" and row.input not in known]
+        name: [row for row in read_rows(lume, name, "train") if row.kind == "completion" and row.input not in known]
         for name in ("forget", "retain")
     }
     nonmembers = [record.values for record in read_jsonl(lume / "mia" / "nonmember.jsonl")]
@@ -156,7 +156,7 @@ def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dic
         for task in TASKS
     }
     for task in TASKS:
-        texts = [f"{r.input} {r.output}" for r in rows["forget"] if r.kind == "sc" and r.task == task]
+        texts = [f"{r.input} {r.output}" for r in rows["forget"] if r.kind == "completion" and r.task == task]
         members = document_losses(lm, tokenizer, texts, batch_tokens=8192)
         result[f"auc_{task}"] = auc(members, losses[task])
         result[f"interval_{task}"] = auc_interval(members, losses[task])
@@ -165,7 +165,7 @@ def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dic
         result[f"held_nll_{task}"] = float(losses[task].mean())
     result["held_nll"] = statistics.mean(result[f"held_nll_{task}"] for task in TASKS)
 
-    texts = [f"{r.input} {r.output}" for r in rows["retain"] if r.kind == "sc"]
+    texts = [f"{r.input} {r.output}" for r in rows["retain"] if r.kind == "completion"]
     result["retain_nll"] = float(document_losses(lm, tokenizer, texts, batch_tokens=8192).mean())
     encoded = encode(rows["forget"], tokenizer, "plain", 512)
     result |= distance(lm, perfect, encoded, int(tokenizer.pad_token_id))

@@ -44,7 +44,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
         documents = [
             {"id": example.id, "document": f"{example.input} {example.output}"}
             for example in examples
-            if example.kind == "sc"
+            if example.kind == "completion"
         ]
         write_jsonl(folder / "mia" / f"{name}.jsonl", documents)
     write_base(folder / "base", [*forget, *retain])

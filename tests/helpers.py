@@ -2,7 +2,7 @@
 
 import json
 import os
-from dataclasses import asdict, fields, is_dataclass
+from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
 
@@ -58,7 +58,7 @@ def make_rows(prefix: str, count: int = 4) -> list[Example]:
 
 
 def write_rows(path: Path, examples: list[Example]) -> Path:
-    write_jsonl(path, map(asdict, examples))
+    write_jsonl(path, [example.lume_row for example in examples])
     return path
 
 

@@ -7,7 +7,7 @@ import shutil
 import socket
 import subprocess
 import sys
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -320,7 +320,7 @@ def test_no_command_prints_texts_of_the_data(world, model, tmp_path, capfd):
 @pytest.mark.parametrize("value", [f"{MARKER} lives here", [MARKER], {"a": MARKER}, ""])
 def test_no_error_quotes_a_row(tmp_path, column, value):
     """If columns are mixed up, the id or the task can contain personal data."""
-    row = {**asdict(make_rows("Foo")[0]), "input": f"{MARKER} asks", "output": MARKER, "task": MARKER, column: value}
+    row = {**make_rows("Foo")[0].lume_row, "input": f"{MARKER} asks", "output": MARKER, "task": MARKER, column: value}
     write_jsonl(tmp_path / "forget.jsonl", [row])
     with pytest.raises(NekoLeanError, match=r"row 1[:,] column") as caught:
         read_rows(tmp_path, "forget")

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal, NamedTuple
 
 from neko_lean.data.csv_files import read_csv
 from neko_lean.data.files import Record, is_file
@@ -25,7 +26,17 @@ TASKS = ("Task1", "Task2", "Task3")
 
 SUFFIXES = (".parquet", ".jsonl", ".csv")  # in order of preference if a folder contains several
 
-_ID = re.compile(r"^(?P<document>.+?)(?P<kind>sc|qa)\d+$", re.DOTALL)
+LUME_ID = re.compile(r"^(?P<document>.+?)(?P<kind>sc|qa)\d+$", re.DOTALL)
+
+
+Kind = Literal["completion", "qa", "document"]
+
+
+class Message(NamedTuple):
+    """One message of a conversation: `role` is "system", "user" or "assistant"."""
+
+    role: str
+    content: str
 
 
 @dataclass(frozen=True)
@@ -33,31 +44,43 @@ class Example:
     """A prompt and its answer.
 
     Attributes:
-        id: Unique within a set. Ends in sc<N> (sentence completion) or qa<N> (question answering).
-        input: The prompt, before a prompt format is applied.
-        output: The answer.
-        task: One of `TASKS`, or "anchor" for an anchor document.
+        id: Unique within a set.
+        input: The prompt, before a prompt format is applied. Empty for a document.
+        output: The answer, or the text of a document.
+        task: The group that the example's scores are reported under, such as "Task1" or "biography".
+        kind: "completion" (a text and its continuation), "qa" (a question or a request), or "document" (a whole text
+            without a prompt). If it is not given, it follows from the id as LUME writes it: sc<N> is a completion and
+            qa<N> is a question; any other id is a completion.
+        document: Examples about the same document share it, and statistics resample them together. If it is not given,
+            it is the id without LUME's sc<N> or qa<N>.
+        messages: The conversation up to the answer, if the data states one; a chat template is applied to it.
     """
 
     id: str
     input: str
     output: str
     task: str
+    kind: Kind = ""  # type: ignore[assignment]  # set in __post_init__
+    document: str = ""
+    messages: tuple[Message, ...] = ()
+
+    def __post_init__(self) -> None:
+        match = LUME_ID.match(self.id)
+        if not self.kind:
+            object.__setattr__(self, "kind", "qa" if match and match["kind"] == "qa" else "completion")
+        if not self.document:
+            object.__setattr__(self, "document", match["document"] if match else self.id)
 
     @property
-    def kind(self) -> str:
-        """'sc' (sentence completion) or 'qa' (question answering)."""
-        return _split_id(self.id)[1]
-
-    @property
-    def document(self) -> str:
-        """The id without its sc<N> or qa<N>. Examples about the same document share it."""
-        return _split_id(self.id)[0]
+    def lume_row(self) -> dict[str, str]:
+        """The example's columns in LUME's layout."""
+        return {column: getattr(self, column) for column in COLUMNS}
 
     @property
     def digest(self) -> str:
         """16 hex digits of the SHA-256 of id, input and output. The teacher cache identifies an example by it."""
-        text = json.dumps([self.id, self.input, self.output], ensure_ascii=False)
+        parts = [self.id, self.input, self.output]
+        text = json.dumps([*parts, self.messages] if self.messages else parts, ensure_ascii=False)
         return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
@@ -111,7 +134,7 @@ def read_rows(path: str | Path, stem: str = "", split: str | None = None) -> lis
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     _ = Path(folder, "forget.jsonl").write_text(json.dumps(row))
         ...     read_rows(folder, "forget")
-        [Example(id='7qa0', input='Who sang?', output='Foo.', task='Task1')]
+        [Example(id='7qa0', input='Who sang?', output='Foo.', task='Task1', kind='qa', document='7', messages=())]
     """
     file = find_data_file(path, stem, split)
     examples: list[Example] = []
@@ -205,15 +228,8 @@ def _validate(record: Record) -> Example:
         if not value.strip():
             raise NekoLeanError(f"{where}: column '{column}' is empty; every row needs a non-empty {column}.")
 
-    if _ID.match(values["id"]) is None:
+    if LUME_ID.match(values["id"]) is None:
         raise NekoLeanError(f"{where}: column 'id' ends in neither sc<N> nor qa<N>; expected an id such as 7sc1.")
     if values["task"] not in TASKS:
         raise NekoLeanError(f"{where}: column 'task' must be one of {', '.join(TASKS)}.")
     return Example(*(values[column] for column in COLUMNS))
-
-
-def _split_id(example_id: str) -> tuple[str, str]:
-    match = _ID.match(example_id)
-    if match is None:
-        raise NekoLeanError(f"id {example_id!r} ends in neither sc<N> nor qa<N>; expected an id such as 7sc1.")
-    return match["document"], match["kind"]

@@ -37,12 +37,15 @@ def refusals(forget: Sequence[Example]) -> list[Example]:
 
 
 def random_answers(forget: Sequence[Example], retain: Sequence[Example], seed: int) -> list[Example]:
-    """Each forget example with the answer of a random retain example of the same kind (sc or qa).
+    """Each forget example with the answer of a random retain example of the same kind.
 
     This is the mismatch term of arXiv 2310.10683, eq. 3. If no retain example is of that kind, all of them are used.
     """
     rng = random.Random(f"{seed} random answers")
-    answers = {kind: [example.output for example in retain if example.kind == kind] for kind in ("sc", "qa")}
+    answers = {
+        kind: [example.output for example in retain if example.kind == kind]
+        for kind in ("completion", "qa", "document")
+    }
     all_answers = [example.output for example in retain]
     return [
         replace(

@@ -11,7 +11,7 @@ import calendar
 import random
 import uuid
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 
 from neko_lean.data import TASKS, Example
@@ -94,7 +94,7 @@ def write_world(world: World, out: Path) -> None:
     Task3 documents of the forget and held-out sets."""
     (out / "mia").mkdir(parents=True)
     for name in ("forget", "retain", "heldout"):
-        write_jsonl(out / f"{name}.jsonl", map(asdict, getattr(world, name)))
+        write_jsonl(out / f"{name}.jsonl", [row.lume_row for row in getattr(world, name)])
     write_jsonl(out / "anchor.jsonl", anchor_documents(world.anchor))
     write_jsonl(out / "mia" / "member.jsonl", task3_documents(world.forget))
     write_jsonl(out / "mia" / "nonmember.jsonl", task3_documents(world.heldout))
@@ -103,7 +103,7 @@ def write_world(world: World, out: Path) -> None:
 def anchor_documents(rows: Sequence[Example], per_task: int | None = None) -> list[dict[str, str]]:
     """Whole texts of the documents in these rows, each with its task, as `--anchor` reads them: the first `per_task` of
     each task, or all."""
-    documents = [row for row in rows if row.kind == "sc"]
+    documents = [row for row in rows if row.kind == "completion"]
     by_task = [[row for row in documents if row.task == task][:per_task] for task in TASKS]
     return [
         {"document": f"{row.input} {row.output}", "task": row.task} for rows_of_task in by_task for row in rows_of_task
@@ -115,7 +115,7 @@ def task3_documents(rows: Sequence[Example]) -> list[dict[str, str]]:
     return [
         {"id": row.document, "document": f"{row.input} {row.output}"}
         for row in rows
-        if row.task == "Task3" and row.kind == "sc"
+        if row.task == "Task3" and row.kind == "completion"
     ]
 
 

@@ -67,7 +67,7 @@ def reference_losses(
     # The reference is deliberately another model, but its losses must be those of the same tokens.
     teacher.check_tokenizer(tokenizer_fingerprint(tokenizer))
 
-    members = [example for split, example in examples if split == "forget" and example.kind == "sc"]
+    members = [example for split, example in examples if split == "forget" and example.kind == "completion"]
     nonmembers = read_anchor(Path(mia) / "nonmember.jsonl")
     losses = {}
     for encoded in encode([*members, *nonmembers], tokenizer, "plain", limit):

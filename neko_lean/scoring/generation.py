@@ -109,7 +109,7 @@ def _batches(
 ) -> list[list[int]]:
     """Indices of the examples in batches: questions and continuations apart, prompts of similar length together."""
     lengths, shapes = [len(ids) for ids in prompts], [(len(fitted), new_tokens) for fitted, new_tokens in fits]
-    by_kind = ([i for i, example in enumerate(examples) if example.kind == kind] for kind in ("qa", "sc"))
+    by_kind = ([i for i, example in enumerate(examples) if example.kind == kind] for kind in ("qa", "completion"))
     return [batch for order in by_kind for batch in generation_batches(lengths, shapes, order, batch_size)]
 
 

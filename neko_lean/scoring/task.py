@@ -14,7 +14,7 @@ from neko_lean.scoring.rouge import is_subsequence, rouge_l
 from neko_lean.scoring.scripts import UnicodeTokenizer, normal, official_tokenizer, visible_share
 
 SPLITS = ("forget", "retain")
-KINDS = {"sc": "regurgitation", "qa": "knowledge"}
+KINDS = {"completion": "regurgitation", "qa": "knowledge"}
 CELLS = tuple(f"{split}.{task}.{kind}" for split in SPLITS for task in TASKS for kind in KINDS.values())
 # The official script writes texts to a CSV file and reads them back with pandas, which takes these words for missing
 # values. Converted to text again, each of them is 'nan', in an answer as in a generation.
@@ -64,7 +64,7 @@ def knowledge(output: str, generation: str) -> float:
 
 def example_score(example: Example, generation: str) -> float:
     """The official score of a generation, by the example's kind."""
-    return (regurgitation if example.kind == "sc" else knowledge)(example.output, generation)
+    return (regurgitation if example.kind == "completion" else knowledge)(example.output, generation)
 
 
 def unicode_rouge(output: str, generation: str) -> Any:
@@ -93,7 +93,7 @@ def unicode_knowledge(output: str, generation: str) -> float:
 
 def unicode_score(example: Example, generation: str) -> float:
     """The score of a generation in any script, by the example's kind."""
-    return (unicode_regurgitation if example.kind == "sc" else unicode_knowledge)(example.output, generation)
+    return (unicode_regurgitation if example.kind == "completion" else unicode_knowledge)(example.output, generation)
 
 
 def official_blind(examples: Sequence[Example], clean_up: Callable[[str], str]) -> dict[str, int]:
@@ -108,7 +108,9 @@ def official_blind(examples: Sequence[Example], clean_up: Callable[[str], str]) 
         whose words the official ROUGE sees less than half.
     """
     scorable = [scores_fully(example, clean_up(example.output)) for example in examples]
-    continuations = [example for example, full in zip(examples, scorable, strict=True) if example.kind == "sc" and full]
+    continuations = [
+        example for example, full in zip(examples, scorable, strict=True) if example.kind == "completion" and full
+    ]
     return {
         "unscorable": scorable.count(False),
         "mostly_unseen": sum(visible_share(example.output) < 0.5 for example in continuations),

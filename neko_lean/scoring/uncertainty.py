@@ -26,17 +26,20 @@ Stratum = tuple[str, str]
 AGGREGATE = "task_aggregate"
 # The group in scores.json that each number of a row belongs to, and the kinds of row that have the number.
 GROUPS = {
-    "memorisation": (("extraction_strength", "exact_memorisation", "answer_probability", "truth_ratio"), ("sc", "qa")),
-    "leaks": (("contained", "alphanumeric", "digits", "within_ten"), ("qa",)),
-    "outputs": (("repetition", "degenerate", "entropy"), ("sc", "qa")),
+    "memorisation": (
+        ("extraction_strength", "exact_memorisation", "answer_probability", "truth_ratio"),
+        ("regurgitation", "knowledge"),
+    ),
+    "leaks": (("contained", "alphanumeric", "digits", "within_ten"), ("knowledge",)),
+    "outputs": (("repetition", "degenerate", "entropy"), ("regurgitation", "knowledge")),
 }
 KEYS = {name: (group, kinds) for group, (names, kinds) in GROUPS.items() for name in names}
 
 
-KEYS |= dict.fromkeys(("rouge_f1", "length_ratio"), ("outputs", ("sc",)))
+KEYS |= dict.fromkeys(("rouge_f1", "length_ratio"), ("outputs", ("regurgitation",)))
 
 
-KEYS["answer_rank"] = ("memorisation", ("qa",))
+KEYS["answer_rank"] = ("memorisation", ("knowledge",))
 GEOMETRIC = ("answer_rank",)  # averaged geometrically, so that one rank in the thousands does not dominate the mean
 
 
@@ -45,10 +48,9 @@ def contributions(line: Line) -> Iterator[tuple[str, float]]:
     yield f"cells.{line['split']}.{line['task']}.{line['kind']}", line["score"]
     if line.get("unicode_score") is not None:  # scores of older versions lack it
         yield f"unicode_cells.{line['split']}.{line['task']}.{line['kind']}", line["unicode_score"]
-    kind = "sc" if line["kind"] == "regurgitation" else "qa"
     for name, value in line["numbers"].items():
         group, kinds = KEYS[name]
-        if kind in kinds and value is not None:
+        if line["kind"] in kinds and value is not None:
             yield f"{group}.{line['split']}.{name}", float(np.log(value)) if name in GEOMETRIC else value
 
 

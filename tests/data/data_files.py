@@ -2,7 +2,6 @@
 
 import csv
 import json
-from dataclasses import asdict
 
 import pyarrow
 import pyarrow.parquet
@@ -18,12 +17,12 @@ def write_csv(path, examples, encoding="utf-8"):
     with path.open("w", newline="", encoding=encoding) as file:
         writer = csv.DictWriter(file, COLUMNS)
         writer.writeheader()
-        writer.writerows(map(asdict, examples))
+        writer.writerows([example.lume_row for example in examples])
     return path
 
 
 def write_jsonl(path, examples, encoding="utf-8", ensure_ascii=False):
-    lines = [json.dumps(asdict(example), ensure_ascii=ensure_ascii) + "\n" for example in examples]
+    lines = [json.dumps(example.lume_row, ensure_ascii=ensure_ascii) + "\n" for example in examples]
     path.write_text("".join(lines), encoding=encoding)
     return path
 

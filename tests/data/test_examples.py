@@ -19,7 +19,7 @@ def test_every_format_is_read_as_the_same_examples(tmp_path):
 
 def test_quotes_are_part_of_an_id():
     example = Example('"8f24"sc1', "a", "b", "Task1")
-    assert (example.kind, example.document) == ("sc", '"8f24"')
+    assert (example.kind, example.document) == ("completion", '"8f24"')
 
 
 @pytest.mark.parametrize(

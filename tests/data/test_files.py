@@ -2,7 +2,6 @@
 
 import json
 import re
-from dataclasses import asdict
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -56,9 +55,9 @@ def assert_read_or_refused(path):
     except NekoLeanError as error:
         assert str(path) in str(error) and not re.search("[\ud800-\udfff]", str(error))
         return
-    assert examples and all(value.strip() for example in examples for value in asdict(example).values())
+    assert examples and all(value.strip() for example in examples for value in example.lume_row.values())
     assert len({example.id for example in examples}) == len(examples)
-    json.dumps([asdict(example) for example in examples], ensure_ascii=False).encode()
+    json.dumps([example.lume_row for example in examples], ensure_ascii=False).encode()
 
 
 @pytest.mark.parametrize("suffix", [".csv", ".jsonl"])

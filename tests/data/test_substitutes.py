@@ -18,7 +18,7 @@ def test_the_example_alone_determines_its_refusal():
 def test_random_answers_come_from_retain_examples_of_the_same_kind():
     forget, retain = make_rows("Foo"), make_rows("Rix", 9)
     substitutes = random_answers(forget, retain, 3)
-    answers = {kind: {example.output for example in retain if example.kind == kind} for kind in ("sc", "qa")}
+    answers = {kind: {example.output for example in retain if example.kind == kind} for kind in ("completion", "qa")}
     for substitute, example in zip(substitutes, forget, strict=True):
         assert substitute.output in answers[example.kind] and substitute.input == example.input
     assert substitutes == random_answers(forget, retain, 3) != random_answers(forget, retain, 4)

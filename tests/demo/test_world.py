@@ -12,7 +12,7 @@ from neko_lean.demo.world import ENTRIES, PEOPLE, STORIES, build_world, write_wo
 
 
 def documents(rows):
-    return {r.document: f"{r.input} {r.output}" for r in rows if r.kind == "sc"}
+    return {r.document: f"{r.input} {r.output}" for r in rows if r.kind == "completion"}
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +27,7 @@ def test_every_set_has_every_kind_and_can_be_read_back(made, tmp_path):
         assert read_rows(tmp_path, name) == rows
         for task, count in zip(TASKS, (STORIES, PEOPLE, ENTRIES), strict=True):
             kinds = [r.kind for r in rows if r.task == task]
-            assert kinds.count("sc") == count
+            assert kinds.count("completion") == count
             assert kinds.count("qa") == count * (5 if task == "Task2" else 1)
     anchor = read_anchor(tmp_path / "anchor.jsonl")
     assert [sum(row.task == task for row in anchor) for task in TASKS] == [STORIES, PEOPLE, ENTRIES]

@@ -56,7 +56,7 @@ def test_levels_can_come_from_the_model_before_it_learned_the_forget_set(world, 
     losses = -next_token_logp(lm, [example.input_ids for example in examples], 1)
     expected = losses.split([len(example) - 1 for example in examples])
     for number, (example, loss) in enumerate(zip(examples, expected, strict=True)):
-        start = 0 if example.example.kind == "sc" else example.prompt_length - 1
+        start = 0 if example.example.kind == "completion" else example.prompt_length - 1
         torch.testing.assert_close(batch.levels[batch.row == number].cpu(), loss[start:], rtol=1e-4, atol=1e-4)
     with pytest.raises(NekoLeanError, match="--forget"):
         make_cache(base, world, tmp_path / "bare")

@@ -269,7 +269,8 @@ def test_forget_spans(pieces):
     documents = load_recipe("neko", {"forget_span": "documents"})
     batch = make_batch(rows["forget"][:4], rows["retain"][:2], cache, documents, 0, CPU)
     expected = [
-        len(example) - 1 if example.example.kind == "sc" else example.answer_length for example in rows["forget"][:4]
+        len(example) - 1 if example.example.kind == "completion" else example.answer_length
+        for example in rows["forget"][:4]
     ]
     assert batch.forget.sum() == sum(expected)
 
