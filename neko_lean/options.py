@@ -69,7 +69,8 @@ class CacheOptions:
         top_k: maximum number of entries per position. With `top_k >= vocab_size` and `mass=1`, all tokens are stored.
         mass: each position stores the fewest most likely tokens whose probabilities sum to this value, at most `top_k`
             of them; in (0, 1]. With 1, every position stores `top_k` tokens.
-        format: prompt format, 'plain' or 'neko'. The recipe that reads the cache must use the same format.
+        format: prompt format, as for `find_format`. The recipe that reads the cache must use the same.
+        system: system message of a chat template.
         max_length: examples are truncated to this many tokens.
         batch_tokens: number of positions per forward pass, padding included.
         dtype: dtype that the teacher runs in, 'bfloat16' or 'float32'.
@@ -80,7 +81,10 @@ class CacheOptions:
     mass: float = option(
         0.999, "Store the fewest most likely tokens whose probabilities sum to this value; 1 always stores --top-k."
     )
-    format: str = option("plain", "Prompt format, plain or neko; the recipe must use the same format.")
+    format: str = option(
+        "auto", "Prompt format: auto, chat, plain, neko, tofu, or a template file; the recipe must use the same."
+    )
+    system: str = option("", "System message for the chat template; the recipe must use the same.")
     max_length: int = option(512, "Truncate examples to this many tokens.")
     batch_tokens: int = option(8192, "Positions per forward pass, padding included.")
     dtype: str = option("bfloat16", "Dtype that the teacher runs in: bfloat16 or float32.")
@@ -123,6 +127,8 @@ class ScoreSettings:
         flag="--attack",
     )
     relearn_lr: float | None = option(None, "Learning rate of --attack relearn.  [default: 1e-4]")
+    format: str = option("auto", "Prompt format: auto, chat, plain, neko, tofu, or a template file.")
+    system: str = option("", "System message for the chat template.")
     batch_size: int = option(32, "Maximum number of prompts generated together.")
     max_new_tokens: int = option(256, "Maximum number of tokens per generation; the shared task uses 256.")
     seed: int | None = option(None, "Random seed for the examples that --attack relearn trains on.  [default: 0]")

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from transformers import ByT5Tokenizer
 
 import neko_lean
 from neko_lean.data import prompts
@@ -75,4 +76,4 @@ def test_the_prompt_format_works(monkeypatch):
     monkeypatch.setattr(prompts, "_REGISTRY", dict(prompts._REGISTRY))
     exec(compile(code, "qa.py", "exec"), {"prompt_format": prompts.prompt_format, "Example": Example})
     example = Example("a-qa0", "Who?", "Mira.", "Task2")
-    assert prompts.prompt_and_answer(example, "qa") == ("Question: Who?\nAnswer:", " Mira.")
+    assert prompts.find_format("qa", ByT5Tokenizer()).render(example)[:2] == ("Question: Who?\nAnswer:", " Mira.")

@@ -11,7 +11,7 @@ import torch
 from neko_lean.cache.planning import ExampleBatch, teacher_batches
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.teacher import hidden_states
-from neko_lean.data import encode, read_rows
+from neko_lean.data import encode, find_format, read_rows
 from neko_lean.errors import CacheError, NekoLeanError
 from neko_lean.models import (
     CausalLM,
@@ -31,7 +31,14 @@ MAX_MEAN_KL = {"float32": 1e-5, "bfloat16": 1e-3}
 
 
 def check_cache(
-    folder: str | Path, model: str | Path, retain: str | Path, rows: int, *, device: str | None = None
+    folder: str | Path,
+    model: str | Path,
+    retain: str | Path,
+    rows: int,
+    *,
+    format: str | None = None,
+    system: str = "",
+    device: str | None = None,
 ) -> dict[str, float]:
     """Run the teacher again on some retain examples, and compare its output with the cache.
 
@@ -42,6 +49,8 @@ def check_cache(
         model: the teacher, as for `cache_teacher`.
         retain: the retain set, as for `cache_teacher`.
         rows: minimum number of examples, at least 1.
+        format, system: the prompt format and the system message that the cache was made with; by default the format
+            that it states.
         device: 'cpu', 'cuda' or 'cuda:N'; by default the GPU if there is one.
 
     Returns:
@@ -59,9 +68,10 @@ def check_cache(
     manifest = cache.manifest
     tokenizer = load_tokenizer(path)
     limit = usable_length(path, manifest.max_length)
-    examples = encode(read_rows(retain, "retain"), tokenizer, manifest.format, limit)
+    prompts = find_format(format or manifest.format.split(":")[0], tokenizer, system)
+    examples = encode(read_rows(retain, "retain"), tokenizer, prompts, limit, windows=True)
     identity = identify(path, tokenizer)
-    cache.check(identity, style=manifest.format, max_length=manifest.max_length, encoded=examples)
+    cache.check(identity, style=prompts.name, max_length=manifest.max_length, encoded=examples)
 
     # Run the teacher.
     teacher = load_model(path, pick_dtype(manifest.teacher_dtype), pick_device(device))

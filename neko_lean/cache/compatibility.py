@@ -46,9 +46,17 @@ def check_format(folder: Path, manifest: Manifest, style: str) -> None:
     """Raise CacheError unless the cache's examples have the prompt format `style`."""
     if manifest.format != style:
         raise CacheError(
-            f"{folder} was made in format {manifest.format!r}, but the recipe uses {style!r}: run cache-teacher with "
-            f"--format {style}."
+            f"{folder} was made in prompt format {manifest.format!r}, but this run uses {style!r}: "
+            f"{_format_hint(style)}."
         )
+
+
+def _format_hint(style: str) -> str:
+    """How to make a cache in a prompt format. The digest after the colon identifies template and system message."""
+    name, separator, _ = style.partition(":")
+    if not separator:
+        return f"run cache-teacher with --format {name}"
+    return "run cache-teacher again with the --format, the --system and the chat template of this run"
 
 
 def check_vocabulary(folder: Path, manifest: Manifest, size: int) -> None:
@@ -78,13 +86,18 @@ def check_examples(
     for example in examples:
         row_id, digest = example.example.id, example.example.digest
         candidates = locations.get(row_id)
+        if candidates is None and example.num_context:
+            raise CacheError(
+                f"{folder} stores no window {row_id!r}, because it splits documents at {manifest.max_length} tokens, "
+                f"but the recipe at {max_length}: run cache-teacher with --max-length {max_length}."
+            )
         if candidates is None:
             raise CacheError(f"{folder} was made from another retain file: it lacks row {row_id!r}.")
         if digest not in candidates:
             raise CacheError(f"{folder} was made from another retain file: the text of row {row_id!r} differs.")
 
         stored, needed = candidates[digest].positions, len(example)
-        untruncated = needed + example.num_truncated
+        untruncated = needed + example.num_truncated + example.num_following
         if stored > untruncated:
             raise CacheError(
                 f"{folder} stores at least {stored} tokens of row {row_id!r}, which has only {untruncated} tokens now, "

@@ -7,7 +7,7 @@ from dataclasses import fields
 from typing import Any
 
 from neko_lean.cache.format import SHARD_KINDS, STORED_DTYPES, TEACHER_DTYPES, Manifest, Shard, shard_name
-from neko_lean.data import FORMATS
+from neko_lean.data import is_recorded_format
 from neko_lean.outputs import SHA256_HEX
 
 MAX_COUNT = 2**48  # larger counts are certainly wrong
@@ -108,9 +108,11 @@ def _fraction(value: Any, name: str) -> float:
 
 def _check_fields(manifest: Manifest) -> None:
     """Raise ValueError for a value that is impossible in a cache."""
-    for name, allowed in (("stored_dtype", STORED_DTYPES), ("teacher_dtype", TEACHER_DTYPES), ("format", FORMATS)):
+    for name, allowed in (("stored_dtype", STORED_DTYPES), ("teacher_dtype", TEACHER_DTYPES)):
         if getattr(manifest, name) not in allowed:
             raise ValueError(f"{name} is {getattr(manifest, name)!r}, not one of {', '.join(allowed)}")
+    if not is_recorded_format(manifest.format):
+        raise ValueError(f"format is {manifest.format!r}, not a prompt format")
     for name in ("top_k", "vocab_size", "max_length", "batch_tokens"):
         if getattr(manifest, name) < 1:
             raise ValueError(f"{name} is {getattr(manifest, name)}, not at least 1")

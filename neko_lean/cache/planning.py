@@ -9,9 +9,10 @@ from typing import TYPE_CHECKING
 
 from neko_lean.cache.format import STORED_DTYPES, Shard, shard_name
 from neko_lean.data import (
-    FORMATS,
     EncodedExample,
     Example,
+    PromptFormat,
+    check_format_name,
     encode,
     length_batches,
     read_anchor,
@@ -38,8 +39,7 @@ def validate_options(options: CacheOptions) -> None:
         raise NekoLeanError(f"mass must be > 0 and <= 1, got {options.mass}.")
     if options.stored_dtype not in STORED_DTYPES:
         raise NekoLeanError(f"stored_dtype {options.stored_dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
-    if options.format not in FORMATS:
-        raise NekoLeanError(f"format {options.format!r} is not one of {', '.join(FORMATS)}.")
+    check_format_name(options.format)
 
 
 @dataclass(frozen=True)
@@ -78,20 +78,21 @@ class CacheExamples:
 
 
 def encode_cache_data(
-    data: CacheData, tokenizer: PreTrainedTokenizerBase, style: str, max_length: int
+    data: CacheData, tokenizer: PreTrainedTokenizerBase, prompts: PromptFormat, max_length: int
 ) -> CacheExamples:
     """Tokenize the data sets, and each forget example with a refusal as its answer.
 
     Args:
         data: the data sets.
         tokenizer: the teacher's tokenizer.
-        style: prompt format, which does not apply to anchor documents.
-        max_length: number of tokens that examples are truncated to.
+        prompts: prompt format, which does not apply to anchor documents.
+        max_length: number of tokens that examples are truncated to; longer documents are split into windows.
     """
-    retain = encode(data.retain, tokenizer, style, max_length)
+    retain = encode(data.retain, tokenizer, prompts, max_length, windows=True)
     anchor = encode(data.anchor, tokenizer, "plain", max_length)
-    forget = encode(data.forget, tokenizer, style, max_length)
-    refused = encode(refusals(data.forget), tokenizer, style, max_length)
+    forget = encode(data.forget, tokenizer, prompts, max_length, windows=True)
+    prompted = [example for example in data.forget if example.kind != "document"]
+    refused = encode(refusals(prompted), tokenizer, prompts, max_length)
     return CacheExamples(top_k=_distinct(retain + anchor + forget), targets=_distinct(forget + refused + anchor))
 
 

@@ -7,6 +7,7 @@ first missing shard, and ends in the same bytes.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -25,7 +26,7 @@ from neko_lean.cache.planning import (
 from neko_lean.cache.records import is_written, write_shard
 from neko_lean.cache.stage import PLAN, open_stage, publish_stage, refuse_existing
 from neko_lean.cache.teacher import target_logps, top_k_entries
-from neko_lean.data import EncodedExample, position_warning, truncation_summary
+from neko_lean.data import EncodedExample, find_format, position_warning, truncation_summary
 from neko_lean.distributed import items_of_rank, raise_on_any_rank, run_on_main_and_broadcast, with_process_group
 from neko_lean.models import (
     CausalLM,
@@ -97,7 +98,9 @@ def cache_teacher(
     # Load the teacher and tokenize.
     tokenizer = load_tokenizer(folder)
     limit = usable_length(folder, cache.max_length)
-    examples = encode_cache_data(data, tokenizer, cache.format, limit)
+    prompts = find_format(cache.format, tokenizer, cache.system)
+    log_line(f"prompt format: {prompts.label}", run.quiet)
+    examples = encode_cache_data(data, tokenizer, prompts, limit)
     teacher = load_model(folder, dtype, device)
     teacher.model.eval()
     refuse_unknown_examples(examples.all, teacher)
@@ -105,6 +108,7 @@ def cache_teacher(
     # Plan, and say how many examples are truncated.
     jobs = plan_shards(examples, cache.batch_tokens)
     identity, vocab_size = identify(folder, tokenizer), teacher.head.shape[0]
+    cache = replace(cache, format=prompts.name)
     plan = validate_plan(_plan_manifest(model_name(model), identity, vocab_size, cache, examples, jobs))
     log_line(truncation_summary(examples.all, limit), run.quiet)
     if warning := position_warning(examples.all, limit, cache.max_length):

@@ -7,23 +7,27 @@ from neko_lean.data.examples import TASKS, EncodedExample, Example, count_lost_a
 from neko_lean.data.files import Record, is_file, read_text
 from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.parquet_files import read_parquet
-from neko_lean.data.prompts import FORMATS
+from neko_lean.data.prompts import PromptFormat, check_format_name, find_format, is_recorded_format
 from neko_lean.data.substitutes import random_answers, refusals
-from neko_lean.data.tokenization import encode, encode_texts, position_warning, truncation_summary
+from neko_lean.data.tokenization import encode, encode_prompts, encode_texts, position_warning, truncation_summary
 
 __all__ = [
     "ANCHOR_TASK",
-    "FORMATS",
     "TASKS",
     "Document",
     "EncodedExample",
     "Example",
+    "PromptFormat",
     "Record",
+    "check_format_name",
     "count_lost_answers",
     "csv_cells",
     "encode",
+    "encode_prompts",
     "encode_texts",
+    "find_format",
     "is_file",
+    "is_recorded_format",
     "length_batches",
     "pad",
     "paired_batches",

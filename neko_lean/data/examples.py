@@ -95,6 +95,8 @@ class EncodedExample:
         num_truncated: How many tokens the length limit removed from the end.
         levels: For each token after the first, the loss in nats at which it counts as forgotten. Only set for
             objectives that use it.
+        num_context: How many of the first tokens the previous window of the same text has predicted already.
+        num_following: How many tokens of the text are in later windows.
     """
 
     example: Example
@@ -102,6 +104,8 @@ class EncodedExample:
     prompt_length: int
     num_truncated: int
     levels: tuple[float, ...] | None = None
+    num_context: int = 0
+    num_following: int = 0
 
     def __len__(self) -> int:
         return len(self.input_ids)

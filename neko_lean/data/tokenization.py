@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from neko_lean.data.examples import EncodedExample, Example
-from neko_lean.data.prompts import prompt_and_answer
+from neko_lean.data.prompts import PromptFormat, find_format
 from neko_lean.data.special_tokens import added_tokens, ids_without_special_tokens, remove_suffix
 from neko_lean.errors import NekoLeanError
 
@@ -17,10 +18,11 @@ if TYPE_CHECKING:
 def encode(
     examples: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
-    format_name: str,
+    prompts: PromptFormat | str,
     max_length: int,
     *,
     append_eos: bool = False,
+    windows: bool = False,
 ) -> list[EncodedExample]:
     """Tokenize examples.
 
@@ -30,9 +32,11 @@ def encode(
     Args:
         examples: The examples to tokenize.
         tokenizer: The model's tokenizer.
-        format_name: The prompt format, one of `FORMATS`.
+        prompts: The prompt format, or the name of one, as for `find_format`.
         max_length: The maximum number of tokens of an example; the rest is truncated.
-        append_eos: End every answer with the EOS token.
+        append_eos: End every answer with the EOS token, unless a chat template has ended it.
+        windows: Split documents that are longer than `max_length` into windows instead of truncating them. Each window
+            repeats the last `max_length // 8` tokens of the one before.
 
     Returns:
         The tokenized examples, in the same order.
@@ -52,22 +56,68 @@ def encode(
     if append_eos and tokenizer.eos_token_id is None:
         raise NekoLeanError("the tokenizer has no EOS token to append; add one to it or set append_eos=false.")
 
-    texts = [prompt_and_answer(example, format_name) for example in examples]
-    prompts = encode_texts(tokenizer, [prompt for prompt, _ in texts])
-    wholes = encode_texts(tokenizer, [prompt + answer for prompt, answer in texts])
+    prompts = find_format(prompts, tokenizer) if isinstance(prompts, str) else prompts
+    rendered = [prompts.render(example) for example in examples]
+    prompt_ids = _encode_rendered(tokenizer, [(text.prompt, text.has_special_tokens) for text in rendered])
+    whole_ids = _encode_rendered(tokenizer, [(text.prompt + text.answer, text.has_special_tokens) for text in rendered])
 
     encoded = []
-    for example, (_, answer), prompt_ids, ids in zip(examples, texts, prompts, wholes, strict=True):
+    for example, text, prompt, ids in zip(examples, rendered, prompt_ids, whole_ids, strict=True):
         # If a token spans the end of the prompt, tokenize prompt and answer separately.
-        if ids[: len(prompt_ids)] != prompt_ids:
-            ids = prompt_ids + _continuation_ids(tokenizer, answer)
-        if append_eos:
+        if ids[: len(prompt)] != prompt:
+            ids = prompt + _continuation_ids(tokenizer, text.answer)
+        if append_eos and not text.has_special_tokens:
             ids = [*ids, tokenizer.eos_token_id]
 
-        input_ids = ids[:max_length]
-        prompt_length = min(len(prompt_ids), len(input_ids))
-        encoded.append(EncodedExample(example, input_ids, prompt_length, len(ids) - len(input_ids)))
+        if windows and example.kind == "document" and len(ids) > max_length:
+            encoded += _windows(example, ids, len(prompt), max_length)
+        else:
+            input_ids = ids[:max_length]
+            prompt_length = min(len(prompt), len(input_ids))
+            encoded.append(EncodedExample(example, input_ids, prompt_length, len(ids) - len(input_ids)))
     return encoded
+
+
+def encode_prompts(
+    examples: Sequence[Example], tokenizer: PreTrainedTokenizerBase, prompts: PromptFormat | str
+) -> list[list[int]]:
+    """The token ids of each example's prompt, as in `encode`."""
+    prompts = find_format(prompts, tokenizer) if isinstance(prompts, str) else prompts
+    rendered = [prompts.render(example) for example in examples]
+    return _encode_rendered(tokenizer, [(text.prompt, text.has_special_tokens) for text in rendered])
+
+
+def _windows(example: Example, ids: list[int], prompt_length: int, max_length: int) -> list[EncodedExample]:
+    """Split a long example so that every token after the first window's is predicted in exactly one more window.
+
+    The first window has the example's own id. The others have it with the number of their first token.
+    """
+    overlap = max_length // 8
+    results: list[EncodedExample] = []
+    start = 0
+    while not results or start + overlap < len(ids):
+        window = ids[start : start + max_length]
+        context = overlap if start else 0
+        results.append(
+            EncodedExample(
+                example=replace(example, id=f"{example.id} @{start}") if start else example,
+                input_ids=window,
+                prompt_length=min(len(window), max(prompt_length - start, context)),
+                num_truncated=0,
+                num_context=context,
+                num_following=max(0, len(ids) - start - max_length),
+            )
+        )
+        start += max_length - overlap
+    return results
+
+
+def _encode_rendered(tokenizer: PreTrainedTokenizerBase, texts: Sequence[tuple[str, bool]]) -> list[list[int]]:
+    """The token ids of texts, each with whether it spells out its special tokens."""
+    complete = [text for text, has_special_tokens in texts if has_special_tokens]
+    other = iter(encode_texts(tokenizer, [text for text, has_special_tokens in texts if not has_special_tokens]))
+    rendered = iter(ids_without_special_tokens(tokenizer, complete) if complete else [])
+    return [next(rendered if has_special_tokens else other) for _, has_special_tokens in texts]
 
 
 def encode_text(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -88,6 +138,8 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
     # verbose=False: no warning about texts longer than the tokenizer's limit, since callers truncate them.
     full: list[list[int]] = tokenizer(list(texts), verbose=False)["input_ids"]
     prefix, suffix = added_tokens(tokenizer)
+    if prefix and prefix[-1] == tokenizer.bos_token_id:  # a text that already begins with BOS must not get two
+        full = [ids[1:] if ids[: len(prefix) + 1] == [*prefix, prefix[-1]] else ids for ids in full]
     if not suffix:
         return full
 
@@ -99,7 +151,12 @@ def truncation_summary(encoded: Sequence[EncodedExample], max_length: int) -> st
     """How many examples were truncated to `max_length` tokens, for the log."""
     count = sum(example.num_truncated > 0 for example in encoded)
     tokens = sum(example.num_truncated for example in encoded)
-    return f"{count} of {len(encoded)} rows truncated to {max_length} tokens ({tokens} tokens lost)"
+    summary = f"{count} of {len(encoded)} rows truncated to {max_length} tokens ({tokens} tokens lost)"
+    windows = sum(example.num_context > 0 or example.num_following > 0 for example in encoded)
+    if windows:
+        documents = sum(example.num_context == 0 and example.num_following > 0 for example in encoded)
+        summary += f"; {documents} long documents split into {windows} windows that overlap by {max_length // 8} tokens"
+    return summary
 
 
 def position_warning(encoded: Sequence[EncodedExample], limit: int, max_length: int) -> str | None:

@@ -160,7 +160,7 @@ def _forget(work: _Demo, path: str, overrides: dict[str, Any], recipe: Recipe) -
             work.stage / teacher,
             anchor=anchor if has_anchor else None,
             forget=work.data if needs_forget_cache(recipe) else None,
-            cache=CacheOptions(format=recipe.format, max_length=recipe.max_length, **work.dtype),
+            cache=CacheOptions(format=recipe.format, system=recipe.system, max_length=recipe.max_length, **work.dtype),
             run=work.output,
         )
         work.files.append(teacher)

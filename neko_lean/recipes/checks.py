@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import re
 
-from neko_lean.data import FORMATS
+from neko_lean.data import check_format_name
 from neko_lean.errors import NekoLeanError
 from neko_lean.objectives import FORGET_OBJECTIVES, REDUCTIONS, RETAIN_OBJECTIVES
 from neko_lean.recipes.recipe import Recipe, forgets, needs_teacher, trains_on_teacher
@@ -27,6 +27,7 @@ _POSITIVE = (
 
 def check(recipe: Recipe) -> Recipe:
     """Return the recipe. Raises NekoLeanError naming the value that is wrong, what was expected, and what was found."""
+    check_format_name(recipe.format)
     _check_choices(recipe)
     _check_ranges(recipe)
     _check_objectives(recipe)
@@ -37,7 +38,6 @@ def check(recipe: Recipe) -> Recipe:
 
 def _check_choices(recipe: Recipe) -> None:
     choices = {
-        "format": tuple(FORMATS),
         "forget_objective": ("none", *FORGET_OBJECTIVES),
         "forget_reduction": REDUCTIONS,
         "retain_objective": ("none", *RETAIN_OBJECTIVES),

@@ -21,6 +21,7 @@ class Recipe:
     summary: str
 
     format: str
+    system: str
     max_length: int
     append_eos: bool
     forget_rows: int

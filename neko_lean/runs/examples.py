@@ -11,8 +11,10 @@ from neko_lean.cache import TeacherCache
 from neko_lean.checkpoints import rows_digest
 from neko_lean.data import (
     EncodedExample,
+    PromptFormat,
     count_lost_answers,
     encode,
+    find_format,
     position_warning,
     random_answers,
     read_anchor,
@@ -39,6 +41,7 @@ class PreparedExamples:
     anchor: list[EncodedExample]
     substitutes: list[EncodedExample]  # one for each forget example, or none
     max_length: int  # the recipe's, or the number of positions that the model has
+    prompts: PromptFormat
 
     def digests(self) -> dict[str, str]:
         """SHA-256 of each set, for the identity of the run."""
@@ -71,19 +74,20 @@ def prepare_examples(
     Raises:
         NekoLeanError: a file that cannot be read, or no forget token that would get a loss.
     """
-    forget_examples = _encode(forget, "forget", recipe, tokenizer, max_length)
-    retain_examples = _encode(retain, "retain", recipe, tokenizer, max_length)
+    prompts = find_format(recipe.format, tokenizer, recipe.system)
+    forget_examples = _encode(forget, "forget", recipe, prompts, tokenizer, max_length)
+    retain_examples = _encode(retain, "retain", recipe, prompts, tokenizer, max_length)
     anchor_examples = [] if anchor is None else encode(read_anchor(anchor), tokenizer, "plain", max_length)
 
     _refuse_nothing_to_forget(forget_examples, recipe)
-    substitutes = _substitutes(forget_examples, retain_examples, recipe, tokenizer, max_length, seed)
+    substitutes = _substitutes(forget_examples, retain_examples, recipe, prompts, tokenizer, max_length, seed)
     if warning := position_warning(
         [*forget_examples, *retain_examples, *anchor_examples], max_length, recipe.max_length
     ):
         log_line(warning)
 
     trained = [*retain_examples, *anchor_examples] if recipe.retain is not None else []
-    return PreparedExamples(forget_examples, trained, anchor_examples, substitutes, max_length)
+    return PreparedExamples(forget_examples, trained, anchor_examples, substitutes, max_length, prompts)
 
 
 def training_examples(
@@ -103,7 +107,7 @@ def training_examples(
         if base_cache is not None:
             # The weights differ from the student's by design; text must still become the same tokens.
             base_cache.check_tokenizer(tokenizer_fingerprint(tokenizer))
-            base_cache.check_format(recipe.format)
+            base_cache.check_format(prepared.prompts.name)
             forget = [replace(example, levels=tuple((-base_cache.target_logp(example)).tolist())) for example in forget]
         elif prepared.anchor and teacher is not None:
             forget = with_levels(
@@ -123,7 +127,10 @@ def report_truncation(prepared: PreparedExamples, recipe: Recipe, quiet: bool) -
         log_line(f"retain: not used, because recipe {recipe.name} has no retain objective", quiet)
     for name, examples in (("forget", prepared.forget), ("retain", prepared.retain)):
         if examples:
-            log_line(f"{name}: {truncation_summary(examples, prepared.max_length)}", quiet)
+            # Shown even with --quiet if a forget row is truncated: the tokens that are lost are not forgotten.
+            is_warning = name == "forget" and any(example.num_truncated for example in examples)
+            prefix = "warning: " if is_warning else ""
+            log_line(f"{prefix}{name}: {truncation_summary(examples, prepared.max_length)}", quiet and not is_warning)
 
     lost = count_lost_answers(prepared.forget)
     if lost:
@@ -136,9 +143,16 @@ def report_truncation(prepared: PreparedExamples, recipe: Recipe, quiet: bool) -
 
 
 def _encode(
-    path: str | Path, stem: str, recipe: Recipe, tokenizer: PreTrainedTokenizerBase, max_length: int
+    path: str | Path,
+    stem: str,
+    recipe: Recipe,
+    prompts: PromptFormat,
+    tokenizer: PreTrainedTokenizerBase,
+    max_length: int,
 ) -> list[EncodedExample]:
-    return encode(read_rows(path, stem), tokenizer, recipe.format, max_length, append_eos=recipe.append_eos)
+    # Substitutes replace whole answers, one for each forget example.
+    windows = stem == "retain" or recipe.substitute == "none"
+    return encode(read_rows(path, stem), tokenizer, prompts, max_length, append_eos=recipe.append_eos, windows=windows)
 
 
 def _refuse_nothing_to_forget(forget: Sequence[EncodedExample], recipe: Recipe) -> None:
@@ -155,6 +169,7 @@ def _substitutes(
     forget: Sequence[EncodedExample],
     retain: Sequence[EncodedExample],
     recipe: Recipe,
+    prompts: PromptFormat,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     seed: int,
@@ -163,8 +178,14 @@ def _substitutes(
     if recipe.substitute == "none":
         return []
     forget_texts = [encoded.example for encoded in forget]
+    documents = sum(example.kind == "document" for example in forget_texts)
+    if documents:
+        raise NekoLeanError(
+            f"recipe {recipe.name} replaces answers, but {documents} of {len(forget_texts)} forget rows are documents, "
+            f"which have no prompt to answer; choose another recipe, such as calibrated."
+        )
     if recipe.substitute == "refusal":
         replaced = refusals(forget_texts)
     else:
         replaced = random_answers(forget_texts, [encoded.example for encoded in retain], seed)
-    return encode(replaced, tokenizer, recipe.format, max_length)
+    return encode(replaced, tokenizer, prompts, max_length)

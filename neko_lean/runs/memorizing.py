@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neko_lean.checkpoints import rows_digest
-from neko_lean.data import encode, position_warning, read_rows, require_folder, truncation_summary
+from neko_lean.data import encode, find_format, position_warning, read_rows, require_folder, truncation_summary
 from neko_lean.distributed import with_process_group
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import (
@@ -91,7 +91,8 @@ def memorize(
     tokenizer = load_tokenizer(folder)
     max_length = usable_length(folder, chosen.max_length)
     rows = [row for name in sets for row in read_rows(data, name, split)]
-    examples = encode(rows, tokenizer, chosen.format, max_length, append_eos=chosen.append_eos)
+    prompts = find_format(chosen.format, tokenizer, chosen.system)
+    examples = encode(rows, tokenizer, prompts, max_length, append_eos=chosen.append_eos, windows=True)
     log_line(truncation_summary(examples, max_length), run.quiet)
     if warning := position_warning(examples, max_length, chosen.max_length):
         log_line(warning)

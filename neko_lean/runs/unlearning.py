@@ -159,7 +159,11 @@ def _cache_teacher(
         anchor=anchor,
         forget=forget if needs_forget_cache(recipe) else None,
         cache=CacheOptions(
-            format=recipe.format, max_length=recipe.max_length, batch_tokens=recipe.batch_tokens, dtype=recipe.dtype
+            format=recipe.format,
+            system=recipe.system,
+            max_length=recipe.max_length,
+            batch_tokens=recipe.batch_tokens,
+            dtype=recipe.dtype,
         ),
         run=OutputOptions(device=options.device, resume=options.resume, quiet=options.quiet),
     )
@@ -171,7 +175,7 @@ def _check_teacher(
 ) -> None:
     """Refuse a cache of another model, tokenizer, prompt format or retain set; with `verify`, read all of it now, so
     that a damaged shard does not end the run hours later."""
-    teacher.check(identity, style=recipe.format, max_length=recipe.max_length, encoded=prepared.retain)
+    teacher.check(identity, style=prepared.prompts.name, max_length=recipe.max_length, encoded=prepared.retain)
     if verify:
         run_on_main_and_broadcast(teacher.verify_numbers)
 

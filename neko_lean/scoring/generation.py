@@ -122,12 +122,11 @@ def refuse_empty_prompts(examples: Sequence[Example], prompts: Sequence[Sequence
 
 def generation_warnings(
     lm: CausalLM,
-    tokenizer: PreTrainedTokenizerBase,
-    examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
     max_new_tokens: int,
     truncated: TruncationCounts | None = None,
 ) -> list[str]:
-    """Warnings about what silently changes the generations of these examples; `truncated` receives the counts."""
+    """Warnings about what silently changes the generations of these prompts; `truncated` receives the counts."""
     truncated = TruncationCounts() if truncated is None else truncated
     warnings = []
     unknown = unknown_eos_token_ids(lm)
@@ -138,20 +137,19 @@ def generation_warnings(
             f"be token ids from 0 to {len(lm.head) - 1}."
         )
 
-    prompts = _encode_prompts(tokenizer, examples)
     fits = [fit_prompt(lm, prompt, max_new_tokens) for prompt in prompts]
     truncated.new_tokens = sum(new_tokens < max_new_tokens for _, new_tokens in fits)
     truncated.prompts = sum(len(fitted) < len(prompt) for prompt, (fitted, _) in zip(prompts, fits, strict=True))
     if truncated.new_tokens:
         limit = max(len(fitted) + new_tokens for fitted, new_tokens in fits if new_tokens < max_new_tokens)
         warnings.append(
-            f"warning: {truncated.new_tokens} of {len(examples)} rows have fewer than {max_new_tokens} new tokens (the "
+            f"warning: {truncated.new_tokens} of {len(prompts)} rows have fewer than {max_new_tokens} new tokens (the "
             f"minimum is {min(new_tokens for _, new_tokens in fits)}), and {truncated.prompts} rows lose the beginning "
             f"of their prompt: the model has {limit} positions."
         )
     elif truncated.prompts:
         warnings.append(
-            f"warning: {truncated.prompts} of {len(examples)} rows lose the beginning of their prompt: score keeps the "
+            f"warning: {truncated.prompts} of {len(prompts)} rows lose the beginning of their prompt: score keeps the "
             f"last {MAX_LENGTH} tokens."
         )
     return warnings
@@ -175,6 +173,7 @@ def generate(
     max_new_tokens: int,
     prompts: Sequence[Sequence[int]] | None = None,
     stop_early: bool = True,
+    end: int | None = None,
 ) -> Iterator[list[tuple[int, Generation]]]:
     """Generate the greedy continuation of each example's input, one batch at a time.
 
@@ -188,6 +187,7 @@ def generate(
         batch_size: maximum number of prompts per batch.
         max_new_tokens: maximum number of tokens per generation.
         prompts: token ids to continue instead of the examples' inputs.
+        end: a token that ends a generation, besides those of the tokenizer and of the generation config.
         stop_early: stop a generation once its scores are settled.
 
     Yields:
@@ -211,7 +211,7 @@ def generate(
                 return False
             return is_settled(examples[batch[place]], to_generation(tokenizer, ids, 0, "").text)
 
-        generated = _decode(lm, tokenizer, [fits[i] for i in batch], is_done)
+        generated = _decode(lm, tokenizer, [fits[i] for i in batch], is_done, end)
         yield [
             (i, to_generation(tokenizer, ids, windows[i], ended))
             for i, (ids, ended) in zip(batch, generated, strict=True)
@@ -223,9 +223,10 @@ def _decode(
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[tuple[Sequence[int], int]],
     is_done: Callable[[int, Sequence[int]], bool],
+    end: int | None,
 ) -> list[tuple[list[int], str]]:
     """Decode one batch of prompts, given with their limits of new tokens; returns new tokens and why they ended."""
-    ends = eos_token_ids(lm, tokenizer)
+    ends = eos_token_ids(lm, tokenizer) | ({end} if end is not None else frozenset())
     new_ids: list[list[int]] = [[] for _ in prompts]
     ended = ["limit"] * len(prompts)
 

@@ -8,7 +8,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neko_lean.cache import TeacherCache
-from neko_lean.data import Document, Example, encode_texts, read_documents, read_rows, require_folder
+from neko_lean.data import (
+    Document,
+    Example,
+    PromptFormat,
+    encode_prompts,
+    encode_texts,
+    read_documents,
+    read_rows,
+    require_folder,
+)
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import check_seed, quantization_method
 from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
@@ -142,7 +151,7 @@ def check_lm_eval(folder: Path, settings: ScoreSettings) -> None:
         )
 
 
-def check_lengths(data: ScoreData, tokenizer: PreTrainedTokenizerBase) -> None:
+def check_lengths(data: ScoreData, tokenizer: PreTrainedTokenizerBase, prompts: PromptFormat) -> None:
     """Raise NekoLeanError for a prompt without tokens, and for a document of fewer than two tokens."""
     examples = data.all_examples
     by_id = {example.id: example for example in examples}
@@ -152,7 +161,7 @@ def check_lengths(data: ScoreData, tokenizer: PreTrainedTokenizerBase) -> None:
         if paraphrase.input is not None
     ]
     for prompted in (examples, paraphrased):
-        refuse_empty_prompts(prompted, encode_texts(tokenizer, [example.input for example in prompted]))
+        refuse_empty_prompts(prompted, encode_prompts(prompted, tokenizer, prompts))
 
     for option, documents in (("--mia", [document for _, document in data.documents]), ("--held", data.held_out)):
         encoded = encode_texts(tokenizer, [document.text for document in documents])

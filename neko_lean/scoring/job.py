@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from neko_lean.data import PromptFormat, find_format
 from neko_lean.models import (
     CausalLM,
     load_model,
@@ -33,6 +34,7 @@ from neko_lean.scoring.inputs import (
 )
 from neko_lean.scoring.limits import MAX_LENGTH
 from neko_lean.scoring.plan import digest_of_run, make_plan
+from neko_lean.terminal import log_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -46,6 +48,7 @@ class ScoreJob:
         name: the model's name for scores.json.
         folder: the checkpoint.
         tokenizer: its tokenizer.
+        prompts: the prompt format.
         data: what it is scored on.
         settings: how it is measured.
         device: where the model runs.
@@ -64,6 +67,7 @@ class ScoreJob:
     name: str
     folder: Path
     tokenizer: PreTrainedTokenizerBase
+    prompts: PromptFormat
     data: ScoreData
     settings: ScoreSettings
     device: torch.device
@@ -103,21 +107,24 @@ def prepare(
     # The data in this tokenizer.
     dtype = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     tokenizer = load_tokenizer(folder)
+    prompts = find_format(settings.format, tokenizer, settings.system)
+    log_line(f"prompt format: {prompts.label}", run.quiet)
     reference = None
     if score_data.teacher is not None and inputs.mia is not None:
         limit = usable_length(folder, MAX_LENGTH)
         documents, examples = score_data.documents, score_data.examples
         reference = reference_losses(score_data.teacher, inputs.mia, documents, examples, tokenizer, limit)
-    check_lengths(score_data, tokenizer)
+    check_lengths(score_data, tokenizer, prompts)
     blind = count_blind(score_data, tokenizer)
 
     # What identifies the result.
     started = time.monotonic()
-    plan = make_plan(folder, tokenizer, score_data, settings.max_new_tokens, dtype)
+    plan = make_plan(folder, tokenizer, score_data, prompts, settings.max_new_tokens, dtype)
     return ScoreJob(
         name=model_name(model),
         folder=folder,
         tokenizer=tokenizer,
+        prompts=prompts,
         data=score_data,
         settings=settings,
         device=device,

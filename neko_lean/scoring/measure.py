@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neko_lean.data import EncodedExample, Example, encode, truncation_summary
+from neko_lean.data import EncodedExample, Example, PromptFormat, encode, encode_prompts, truncation_summary
 from neko_lean.distributed import (
     as_single_process,
     items_of_rank,
@@ -46,6 +46,7 @@ class ScoringContext:
     Attributes:
         lm: the model.
         tokenizer: its tokenizer.
+        prompts: the prompt format.
         stage: the score's work folder.
         limits: batch size and number of new tokens for generation.
         truncated: counts of what was truncated; the measurements fill it in.
@@ -54,6 +55,7 @@ class ScoringContext:
 
     lm: CausalLM
     tokenizer: PreTrainedTokenizerBase
+    prompts: PromptFormat
     stage: Path
     limits: GenerationLimits
     truncated: TruncationCounts
@@ -66,6 +68,7 @@ def generate_answers(context: ScoringContext, examples: Sequence[Example]) -> li
     The batches are divided among the ranks; the progress bar counts those of the main process.
     """
     lm, tokenizer, stage = context.lm, context.tokenizer, context.stage
+    prompts = encode_prompts(examples, tokenizer, context.prompts)
 
     # What is left to do, and which part of it is this rank's.
     finished: dict[int, dict[str, Any]] = dict(
@@ -74,12 +77,12 @@ def generate_answers(context: ScoringContext, examples: Sequence[Example]) -> li
         )
     )
     pending = [i for i in range(len(examples)) if i not in finished]
-    own = [pending[i] for i in examples_of_rank(lm, tokenizer, [examples[i] for i in pending], context.limits)]
+    own = [pending[i] for i in _of_rank(context, examples, prompts, pending)]
 
     # What the user should know before it starts.
     if finished:
         log_line(f"score: {len(finished)} of {len(examples)} rows were generated already", context.quiet)
-    for warning in generation_warnings(lm, tokenizer, examples, context.limits.max_new_tokens, context.truncated):
+    for warning in generation_warnings(lm, prompts, context.limits.max_new_tokens, context.truncated):
         log_line(warning)
     line = method_line(lm, tokenizer) if pending else None
     if line is not None:
@@ -89,7 +92,16 @@ def generate_answers(context: ScoringContext, examples: Sequence[Example]) -> li
         generated = []
         with progress_bar("score", len(finished) + len(own), "rows", context.quiet) as progress:
             progress.advance(len(finished))
-            for batch in generate(lm, tokenizer, [examples[i] for i in own], **asdict(context.limits)):
+            own_prompts = [prompts[i] for i in own]
+            own_examples = [examples[i] for i in own]
+            for batch in generate(
+                lm,
+                tokenizer,
+                own_examples,
+                **asdict(context.limits),
+                prompts=own_prompts,
+                end=context.prompts.end_of_turn,
+            ):
                 numbered = [(own[i], generation) for i, generation in batch]
                 add_generations(stage, numbered)
                 generated += [(i, asdict(generation)) for i, generation in numbered]
@@ -101,6 +113,14 @@ def generate_answers(context: ScoringContext, examples: Sequence[Example]) -> li
     return [Generation(**finished[i]) for i in range(len(examples))]
 
 
+def _of_rank(
+    context: ScoringContext, examples: Sequence[Example], prompts: Sequence[Sequence[int]], pending: Sequence[int]
+) -> list[int]:
+    """Which of the pending examples this rank generates, by their places in `pending`."""
+    left = [examples[i] for i in pending]
+    return examples_of_rank(context.lm, context.tokenizer, left, context.limits, [prompts[i] for i in pending])
+
+
 def example_numbers(
     context: ScoringContext,
     examples: Sequence[Example],
@@ -109,7 +129,7 @@ def example_numbers(
 ) -> list[dict[str, float]]:
     """Every number of each example except its score, by name; a number that cannot be measured is absent."""
     lm, tokenizer = context.lm, context.tokenizer
-    encoded = encode_answers(lm, tokenizer, examples)
+    encoded = encode_answers(lm, tokenizer, examples, context.prompts)
     answered = [example for example in encoded if example.answer_length]
     _warn_of_truncated_answers(context, encoded, len(encoded) - len(answered))
     refuse_unknown_examples(encoded, lm)
@@ -143,11 +163,11 @@ def _warn_of_truncated_answers(context: ScoringContext, encoded: Sequence[Encode
 
 
 def encode_answers(
-    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]
+    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example], prompts: PromptFormat
 ) -> list[EncodedExample]:
     """Tokenize prompts and answers, truncated by `fit_answer`."""
     limit = position_limit(lm, MAX_LENGTH)
-    return [fit_answer(example, limit) for example in encode(examples, tokenizer, "plain", sys.maxsize)]
+    return [fit_answer(example, limit) for example in encode(examples, tokenizer, prompts, sys.maxsize)]
 
 
 def _truth_ratios(
@@ -165,6 +185,7 @@ def _truth_ratios(
                 lm,
                 tokenizer,
                 [replace(by_id[paraphrase.id], output=text) for text in (paraphrase.output, *paraphrase.wrong)],
+                context.prompts,
             ),
         )
         for paraphrase in paraphrases

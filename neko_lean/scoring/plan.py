@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from neko_lean.data import PromptFormat
 from neko_lean.models import identify, stated_eos_token_id
 from neko_lean.options import ScoreInputs, ScoreSettings
 from neko_lean.outputs import MANIFEST, file_sha256
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
 
 
 def make_plan(
-    folder: Path, tokenizer: PreTrainedTokenizerBase, data: ScoreData, max_new_tokens: int, dtype: str
+    folder: Path,
+    tokenizer: PreTrainedTokenizerBase,
+    data: ScoreData,
+    prompts: PromptFormat,
+    max_new_tokens: int,
+    dtype: str,
 ) -> dict[str, Any]:
     """Everything that the generations depend on; an interrupted run is resumed only with the same plan."""
     identity = identify(folder, tokenizer)
@@ -29,6 +35,7 @@ def make_plan(
         "tokenizer": identity.tokenizer,
         "config": identity.config,
         "rows": [f"{split} {example.digest}" for split, example in data.examples],
+        "format": prompts.name,
         "max_new_tokens": max_new_tokens,
         "dtype": dtype,
         "eos_token_id": stated_eos_token_id(folder),

@@ -99,6 +99,7 @@ def _run(job: ScoreJob, stage: Path) -> tuple[dict[str, Any], list[dict[str, Any
     scores["broken"] = any(sentence.startswith("BROKEN") for sentence in scores["verdict"])
     scores |= {
         "rows": {split: len(job.data.split(split)) for split in SPLITS},
+        "format": job.prompts.name,
         "dtype": job.dtype,
         "device": str(job.device),
         "max_new_tokens": job.settings.max_new_tokens,
@@ -117,7 +118,7 @@ def _measure_and_attack(
     """Everything that needs the loaded model, which is freed when this returns."""
     lm = job.load(job.folder)
     limits = GenerationLimits(job.settings.batch_size, job.settings.max_new_tokens)
-    context = ScoringContext(lm, job.tokenizer, stage, limits, truncated, job.quiet)
+    context = ScoringContext(lm, job.tokenizer, job.prompts, stage, limits, truncated, job.quiet)
     generations = generate_answers(context, job.data.all_examples)
     measured = measure_all(context, job.data, generations, job.reference, job.settings.shots)
 
@@ -130,7 +131,7 @@ def _measure_and_attack(
         examples=forget,
         baseline={example.id: generation for example, generation in zip(forget, generations, strict=False)},
         paraphrases=job.data.paraphrases,
-        generate=AnswerGenerator(job.tokenizer, limits, truncated, job.quiet),
+        generate=AnswerGenerator(job.tokenizer, limits, truncated, job.quiet, job.prompts),
         stage=stage,
         settings=job.settings,
         device=job.device_option,

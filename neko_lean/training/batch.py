@@ -129,9 +129,9 @@ def make_batch(
 
 def forget_start(example: EncodedExample, recipe: Recipe) -> int:
     """First position of a forget example whose next token gets a loss."""
-    is_whole = recipe.forget_span == "all" or (
-        recipe.forget_span == "documents" and example.example.kind == "completion"
-    )
+    is_whole = recipe.forget_span == "all" or (recipe.forget_span == "documents" and example.example.kind != "qa")
+    if example.num_context:  # a later window: its first tokens were predicted in the window before
+        return example.num_context - 1
     return 0 if is_whole else max(1, example.prompt_length + recipe.answer_skip) - 1
 
 

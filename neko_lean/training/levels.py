@@ -66,9 +66,7 @@ def _with_levels_of_task(
 
     # Rank the documents by mean level, and scale each to the quantile of the anchor's losses at its rank.
     anchor_means = np.array([loss.mean() for loss in losses])
-    documents = [
-        number for number in examples if examples[number].example.kind == "completion" and levels[number].sum()
-    ]
+    documents = [number for number in examples if examples[number].example.kind != "qa" and levels[number].sum()]
     documents.sort(key=lambda number: levels[number].mean())
     ranks = (np.arange(len(documents)) + 0.5) / max(1, len(documents))
     targets = np.quantile(anchor_means, ranks)

@@ -11,7 +11,7 @@ from neko_lean.models.generation_config import eos_token_ids, stated_eos_token_i
 from neko_lean.models.loading import load_model, load_tokenizer, new_model
 from neko_lean.models.sharding import save_checkpoint
 from neko_lean.scoring.generation import generation_warnings
-from tests.helpers import make_rows, random_model
+from tests.helpers import random_model
 
 FILE = "generation_config.json"
 
@@ -36,7 +36,7 @@ def test_every_stated_token_ends_a_generation(folder, stated, expected, unknown)
     lm, tokenizer = loaded(folder)
     assert eos_token_ids(lm, tokenizer) == expected | {tokenizer.eos_token_id}
     assert unknown_eos_token_ids(lm) == unknown and stated_eos_token_id(folder) == stated
-    warnings = generation_warnings(lm, tokenizer, make_rows("Foo", 1), 4)
+    warnings = generation_warnings(lm, [[1, 2]], 4)
     assert len(warnings) == bool(unknown) and all(repr(entry) in warnings[0] for entry in unknown)
 
 

@@ -63,7 +63,7 @@ def test_overrides(text, pair):
         ({"lr": "fast"}, "lr must be of type float"),
         ({"lr": 0.0}, "lr must be > 0, got 0.0"),
         ({"lr": float("nan")}, "lr must be finite"),
-        ({"format": "chat"}, "format must be one of plain, neko, got 'chat'"),
+        ({"format": "plian"}, "unknown prompt format 'plian'; did you mean 'plain'?"),
         ({"max_steps": 1.5}, "max_steps must be of type int"),
         ({"max_steps": True}, "max_steps must be of type int"),
         ({"patience": -1}, "patience must be >= 0"),

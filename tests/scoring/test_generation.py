@@ -11,6 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers import GPT2Config, GPT2LMHeadModel
 
+from neko_lean.data import encode_prompts
 from neko_lean.data.examples import Example, read_rows
 from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_model, load_tokenizer
@@ -144,13 +145,14 @@ def test_prompts_and_generations_fit_the_positions_of_the_model(world, model):
                 new.append(int(lm.model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax()))
         assert said.text == cleaned_up(tokenizer.decode(new, skip_special_tokens=True)) and said.ended == "limit"
 
-    (warning,) = generation_warnings(lm, tokenizer, rows, 10)
+    prompts = encode_prompts(rows, tokenizer, "plain")
+    (warning,) = generation_warnings(lm, prompts, 10)
     capped, cut = sum(length > 6 for length in lengths), sum(length > 8 for length in lengths)
     assert warning == (
         f"warning: {capped} of {len(rows)} rows have fewer than 10 new tokens (the minimum is 8), and {cut} rows lose "
         "the beginning of their prompt: the model has 16 positions."
     )
-    assert generation_warnings(few_positions(tokenizer, 512), tokenizer, rows, 10) == []
+    assert generation_warnings(few_positions(tokenizer, 512), prompts, 10) == []
 
 
 @pytest.mark.parametrize(

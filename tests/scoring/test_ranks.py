@@ -111,7 +111,7 @@ def test_hidden_states_equal_those_of_one_process(parts, monkeypatch, as_rank, c
 def test_ranks_generate_the_same_batches(parts, monkeypatch, as_rank, count):
     _, tokenizer, rows = parts
     made = []
-    monkeypatch.setattr(generation, "_decode", lambda lm, tokenizer, prompts, is_done: [([], "eos") for _ in prompts])
+    monkeypatch.setattr(generation, "_decode", lambda lm, tokenizer, prompts, *_: [([], "eos") for _ in prompts])
 
     def batches(own):
         said = generate(parts[0], tokenizer, [rows[i] for i in own], batch_size=5, max_new_tokens=1)

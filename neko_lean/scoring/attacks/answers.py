@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING, Any
 
-from neko_lean.data import Example, encode_texts
+from neko_lean.data import Example, PromptFormat, encode_prompts
 from neko_lean.distributed import all_gather_objects
 from neko_lean.models import CausalLM
 from neko_lean.scoring.generation import Generation, GenerationLimits, examples_of_rank, generate
@@ -34,6 +34,7 @@ class AnswerGenerator:
     limits: GenerationLimits
     truncated: TruncationCounts
     quiet: bool
+    prompt_format: PromptFormat | str = "plain"
 
     def __call__(
         self, lm: CausalLM, examples: Sequence[Example], label: str, prompts: Sequence[Sequence[int]] | None = None
@@ -47,12 +48,18 @@ class AnswerGenerator:
             prompts: token ids to continue instead of the examples' inputs.
         """
         if prompts is None:
-            prompts = encode_texts(self.tokenizer, [example.input for example in examples])
+            prompts = encode_prompts(examples, self.tokenizer, self.prompt_format)
         self._count_truncated(lm, prompts, label)
 
         own = examples_of_rank(lm, self.tokenizer, examples, self.limits, prompts)
+        end = None if isinstance(self.prompt_format, str) else self.prompt_format.end_of_turn
         batches = generate(
-            lm, self.tokenizer, [examples[i] for i in own], **asdict(self.limits), prompts=[prompts[i] for i in own]
+            lm,
+            self.tokenizer,
+            [examples[i] for i in own],
+            **asdict(self.limits),
+            prompts=[prompts[i] for i in own],
+            end=end,
         )
         generated = []
         with progress_bar(label, len(own), "rows", self.quiet) as progress:

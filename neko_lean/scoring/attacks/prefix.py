@@ -20,7 +20,9 @@ def prefix(target: AttackTarget) -> Curve:
     Examples whose answer is not longer than the given tokens are left out.
     """
     tokenizer = target.tokenizer
-    encoded = encode(target.examples, tokenizer, "plain", sys.maxsize)  # `generate` truncates the prompts
+    encoded = encode(
+        target.examples, tokenizer, target.generate.prompt_format, sys.maxsize
+    )  # `generate` truncates the prompts
     curve = [{"tokens": 0, **baseline_point(target.examples, target.baseline)}]
     for length in PREFIX_LENGTHS:
         examples, prompts = [], []

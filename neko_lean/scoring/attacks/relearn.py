@@ -5,7 +5,6 @@ from __future__ import annotations
 import random
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -96,7 +95,7 @@ def _overrides(steps: int, lr: float, count: int) -> dict[str, Any]:
 
 def _write_examples(folder: Path, examples: Sequence[Example]) -> None:
     folder.mkdir()
-    write_jsonl(folder / "forget.jsonl", map(asdict, examples))
+    write_jsonl(folder / "forget.jsonl", [example.lume_row for example in examples])
 
 
 def _train(model: Path, data: Path, out: Path, overrides: Mapping[str, Any], seed: int, device: str | None) -> None:
