@@ -9,8 +9,7 @@ from rich.console import Console
 
 from neko_lean.data.examples import Example
 from neko_lean.errors import NekoLeanError
-from neko_lean.models import load_model
-from neko_lean.models.loading import load_tokenizer
+from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.attacks.answers import point
 from neko_lean.scoring.generation import Generation, GenerationLimits, is_settled
 from neko_lean.scoring.groups import NUMBERS, group_scores
