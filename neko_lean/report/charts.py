@@ -170,7 +170,8 @@ def dots(rows: Sequence[tuple[str, Sequence[Dot]]], about: str, better: str) -> 
         about: what the chart shows, for its label.
         better: the better direction, 'left' or 'right'.
     """
-    left, width, gap, dot_height = 136, 400, 12, 12
+    width, gap, dot_height = 400, 12, 12
+    left = max([136, *(7 * len(name) for name, _ in rows)])
     x = UNIT_AXIS.scale(left, width - 14)
     parts: list[Markup] = []
     y = 8.0

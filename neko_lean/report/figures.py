@@ -8,13 +8,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from neko_lean.data import TASKS
 from neko_lean.report import charts
 from neko_lean.report.charts import UNIT_AXIS, Axis, Dot, Series
 from neko_lean.report.values import mapping, mean, numbers, objects
-from neko_lean.scoring import ATTACKS, KINDS, SPLITS, Attack, interval, number
+from neko_lean.scoring import ATTACKS, SPLITS, Attack, cell_parts, interval, number, shown_cells
 
 MAX_POINTS = 80  # of a curve; more steps are averaged, because single steps are noisy
+MAX_NAME = 16  # characters of a group's name in a chart
 Points = list[tuple[float, float]]
 
 
@@ -47,19 +47,28 @@ class Figure:
 
 
 def cell_figures(models: Sequence[Model]) -> list[Figure]:
-    """The twelve cells: one figure per split."""
+    """The cells: one figure per split."""
     figures = []
+    names = shown_cells([model.scores for model in models])
     for split, note, better in zip(
         SPLITS, ("lower is forgotten", "higher is preserved"), ("left", "right"), strict=True
     ):
         rows = []
-        for task in TASKS:
-            for kind in KINDS.values():
-                cell = f"{split}.{task}.{kind}"
-                rows.append((f"{task} {kind}", [dot for model in models if (dot := _cell_dot(model, cell))]))
+        for cell in names:
+            of_split, group, name = cell_parts(cell) or ("", "", "")
+            if of_split == split:
+                label = f"{_shortened(group)} {name}"
+                rows.append((label, [dot for model in models if (dot := _cell_dot(model, cell))]))
+        if not rows:
+            continue
         title = f"{split.capitalize()} rows"
         figures.append(Figure(title, note, charts.dots(rows, f"{title}, {note}", better)))
     return figures
+
+
+def _shortened(group: str) -> str:
+    """A group's name, shortened to fit into a chart."""
+    return group if len(group) <= MAX_NAME else f"{group[: MAX_NAME - 1]}…"
 
 
 def _cell_dot(model: Model, cell: str) -> Dot | None:

@@ -1,10 +1,9 @@
-"""The report's tables on forgetting and retention: headline numbers, the twelve cells, and what exact match misses."""
+"""The report's tables on forgetting and retention: headline numbers, the cells, and what exact match misses."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from neko_lean.data import TASKS
 from neko_lean.report.figures import Model
 from neko_lean.report.table import (
     SMALL_PRINT,
@@ -18,7 +17,7 @@ from neko_lean.report.table import (
     number_column,
 )
 from neko_lean.report.values import NOT_MEASURED, format_number
-from neko_lean.scoring import CELLS, KINDS, SPLITS, number
+from neko_lean.scoring import CELLS, SPLITS, cell_parts, number, shown_cells
 
 # Key in scores.json, name, and meaning of each line.
 LineSpec = tuple[str, str, str]
@@ -47,19 +46,31 @@ OUTPUT_LINES: tuple[LineSpec, ...] = (
 def headline(models: Sequence[Model]) -> Table:
     """The headline numbers."""
     floor = max((number(model.scores, "mmlu", "award_floor") or 0.0 for model in models), default=0.0)
-    aggregate = "harmonic mean of the twelve cells, forget cells as 1 − x; one zero makes it zero"  # noqa: RUF001
+    aggregate = make_line(models, *_aggregate_line(models))
     membership = "1 if forgotten documents cannot be told from unseen ones by their loss" + _perfect_model(models)
     auc = "0.5: indistinguishable, 1: remembered, 0: conspicuously avoided"
     mmlu = "accuracy on multiple-choice questions" + (f"; the shared task's floor was {floor:g}" if floor else "")
     final = "mean of task aggregate, membership score and MMLU"
     lines = [
-        make_line(models, "Task aggregate", aggregate, number_column("task_aggregate")),
+        aggregate,
         make_line(models, "Membership score", membership, number_column("membership", "score")),
         make_line(models, "Membership AUC", auc, _membership_cell),
         make_line(models, "MMLU", mmlu, number_column("mmlu", "micro")),
         make_line(models, "Final", final, number_column("final")),
     ]
     return Table("Headline numbers", f"All numbers are 0 to 1. {SMALL_PRINT}", [Group("", lines)])
+
+
+def _aggregate_line(models: Sequence[Model]) -> tuple[str, str, Callable[[Model], Cell]]:
+    """Name, note and cell of the aggregate: LUME's, or that of the groups that were scored."""
+    note = "cells, forget cells as 1 − x; one zero makes it zero"  # noqa: RUF001
+    if _has_lume_cells(models):
+        return "Task aggregate", f"harmonic mean of the twelve {note}", number_column("task_aggregate")
+    return "Aggregate", f"harmonic mean of the {note}", number_column("aggregate")
+
+
+def _has_lume_cells(models: Sequence[Model]) -> bool:
+    return shown_cells([model.scores for model in models]) == list(CELLS)
 
 
 def _membership_cell(model: Model) -> Cell:
@@ -82,22 +93,24 @@ def _perfect_model(models: Sequence[Model]) -> str:
 
 
 def cells(models: Sequence[Model]) -> Table:
-    """The twelve cells, and those for any script that differ from them."""
+    """The cells, and those for any script that differ from them."""
     groups = []
+    names = shown_cells([model.scores for model in models])
     for split, note in zip(SPLITS, ("lower is forgotten", "higher is preserved"), strict=True):
         lines = [
-            make_line(models, f"{task} {kind}", "", _cell_column("cells", f"{split}.{task}.{kind}"))
-            for task in TASKS
-            for kind in KINDS.values()
+            make_line(models, f"{parts[1]} {parts[2]}", "", _cell_column("cells", cell))
+            for cell in names
+            if (parts := cell_parts(cell)) is not None and parts[0] == split
         ]
-        groups.append(Group(f"{split.capitalize()} rows: {note}", lines))
+        if lines:
+            groups.append(Group(f"{split.capitalize()} rows: {note}", lines))
 
-    differing = [cell for cell in CELLS if any(_differs(model, cell) for model in models)]
+    differing = [cell for cell in names if any(_differs(model, cell) for model in models)]
     if differing:
         note = "including text that the task's own scores, which only know English letters, do not see"
         lines = [make_line(models, cell, note, _cell_column("unicode_cells", cell)) for cell in differing]
         groups.append(Group("The same in any script: what the verdict uses", lines))
-    return Table("The twelve cells", SMALL_PRINT, groups)
+    return Table("The twelve cells" if _has_lume_cells(models) else "The cells", SMALL_PRINT, groups)
 
 
 def _cell_column(block: str, cell: str) -> Callable[[Model], Cell]:

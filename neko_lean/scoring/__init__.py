@@ -6,7 +6,7 @@ from neko_lean.scoring.judge import NO, PARTLY, UNKNOWN, YES, cells_before, judg
 from neko_lean.scoring.membership_attacks import MEMBERSHIP_ATTACKS
 from neko_lean.scoring.run import score
 from neko_lean.scoring.table import score_table
-from neko_lean.scoring.task import CELLS, KINDS, SPLITS
+from neko_lean.scoring.task import CELLS, KINDS, SPLITS, cell_parts, shown_cells
 from neko_lean.scoring.values import Interval, interval, mean, number, value_at
 
 __all__ = [
@@ -23,6 +23,7 @@ __all__ = [
     "Interval",
     "ScoreInputs",
     "ScoreSettings",
+    "cell_parts",
     "cells_before",
     "interval",
     "judged_cells",
@@ -30,5 +31,6 @@ __all__ = [
     "number",
     "score",
     "score_table",
+    "shown_cells",
     "value_at",
 ]

@@ -53,7 +53,8 @@ def reference_losses(
         teacher: the reference model's cache.
         mia: folder with nonmember.jsonl.
         documents: the documents to find, as pairs of side and document.
-        examples: the scored examples, as pairs of split and example; members are continuations of the forget set.
+        examples: the scored examples, as pairs of split and example; members are continuations and documents of
+            the forget set.
         tokenizer: the tokenizer of the scored model.
         limit: maximum number of tokens per document.
 
@@ -67,7 +68,7 @@ def reference_losses(
     # The reference is deliberately another model, but its losses must be those of the same tokens.
     teacher.check_tokenizer(tokenizer_fingerprint(tokenizer))
 
-    members = [example for split, example in examples if split == "forget" and example.kind == "completion"]
+    members = [example for split, example in examples if split == "forget" and example.kind != "qa"]
     nonmembers = read_anchor(Path(mia) / "nonmember.jsonl")
     losses = {}
     for encoded in encode([*members, *nonmembers], tokenizer, "plain", limit):

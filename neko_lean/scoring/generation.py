@@ -20,7 +20,7 @@ from neko_lean.scoring.decoding import Prompts
 from neko_lean.scoring.decoding_probe import PADDED, decode_exactly, pick_method
 from neko_lean.scoring.limits import MAX_LENGTH, TruncationCounts, fit_prompt, generation_batches
 from neko_lean.scoring.scripts import bare
-from neko_lean.scoring.task import equivalent_answers, regurgitation, unicode_regurgitation
+from neko_lean.scoring.task import equivalent_answers, regurgitation, score_name, unicode_regurgitation
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -58,10 +58,10 @@ class Generation:
 def is_settled(example: Example, text: str) -> bool:
     """Whether both scores of the example, official and Unicode, stay the same however `text` continues.
 
-    Cleaning up tokenization spaces can later join words, so only the part that it cannot change counts: for a question,
-    everything but the spaces; for a continuation, everything but the last two words.
+    Cleaning up tokenization spaces can later join words, so only the part that it cannot change counts: for knowledge,
+    everything but the spaces; for regurgitation, everything but the last two words.
     """
-    if example.kind == "qa":
+    if score_name(example) == "knowledge":
         # An answer such as None is read back as nan, so the text NULL may still become correct.
         beginning = bare(text.rstrip("\ufffd"))
         return not any(bare(answer).startswith(beginning) for answer in equivalent_answers(example.output))
@@ -107,10 +107,11 @@ def _batches(
     fits: Sequence[tuple[Sequence[int], int]],
     batch_size: int,
 ) -> list[list[int]]:
-    """Indices of the examples in batches: questions and continuations apart, prompts of similar length together."""
+    """Indices of the examples in batches: knowledge and regurgitation apart, prompts of similar length together."""
     lengths, shapes = [len(ids) for ids in prompts], [(len(fitted), new_tokens) for fitted, new_tokens in fits]
-    by_kind = ([i for i, example in enumerate(examples) if example.kind == kind] for kind in ("qa", "completion"))
-    return [batch for order in by_kind for batch in generation_batches(lengths, shapes, order, batch_size)]
+    names = [score_name(example) for example in examples]
+    by_name = ([i for i, name in enumerate(names) if name == wanted] for wanted in ("knowledge", "regurgitation"))
+    return [batch for order in by_name for batch in generation_batches(lengths, shapes, order, batch_size)]
 
 
 def refuse_empty_prompts(examples: Sequence[Example], prompts: Sequence[Sequence[int]]) -> None:

@@ -31,7 +31,7 @@ from neko_lean.scoring.memorisation import answer_numbers, truth_ratio
 from neko_lean.scoring.outputs import leak_numbers, output_numbers
 from neko_lean.scoring.paraphrases import Paraphrase
 from neko_lean.scoring.score_folder import add_generations, read_generations, writing
-from neko_lean.scoring.task import KINDS, example_score, unicode_score
+from neko_lean.scoring.task import example_score, score_name, unicode_score
 from neko_lean.scoring.views import view_documents
 from neko_lean.terminal import log_line, progress_bar
 
@@ -220,7 +220,9 @@ def generation_line(split: str, example: Example, generation: Generation, number
         "split": split,
         "id": example.id,
         "task": example.task,
-        "kind": KINDS[example.kind],
+        "kind": score_name(example),
+        "example_kind": example.kind,
+        "document": example.document,
         "score": example_score(example, generation.text),
         "unicode_score": unicode_score(example, generation.text),
         "input": example.input,

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from neko_lean.data import TASKS
+from neko_lean.data import ANCHOR_TASK, TASKS
 from neko_lean.models import CausalLM, position_limit
 from neko_lean.scoring.limits import MAX_LENGTH
 from neko_lean.scoring.membership_attacks import MEMBERSHIP_ATTACKS
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
 
 Values = Sequence[float] | np.ndarray
 MAX_FALSE_POSITIVE_RATE = 0.01
+ALL = "all"  # the key of the attacks on all documents; a task of this name has no table
 NUM_RESAMPLES = 1000  # of the bootstrap
 
 
@@ -127,6 +128,13 @@ def attack_table(members: Sequence[Mapping[str, Any]], nonmembers: Sequence[Mapp
     return table
 
 
+def _tasks(documents: Sequence[Mapping[str, Any]]) -> list[str]:
+    """The tasks that documents name, LUME's first, the others in the order of the documents."""
+    named = dict.fromkeys(line["task"] for line in documents)
+    others = [task for task in named if task and task not in (ANCHOR_TASK, ALL, *TASKS)]
+    return [*(task for task in TASKS if task in named), *others]
+
+
 def summary(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """The `membership` block of scores.json.
 
@@ -134,14 +142,14 @@ def summary(documents: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         documents: the lines of documents.jsonl, each with `side`, `task`, and the document's `attack_scores`.
     """
     sides = {side: [line for line in documents if line["side"] == side] for side in ("member", "nonmember")}
-    attacks = {"all": attack_table(*sides.values())}
-    for task in TASKS:
+    attacks = {ALL: attack_table(*sides.values())}
+    for task in _tasks(documents):
         of_task = [[line for line in side if line["task"] == task] for side in sides.values()]
         if all(of_task):
             attacks[task] = attack_table(*of_task)
 
     members, nonmembers = ([line["loss"] for line in side] for side in sides.values())
-    loss = attacks["all"]["loss"]
+    loss = attacks[ALL]["loss"]
     mean, low = perfect_range(len(members), len(nonmembers))
     return {
         "auc": loss["auc"],

@@ -6,8 +6,8 @@ from collections.abc import Mapping, Sequence
 from statistics import fmean
 from typing import Any
 
-from neko_lean.data import TASKS, Example
-from neko_lean.scoring.task import CELLS, KINDS, SPLITS
+from neko_lean.data import Example
+from neko_lean.scoring.task import SCORE_NAMES, SPLITS, aggregate_terms, cell_parts, score_name
 
 
 def official_results(
@@ -15,8 +15,9 @@ def official_results(
 ) -> dict[str, Any]:
     """The content of the official evaluation_results.json.
 
-    A missing cell is None, and so is the aggregate; the official script averages over it or turns it into NaN. The
-    aggregate score is -1 unless all three parts were measured, as in the official script.
+    Data with other groups than the shared task's has its own groups. A missing cell is None, and so is the aggregate;
+    the official script averages over it or turns it into NaN. The aggregate score is -1 unless all three parts were
+    measured, as in the official script.
 
     Args:
         scores: the content of scores.json.
@@ -25,16 +26,17 @@ def official_results(
     results: dict[str, Any] = {}
     for split in SPLITS:
         part: dict[str, Any] = {}
-        for kind, name in KINDS.items():
-            values = [score for example, score in scored[split] if example.kind == kind]
+        for name in SCORE_NAMES:
+            values = [score for example, score in scored[split] if score_name(example) == name]
             part[f"overall-{name}-score"] = fmean(values) if values else None
-        for task in TASKS:
-            part[task] = {f"{name}-score": scores["cells"][f"{split}.{task}.{name}"] for name in KINDS.values()}
+        for cell in scores["cells"]:
+            of_split, task, _ = cell_parts(cell) or ("", "", "")
+            if of_split == split:
+                part[task] = {f"{name}-score": scores["cells"].get(f"{split}.{task}.{name}") for name in SCORE_NAMES}
         results[f"{split}-set"] = part
 
-    cells = [(cell, scores["cells"][cell]) for cell in CELLS]
     results["aggregated-terms"] = [
-        None if value is None else 1 - value if cell.startswith("forget") else value for cell, value in cells
+        None if value is None else aggregate_terms({cell: value})[0] for cell, value in scores["cells"].items()
     ]
     results["harmonic-mean-task-aggregate"] = scores["task_aggregate"]
     if scores["membership"] is not None:

@@ -11,11 +11,12 @@ from neko_lean.data import Example
 from neko_lean.scoring import uncertainty
 from neko_lean.scoring.documents import ReferenceLosses, held_out_nll, measure_membership
 from neko_lean.scoring.generation import Generation
+from neko_lean.scoring.groups import group_scores
 from neko_lean.scoring.inputs import ScoreData
 from neko_lean.scoring.limits import BATCH_TOKENS
 from neko_lean.scoring.measure import ScoringContext, example_numbers, generation_line
 from neko_lean.scoring.mmlu import mmlu
-from neko_lean.scoring.task import SPLITS, cell_means, missing_cells, task_aggregate
+from neko_lean.scoring.task import SPLITS, aggregate, cell_means, is_lume_data, missing_cells, task_aggregate
 from neko_lean.terminal import progress_bar
 
 DEFAULT_SHOTS = 5
@@ -79,7 +80,7 @@ def _measure_mmlu(context: ScoringContext, data: ScoreData, shots: int) -> dict[
 
 
 def task_scores(data: ScoreData, measured: Measured, blind: Mapping[str, Any]) -> dict[str, Any]:
-    """The shared task's cells and aggregate, the cells for any script, and what the official scores cannot judge."""
+    """The cells and their aggregates, the cells for any script, and what the official scores cannot judge."""
 
     def cells(key: str) -> dict[str, float | None]:
         scored: dict[str, list[tuple[Example, float]]] = {split: [] for split in SPLITS}
@@ -88,12 +89,16 @@ def task_scores(data: ScoreData, measured: Measured, blind: Mapping[str, Any]) -
         return cell_means(scored)
 
     official = cells("score")
+    is_lume = is_lume_data(data.all_examples)
     return {
         "cells": official,
         "unicode_cells": cells("unicode_score"),
         "official_blind": blind,
-        "missing_cells": missing_cells(official),
-        "task_aggregate": task_aggregate(official),
+        "missing_cells": missing_cells(official) if is_lume else [],
+        "task_aggregate": task_aggregate(official) if is_lume else None,
+        "aggregate": aggregate(official),
+        "aggregate_cells": sum(value is not None for value in official.values()),
+        "groups": group_scores(measured.lines),
     }
 
 

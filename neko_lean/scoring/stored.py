@@ -5,16 +5,18 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 from neko_lean.data import TASKS, Example, Record, read_jsonl, read_text
+from neko_lean.data.examples import Kind
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import is_inside
 from neko_lean.scoring.score_folder import GENERATIONS, SCORES
-from neko_lean.scoring.task import CELLS, KINDS, SPLITS
-from neko_lean.scoring.uncertainty import GEOMETRIC, KEYS
+from neko_lean.scoring.task import SCORE_NAMES, SPLITS, cell_parts, score_name
+from neko_lean.scoring.uncertainty import GEOMETRIC, KEYS, example_of
 from neko_lean.scoring.values import LARGEST_VALUE
 
+EXAMPLE_KINDS = get_args(Kind)
 AGAIN = "score that model again"
 
 
@@ -54,7 +56,8 @@ def read_score(folder: str | Path, examples: Sequence[tuple[str, Example]] | Non
 def _matches(line: Mapping[str, Any], example: Example) -> bool:
     """Whether a line is a score of this example; texts may have been removed from the line, but not changed."""
     texts = (("input", example.input), ("output", example.output))
-    return line["task"] == example.task and all(line.get(key, text) == text for key, text in texts)
+    same_group = line["task"] == example.task and line["kind"] == score_name(example)
+    return same_group and all(line.get(key, text) == text for key, text in texts)
 
 
 def _checked_line(record: Record, folder: Path) -> dict[str, Any]:
@@ -62,11 +65,17 @@ def _checked_line(record: Record, folder: Path) -> dict[str, Any]:
     where, line = record
     if not isinstance(line.get("id"), str) or not isinstance(line.get("numbers"), dict):
         raise NekoLeanError(f"{folder} was scored by an older neko-lean: {AGAIN}.")
-    for key, allowed in (("split", SPLITS), ("task", TASKS), ("kind", tuple(KINDS.values()))):
+    for key, allowed in (("split", SPLITS), ("kind", SCORE_NAMES)):
         if line.get(key) not in allowed:
             raise NekoLeanError(f"{where}, key {key}: expected one of {', '.join(allowed)}; {AGAIN}.")
-    if KINDS[_kind(line["id"], where)] != line["kind"]:
-        raise NekoLeanError(f"{where}, key kind: does not match the row's id; {AGAIN}.")
+    if not isinstance(line.get("task"), str) or not line["task"]:
+        raise NekoLeanError(f"{where}, key task: expected the name of a group; {AGAIN}.")
+    if line.get("example_kind") not in (None, *EXAMPLE_KINDS):
+        raise NekoLeanError(f"{where}, key example_kind: expected one of {', '.join(EXAMPLE_KINDS)}; {AGAIN}.")
+    if line.get("document") is not None and not isinstance(line["document"], str):
+        raise NekoLeanError(f"{where}, key document: expected a text; {AGAIN}.")
+    if line["kind"] not in _possible_scores(line):
+        raise NekoLeanError(f"{where}, key kind: does not match the kind of the row; {AGAIN}.")
 
     if not is_number(line.get("score"), 0, 1):
         raise NekoLeanError(f"{where}, key score: expected a number from 0 to 1; {AGAIN}.")
@@ -81,11 +90,10 @@ def _checked_line(record: Record, folder: Path) -> dict[str, Any]:
     return line
 
 
-def _kind(row_id: str, where: str) -> str:
-    try:
-        return Example(row_id, "", "", "").kind
-    except NekoLeanError as error:
-        raise NekoLeanError(f"{where}, key id: expected an id that ends in sc<N> or qa<N>; {AGAIN}.") from error
+def _possible_scores(line: Mapping[str, Any]) -> tuple[str, ...]:
+    """How the row may be scored. In groups other than LUME's, this depends on the answer, which may be removed."""
+    example = example_of(line)
+    return SCORE_NAMES if example.kind == "qa" and example.task not in TASKS else (score_name(example),)
 
 
 def is_number(value: Any, low: float = -LARGEST_VALUE, high: float = LARGEST_VALUE) -> bool:
@@ -126,7 +134,7 @@ def _is_finite(tree: Any) -> bool:
 
 
 def _are_cells(value: Any) -> bool:
-    known = isinstance(value, Mapping) and set(value) <= set(CELLS)
+    known = isinstance(value, Mapping) and all(cell_parts(name) is not None for name in value)
     return known and all(cell is None or is_number(cell, 0, 1) for cell in value.values())
 
 
@@ -137,8 +145,8 @@ def _is_nll(value: Any) -> bool:
 # The main values of scores.json: a check, and what an error says was expected.
 _EXPECTED: dict[str, tuple[Callable[[Any], bool], str]] = {
     "model": (lambda value: isinstance(value, str), "a text"),
-    "cells": (_are_cells, "the cells of the task, each from 0 to 1 or null"),
-    "unicode_cells": (_are_cells, "the cells of the task, each from 0 to 1 or null"),
+    "cells": (_are_cells, "cells named split.group.score, each from 0 to 1 or null"),
+    "unicode_cells": (_are_cells, "cells named split.group.score, each from 0 to 1 or null"),
     "held_nll": (_is_nll, "a number >= 0, or null"),
     "nonmember_nll": (_is_nll, "a number >= 0, or null"),
 }

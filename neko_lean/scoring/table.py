@@ -6,10 +6,10 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from rich.console import Group
+from rich.markup import escape
 from rich.table import Table
 
-from neko_lean.data import TASKS
-from neko_lean.scoring.task import CELLS, KINDS, SPLITS
+from neko_lean.scoring.task import CELLS, SPLITS, cell_parts, shown_cells
 from neko_lean.scoring.values import interval, number
 
 NOT_MEASURED = "not measured"
@@ -56,21 +56,19 @@ def score_table(named: Mapping[str, Scores]) -> Group:
 
 def _sections(named: Mapping[str, Scores]) -> list[list[Row]]:
     """The table's rows by section; sections without rows are left out."""
+    names = shown_cells(list(named.values()))
     cells = [
-        [
-            (f"{split} {task} {kind}", _value(f"cells.{split}.{task}.{kind}"))
-            for task in TASKS
-            for kind in KINDS.values()
-        ]
+        [(_cell_label(cell), _value(f"cells.{cell}")) for cell in names if cell.startswith(f"{split}.")]
         for split in SPLITS
     ]
     any_script = [
-        (f"{cell.replace('.', ' ')}, any script", _value(f"unicode_cells.{cell}"))
-        for cell in CELLS
+        (f"{_cell_label(cell)}, any script", _value(f"unicode_cells.{cell}"))
+        for cell in names
         if any(_differs(scores, cell) for scores in named.values())
     ]
+    key = "task_aggregate" if names == list(CELLS) else "aggregate"
     headline = [
-        ("task aggregate", _value("task_aggregate")),
+        (key.replace("_", " "), _value(key)),
         ("membership AUC", _membership_value("auc")),
         ("membership AUC, two-sided", _membership_value("two_sided_auc")),
         ("membership score", _membership_value("score")),
@@ -81,6 +79,11 @@ def _sections(named: Mapping[str, Scores]) -> list[list[Row]]:
     return [section for section in (*cells, any_script, headline, other) if section]
 
 
+def _cell_label(cell: str) -> str:
+    """A cell's name as a label; group names are shown literally, not as rich's markup."""
+    return escape(" ".join(cell_parts(cell) or (cell,)))
+
+
 def _differs(scores: Scores, cell: str) -> bool:
     """Whether a cell's official score differs from the one for any script."""
     official, unicode = number(scores, "cells", cell), number(scores, "unicode_cells", cell)
@@ -89,7 +92,8 @@ def _differs(scores: Scores, cell: str) -> bool:
 
 def _value(key: str) -> Callable[[Scores], str]:
     """A function that formats the number at a dotted key of scores.json with its interval."""
-    path = key.split(".", 1) if "cells." in key else key.split(".")
+    is_cell = key.startswith(("cells.", "unicode_cells."))  # a cell's name contains dots
+    path = key.split(".", 1) if is_cell else key.split(".")
     return lambda scores: format_number(number(scores, *path), interval(scores, "intervals", key))
 
 
@@ -104,8 +108,9 @@ def _notes(named: Mapping[str, Scores]) -> list[str]:
     notes = ["All numbers are 0 to 1. Forget rows: lower is forgotten. Retain rows: higher is preserved."]
     if len(named) == 1:
         notes.append("In parentheses: 95 % confidence intervals over documents.")
-    missing = [cell for cell in CELLS if any(number(scores, "cells", cell) is None for scores in named.values())]
-    if missing:
+    shown = shown_cells(list(named.values()))
+    missing = [cell for cell in shown if any(number(scores, "cells", cell) is None for scores in named.values())]
+    if missing and shown == list(CELLS):
         notes.append(f"No aggregate: no rows for {', '.join(missing)}.")
     notes += [*_blind_note(named), *_membership_note(named)]
     for name, scores in named.items():

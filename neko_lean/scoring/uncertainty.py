@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from neko_lean.data import Example
-from neko_lean.scoring.task import CELLS, SPLITS, task_aggregate
+from neko_lean.scoring.task import CELLS, SPLITS, aggregate, aggregate_terms, is_lume_layout, task_aggregate
 
 NUM_RESAMPLES = 2000
 Line = Mapping[str, Any]
@@ -23,7 +23,8 @@ Line = Mapping[str, Any]
 Estimate = tuple[float | None, np.ndarray]
 # A split and a task; documents are resampled within each.
 Stratum = tuple[str, str]
-AGGREGATE = "task_aggregate"
+AGGREGATE, TASK_AGGREGATE = "aggregate", "task_aggregate"
+CELLS_PREFIX = "cells."
 # The group in scores.json that each number of a row belongs to, and the kinds of row that have the number.
 GROUPS = {
     "memorisation": (
@@ -55,10 +56,10 @@ def contributions(line: Line) -> Iterator[tuple[str, float]]:
 
 
 def estimates(lines: Sequence[Line], num_resamples: int = NUM_RESAMPLES) -> dict[str, Estimate]:
-    """Every number by its dotted key, including the task aggregate, with its values over the resamples."""
-    documents = _documents(lines)
+    """Every number by its dotted key, including the aggregates, with its values over the resamples."""
+    documents = documents_by_stratum(lines)
     sums = _sums(lines, documents)
-    weights = {stratum: _weights(stratum, list(names), num_resamples) for stratum, names in documents.items()}
+    weights = resample_weights(documents, num_resamples)
 
     results: dict[str, Estimate] = {}
     for key, parts in sums.items():
@@ -70,18 +71,34 @@ def estimates(lines: Sequence[Line], num_resamples: int = NUM_RESAMPLES) -> dict
             value, values = np.exp(value), np.exp(values)
         results[key] = float(value), values
 
-    cells = {cell: results[f"cells.{cell}"] for cell in CELLS if f"cells.{cell}" in results}
+    # LUME's cells in their own order, then the others.
+    measured = [key.removeprefix(CELLS_PREFIX) for key in results if key.startswith(CELLS_PREFIX)]
+    cells = {cell: results[CELLS_PREFIX + cell] for cell in dict.fromkeys((*CELLS, *measured)) if cell in measured}
+    values_of_cells = {cell: value for cell, (value, _) in cells.items()}
     aggregates = _aggregates({cell: values for cell, (_, values) in cells.items()})
-    results[AGGREGATE] = task_aggregate({cell: value for cell, (value, _) in cells.items()}), aggregates
+    results[AGGREGATE] = aggregate(values_of_cells), aggregates
+    of_task = task_aggregate(values_of_cells) if is_lume_lines(lines) else None
+    results[TASK_AGGREGATE] = of_task, np.empty(0) if of_task is None else aggregates
     return results
 
 
-def _documents(lines: Sequence[Line]) -> dict[Stratum, dict[str, int]]:
+def is_lume_lines(lines: Sequence[Line]) -> bool:
+    """Whether all lines are of LUME's layout."""
+    return is_lume_layout((line["task"], example_of(line).kind) for line in lines)
+
+
+def example_of(line: Line) -> Example:
+    """The example of a line, without texts; lines of older scores state neither kind nor document, only a LUME id."""
+    kind: Any = line.get("example_kind") or ""
+    return Example(line["id"], "", "", line["task"], kind, line.get("document") or "")
+
+
+def documents_by_stratum(lines: Sequence[Line]) -> dict[Stratum, dict[str, int]]:
     """The documents of each split and task, with their indices."""
     documents: dict[Stratum, dict[str, int]] = defaultdict(dict)
     for line in lines:
         names = documents[line["split"], line["task"]]
-        names.setdefault(_document(line), len(names))
+        names.setdefault(example_of(line).document, len(names))
     return documents
 
 
@@ -92,14 +109,15 @@ def _sums(
     sums: dict[str, dict[Stratum, np.ndarray]] = defaultdict(dict)
     for line in lines:
         stratum = line["split"], line["task"]
-        index = documents[stratum][_document(line)]
+        index = documents[stratum][example_of(line).document]
         for key, value in contributions(line):
             sums[key].setdefault(stratum, np.zeros((2, len(documents[stratum]))))[:, index] += (value, 1)
     return sums
 
 
-def _document(line: Line) -> str:
-    return Example(line["id"], "", "", "").document
+def resample_weights(documents: Mapping[Stratum, Mapping[str, int]], num_resamples: int) -> dict[Stratum, np.ndarray]:
+    """How often each resample draws each document of each stratum: [resamples, documents]."""
+    return {stratum: _weights(stratum, list(names), num_resamples) for stratum, names in documents.items()}
 
 
 def _weights(stratum: Stratum, documents: list[str], num_resamples: int) -> np.ndarray:
@@ -113,10 +131,8 @@ def _weights(stratum: Stratum, documents: list[str], num_resamples: int) -> np.n
 
 
 def _aggregates(cells: Mapping[str, np.ndarray]) -> np.ndarray:
-    """The task aggregate of each resample, [resamples]; empty if a cell is missing."""
-    if len(cells) < len(CELLS):
-        return np.empty(0)
-    terms = np.stack([1 - values if cell.startswith("forget") else values for cell, values in cells.items()])
+    """The harmonic mean of the cells in each resample: [resamples]."""
+    terms = np.stack(aggregate_terms(cells))
     with np.errstate(divide="ignore"):  # a term of 0 makes the mean 0
         aggregates: np.ndarray = len(terms) / (1 / np.maximum(terms, 0)).sum(0)
     return aggregates

@@ -23,7 +23,7 @@ from neko_lean.scoring.judge import (
     judged_cells,
     leaked_answers,
 )
-from neko_lean.scoring.task import CELLS, task_aggregate
+from neko_lean.scoring.task import aggregate, aggregate_terms
 from neko_lean.scoring.values import mean, number
 
 Scores = Mapping[str, Any]
@@ -105,16 +105,17 @@ def retention(scores: Scores) -> str | None:
 
 
 def single_zero(scores: Scores) -> str | None:
-    """Does a single cell determine the task aggregate?"""
-    if scores["task_aggregate"] is None:
+    """Does a single cell determine the aggregate?"""
+    if scores["task_aggregate"] is None and scores["missing_cells"]:
         return f"There is no task aggregate: no rows for {', '.join(scores['missing_cells'])}."
-    terms = {cell: 1 - value if cell.startswith("forget") else value for cell, value in scores["cells"].items()}
-    zeros = [cell for cell in CELLS if terms[cell] <= 0]
-    if len(zeros) != 1:
+    cells = {cell: value for cell, value in scores["cells"].items() if value is not None}
+    zeros = [cell for cell, term in zip(cells, aggregate_terms(cells), strict=True) if term <= 0]
+    if len(zeros) != 1 or len(cells) == 1:
         return None
-    perfect = 0.0 if zeros[0].startswith("forget") else 1.0
-    without = task_aggregate({**scores["cells"], zeros[0]: perfect})
-    return f"The task aggregate is 0 only because of {zeros[0]}; if that were perfect, it would be {without:.3f}."
+    name = "aggregate" if scores["task_aggregate"] is None else "task aggregate"
+    perfect = 0.0 if zeros[0].startswith("forget.") else 1.0
+    without = aggregate({**cells, zeros[0]: perfect})
+    return f"The {name} is 0 only because of {zeros[0]}; if that were perfect, it would be {without:.3f}."
 
 
 def forgetting(scores: Scores) -> str | None:

@@ -11,7 +11,7 @@ from neko_lean.distributed import all_gather_objects
 from neko_lean.models import CausalLM
 from neko_lean.scoring.generation import Generation, GenerationLimits, examples_of_rank, generate
 from neko_lean.scoring.limits import TruncationCounts, fit_prompt
-from neko_lean.scoring.task import KINDS, example_score, unicode_score
+from neko_lean.scoring.task import SCORE_NAMES, example_score, score_name, unicode_score
 from neko_lean.scoring.uncertainty import mean_by_document
 from neko_lean.terminal import progress_bar
 
@@ -83,17 +83,17 @@ def baseline_point(examples: Sequence[Example], baseline: Mapping[str, Generatio
 
 
 def point(examples: Sequence[Example], generations: Sequence[Generation]) -> dict[str, Any]:
-    """One point of a curve: mean scores of the examples of each kind, with intervals over documents."""
+    """One point of a curve: the means of both scores over their examples, with intervals over documents."""
     results: dict[str, Any] = {}
-    for kind, name in KINDS.items():
-        of_kind = [
+    for name in SCORE_NAMES:
+        of_name = [
             (example, generation.text)
             for example, generation in zip(examples, generations, strict=True)
-            if example.kind == kind
+            if score_name(example) == name
         ]
-        scores = [example_score(example, text) for example, text in of_kind]
-        mean = mean_by_document([example for example, _ in of_kind], scores)
-        results |= {name: mean["mean"], f"{name}_interval": mean["interval"], f"{name}_rows": len(of_kind)}
-        unicode_scores = [unicode_score(example, text) for example, text in of_kind]
+        scores = [example_score(example, text) for example, text in of_name]
+        mean = mean_by_document([example for example, _ in of_name], scores)
+        results |= {name: mean["mean"], f"{name}_interval": mean["interval"], f"{name}_rows": len(of_name)}
+        unicode_scores = [unicode_score(example, text) for example, text in of_name]
         results[f"unicode_{name}"] = sum(unicode_scores) / len(unicode_scores) if unicode_scores else None
     return results

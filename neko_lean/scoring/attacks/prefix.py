@@ -9,6 +9,7 @@ from typing import cast
 from neko_lean.data import encode
 from neko_lean.scoring.attacks.answers import baseline_point, point
 from neko_lean.scoring.attacks.registry import AttackTarget, Curve, attack
+from neko_lean.scoring.task import score_name
 
 PREFIX_LENGTHS = (1, 2, 4, 8)  # answer tokens that are given
 
@@ -32,7 +33,10 @@ def prefix(target: AttackTarget) -> Curve:
             split = example.prompt_length + length
             rest = cast(str, tokenizer.decode(example.input_ids[split:], skip_special_tokens=True)).strip()
             if rest:
-                examples.append(replace(example.example, output=rest))
+                # A long answer is scored by ROUGE-L recall, also if its rest is short.
+                by_rouge = score_name(example.example) == "regurgitation"
+                kind = "completion" if by_rouge else example.example.kind
+                examples.append(replace(example.example, output=rest, kind=kind))
                 prompts.append(example.input_ids[:split])
         generations = target.generate(target.model, examples, f"prefix of {length}", prompts) if examples else []
         curve.append({"tokens": length, **point(examples, generations)})
