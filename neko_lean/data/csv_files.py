@@ -83,7 +83,8 @@ def csv_cells(file: Path, *, strict: bool, separator: str = ",") -> Iterator[tup
         # The header is not counted, so the row being read has the number of rows already read.
         where = f"{file}, row {rows_read} (line {line})" if rows_read else f"{file}, line {line}"
         raise NekoLeanError(
-            f"{where} is not valid {kind} ({first_line(error)}); close every quoted cell and double the quotes inside it."
+            f"{where} is not valid {kind} ({first_line(error)}); close every quoted cell and double the quotes inside "
+            f"it."
         ) from error
 
 

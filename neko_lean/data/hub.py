@@ -48,14 +48,14 @@ def load_hub_rows(hub: HubName, stem: str = "", split: str | None = None) -> Ite
         split: Read `<stem>_<split>` instead of `<stem>`.
 
     Raises:
-        NekoLeanError: If datasets is not installed, the data set cannot be loaded, or it is unclear which split to read.
+        NekoLeanError: If datasets is not installed, the data set cannot be loaded, or its split is unclear.
     """
     source = hub.name + (f":{hub.config}" if hub.config else "")
     try:
         import datasets
     except ImportError as error:
         raise NekoLeanError(
-            f"{source} does not exist as a path; to read it from the Hugging Face hub, run pip install 'neko-lean[hub]'."
+            f"{source} does not exist as a path; to read it from the hub, run pip install 'neko-lean[hub]'."
         ) from error
 
     try:
@@ -72,5 +72,5 @@ def load_hub_rows(hub: HubName, stem: str = "", split: str | None = None) -> Ite
     if name in loaded:
         return loaded[name]  # type: ignore[no-any-return]
     if len(loaded) == 1:
-        return next(iter(loaded.values()))  # type: ignore[no-any-return]
+        return next(iter(loaded.values()))
     raise NekoLeanError(f"{source} has the splits {', '.join(loaded)}; append one of them, such as {source}/train.")

@@ -53,7 +53,9 @@ def _rows(value: Any, file: Path) -> list[Any]:
     if not isinstance(value, dict):
         raise NekoLeanError(f"{file} contains no list of rows; write a JSON list of objects.")
 
-    lists = [item for key, item in value.items() if key not in _MESSAGE_COLUMNS and _is_list_of_objects(item)]
+    lists: list[list[Any]] = [
+        item for key, item in value.items() if key not in _MESSAGE_COLUMNS and _is_list_of_objects(item)
+    ]
     if len(lists) > 1:
         raise NekoLeanError(f"{file} contains {len(lists)} lists of rows; save each as a file of its own.")
     if lists:

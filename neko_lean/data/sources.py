@@ -33,7 +33,13 @@ def read_path(path: Path, stem: str, split: str | None, columns: Sequence[str]) 
     Raises:
         NekoLeanError: If there is no such file, or it cannot be read.
     """
-    if path.is_dir() and not split and _find_in_folder(path, stem) is None and _holds_only_texts(path):
+    if (
+        not is_file(path)
+        and path.is_dir()
+        and not split
+        and _find_in_folder(path, stem) is None
+        and _holds_only_texts(path)
+    ):
         return list(read_text_folder(path)), str(path)
     file = find_data_file(path, stem, split)
     return list(read_file(file, columns)), str(file)
