@@ -317,7 +317,7 @@ def test_no_command_prints_texts_of_the_data(world, model, tmp_path, capfd):
 
 
 @pytest.mark.parametrize("column", ["id", "input", "output", "task"])
-@pytest.mark.parametrize("value", [f"{MARKER} lives here", [MARKER], {"a": MARKER}, ""])
+@pytest.mark.parametrize("value", [[MARKER], {"a": MARKER}, ""])
 def test_no_error_quotes_a_row(tmp_path, column, value):
     """If columns are mixed up, the id or the task can contain personal data."""
     row = {**make_rows("Foo")[0].lume_row, "input": f"{MARKER} asks", "output": MARKER, "task": MARKER, column: value}
@@ -335,7 +335,9 @@ def test_no_error_quotes_a_row(tmp_path, column, value):
         ("a.csv", f'id,input,output,task\n"{MARKER}"{MARKER},x'),
         ("a.csv", f"{MARKER},b\n1,2\n"),
         ("a.parquet", MARKER),
-        ("a.txt", MARKER),
+        ("a.json", MARKER),
+        ("a.tsv", f"{MARKER}\tb\n1\t2\n"),
+        ("a.xlsx", MARKER),
     ],
 )
 def test_no_error_quotes_a_file(tmp_path, name, text):
@@ -351,7 +353,7 @@ def test_no_error_quotes_a_document_a_paraphrase_or_a_question(tmp_path):
         (tmp_path / split).mkdir()
         (tmp_path / split / f"virology_{split}.csv").write_text(f"{MARKER},a,b,c,d,{MARKER}\n")
     for read, raw in (
-        (lambda: read_documents(file, ""), {"document": MARKER, "task": MARKER}),
+        (lambda: read_documents(file, ""), {"document": MARKER, "task": [MARKER]}),
         (lambda: read_documents(file, ""), {"document": [MARKER]}),
         (lambda: read_paraphrases(file, examples), {"id": MARKER, "input": MARKER}),
         (lambda: read_paraphrases(file, examples), {"id": examples[0].id, "input": [MARKER]}),

@@ -1,9 +1,11 @@
 """Read examples from files, format and tokenize them, and group them into batches."""
 
 from neko_lean.data.batching import length_batches, pad, paired_batches, random_batches
+from neko_lean.data.columns import parse_columns
 from neko_lean.data.csv_files import csv_cells, read_csv
 from neko_lean.data.documents import ANCHOR_TASK, Document, read_anchor, read_documents
-from neko_lean.data.examples import TASKS, EncodedExample, Example, count_lost_answers, read_rows, require_folder
+from neko_lean.data.example_types import TASKS, EncodedExample, Example, Message
+from neko_lean.data.examples import count_lost_answers, describe_rows, read_rows, require_folder
 from neko_lean.data.files import Record, is_file, read_text
 from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.parquet_files import read_parquet
@@ -17,11 +19,13 @@ __all__ = [
     "Document",
     "EncodedExample",
     "Example",
+    "Message",
     "PromptFormat",
     "Record",
     "check_format_name",
     "count_lost_answers",
     "csv_cells",
+    "describe_rows",
     "encode",
     "encode_prompts",
     "encode_texts",
@@ -31,6 +35,7 @@ __all__ = [
     "length_batches",
     "pad",
     "paired_batches",
+    "parse_columns",
     "position_warning",
     "random_answers",
     "random_batches",

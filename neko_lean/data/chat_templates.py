@@ -13,8 +13,8 @@ from neko_lean.errors import NekoLeanError, first_line
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-# For templates that write a date into the system message, as Llama 3.2's does: a cache and the run that reads it need the
-# same text on every day.
+# For templates that write a date into the system message, as Llama 3.2's does: a cache and the run that reads it need
+# the same text on every day.
 _DATE = datetime(2024, 7, 26)
 
 

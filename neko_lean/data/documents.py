@@ -5,15 +5,19 @@ Anchor documents are texts that the model never saw. They are used like retain e
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-from neko_lean.data.examples import TASKS, Example
-from neko_lean.data.files import is_file
-from neko_lean.data.jsonl_files import read_jsonl
+from neko_lean.data.example_types import Example
+from neko_lean.data.files import Record, is_file
+from neko_lean.data.sources import read_file
+from neko_lean.data.text_files import read_text_folder, text_files
 from neko_lean.errors import NekoLeanError
 
 ANCHOR_TASK = "anchor"
+
+_TEXT_COLUMNS = ("document", "text")  # in order of preference
 
 
 class Document(NamedTuple):
@@ -29,31 +33,23 @@ class Document(NamedTuple):
 
 
 def read_documents(path: Path, hint: str) -> list[Document]:
-    """Read documents from a jsonl file with the column `document` and, optionally, `task`.
+    """Read documents from a data file, or from a folder of text files.
+
+    A table has the column `document` or `text` and, optionally, `task`.
 
     Args:
-        path: The file to read.
+        path: The file or the folder to read.
         hint: What was expected, for the error message about a missing file.
 
     Raises:
         NekoLeanError: If there is no such file, or if it is empty or invalid. The message names the row and the column.
     """
-    if not is_file(path):
-        raise NekoLeanError(f"{path} {'is not a file' if path.exists() else 'does not exist'}; {hint}.")
-
-    documents = []
-    for where, values in read_jsonl(path):
-        text = values.get("document")
-        if not isinstance(text, str) or not text.strip():
-            raise NekoLeanError(f"{where}: column 'document' must be a non-empty string.")
-        task = values.get("task", ANCHOR_TASK)
-        if task not in (ANCHOR_TASK, *TASKS):
-            raise NekoLeanError(f"{where}: column 'task' must be one of {', '.join(TASKS)}.")
-        documents.append(Document(text, task))
-
-    if not documents:
+    records = list(_records(path, hint))
+    if not records:
         raise NekoLeanError(f"{path} contains no documents.")
-    return documents
+
+    column = next((name for name in _TEXT_COLUMNS if any(name in values for _, values in records)), _TEXT_COLUMNS[0])
+    return [_document(record, column) for record in records]
 
 
 def read_anchor(path: str | Path) -> list[Example]:
@@ -66,3 +62,25 @@ def read_anchor(path: str | Path) -> list[Example]:
         Example(f"{ANCHOR_TASK} {number}", "", document.text, document.task)
         for number, document in enumerate(documents, start=1)
     ]
+
+
+def _records(path: Path, hint: str) -> Iterator[Record]:
+    if is_file(path):
+        return read_file(path, (*_TEXT_COLUMNS, "task"))
+    if path.is_dir() and text_files(path):
+        return read_text_folder(path)
+    raise NekoLeanError(f"{path} {'is not a file' if path.exists() else 'does not exist'}; {hint}.")
+
+
+def _document(record: Record, column: str) -> Document:
+    where, values = record
+    text = values.get(column)
+    if not isinstance(text, str) or not text.strip():
+        raise NekoLeanError(f"{where}: column '{column}' must be a non-empty string.")
+
+    task = values.get("task")
+    if task is None:
+        return Document(text, ANCHOR_TASK)
+    if not isinstance(task, str) or not task.strip():
+        raise NekoLeanError(f"{where}: column 'task' must be a non-empty string.")
+    return Document(text, task)

@@ -1,186 +1,112 @@
-"""Examples, and reading them from data files.
-
-An example has the columns `id, input, output, task`, as in LUME (arXiv 2502.15097). The file's format is chosen by its
-suffix.
-"""
+"""Read the examples of a data set: from a file, a folder, Python objects or the Hugging Face hub."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any
 
-from neko_lean.data.csv_files import read_csv
-from neko_lean.data.files import Record, is_file
-from neko_lean.data.jsonl_files import read_jsonl
-from neko_lean.data.parquet_files import read_parquet
+from neko_lean.data.columns import Layout, known_columns, recognise
+from neko_lean.data.example_types import COLUMNS, LUME_ID, TASKS, EncodedExample, Example, Kind, Message
+from neko_lean.data.files import Record
+from neko_lean.data.hub import load_hub_rows, parse_hub_name
+from neko_lean.data.python_rows import read_python_rows
+from neko_lean.data.rows import build_examples
+from neko_lean.data.sources import SUFFIXES, find_data_file, read_path
 from neko_lean.errors import NekoLeanError
 
-COLUMNS = ("id", "input", "output", "task")
+__all__ = [
+    "COLUMNS",
+    "LUME_ID",
+    "SUFFIXES",
+    "TASKS",
+    "EncodedExample",
+    "Example",
+    "Kind",
+    "Message",
+    "Rows",
+    "count_lost_answers",
+    "describe_rows",
+    "find_data_file",
+    "read_rows",
+    "require_folder",
+]
 
-TASKS = ("Task1", "Task2", "Task3")
-
-SUFFIXES = (".parquet", ".jsonl", ".csv")  # in order of preference if a folder contains several
-
-LUME_ID = re.compile(r"^(?P<document>.+?)(?P<kind>sc|qa)\d+$", re.DOTALL)
-
-
-Kind = Literal["completion", "qa", "document"]
-
-
-class Message(NamedTuple):
-    """One message of a conversation: `role` is "system", "user" or "assistant"."""
-
-    role: str
-    content: str
-
-
-@dataclass(frozen=True)
-class Example:
-    """A prompt and its answer.
-
-    Attributes:
-        id: Unique within a set.
-        input: The prompt, before a prompt format is applied. Empty for a document.
-        output: The answer, or the text of a document.
-        task: The group that the example's scores are reported under, such as "Task1" or "biography".
-        kind: "completion" (a text and its continuation), "qa" (a question or a request), or "document" (a whole text
-            without a prompt). If it is not given, it follows from the id as LUME writes it: sc<N> is a completion and
-            qa<N> is a question; any other id is a completion.
-        document: Examples about the same document share it, and statistics resample them together. If it is not given,
-            it is the id without LUME's sc<N> or qa<N>.
-        messages: The conversation up to the answer, if the data states one; a chat template is applied to it.
-    """
-
-    id: str
-    input: str
-    output: str
-    task: str
-    kind: Kind = ""  # type: ignore[assignment]  # set in __post_init__
-    document: str = ""
-    messages: tuple[Message, ...] = ()
-
-    def __post_init__(self) -> None:
-        match = LUME_ID.match(self.id)
-        if not self.kind:
-            object.__setattr__(self, "kind", "qa" if match and match["kind"] == "qa" else "completion")
-        if not self.document:
-            object.__setattr__(self, "document", match["document"] if match else self.id)
-
-    @property
-    def lume_row(self) -> dict[str, str]:
-        """The example's columns in LUME's layout."""
-        return {column: getattr(self, column) for column in COLUMNS}
-
-    @property
-    def digest(self) -> str:
-        """16 hex digits of the SHA-256 of id, input and output. The teacher cache identifies an example by it."""
-        parts = [self.id, self.input, self.output]
-        text = json.dumps([*parts, self.messages] if self.messages else parts, ensure_ascii=False)
-        return hashlib.sha256(text.encode()).hexdigest()[:16]
+_MAX_GROUPS = 5  # how many groups `describe_rows` names
 
 
-@dataclass(frozen=True)
-class EncodedExample:
-    """A tokenized example: `prompt_length` prompt tokens, then the answer's tokens.
+class Rows(list[Example]):
+    """The examples of a data set, in its order.
 
     Attributes:
-        example: The example that was tokenized.
-        input_ids: The token ids of prompt and answer, after truncation.
-        prompt_length: How many of `input_ids` belong to the prompt.
-        num_truncated: How many tokens the length limit removed from the end.
-        levels: For each token after the first, the loss in nats at which it counts as forgotten. Only set for
-            objectives that use it.
-        num_context: How many of the first tokens the previous window of the same text has predicted already.
-        num_following: How many tokens of the text are in later windows.
+        layout: The name of the layout that was recognised, such as "question/answer".
     """
 
-    example: Example
-    input_ids: list[int]
-    prompt_length: int
-    num_truncated: int
-    levels: tuple[float, ...] | None = None
-    num_context: int = 0
-    num_following: int = 0
-
-    def __len__(self) -> int:
-        return len(self.input_ids)
-
-    @property
-    def answer_length(self) -> int:
-        """How many answer tokens the length limit left."""
-        return max(0, len(self.input_ids) - self.prompt_length)
+    def __init__(self, examples: Iterable[Example], layout: str) -> None:
+        super().__init__(examples)
+        self.layout = layout
 
 
-def read_rows(path: str | Path, stem: str = "", split: str | None = None) -> list[Example]:
-    """Read and validate the examples of a data file.
+def read_rows(
+    path: str | Path | Iterable[Any],
+    stem: str = "",
+    split: str | None = None,
+    *,
+    columns: Mapping[str, str] | None = None,
+) -> list[Example]:
+    """Read and validate the examples of a data set.
 
     Args:
-        path: A parquet, jsonl or csv file, or a folder that contains one.
+        path: A parquet, jsonl, json, csv, tsv, txt or md file; a folder that contains one, or that contains text files;
+            a list of dicts, a pandas DataFrame or a `datasets.Dataset`; or a data set on the Hugging Face hub, as
+            "owner/name[:config][/split]".
         stem: The name of the file in a folder, without suffix, such as "forget".
         split: In a folder, read `<stem>_<split>` instead of `<stem>`.
+        columns: Which column holds what, for names that are not recognised: a column's name for some of the keys
+            "prompt", "answer", "text", "messages", "id", "group", "kind" and "document".
 
     Returns:
-        The examples in the order of the file.
+        The examples in the order of the data set. `describe_rows` states in a sentence what was recognised.
 
     Raises:
-        NekoLeanError: If there is no such file, it contains no rows, a column is missing, a value is empty or not a
-            string, an id is invalid or occurs twice, or a task is unknown. The message names the file, the row
-            (counted from 1, without a CSV header) and the column.
+        NekoLeanError: If the data set does not exist or contains no rows, its columns are not recognised, a value is
+            empty or has the wrong type, or an id occurs twice. The message names the file, the row (counted from 1,
+            without a CSV header) and the column.
 
     Example:
-        >>> import json, tempfile
-        >>> row = {"id": "7qa0", "input": "Who sang?", "output": "Foo.", "task": "Task1"}
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     _ = Path(folder, "forget.jsonl").write_text(json.dumps(row))
-        ...     read_rows(folder, "forget")
-        [Example(id='7qa0', input='Who sang?', output='Foo.', task='Task1', kind='qa', document='7', messages=())]
+        >>> read_rows([{"id": 7, "question": "Who sang?", "answer": "Foo."}])
+        [Example(id='7', input='Who sang?', output='Foo.', task='all', kind='qa', document='7', messages=())]
     """
-    file = find_data_file(path, stem, split)
-    examples: list[Example] = []
-    row_of_id: dict[str, int] = {}
+    records, name = _read_records(path, stem, split, columns)
+    if not records:
+        raise NekoLeanError(f"{name} contains no rows.")
 
-    for number, record in enumerate(_read_records(file), start=1):
-        example = _validate(record)
-        if example.id in row_of_id:
-            raise NekoLeanError(
-                f"{record.where}: column 'id' repeats {example.id!r} of row {row_of_id[example.id]}; every row needs "
-                f"its own id."
-            )
-        row_of_id[example.id] = number
-        examples.append(example)
-
-    if not examples:
-        raise NekoLeanError(f"{file} contains no rows.")
-    return examples
+    layout = recognise(records, columns)
+    examples = build_examples(records, layout)
+    return Rows(examples, _layout_name(layout, examples))
 
 
-def find_data_file(path: str | Path, stem: str, split: str | None = None) -> Path:
-    """The data file that `path` refers to: `path` itself, or in a folder `<stem>.*` (or `<stem>_<split>.*`).
+def describe_rows(examples: Sequence[Example], source: object) -> str:
+    """A sentence that states what was read, such as "forget.json: 400 rows, question/answer -> 400 qa; group 'all'."
 
-    A folder may contain the same set in several formats. Parquet is preferred over jsonl, and jsonl over csv.
-
-    Raises:
-        NekoLeanError: If there is no such file.
+    Args:
+        examples: The result of `read_rows`.
+        source: Where the examples come from, for the start of the sentence. Of a path, only the name is used.
     """
-    path = Path(path)
-    if is_file(path):
-        return path
-    if not path.is_dir():
-        problem = "is neither a file nor a folder" if path.exists() else "does not exist"
-        raise NekoLeanError(f"{path} {problem}; expected a parquet, jsonl or csv file, or a folder with {stem}.*.")
+    if isinstance(source, Path) or (isinstance(source, str) and Path(source).exists()):
+        source = Path(source).name
+    kinds = ", ".join(f"{count} {kind}" for kind, count in Counter(example.kind for example in examples).items())
+    layout = getattr(examples, "layout", "")
+    groups = Counter(example.task for example in examples)
+    named = [repr(group) if len(groups) == 1 else f"{group!r} ({count})" for group, count in groups.items()]
+    if len(named) > _MAX_GROUPS:
+        named = [*named[:_MAX_GROUPS], f"{len(named) - _MAX_GROUPS} more"]
 
-    name = f"{stem}_{split}" if split else stem
-    for suffix in SUFFIXES:
-        # Datasets on the Hugging Face hub name a single parquet shard forget_train-00000-of-00001.parquet.
-        for file in (path / f"{name}{suffix}", path / f"{name}-00000-of-00001{suffix}"):
-            if is_file(file):
-                return file
-    raise NekoLeanError(f"{path} contains no {name}.parquet, {name}.jsonl or {name}.csv.")
+    rows = "1 row" if len(examples) == 1 else f"{len(examples)} rows"
+    read_as = f"{layout} -> {kinds}" if layout else kinds
+    what = source if isinstance(source, str) else "data"
+    return f"{what}: {rows}, {read_as}; {'group' if len(groups) == 1 else 'groups'} {', '.join(named)}."
 
 
 def require_folder(data: str | Path, option: str, sets: Sequence[str], split: str | None) -> None:
@@ -207,33 +133,20 @@ def count_lost_answers(encoded: Sequence[EncodedExample]) -> int:
     return sum(example.answer_length == 0 for example in encoded)
 
 
-def _read_records(file: Path) -> Iterator[Record]:
-    suffix = file.suffix.lower()
-    if suffix == ".parquet":
-        return read_parquet(file, COLUMNS)
-    if suffix == ".jsonl":
-        return read_jsonl(file)
-    if suffix == ".csv":
-        return read_csv(file, COLUMNS)
-    raise NekoLeanError(f"{file} is neither .parquet nor .jsonl nor .csv; convert it to one of these formats.")
+def _read_records(
+    source: str | Path | Iterable[Any], stem: str, split: str | None, columns: Mapping[str, str] | None
+) -> tuple[list[Record], str]:
+    """The rows of a data set, and what to call it in a message."""
+    if not isinstance(source, (str, Path)):
+        return list(read_python_rows(source)), "the data"
+
+    hub = parse_hub_name(source)
+    if hub is None:
+        return read_path(Path(source), stem, split, known_columns(columns))
+    rows = read_python_rows(load_hub_rows(hub, stem, split))
+    return [Record(f"{source}, {where}", values) for where, values in rows], str(source)
 
 
-def _validate(record: Record) -> Example:
-    where, values = record
-    for column in COLUMNS:
-        if column not in values:
-            raise NekoLeanError(f"{where}: column '{column}' is missing; expected the columns {', '.join(COLUMNS)}.")
-        value = values[column]
-        # Messages do not quote values, which may be personal data.
-        if not isinstance(value, str):
-            raise NekoLeanError(
-                f"{where}: column '{column}' contains a value of type {type(value).__name__}; expected a string."
-            )
-        if not value.strip():
-            raise NekoLeanError(f"{where}: column '{column}' is empty; every row needs a non-empty {column}.")
-
-    if LUME_ID.match(values["id"]) is None:
-        raise NekoLeanError(f"{where}: column 'id' ends in neither sc<N> nor qa<N>; expected an id such as 7sc1.")
-    if values["task"] not in TASKS:
-        raise NekoLeanError(f"{where}: column 'task' must be one of {', '.join(TASKS)}.")
-    return Example(*(values[column] for column in COLUMNS))
+def _layout_name(layout: Layout, examples: Sequence[Example]) -> str:
+    lume = layout.lume and all(example.task in TASKS and LUME_ID.match(example.id) for example in examples)
+    return "LUME" if lume else layout.name

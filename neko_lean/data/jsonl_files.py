@@ -12,7 +12,7 @@ from typing import Any
 from neko_lean.data.files import Record, read_text, shorten_name
 from neko_lean.errors import NekoLeanError, first_line
 
-_SURROGATE = re.compile("[\ud800-\udfff]")  # only lone ones match: json.loads combines the two halves of a pair
+SURROGATE = re.compile("[\ud800-\udfff]")  # only lone ones match: json.loads combines the two halves of a pair
 
 
 def read_jsonl(file: Path, *, lone_surrogates: bool = False) -> Iterator[Record]:
@@ -35,9 +35,11 @@ def read_jsonl(file: Path, *, lone_surrogates: bool = False) -> Iterator[Record]
 
         row += 1
         where = f"{file}, row {row} (line {line_number})"
-        values = _parse_object(line, where)
+        values = parse_json(line, where)
+        if not isinstance(values, dict):
+            raise NekoLeanError(f"{where} is not a JSON object; write one object with named columns per line.")
         if not lone_surrogates and "\\u" in line:  # in UTF-8 text only an escape can represent half of a pair
-            _refuse_lone_surrogates(values, where)
+            refuse_lone_surrogates(values, where)
 
         yield Record(where if line_number != row else f"{file}, row {row}", values)
 
@@ -46,9 +48,15 @@ class _DuplicateKeyError(ValueError):
     """A JSON object repeats a key, which is the error's argument."""
 
 
-def _parse_object(line: str, where: str) -> dict[str, Any]:
+def parse_json(text: str, where: str) -> Any:
+    """Parse JSON strictly.
+
+    Raises:
+        NekoLeanError: If the text is not JSON, an object in it repeats a key, it is nested too deeply, or it contains
+            an integer that Python refuses to parse. Its cause is the json.JSONDecodeError if the text is not JSON.
+    """
     try:
-        values = json.loads(line, object_pairs_hook=_unique_keys)
+        return json.loads(text, object_pairs_hook=_unique_keys)
     except _DuplicateKeyError as error:
         key = shorten_name(error.args[0])
         raise NekoLeanError(f"{where}: key '{key}' occurs twice in the same object; remove one.") from error
@@ -58,10 +66,6 @@ def _parse_object(line: str, where: str) -> dict[str, Any]:
         raise NekoLeanError(f"{where} is nested too deep; expected an object of strings.") from error
     except ValueError as error:  # Python refuses integers with thousands of digits
         raise NekoLeanError(f"{where} contains a number that is too long ({first_line(error)}).") from error
-
-    if not isinstance(values, dict):
-        raise NekoLeanError(f"{where} is not a JSON object; write one object with named columns per line.")
-    return values
 
 
 def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -73,7 +77,8 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _refuse_lone_surrogates(values: dict[str, Any], where: str) -> None:
+def refuse_lone_surrogates(values: dict[str, Any], where: str) -> None:
+    """Raise NekoLeanError if a string anywhere in a row contains half of a surrogate pair."""
     for column, value in values.items():
         # Not recursive: json.loads accepts deeper nesting than a Python function does.
         pending = [column, value]
@@ -83,7 +88,7 @@ def _refuse_lone_surrogates(values: dict[str, Any], where: str) -> None:
                 pending += [*node.keys(), *node.values()]
             elif isinstance(node, list):
                 pending += node
-            elif isinstance(node, str) and (surrogate := _SURROGATE.search(node)):
+            elif isinstance(node, str) and (surrogate := SURROGATE.search(node)):
                 raise NekoLeanError(
                     f"{where}: column '{shorten_name(column)}' contains {surrogate[0]!a}, half of a surrogate pair, "
                     f"which is not valid text; write the whole character."

@@ -39,7 +39,7 @@ def test_rows_that_do_not_match_the_header_are_refused(tmp_path, lines, words):
         ("id,input,output,task,output", ["header", "'output' occurs twice"]),
         ("id;input;output;task", ["semicolons", "commas"]),
         ("id\tinput\toutput\ttask", ["tabs", "commas"]),
-        ("id,input,output", ["column 'task' is missing"]),
+        ("id,input,task", ["column 'output' is missing"]),
         ("id, input,output,task", ["column 'input' is missing", "' input'"]),
     ],
 )

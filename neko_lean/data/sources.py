@@ -1,0 +1,109 @@
+"""Find the file that a path refers to, and choose the reader for it by its suffix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+from neko_lean.data.csv_files import read_csv
+from neko_lean.data.files import Record, is_file
+from neko_lean.data.json_files import read_json
+from neko_lean.data.jsonl_files import read_jsonl
+from neko_lean.data.parquet_files import read_parquet
+from neko_lean.data.text_files import TEXT_SUFFIXES, read_text_document, read_text_folder, text_files
+from neko_lean.errors import NekoLeanError
+
+TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+
+SUFFIXES = (*TABLE_SUFFIXES, *TEXT_SUFFIXES)  # in order of preference if a folder contains several
+
+
+def read_path(path: Path, stem: str, split: str | None, columns: Sequence[str]) -> tuple[list[Record], str]:
+    """Read the rows of a file or a folder.
+
+    Args:
+        path: A data file, a folder with `<stem>.*`, or a folder of text files.
+        stem: The name of the file in a folder, without suffix.
+        split: In a folder, read `<stem>_<split>` instead of `<stem>`.
+        columns: The columns to read from a parquet file.
+
+    Returns:
+        The rows, and the path that was read.
+
+    Raises:
+        NekoLeanError: If there is no such file, or it cannot be read.
+    """
+    if (
+        not is_file(path)
+        and path.is_dir()
+        and not split
+        and _find_in_folder(path, stem) is None
+        and _holds_only_texts(path)
+    ):
+        return list(read_text_folder(path)), str(path)
+    file = find_data_file(path, stem, split)
+    return list(read_file(file, columns)), str(file)
+
+
+def read_file(file: Path, columns: Sequence[str]) -> Iterator[Record]:
+    """Yield the rows of a data file.
+
+    Args:
+        file: The file. Its suffix states its format.
+        columns: The columns to read from a parquet file; other formats are read completely.
+
+    Raises:
+        NekoLeanError: If the format is unknown, or the file or a row is invalid.
+    """
+    suffix = file.suffix.lower()
+    if suffix == ".parquet":
+        return read_parquet(file, columns)
+    if suffix == ".jsonl":
+        return read_jsonl(file)
+    if suffix == ".json":
+        return read_json(file)
+    if suffix == ".csv":
+        return read_csv(file)
+    if suffix == ".tsv":
+        return read_csv(file, separator="\t")
+    if suffix in TEXT_SUFFIXES:
+        return read_text_document(file)
+    raise NekoLeanError(f"{file} has an unknown format; convert it to one of {', '.join(SUFFIXES)}.")
+
+
+def find_data_file(path: str | Path, stem: str, split: str | None = None) -> Path:
+    """The data file that `path` refers to: `path` itself, or in a folder `<stem>.*` (or `<stem>_<split>.*`).
+
+    A folder may contain the same set in several formats. The first one in `SUFFIXES` is used.
+
+    Raises:
+        NekoLeanError: If there is no such file.
+    """
+    path = Path(path)
+    if is_file(path):
+        return path
+    if not path.is_dir():
+        problem = "is neither a file nor a folder" if path.exists() else "does not exist"
+        raise NekoLeanError(
+            f"{path} {problem}; expected a data file ({', '.join(SUFFIXES)}), or a folder with {stem}.*."
+        )
+
+    name = f"{stem}_{split}" if split else stem
+    file = _find_in_folder(path, name)
+    if file is None:
+        raise NekoLeanError(f"{path} contains no {name}.parquet, nor {name} with {', '.join(SUFFIXES[1:])}.")
+    return file
+
+
+def _find_in_folder(folder: Path, name: str) -> Path | None:
+    for suffix in SUFFIXES:
+        # Datasets on the Hugging Face hub name a single parquet shard forget_train-00000-of-00001.parquet.
+        for file in (folder / f"{name}{suffix}", folder / f"{name}-00000-of-00001{suffix}"):
+            if is_file(file):
+                return file
+    return None
+
+
+def _holds_only_texts(folder: Path) -> bool:
+    """Whether a folder contains text files and no table. A README beside other tables is not a data set."""
+    return bool(text_files(folder)) and not any(file.suffix.lower() in TABLE_SUFFIXES for file in folder.iterdir())
