@@ -1,0 +1,117 @@
+"""What the benchmarks measure on a model: its view of given answers, and the answers that it generates."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import cast
+
+import numpy as np
+
+from neko_lean.data import EncodedExample, Example
+from neko_lean.distributed import raise_on_any_rank
+from neko_lean.errors import NekoLeanError
+from neko_lean.models import position_limit, refuse_unknown_examples
+from neko_lean.scoring.generation import examples_of_rank, generate
+from neko_lean.scoring.limits import MAX_LENGTH, fit_answer
+from neko_lean.scoring.measure import ScoringContext
+from neko_lean.scoring.memorisation import exact_memorisation, extraction_strength
+from neko_lean.scoring.views import View, view_documents
+from neko_lean.terminal import progress_bar
+
+# Tokenizes examples in the model's prompt format without truncating them. The format decides which special tokens an
+# example has; a question's answer should end with the token that ends a generation.
+EncodeRows = Callable[[Sequence[Example]], list[EncodedExample]]
+
+
+def answer_views(context: ScoringContext, encoded: Sequence[EncodedExample], label: str) -> list[View]:
+    """The model's view of each example's answer, including the EOS token if there is one.
+
+    Args:
+        context: the model.
+        encoded: the tokenized examples.
+        label: name of the examples, for the progress bar.
+
+    Raises:
+        NekoLeanError: an answer has no tokens, or the model does not have a token id.
+    """
+    limit = position_limit(context.lm, MAX_LENGTH)
+    fitted = [fit_answer(example, limit) for example in encoded]
+    empty = next((example.example.id for example in fitted if not example.answer_length), None)
+    if empty is not None:
+        raise NekoLeanError(f"row {empty}: the answer has no tokens in this tokenizer; remove the row.")
+    refuse_unknown_examples(fitted, context.lm)
+
+    with progress_bar(label, len(fitted), "rows", context.quiet) as progress:
+        documents = [example.input_ids for example in fitted]
+        views = view_documents(context.lm, context.tokenizer, documents, progress=progress)
+    return [view.after(example.prompt_length) for view, example in zip(views, fitted, strict=True)]
+
+
+def logp_without_end(views: Sequence[View]) -> list[np.ndarray]:
+    """Log-probabilities of each answer's tokens except the last, for the min-k attack; see `memorisation_means`."""
+    return [view.logp[:-1] for view in views if len(view.logp) > 1]
+
+
+def memorisation_means(views: Sequence[View]) -> dict[str, float]:
+    """Mean extraction strength and exact memorisation of the answers, without each answer's last token.
+
+    OpenUnlearning (arXiv 2506.12618) ignores the last token in these metrics and in min-k, because it is EOS for a
+    question. It does so even for a text without EOS. Answers of a single token have no value and are left out.
+
+    Raises:
+        NekoLeanError: every answer is a single token.
+    """
+    ranks = [view.rank[:-1] for view in views if len(view.rank) > 1]
+    if not ranks:
+        raise NekoLeanError("every answer is a single token; end answers with EOS to measure their memorisation.")
+    return {
+        "extraction_strength": float(np.mean([extraction_strength(rank) for rank in ranks])),
+        "exact_memorisation": float(np.mean([exact_memorisation(rank) for rank in ranks])),
+    }
+
+
+def generated_answers(
+    context: ScoringContext, encoded: Sequence[EncodedExample], max_new_tokens: int, label: str
+) -> list[str]:
+    """The greedy continuation of each example's prompt, without special tokens; the ranks divide the batches.
+
+    Args:
+        context: the model, and the batch size.
+        encoded: the tokenized examples.
+        max_new_tokens: maximum number of new tokens.
+        label: name of the examples, for the progress bar.
+    """
+    examples = [example.example for example in encoded]
+    prompts = [example.input_ids[: example.prompt_length] for example in encoded]
+    limits = replace(context.limits, max_new_tokens=max_new_tokens)
+    own = examples_of_rank(context.lm, context.tokenizer, examples, limits, prompts)
+
+    def generate_own() -> list[tuple[int, str]]:
+        texts = []
+        with progress_bar(label, len(own), "rows", context.quiet) as progress:
+            for batch in generate(
+                context.lm,
+                context.tokenizer,
+                [examples[i] for i in own],
+                batch_size=limits.batch_size,
+                max_new_tokens=max_new_tokens,
+                prompts=[prompts[i] for i in own],
+                stop_early=False,
+            ):
+                texts += [(own[i], generation.text) for i, generation in batch]
+                progress.advance(len(batch))
+        return texts
+
+    text_of = {i: text for texts in raise_on_any_rank(generate_own) for i, text in texts}
+    return [text_of[i].strip() for i in range(len(examples))]
+
+
+def reference_answers(context: ScoringContext, encoded: Sequence[EncodedExample]) -> list[str]:
+    """The true answers as the tokenizer decodes them, so that they are spelled like a generation."""
+
+    def decode(ids: Sequence[int]) -> str:
+        text = cast(str, context.tokenizer.decode(list(ids), skip_special_tokens=True))
+        return context.tokenizer.clean_up_tokenization(text).strip()
+
+    return [decode(example.input_ids[example.prompt_length :]) for example in encoded]
