@@ -8,7 +8,7 @@ from tokenizers.processors import TemplateProcessing
 from transformers import PreTrainedTokenizerFast
 
 from neko_lean.data.examples import Example
-from neko_lean.data.prompts import prompt_and_answer
+from neko_lean.data.prompts import find_format
 from neko_lean.data.tokenization import encode, position_warning, truncation_summary
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_tokenizer
@@ -24,7 +24,7 @@ def tokenizer(world):
 @pytest.mark.parametrize("format_name", ["plain", "neko"])
 def test_the_prompts_tokens_are_those_of_the_prompt_alone(tokenizer, format_name):
     for encoded in encode(make_rows("Foo"), tokenizer, format_name, 512, append_eos=True):
-        prompt, answer = prompt_and_answer(encoded.example, format_name)
+        prompt, answer, _ = find_format(format_name, tokenizer).render(encoded.example)
         assert encoded.input_ids[: encoded.prompt_length] == tokenizer(prompt)["input_ids"]
         assert tokenizer.decode(encoded.input_ids[encoded.prompt_length :]) == answer + tokenizer.eos_token
         assert encoded.num_truncated == 0 and encoded.answer_length == len(encoded) - encoded.prompt_length

@@ -7,6 +7,7 @@ import pytest
 import torch
 from rich.console import Console
 
+from neko_lean.data import find_format
 from neko_lean.data.examples import Example
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_model, load_tokenizer
@@ -151,7 +152,9 @@ def test_measuring_a_model(model, tmp_path):
     examples = [(split, example) for split, example in EXAMPLES if example.kind != "document"]
     examples.append(("retain", Example("d1", "Foo", "is a river.", "v1.0", "document")))
     data = ScoreData(examples, [], [], [], None, None, None)
-    context = ScoringContext(lm, tokenizer, tmp_path, GenerationLimits(4, 8), TruncationCounts(), quiet=True)
+    context = ScoringContext(
+        lm, tokenizer, find_format("plain", tokenizer), tmp_path, GenerationLimits(4, 8), TruncationCounts(), quiet=True
+    )
     generations = generate_answers(context, data.all_examples)
     scores = task_scores(data, measure_all(context, data, generations, None, None), {})
     assert list(scores["cells"]) == [*NAMES[:2], NAMES[3], "retain.v1.0.regurgitation"]

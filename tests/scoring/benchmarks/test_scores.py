@@ -4,7 +4,7 @@ import sys
 import pytest
 import torch
 
-from neko_lean.data import Example, encode
+from neko_lean.data import Example, encode, find_format
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.benchmarks import MuseRows, TofuRow, TofuRows, forget_truth_ratios, muse_scores, tofu_scores
 from neko_lean.scoring.benchmarks.muse import question_with_examples
@@ -16,7 +16,9 @@ from neko_lean.scoring.measure import ScoringContext
 @pytest.fixture
 def context(model, tmp_path):
     lm = load_model(model, torch.float32, torch.device("cpu"))
-    return ScoringContext(lm, load_tokenizer(model), tmp_path, GenerationLimits(4, 8), TruncationCounts(), True)
+    tokenizer = load_tokenizer(model)
+    limits, prompts = GenerationLimits(4, 8), find_format("plain", tokenizer)
+    return ScoringContext(lm, tokenizer, prompts, tmp_path, limits, TruncationCounts(), True)
 
 
 def tofu_set(name):
