@@ -183,4 +183,6 @@ def _text_format(name: str) -> PromptFormat:
 
 def _document_or(function: TextFormat) -> TextFormat:
     """A text format in which documents stay as they are."""
-    return lambda example: ("", example.output) if example.kind == "document" else function(example)
+    return lambda example: (
+        ("", example.output) if example.kind == "document" and not example.input else function(example)
+    )
