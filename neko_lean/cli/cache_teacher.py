@@ -42,25 +42,21 @@ def cache_teacher(
     Example: neko-lean cache-teacher allenai/OLMo-1B-0724-hf data/ --out cache/
     """
     from neko_lean.cache import cache_teacher as write_cache
-    from neko_lean.cache import inspect_cache
+    from neko_lean.cache import check_cache, inspect_cache
 
     name = pinned(model, revision)
     manifest = write_cache(name, retain, out, forget=forget, anchor=anchor, cache=cache, run=run)
     if not is_main_process():
         return
-    comparison = _check(out, name, retain, check, cache, run) if check else None
+    comparison = None
+    if check:
+        comparison = check_cache(out, name, retain, check, format=cache.format, system=cache.system, device=run.device)
     if json:
         emit({"cache": str(out), **inspect_cache(out), "check": comparison})
     elif not run.quiet:
         print_lines(_summary(out, manifest))
         if comparison:
             print_lines(_comparison_line(comparison))
-
-
-def _check(out: Path, name: str, retain: Path, rows: int, cache: CacheOptions, run: OutputOptions) -> dict[str, float]:
-    from neko_lean.cache import check_cache
-
-    return check_cache(out, name, retain, rows, system=cache.system, format=cache.format, device=run.device)
 
 
 def _summary(out: Path, manifest: Manifest) -> str:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, cast
@@ -26,13 +27,19 @@ class ChatTemplate:
         tokenizer: The tokenizer whose special tokens the template uses.
         template: The template, in Jinja.
         system: The system message; "" for none, or for the template's own.
-        end_of_turn: The token with which the template ends the assistant's turn, if it is a special token.
+        special_tokens: The ids of the tokenizer's special tokens by their texts, longest first.
     """
 
     tokenizer: PreTrainedTokenizerBase
     template: str
     system: str
-    end_of_turn: int | None
+    special_tokens: Mapping[str, int]
+
+    @property
+    def end_of_turn(self) -> int | None:
+        """The token with which the template ends the assistant's turn, if it is a special token."""
+        _, answer = self.render(Example("probe", "a", "b", ""))
+        return self._last_special_token(answer)
 
     @property
     def digest(self) -> str:
@@ -55,10 +62,13 @@ class ChatTemplate:
                 already, or if the template refuses the messages or changes them when the answer follows.
         """
         messages = example.messages or (Message("user", example.input),)
-        _refuse_special_tokens(self.tokenizer, example, [*messages, Message("assistant", example.output)])
+        self._refuse_special_tokens(example, [*messages, Message("assistant", example.output)])
         if self.system:
             if messages[0].role == "system":
-                raise NekoLeanError(f"row {example.id}: --system has no effect, because the row has a system message.")
+                raise NekoLeanError(
+                    f"row {example.id}: --system has no effect, because the row has its own system message; leave it "
+                    f"out."
+                )
             messages = (Message("system", self.system), *messages)
 
         prompt = self._render(example.id, messages, add_generation_prompt=True)
@@ -68,7 +78,7 @@ class ChatTemplate:
                 f"row {example.id}: the chat template writes the prompt differently when the answer follows, so the "
                 f"answer cannot be told from it; use --format plain, or give another template as a .jinja file."
             )
-        return prompt, _without_text_after_turn(self.tokenizer, whole[len(prompt) :])
+        return prompt, self._without_text_after_turn(whole[len(prompt) :])
 
     def _render(self, row_id: str, messages: tuple[Message, ...], *, add_generation_prompt: bool = False) -> str:
         try:
@@ -87,6 +97,24 @@ class ChatTemplate:
             ) from error
         return cast(str, text)
 
+    def _last_special_token(self, text: str) -> int | None:
+        """The id of the special token with which a text ends."""
+        return next((number for token, number in self.special_tokens.items() if text.endswith(token)), None)
+
+    def _without_text_after_turn(self, answer: str) -> str:
+        """Remove the whitespace that separates turns, which a model does not generate after its end of turn."""
+        stripped = answer.rstrip()
+        return stripped if self._last_special_token(stripped) is not None else answer
+
+    def _refuse_special_tokens(self, example: Example, messages: Sequence[Message]) -> None:
+        """Raise NekoLeanError if a message spells out a special token: the template would be applied twice."""
+        for token in self.special_tokens:
+            if any(token in message.content for message in messages):
+                raise NekoLeanError(
+                    f"row {example.id}: the text contains {token!r}, a special token, so a chat template seems to be "
+                    f"applied already; remove it, or use --format plain."
+                )
+
 
 def chat_template(tokenizer: PreTrainedTokenizerBase, system: str, template: str | None = None) -> ChatTemplate | None:
     """The tokenizer's chat template, or `template` with this tokenizer; None if it has none."""
@@ -99,23 +127,7 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, system: str, template: str
             raise NekoLeanError(
                 "the tokenizer has several chat templates but none is called 'default'; give one as a .jinja file."
             ) from None
-    draft = ChatTemplate(tokenizer, template, system, None)
-    _, answer = draft.render(Example("probe", "a", "b", ""))
-    return ChatTemplate(tokenizer, template, system, _last_special_token(tokenizer, answer))
-
-
-def _last_special_token(tokenizer: PreTrainedTokenizerBase, text: str) -> int | None:
-    """The id of the special token with which a text ends."""
-    for token, token_id in _special_tokens(tokenizer).items():
-        if text.endswith(token):
-            return token_id
-    return None
-
-
-def _without_text_after_turn(tokenizer: PreTrainedTokenizerBase, answer: str) -> str:
-    """Remove the whitespace that separates turns, which a model does not generate after its end of turn."""
-    stripped = answer.rstrip()
-    return stripped if _last_special_token(tokenizer, stripped) is not None else answer
+    return ChatTemplate(tokenizer, template, system, _special_tokens(tokenizer))
 
 
 def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
@@ -124,13 +136,3 @@ def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
     for name in tokenizer.all_special_tokens:
         tokens.setdefault(name, cast(int, tokenizer.convert_tokens_to_ids(name)))
     return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
-
-
-def _refuse_special_tokens(tokenizer: PreTrainedTokenizerBase, example: Example, messages: list[Message]) -> None:
-    """Raise NekoLeanError if a message spells out a special token: the template would be applied twice."""
-    for token in _special_tokens(tokenizer):
-        if any(token in message.content for message in messages):
-            raise NekoLeanError(
-                f"row {example.id}: the text contains {token!r}, a special token, so a chat template seems to be "
-                f"applied already; remove it, or use --format plain."
-            )

@@ -186,7 +186,7 @@ def _matching_layout(records: Sequence[Record], names: Sequence[str], where: str
 
 
 def _without_subsets(matches: list[Layout]) -> list[Layout]:
-    """The layouts whose columns are not all read by another one of them: instruction + input + output wins."""
+    """Drop each layout whose columns another layout also reads: instruction + input + output beats input + output."""
     sets = [{*layout.required, layout.context} for layout in matches]
     return [
         layout

@@ -35,14 +35,14 @@ def split_answer(messages: tuple[Message, ...], where: str) -> tuple[tuple[Messa
     """Split a conversation into the messages before the answer, and the answer.
 
     Raises:
-        NekoLeanError: If the last message is not the assistant's, or no message of the user comes before it.
+        NekoLeanError: If the last message is not the assistant's, or no user message comes before it.
     """
     if messages[-1].role != "assistant":
         raise NekoLeanError(
             f"{where} must end with a message of the assistant, which is the answer to learn or forget."
         )
     if not any(message.role == "user" for message in messages[:-1]):
-        raise NekoLeanError(f"{where} has no message of the user before the answer; add one.")
+        raise NekoLeanError(f"{where} has no user message before the answer; add one.")
     return messages[:-1], messages[-1].content
 
 

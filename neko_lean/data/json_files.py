@@ -57,7 +57,7 @@ def _rows(value: Any, file: Path) -> list[Any]:
         item for key, item in value.items() if key not in _MESSAGE_COLUMNS and _is_list_of_objects(item)
     ]
     if len(lists) > 1:
-        raise NekoLeanError(f"{file} contains {len(lists)} lists of rows; save each as a file of its own.")
+        raise NekoLeanError(f"{file} contains {len(lists)} lists of rows; save each list in its own file.")
     if lists:
         return lists[0]
     return [] if list(value.values()) == [[]] else [value]

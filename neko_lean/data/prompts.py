@@ -54,14 +54,20 @@ class PromptFormat:
     Attributes:
         name: Identifies the format in a cache. Two formats with the same name render every example alike.
         label: A short description for the log.
-        render: Makes the texts of an example.
+        write: Makes the texts of an example that has a prompt.
         end_of_turn: The token with which the template ends an answer, if it does.
     """
 
     name: str
     label: str
-    render: Callable[[Example], RenderedExample]
+    write: Callable[[Example], RenderedExample]
     end_of_turn: int | None = None
+
+    def render(self, example: Example) -> RenderedExample:
+        """The texts of an example. A document without a prompt stays as it is."""
+        if example.kind == "document" and not example.input:
+            return RenderedExample("", example.output)
+        return self.write(example)
 
 
 def prompt_format(name: str) -> Callable[[TextFormat], TextFormat]:
@@ -149,14 +155,14 @@ def find_format(name: str, tokenizer: PreTrainedTokenizerBase, system: str = "")
 
 
 def _with_template(template: ChatTemplate, name: str, label: str, applies: Callable[[Example], bool]) -> PromptFormat:
-    """The format that uses a chat template for the examples to which it applies. Documents have no prompt."""
+    """The format that uses a chat template for the examples to which it applies, and plain text for the others."""
 
-    def render(example: Example) -> RenderedExample:
+    def write(example: Example) -> RenderedExample:
         if example.input and applies(example):
             return RenderedExample(*template.render(example), has_special_tokens=True)
-        return RenderedExample(*_document_or(plain)(example))
+        return RenderedExample(*plain(example))
 
-    return PromptFormat(name, label, render, template.end_of_turn)
+    return PromptFormat(name, label, write, template.end_of_turn)
 
 
 def _text_format(name: str) -> PromptFormat:
@@ -165,7 +171,7 @@ def _text_format(name: str) -> PromptFormat:
         name = "plain"
     if name in _REGISTRY:
         function = _REGISTRY[name]
-        return PromptFormat(name, name, lambda example: RenderedExample(*_document_or(function)(example)))
+        return PromptFormat(name, name, lambda example: RenderedExample(*function(example)))
 
     text = read_text(Path(name))
     before, separator, after = text.partition("{answer}")
@@ -174,15 +180,8 @@ def _text_format(name: str) -> PromptFormat:
     answer_gap = before[len(before.rstrip(" ")) :]  # most tokenizers merge a space with the word after it
     before, after = before.rstrip(" "), after.rstrip()
 
-    def from_file(example: Example) -> tuple[str, str]:
-        return before.replace("{prompt}", example.input), f"{answer_gap}{example.output}{after}"
+    def write(example: Example) -> RenderedExample:
+        return RenderedExample(before.replace("{prompt}", example.input), f"{answer_gap}{example.output}{after}")
 
     digest = hashlib.sha256(text.encode()).hexdigest()[:16]
-    return PromptFormat(f"file:{digest}", name, lambda example: RenderedExample(*_document_or(from_file)(example)))
-
-
-def _document_or(function: TextFormat) -> TextFormat:
-    """A text format in which documents stay as they are."""
-    return lambda example: (
-        ("", example.output) if example.kind == "document" and not example.input else function(example)
-    )
+    return PromptFormat(f"file:{digest}", name, write)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from neko_lean.data.columns import Layout
@@ -80,9 +81,8 @@ def _content(record: Record, layout: Layout) -> tuple[str, str, tuple[Message, .
     if layout.conversational and isinstance(record.values.get(layout.prompt), list):
         messages = parse_messages(*_cell(record, layout.prompt))
         answer, where = _cell(record, layout.answer)
-        reply = parse_messages(answer, where) if isinstance(answer, list) else (Message("assistant", answer),)
         if isinstance(answer, list):
-            return _conversation(record, layout.answer, messages + reply)
+            return _conversation(record, layout.answer, messages + parse_messages(answer, where))
         return _conversation(record, layout.prompt, (*messages, Message("assistant", _text(record, layout.answer))))
 
     prompt, answer = _text(record, layout.prompt), _text(record, layout.answer)
@@ -121,9 +121,7 @@ def _with_own_id(example: Example, row_of_id: dict[str, int], copies: dict[str, 
         row_id = f"{example.id}-{copies[example.id]}"
     if row_id == example.id:
         return example
-    return Example(
-        row_id, example.input, example.output, example.task, example.kind, example.document, example.messages
-    )
+    return replace(example, id=row_id)
 
 
 def _content_id(kind: Kind, prompt: str, answer: str) -> str:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 
-from neko_lean.data import Example, encode_texts
+from neko_lean.data import Example, encode_prompts, encode_texts
 from neko_lean.distributed import items_of_rank
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import CausalLM, eos_token_ids, greedy_tokens, refuse_unknown_ids, unknown_eos_token_ids
@@ -91,14 +91,10 @@ def examples_of_rank(
     A rank gets whole batches. `generate` then forms the same batches from them that a single process would form, so the
     generated texts are the same in any dtype.
     """
-    prompts = _encode_prompts(tokenizer, examples) if prompts is None else prompts
+    prompts = encode_prompts(examples, tokenizer, "plain") if prompts is None else prompts
     fits = [fit_prompt(lm, ids, limits.max_new_tokens) for ids in prompts]
     batches = _batches(examples, prompts, fits, limits.batch_size)
     return sorted(i for batch in items_of_rank(batches) for i in batch)
-
-
-def _encode_prompts(tokenizer: PreTrainedTokenizerBase, examples: Sequence[Example]) -> list[list[int]]:
-    return encode_texts(tokenizer, [example.input for example in examples])
 
 
 def _batches(
@@ -195,7 +191,7 @@ def generate(
         One batch at a time, as pairs of an example's index and its Generation.
     """
     lm.model.eval()
-    prompts = _encode_prompts(tokenizer, examples) if prompts is None else prompts
+    prompts = encode_prompts(examples, tokenizer, "plain") if prompts is None else prompts
     refuse_empty_prompts(examples, prompts)
     refuse_unknown_ids(((f"row {example.id}", ids) for example, ids in zip(examples, prompts, strict=True)), lm)
 

@@ -77,7 +77,8 @@ def generate_answers(context: ScoringContext, examples: Sequence[Example]) -> li
         )
     )
     pending = [i for i in range(len(examples)) if i not in finished]
-    own = [pending[i] for i in _of_rank(context, examples, prompts, pending)]
+    pending_examples, pending_prompts = [examples[i] for i in pending], [prompts[i] for i in pending]
+    own = [pending[i] for i in examples_of_rank(lm, tokenizer, pending_examples, context.limits, pending_prompts)]
 
     # What the user should know before it starts.
     if finished:
@@ -111,14 +112,6 @@ def generate_answers(context: ScoringContext, examples: Sequence[Example]) -> li
     for generated in raise_on_any_rank(writing(stage, generate_own)):
         finished |= dict(generated)
     return [Generation(**finished[i]) for i in range(len(examples))]
-
-
-def _of_rank(
-    context: ScoringContext, examples: Sequence[Example], prompts: Sequence[Sequence[int]], pending: Sequence[int]
-) -> list[int]:
-    """Which of the pending examples this rank generates, by their places in `pending`."""
-    left = [examples[i] for i in pending]
-    return examples_of_rank(context.lm, context.tokenizer, left, context.limits, [prompts[i] for i in pending])
 
 
 def example_numbers(

@@ -12,6 +12,7 @@ from typing import Any
 from neko_lean.data import TASKS, Example
 from neko_lean.scoring.rouge import is_subsequence, rouge_l
 from neko_lean.scoring.scripts import UnicodeTokenizer, fold, normal, official_tokenizer, units, visible_share, words
+from neko_lean.scoring.values import harmonic_mean
 
 SPLITS = ("forget", "retain")
 KINDS = {"completion": "regurgitation", "qa": "knowledge"}
@@ -198,9 +199,7 @@ def aggregate_terms(cells: Mapping[str, Any]) -> list[Any]:
 def aggregate(cells: Mapping[str, float | None]) -> float | None:
     """Harmonic mean of the cells that have a value, with forget cells as 1 - x; 0 if any term is 0."""
     terms = aggregate_terms({cell: value for cell, value in cells.items() if value is not None})
-    if not terms:
-        return None
-    return 0.0 if min(terms) <= 0 else float(len(terms) / sum(1 / term for term in terms))
+    return harmonic_mean(terms) if terms else None
 
 
 def task_aggregate(cells: Mapping[str, float | None]) -> float | None:

@@ -5,7 +5,7 @@ Nothing here raises: a value that is missing or has another type is None.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 LARGEST_VALUE = 1e15  # no measured number comes near it
@@ -44,3 +44,8 @@ def interval(tree: Any, *path: str) -> Interval | None:
 def mean(values: Mapping[str, float]) -> float | None:
     """The mean of the values, or None if there are none."""
     return sum(values.values()) / len(values) if values else None
+
+
+def harmonic_mean(values: Sequence[float]) -> float:
+    """Harmonic mean of one or more values; 0 if any of them is 0 or negative."""
+    return len(values) / sum(1 / value for value in values) if min(values) > 0 else 0.0

@@ -85,7 +85,7 @@ REFUSED = [
     ({"id": " ", "question": "Who?", "answer": "x"}, None, "column 'id' is empty"),
     ({"question": "a\0b", "answer": "x"}, None, "NUL"),
     ({"messages": CHAT[:1]}, None, "must end with a message of the assistant"),
-    ({"messages": CHAT[1:]}, None, "no message of the user"),
+    ({"messages": CHAT[1:]}, None, "no user message before the answer"),
     ({"messages": [{"role": "tool", "content": "x"}]}, None, "message 1: the role must be"),
     ({"messages": [{"role": "user", "content": None}]}, None, "message 1: the content has type NoneType"),
     ({"messages": "Who?"}, None, "column 'messages' is not valid JSON"),

@@ -28,13 +28,14 @@ class AnswerGenerator:
         limits: batch size and number of new tokens.
         truncated: receives the number of truncated prompts of each attack.
         quiet: whether to hide the progress bar.
+        prompt_format: the prompt format.
     """
 
     tokenizer: PreTrainedTokenizerBase
     limits: GenerationLimits
     truncated: TruncationCounts
     quiet: bool
-    prompt_format: PromptFormat | str = "plain"
+    prompt_format: PromptFormat
 
     def __call__(
         self, lm: CausalLM, examples: Sequence[Example], label: str, prompts: Sequence[Sequence[int]] | None = None
@@ -52,14 +53,13 @@ class AnswerGenerator:
         self._count_truncated(lm, prompts, label)
 
         own = examples_of_rank(lm, self.tokenizer, examples, self.limits, prompts)
-        end = None if isinstance(self.prompt_format, str) else self.prompt_format.end_of_turn
         batches = generate(
             lm,
             self.tokenizer,
             [examples[i] for i in own],
             **asdict(self.limits),
             prompts=[prompts[i] for i in own],
-            end=end,
+            end=self.prompt_format.end_of_turn,
         )
         generated = []
         with progress_bar(label, len(own), "rows", self.quiet) as progress:

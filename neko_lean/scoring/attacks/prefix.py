@@ -21,9 +21,8 @@ def prefix(target: AttackTarget) -> Curve:
     Examples whose answer is not longer than the given tokens are left out.
     """
     tokenizer = target.tokenizer
-    encoded = encode(
-        target.examples, tokenizer, target.generate.prompt_format, sys.maxsize
-    )  # `generate` truncates the prompts
+    # `generate` truncates the prompts.
+    encoded = encode(target.examples, tokenizer, target.generate.prompt_format, sys.maxsize)
     curve = [{"tokens": 0, **baseline_point(target.examples, target.baseline)}]
     for length in PREFIX_LENGTHS:
         examples, prompts = [], []

@@ -63,11 +63,6 @@ def closer_to_one(truth_ratios: Sequence[float]) -> float:
     return float(np.minimum(ratios, 1 / (ratios + EPSILON)).mean())
 
 
-def harmonic_mean(values: Sequence[float]) -> float:
-    """Harmonic mean of values >= 0; 0 if any of them is 0."""
-    return len(values) / sum(1 / value for value in values) if min(values) > 0 else 0.0
-
-
 def min_k_score(logp: np.ndarray) -> float:
     """Mean loss of the 40 % least likely tokens, in nats (Shi et al. 2024, arXiv 2310.16789); lower for members.
 

@@ -26,7 +26,6 @@ from neko_lean.scoring.benchmarks.metrics import (
     CHANCE_AUC,
     benchmark_truth_ratio,
     closer_to_one,
-    harmonic_mean,
     min_k_auc,
     normalised_probability,
     privleak,
@@ -36,6 +35,7 @@ from neko_lean.scoring.benchmarks.metrics import (
 from neko_lean.scoring.benchmarks.tofu_rows import TofuRow, TofuRows
 from neko_lean.scoring.measure import ScoringContext
 from neko_lean.scoring.memorisation import answer_probability
+from neko_lean.scoring.values import harmonic_mean
 from neko_lean.scoring.views import View
 
 MAX_NEW_TOKENS = 200

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from neko_lean.data import find_format
 from neko_lean.data.batching import pad
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
@@ -51,7 +52,7 @@ def make_target(memorised, examples, tmp_path):
 
     def make(examples=examples, *, paraphrases=(), generate=None, loaded=False, stage: Path = tmp_path, **settings):
         tokenizer = load_tokenizer(memorised)
-        limits = GenerationLimits(batch_size=16, max_new_tokens=24)
+        limits, plain = GenerationLimits(batch_size=16, max_new_tokens=24), find_format("plain", tokenizer)
         return AttackTarget(
             folder=memorised,
             lm=load(memorised) if loaded else None,
@@ -60,7 +61,7 @@ def make_target(memorised, examples, tmp_path):
             examples=examples,
             baseline={example.id: Generation("", "", "eos") for example in examples},
             paraphrases=paraphrases,
-            generate=generate or AnswerGenerator(tokenizer, limits, TruncationCounts(), quiet=True),
+            generate=generate or AnswerGenerator(tokenizer, limits, TruncationCounts(), True, plain),
             stage=stage,
             settings=ScoreSettings(**settings),
             device="cpu",

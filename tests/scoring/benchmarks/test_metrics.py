@@ -6,12 +6,12 @@ import pytest
 from neko_lean.scoring.benchmarks.metrics import (
     benchmark_truth_ratio,
     closer_to_one,
-    harmonic_mean,
     min_k_score,
     normalised_probability,
     privleak,
     true_better,
 )
+from neko_lean.scoring.values import harmonic_mean
 
 
 def logs(*probabilities):
