@@ -180,7 +180,5 @@ def _optional_label(record: Record, column: str) -> str:
 
 
 def _check_characters(text: str, where: str) -> None:
-    if "\0" in text:
-        raise NekoLeanError(f"{where} contains a NUL character; remove it.")
     if not text.isascii() and SURROGATE.search(text):
         raise NekoLeanError(f"{where} contains half of a surrogate pair, which is not valid text; write the character.")
