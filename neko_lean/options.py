@@ -23,6 +23,9 @@ def option(default: Any, help: str, **typer: Any) -> Any:
     return field(default=default, metadata={"help": help, **typer})
 
 
+COLUMNS_HELP = "Columns of the data, if their names are not recognised: prompt=q,answer=a,group=topic."
+
+
 @dataclass(frozen=True, kw_only=True)
 class BasicOptions:
     """Where a command runs, what it prints, and whether it replaces its output."""
@@ -45,6 +48,7 @@ class OutputOptions(BasicOptions):
 class RunOptions(OutputOptions):
     """Options of a training run (`unlearn`, `memorize`)."""
 
+    columns: str | None = option(None, COLUMNS_HELP, metavar="KEY=COLUMN,...")
     seed: int = option(0, "Random seed for data order and stochastic rounding.")
     save_every: int = option(
         0,
@@ -71,6 +75,9 @@ class CacheOptions:
             of them; in (0, 1]. With 1, every position stores `top_k` tokens.
         format: prompt format, as for `find_format`. The recipe that reads the cache must use the same.
         system: system message of a chat template.
+        columns: which columns of the data hold what, such as "prompt=q,answer=a"; see `parse_columns`.
+        self_generated: instead of a retain set, number of rows that the teacher writes itself.
+        seed: random seed of the rows that the teacher writes.
         max_length: examples are truncated to this many tokens.
         batch_tokens: number of positions per forward pass, padding included.
         dtype: dtype that the teacher runs in, 'bfloat16' or 'float32'.
@@ -85,6 +92,12 @@ class CacheOptions:
         "auto", "Prompt format: auto, chat, plain, neko, tofu, or a template file; the recipe must use the same."
     )
     system: str = option("", "System message for the chat template; the recipe must use the same.")
+    columns: str | None = option(None, COLUMNS_HELP, metavar="KEY=COLUMN,...")
+    self_generated: int = option(
+        0, "Without RETAIN: let the teacher write N retain rows, stored in the cache as self_generated.jsonl.",
+        min=0, metavar="N",
+    )  # fmt: skip
+    seed: int = option(0, "Random seed for --self-generated.")
     max_length: int = option(512, "Truncate examples to this many tokens.")
     batch_tokens: int = option(8192, "Positions per forward pass, padding included.")
     dtype: str = option("bfloat16", "Dtype that the teacher runs in: bfloat16 or float32.")
@@ -97,6 +110,7 @@ class ScoreInputs:
 
     mia: str | Path | None = option(None, "Folder with member.jsonl and nonmember.jsonl, for membership inference.")
     split: str | None = option(None, "Read forget_SPLIT.* and retain_SPLIT.*, as LUME names its files.")
+    columns: str | None = option(None, COLUMNS_HELP, metavar="KEY=COLUMN,...")
     held: str | Path | None = option(
         None, "JSONL file of documents that no model was trained on; used to detect a broken model."
     )

@@ -10,6 +10,7 @@ import torch
 
 from neko_lean.cache.planning import ExampleBatch, teacher_batches
 from neko_lean.cache.reader import TeacherCache
+from neko_lean.cache.self_generation import self_generated_file
 from neko_lean.cache.teacher import hidden_states
 from neko_lean.data import encode, find_format, read_rows
 from neko_lean.errors import CacheError, NekoLeanError
@@ -33,11 +34,12 @@ MAX_MEAN_KL = {"float32": 1e-5, "bfloat16": 1e-3}
 def check_cache(
     folder: str | Path,
     model: str | Path,
-    retain: str | Path,
+    retain: str | Path | None,
     rows: int,
     *,
     format: str | None = None,
     system: str = "",
+    columns: str | None = None,
     device: str | None = None,
 ) -> dict[str, float]:
     """Run the teacher again on some retain examples, and compare its output with the cache.
@@ -47,10 +49,11 @@ def check_cache(
     Args:
         folder: folder that `cache_teacher` wrote.
         model: the teacher, as for `cache_teacher`.
-        retain: the retain set, as for `cache_teacher`.
+        retain: the retain set, as for `cache_teacher`; None for the rows that the teacher wrote itself.
         rows: minimum number of examples, at least 1.
         format, system: the prompt format and the system message that the cache was made with; by default the format
             that it states.
+        columns: as for `cache_teacher`.
         device: 'cpu', 'cuda' or 'cuda:N'; by default the GPU if there is one.
 
     Returns:
@@ -69,7 +72,8 @@ def check_cache(
     tokenizer = load_tokenizer(path)
     limit = usable_length(path, manifest.max_length)
     prompts = find_format(format or manifest.format.split(":")[0], tokenizer, system)
-    examples = encode(read_rows(retain, "retain"), tokenizer, prompts, limit, windows=True)
+    retain = self_generated_file(folder) if retain is None else retain
+    examples = encode(read_rows(retain, "retain", columns=columns), tokenizer, prompts, limit, windows=True)
     identity = identify(path, tokenizer)
     cache.check(identity, style=prompts.name, max_length=manifest.max_length, encoded=examples)
 

@@ -12,6 +12,8 @@ from neko_lean.models import config_differences
 
 FORMAT_VERSION = 2
 
+SELF_GENERATED = "self_generated.jsonl"  # the retain set, if the teacher wrote it
+
 READABLE_VERSIONS = (1, 2)  # version 1 has no `config`
 
 SCALE = 2.0**15  # stored probabilities are p * SCALE, so that float16 holds p >= 1.9e-9 with 11 significant bits

@@ -39,6 +39,8 @@ def validate_options(options: CacheOptions) -> None:
         raise NekoLeanError(f"mass must be > 0 and <= 1, got {options.mass}.")
     if options.stored_dtype not in STORED_DTYPES:
         raise NekoLeanError(f"stored_dtype {options.stored_dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
+    if options.self_generated < 0:
+        raise NekoLeanError(f"self_generated must be at least 0, got {options.self_generated}.")
     check_format_name(options.format)
 
 
@@ -51,12 +53,14 @@ class CacheData:
     forget: list[Example]
 
 
-def read_cache_data(retain: str | Path, forget: str | Path | None, anchor: str | Path | None) -> CacheData:
+def read_cache_data(
+    retain: str | Path | None, forget: str | Path | None, anchor: str | Path | None, columns: str | None = None
+) -> CacheData:
     """Read the data files that `cache_teacher` is given. Raises NekoLeanError for a bad file."""
     return CacheData(
-        retain=read_rows(retain, "retain"),
+        retain=read_rows(retain, "retain", columns=columns) if retain is not None else [],
         anchor=read_anchor(anchor) if anchor is not None else [],
-        forget=read_rows(forget, "forget") if forget is not None else [],
+        forget=read_rows(forget, "forget", columns=columns) if forget is not None else [],
     )
 
 

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from neko_lean.cache.format import Manifest, Shard, differences, without_results
+from neko_lean.cache.format import SELF_GENERATED, Manifest, Shard, differences, without_results
 from neko_lean.cache.manifest import read_manifest, write_manifest
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.records import ShardRecord, read_record, record_path
@@ -132,7 +132,7 @@ def _begin(output: Output, plan: Manifest, resume: bool) -> None:
     else:
         refuse_unplanned(stage, PLAN)
 
-    known = {PLAN, MANIFEST}
+    known = {PLAN, MANIFEST, SELF_GENERATED}
     for shard in plan.all_shards:
         known |= {shard.file, record_path(stage, shard).name}
     empty_folder(stage, keep=known.__contains__)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
+from neko_lean.cache.format import SELF_GENERATED
 from neko_lean.cache.shards import ShardReader
 from neko_lean.errors import CacheError
 from neko_lean.outputs import MANIFEST
@@ -34,7 +35,7 @@ def verify_numbers(shards: ShardReader) -> None:
 
 def verify_files(shards: ShardReader) -> None:
     """Raise CacheError if the folder contains a file that is not part of the cache."""
-    known = {MANIFEST, *(shard.file for shard in shards.manifest.all_shards)}
+    known = {MANIFEST, SELF_GENERATED, *(shard.file for shard in shards.manifest.all_shards)}
     unknown = sorted(path.name for path in shards.folder.iterdir() if path.name not in known)
     if unknown:
         raise CacheError(f"{shards.folder} holds {unknown[0]!r}, which is not part of the cache: remove it.")

@@ -6,14 +6,15 @@ first missing shard, and ends in the same bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from neko_lean import __version__
-from neko_lean.cache.format import Manifest
+from neko_lean.cache.format import SELF_GENERATED, Manifest
 from neko_lean.cache.manifest import read_manifest, validate_plan
 from neko_lean.cache.planning import (
     CacheExamples,
@@ -24,13 +25,27 @@ from neko_lean.cache.planning import (
     validate_options,
 )
 from neko_lean.cache.records import is_written, write_shard
+from neko_lean.cache.self_generation import self_generated_ids, self_generated_rows
 from neko_lean.cache.stage import PLAN, open_stage, publish_stage, refuse_existing
 from neko_lean.cache.teacher import target_logps, top_k_entries
-from neko_lean.data import EncodedExample, find_format, position_warning, truncation_summary
+from neko_lean.data import (
+    EncodedExample,
+    Example,
+    PromptFormat,
+    describe_rows,
+    find_format,
+    position_warning,
+    read_jsonl,
+    read_rows,
+    truncation_summary,
+)
 from neko_lean.distributed import items_of_rank, raise_on_any_rank, run_on_main_and_broadcast, with_process_group
+from neko_lean.errors import NekoLeanError
+from neko_lean.jsonio import jsonl_text
 from neko_lean.models import (
     CausalLM,
     ModelIdentity,
+    check_seed,
     identify,
     load_model,
     load_tokenizer,
@@ -42,8 +57,11 @@ from neko_lean.models import (
     usable_length,
 )
 from neko_lean.options import CacheOptions, OutputOptions
-from neko_lean.outputs import MANIFEST, Output, claim_folder, explained_write_errors
+from neko_lean.outputs import MANIFEST, Output, claim_folder, explained_write_errors, write_atomically
 from neko_lean.terminal import log_line, progress_bar
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 LOW_MASS = 0.9  # below this mean captured probability, the KL says little about single tokens
 
@@ -51,7 +69,7 @@ LOW_MASS = 0.9  # below this mean captured probability, the KL says little about
 @with_process_group()
 def cache_teacher(
     model: str | Path,
-    retain: str | Path,
+    retain: str | Path | None,
     out: str | Path,
     *,
     forget: str | Path | None = None,
@@ -65,10 +83,12 @@ def cache_teacher(
 
     Args:
         model: checkpoint folder of the teacher, or its hub name: owner/name or owner/name@revision.
-        retain: parquet, jsonl or csv file, or a folder with `retain.*`.
+        retain: the retain set, as for `read_rows`: a file, or a folder with `retain.*`. None with
+            `cache.self_generated`: the teacher then writes the rows, which the cache keeps in self_generated.jsonl.
         out: folder to write. It appears only when it is complete.
         forget: like `retain`, with `forget.*`. Adds what npo, dpo and undial need: the top-k probabilities of these
             examples, and the teacher's log-probability of every token of them and of a refusal to each of them.
+            Self-generated rows do not repeat them.
         anchor: jsonl file of neutral documents. They join the retain set without a prompt format, and the teacher's
             log-probability of each of their tokens is added.
         cache: what the teacher runs in, and how much of its output is stored.
@@ -89,20 +109,30 @@ def cache_teacher(
     """
     # Check everything that can be checked before the teacher is loaded.
     validate_options(cache)
-    data = read_cache_data(retain, forget, anchor)
+    _require_one_retain_set(retain, cache)
+    data = read_cache_data(retain, forget, anchor, cache.columns)
     device, dtype, folder = pick_device(run.device), pick_dtype(cache.dtype), model_folder(model)
     inputs = [folder, retain, forget, anchor]
     output = claim_folder(out, "partial", inputs, overwrite=run.overwrite, resume=run.resume)
     run_on_main_and_broadcast(lambda: refuse_existing(output, run.resume))
 
-    # Load the teacher and tokenize.
+    # Load the teacher, let it write the retain set if there is none, and tokenize.
     tokenizer = load_tokenizer(folder)
     limit = usable_length(folder, cache.max_length)
     prompts = find_format(cache.format, tokenizer, cache.system)
+    for name, rows in (("retain", data.retain), ("forget", data.forget)):
+        if rows:
+            log_line(describe_rows(rows, name), run.quiet)
     log_line(f"prompt format: {prompts.label}", run.quiet)
-    examples = encode_cache_data(data, tokenizer, prompts, limit)
     teacher = load_model(folder, dtype, device)
     teacher.model.eval()
+    own_rows = None
+    if retain is None:
+        own_rows = run_on_main_and_broadcast(
+            lambda: _self_generated(output, teacher, tokenizer, prompts, data.forget, cache, limit, run)
+        )
+        data = replace(data, retain=read_rows(own_rows))
+    examples = encode_cache_data(data, tokenizer, prompts, limit)
     refuse_unknown_examples(examples.all, teacher)
 
     # Plan, and say how many examples are truncated.
@@ -114,18 +144,71 @@ def cache_teacher(
     if warning := position_warning(examples.all, limit, cache.max_length):
         log_line(warning)
 
-    manifest = _write_cache(output, plan, jobs, teacher, int(tokenizer.pad_token_id), run)
+    manifest = _write_cache(output, plan, jobs, teacher, int(tokenizer.pad_token_id), own_rows, run)
     _warn_of_low_mass(manifest)
     return manifest
 
 
+def _require_one_retain_set(retain: str | Path | None, cache: CacheOptions) -> None:
+    """Raise NekoLeanError unless there is either a retain set or a number of rows that the teacher writes itself."""
+    if retain is None and not cache.self_generated:
+        raise NekoLeanError(
+            "RETAIN is missing: give the rows to preserve, or --self-generated N to let the teacher write them."
+        )
+    if retain is not None and cache.self_generated:
+        raise NekoLeanError(
+            f"--self-generated has no effect on a cache of the retain set {retain}; leave one of the two out."
+        )
+    if cache.seed and not cache.self_generated:
+        raise NekoLeanError("--seed has no effect without --self-generated; leave it out.")
+
+
+def _self_generated(
+    output: Output,
+    teacher: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptFormat,
+    forget: Sequence[Example],
+    cache: CacheOptions,
+    max_length: int,
+    run: OutputOptions,
+) -> list[dict[str, str]]:
+    """The rows that the teacher writes. An interrupted run that is resumed reads those that it has written already."""
+    check_seed(cache.seed)
+    ids = self_generated_ids(cache.self_generated, cache.seed)
+    for folder in (output.path, output.work) if run.resume else ():
+        if (folder / SELF_GENERATED).is_file():
+            rows = [record.values for record in read_jsonl(folder / SELF_GENERATED)]
+            if [row.get("id") for row in rows] == ids:
+                return rows
+    return self_generated_rows(
+        teacher,
+        tokenizer,
+        prompts,
+        cache.self_generated,
+        max_length=max_length,
+        seed=cache.seed,
+        forget=forget,
+        quiet=run.quiet,
+    )
+
+
 def _write_cache(
-    output: Output, plan: Manifest, jobs: ShardJobs, teacher: CausalLM, pad_id: int, run: OutputOptions
+    output: Output,
+    plan: Manifest,
+    jobs: ShardJobs,
+    teacher: CausalLM,
+    pad_id: int,
+    own_rows: Sequence[Mapping[str, str]] | None,
+    run: OutputOptions,
 ) -> Manifest:
     """Write and publish the shards of a plan, unless the output is complete, and return its manifest."""
     with open_stage(output, plan, run.resume) as stage:
         if stage is not None:
             explained = explained_write_errors(output.path)
+            if own_rows is not None:
+                text = jsonl_text(own_rows)
+                run_on_main_and_broadcast(explained(lambda: write_atomically(stage / SELF_GENERATED, text)))
             raise_on_any_rank(explained(lambda: _write_shards(stage, plan, jobs, teacher, pad_id, run.quiet)))
             run_on_main_and_broadcast(explained(lambda: publish_stage(stage, plan, output)))
         # Every rank reads the manifest before the lock is released. After that, another run may replace the output.

@@ -19,12 +19,15 @@ if TYPE_CHECKING:
 @command
 def cache_teacher(
     model: Model,
-    retain: Annotated[Path, typer.Argument(help="Parquet, jsonl or csv file, or a folder with retain.*.")],
     out: Annotated[Path, typer.Option(help="Folder to write.")],
     cache: CacheOptions,
     run: OutputOptions,
+    retain: Annotated[
+        str | None,
+        typer.Argument(help="Retain set: a file, a folder with retain.* or of texts, or a hub data set."),
+    ] = None,
     forget: Annotated[
-        Path | None, typer.Option(help="Forget set, for recipes that need the teacher on it: npo, dpo, undial.")
+        str | None, typer.Option(help="Forget set, for recipes that need the teacher on it: npo, dpo, undial.")
     ] = None,
     anchor: Annotated[
         Path | None,
@@ -40,6 +43,8 @@ def cache_teacher(
     """Run the teacher once over the retain set and store its top-k probabilities.
 
     Example: neko-lean cache-teacher allenai/OLMo-1B-0724-hf data/ --out cache/
+
+    Without a retain set: neko-lean cache-teacher chat-model/ --self-generated 256 --forget secrets.json --out cache/
     """
     from neko_lean.cache import cache_teacher as write_cache
     from neko_lean.cache import check_cache, inspect_cache
@@ -50,7 +55,16 @@ def cache_teacher(
         return
     comparison = None
     if check:
-        comparison = check_cache(out, name, retain, check, format=cache.format, system=cache.system, device=run.device)
+        comparison = check_cache(
+            out,
+            name,
+            retain,
+            check,
+            format=cache.format,
+            system=cache.system,
+            columns=cache.columns,
+            device=run.device,
+        )
     if json:
         emit({"cache": str(out), **inspect_cache(out), "check": comparison})
     elif not run.quiet:

@@ -38,12 +38,17 @@ class TeacherFlags:
 @command
 def unlearn(
     model: Model,
-    forget: Annotated[Path, typer.Option(help="Forget set: a file, or a folder that holds forget.*.")],
-    retain: Annotated[Path, typer.Option(help="Retain set: examples whose behaviour is preserved.")],
+    forget: Annotated[
+        str, typer.Option(help="Forget set: a file, a folder with forget.* or of texts, or a hub data set.")
+    ],
     out: Annotated[Path, typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.")],
     teacher: TeacherFlags,
     recipe: UnlearnFlags,
     run: RunOptions,
+    retain: Annotated[
+        str | None,
+        typer.Option(help="Retain set: examples whose behaviour is preserved.  [default: written by the model itself]"),
+    ] = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -52,6 +57,8 @@ def unlearn(
     Only one model is in memory at any time.
 
     Example: neko-lean unlearn allenai/OLMo-1B-0724-hf --forget data/ --retain data/ --cache cache/ --out unlearned/
+
+    With nothing but the data to forget: neko-lean unlearn chat-model/ --forget secrets.txt --out unlearned/
     """
     from neko_lean.runs import unlearn as run_unlearn
 

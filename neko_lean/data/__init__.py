@@ -5,7 +5,7 @@ from neko_lean.data.columns import parse_columns
 from neko_lean.data.csv_files import csv_cells, read_csv
 from neko_lean.data.documents import ANCHOR_TASK, Document, read_anchor, read_documents
 from neko_lean.data.example_types import TASKS, EncodedExample, Example, Message
-from neko_lean.data.examples import count_lost_answers, describe_rows, read_rows, require_folder
+from neko_lean.data.examples import Rows, count_lost_answers, describe_rows, read_rows, require_folder
 from neko_lean.data.files import Record, is_file, read_text
 from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.parquet_files import read_parquet
@@ -22,6 +22,7 @@ __all__ = [
     "Message",
     "PromptFormat",
     "Record",
+    "Rows",
     "check_format_name",
     "count_lost_answers",
     "csv_cells",

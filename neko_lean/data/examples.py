@@ -7,7 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from neko_lean.data.columns import Layout, known_columns, recognise
+from neko_lean.data.columns import Layout, known_columns, parse_columns, recognise
 from neko_lean.data.example_types import COLUMNS, LUME_ID, TASKS, EncodedExample, Example, Kind, Message
 from neko_lean.data.files import Record
 from neko_lean.data.hub import load_hub_rows, parse_hub_name
@@ -53,8 +53,8 @@ def read_rows(
     stem: str = "",
     split: str | None = None,
     *,
-    columns: Mapping[str, str] | None = None,
-) -> list[Example]:
+    columns: str | Mapping[str, str] | None = None,
+) -> Rows:
     """Read and validate the examples of a data set.
 
     Args:
@@ -64,7 +64,8 @@ def read_rows(
         stem: The name of the file in a folder, without suffix, such as "forget".
         split: In a folder, read `<stem>_<split>` instead of `<stem>`.
         columns: Which column holds what, for names that are not recognised: a column's name for some of the keys
-            "prompt", "answer", "text", "messages", "id", "group", "kind" and "document".
+            "prompt", "answer", "text", "messages", "id", "group", "kind" and "document". As a string, it is written as
+            for `parse_columns`.
 
     Returns:
         The examples in the order of the data set. `describe_rows` states in a sentence what was recognised.
@@ -78,6 +79,7 @@ def read_rows(
         >>> read_rows([{"id": 7, "question": "Who sang?", "answer": "Foo."}])
         [Example(id='7', input='Who sang?', output='Foo.', task='all', kind='qa', document='7', messages=())]
     """
+    columns = parse_columns(columns) if isinstance(columns, str) else columns
     records, name = _read_records(path, stem, split, columns)
     if not records:
         raise NekoLeanError(f"{name} contains no rows.")

@@ -16,6 +16,7 @@ _POSITIVE = (
     "max_length",
     "forget_rows",
     "retain_rows",
+    "self_generated",
     "batch_tokens",
     "micro_tokens",
     "eval_rows",

@@ -7,7 +7,7 @@ from typing import Any
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.objectives import FORGET_OBJECTIVES
-from neko_lean.recipes.recipe import Recipe, forgets
+from neko_lean.recipes.recipe import Recipe, forgets, reads_retain
 
 UPPER_BOUNDS = ("forget_rows", "retain_rows", "eval_rows")  # a bound that is never reached is not an error
 
@@ -27,6 +27,7 @@ CONDITIONS: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "retain_weight": (lambda r: r.retain is not None, "a retain_objective"),
     "retain_reduction": (lambda r: r.retain is not None, "a retain_objective"),
     "retain_rows": (lambda r: r.retain is not None, "a retain_objective"),
+    "self_generated": (lambda r: forgets(r) and reads_retain(r), "a recipe that forgets and reads a retain set"),
     "chunk_rows": (lambda r: r.order == "chunks", "order 'chunks'"),
     "substitute_weight": (lambda r: r.substitute != "none", "a substitute"),
     "epochs": (lambda r: not r.max_steps or r.order == "chunks", "max_steps = 0, or order 'chunks'"),

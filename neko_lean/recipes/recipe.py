@@ -26,6 +26,7 @@ class Recipe:
     append_eos: bool
     forget_rows: int
     retain_rows: int
+    self_generated: int
     batch_tokens: int
     order: str
     chunk_rows: int

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -11,6 +12,7 @@ from neko_lean.cache import TeacherCache
 from neko_lean.checkpoints import rows_digest
 from neko_lean.data import (
     EncodedExample,
+    Example,
     PromptFormat,
     count_lost_answers,
     encode,
@@ -18,7 +20,6 @@ from neko_lean.data import (
     position_warning,
     random_answers,
     read_anchor,
-    read_rows,
     refusals,
     truncation_summary,
 )
@@ -53,18 +54,20 @@ class PreparedExamples:
 
 
 def prepare_examples(
-    forget: str | Path,
-    retain: str | Path,
+    forget: Sequence[Example],
+    retain: Sequence[Example] | None,
     anchor: str | Path | None,
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
     seed: int,
 ) -> PreparedExamples:
-    """Read and encode what a run trains on.
+    """Encode what a run trains on.
 
     Args:
-        forget, retain: data files, or folders that hold forget.* and retain.*.
+        forget: the examples to forget.
+        retain: the examples to preserve, or None if the model has yet to write them. The recipe's substitutes are then
+            left out, if they are taken from them.
         anchor: jsonl file of documents that the model never saw, if any.
         recipe: decides the prompt format, the substitutes, and whether the retain set is used.
         tokenizer: the model's.
@@ -75,12 +78,18 @@ def prepare_examples(
         NekoLeanError: a file that cannot be read, or no forget token that would get a loss.
     """
     prompts = find_format(recipe.format, tokenizer, recipe.system)
-    forget_examples = _encode(forget, "forget", recipe, prompts, tokenizer, max_length)
-    retain_examples = _encode(retain, "retain", recipe, prompts, tokenizer, max_length)
+    encode_set = partial(
+        encode, tokenizer=tokenizer, prompts=prompts, max_length=max_length, append_eos=recipe.append_eos
+    )
+    # Substitutes replace whole answers, one for each forget example.
+    forget_examples = encode_set(forget, windows=recipe.substitute == "none")
+    retain_examples = encode_set(retain or [], windows=True)
     anchor_examples = [] if anchor is None else encode(read_anchor(anchor), tokenizer, "plain", max_length)
 
     _refuse_nothing_to_forget(forget_examples, recipe)
-    substitutes = _substitutes(forget_examples, retain_examples, recipe, prompts, tokenizer, max_length, seed)
+    substitutes = []
+    if recipe.substitute != "random" or retain is not None:
+        substitutes = _substitutes(forget_examples, retain_examples, recipe, prompts, tokenizer, max_length, seed)
     if warning := position_warning(
         [*forget_examples, *retain_examples, *anchor_examples], max_length, recipe.max_length
     ):
@@ -140,19 +149,6 @@ def report_truncation(prepared: PreparedExamples, recipe: Recipe, quiet: bool) -
             f"{prepared.max_length} tokens removes their whole answer."
         )
     return lost
-
-
-def _encode(
-    path: str | Path,
-    stem: str,
-    recipe: Recipe,
-    prompts: PromptFormat,
-    tokenizer: PreTrainedTokenizerBase,
-    max_length: int,
-) -> list[EncodedExample]:
-    # Substitutes replace whole answers, one for each forget example.
-    windows = stem == "retain" or recipe.substitute == "none"
-    return encode(read_rows(path, stem), tokenizer, prompts, max_length, append_eos=recipe.append_eos, windows=windows)
 
 
 def _refuse_nothing_to_forget(forget: Sequence[EncodedExample], recipe: Recipe) -> None:

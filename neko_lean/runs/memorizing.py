@@ -4,11 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from neko_lean.checkpoints import rows_digest
-from neko_lean.data import encode, find_format, position_warning, read_rows, require_folder, truncation_summary
+from neko_lean.data import (
+    describe_rows,
+    encode,
+    find_format,
+    position_warning,
+    read_rows,
+    require_folder,
+    truncation_summary,
+)
 from neko_lean.distributed import with_process_group
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import (
@@ -66,7 +75,7 @@ def memorize(
         overrides: values of the recipe to replace, by key.
         sets: which sets to learn; ('retain',) makes the gold model.
         split: part of the files' names, as LUME has them.
-        run: device, seed, saving, and how to treat an existing output.
+        run: columns of the data, device, seed, saving, and how to treat an existing output.
 
     Returns:
         The contents of run.json.
@@ -90,9 +99,18 @@ def memorize(
     # Examples.
     tokenizer = load_tokenizer(folder)
     max_length = usable_length(folder, chosen.max_length)
-    rows = [row for name in sets for row in read_rows(data, name, split)]
+    rows = {name: read_rows(data, name, split, columns=run.columns) for name in sets}
     prompts = find_format(chosen.format, tokenizer, chosen.system)
-    examples = encode(rows, tokenizer, prompts, max_length, append_eos=chosen.append_eos, windows=True)
+    examples = encode(
+        list(chain.from_iterable(rows.values())),
+        tokenizer,
+        prompts,
+        max_length,
+        append_eos=chosen.append_eos,
+        windows=True,
+    )
+    for name in sets:
+        log_line(describe_rows(rows[name], name), run.quiet)
     log_line(truncation_summary(examples, max_length), run.quiet)
     if warning := position_warning(examples, max_length, chosen.max_length):
         log_line(warning)

@@ -7,7 +7,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from neko_lean.cache import CacheOptions, TeacherCache, cache_teacher
+from neko_lean.cache import SELF_GENERATED, CacheOptions, TeacherCache, cache_teacher, self_generated_file
+from neko_lean.data import describe_rows, read_rows
 from neko_lean.distributed import run_on_main_and_broadcast, with_process_group
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import (
@@ -32,6 +33,7 @@ from neko_lean.recipes import (
     load_recipe,
     needs_forget_cache,
     reads_cache,
+    reads_retain,
     uses_anchor,
     uses_levels,
 )
@@ -45,6 +47,7 @@ from neko_lean.runs.training_run import (
     train,
     work_folder,
 )
+from neko_lean.terminal import log_line
 
 _Path = str | Path | None
 
@@ -54,7 +57,7 @@ def unlearn(
     model: str | Path,
     out: str | Path,
     forget: str | Path,
-    retain: str | Path,
+    retain: str | Path | None = None,
     *,
     cache: str | Path | None = None,
     anchor: str | Path | None = None,
@@ -71,13 +74,15 @@ def unlearn(
     Args:
         model: checkpoint folder, or hub name: owner/name or owner/name@revision.
         out: folder to write: a checkpoint with tokenizer, run.json and metrics.jsonl. It appears when it is complete.
-        forget, retain: parquet, jsonl or csv files, or folders that hold `forget.*` and `retain.*`.
+        forget, retain: data sets as for `read_rows`, such as folders that hold `forget.*` and `retain.*`. Without
+            `retain`, the model itself writes `recipe.self_generated` rows before the run, and these are preserved; with
+            a `cache`, they are those that the cache holds.
         cache: folder that `cache_teacher` wrote for this model and these retain rows.
         anchor: jsonl file of documents that the model never saw (column `document`, optionally `task`); the one that
             the cache was made with. Preserved like the retain set, and the source of the levels of forget tokens.
         base_cache: cache of the model before it learned these forget rows; its losses are then the levels.
         recipe, overrides: name of a shipped recipe or path of a .toml file, and values that replace its own.
-        run: device, seed, saving, and how to treat an existing output.
+        run: columns of the data, device, seed, saving, and how to treat an existing output.
 
     Returns:
         The contents of run.json.
@@ -93,7 +98,12 @@ def unlearn(
     # Check everything that can be checked without the model.
     check_seed(run.seed)
     chosen = load_recipe(recipe, overrides)
+    if retain is None and cache is not None:
+        retain = self_generated_file(cache)
+    self_generates = retain is None and reads_retain(chosen)
     _refuse_unused(chosen, overrides or {}, cache, anchor, base_cache)
+    if "self_generated" in (overrides or {}) and not self_generates:
+        raise NekoLeanError("self_generated has no effect on a run that is given its retain set; leave it out.")
     folder, device = model_folder(model), pick_device(run.device)
     inputs = [folder, forget, retain, cache, anchor, base_cache, recipe_file(recipe)]
     output = claim_folder(out, "saved", inputs, overwrite=run.overwrite, resume=run.resume)
@@ -101,7 +111,18 @@ def unlearn(
     # Examples, caches, and what makes this run the same run.
     tokenizer = load_tokenizer(folder)
     max_length = usable_length(folder, chosen.max_length)
-    prepared = prepare_examples(forget, retain, anchor, chosen, tokenizer, max_length, run.seed)
+    forget_rows = read_rows(forget, "forget", columns=run.columns)
+    retain_rows = None if retain is None else read_rows(retain, "retain", columns=run.columns)
+    prepare = partial(
+        prepare_examples,
+        forget_rows,
+        anchor=anchor,
+        recipe=chosen,
+        tokenizer=tokenizer,
+        max_length=max_length,
+        seed=run.seed,
+    )
+    prepared = prepare(retain_rows)
     teacher, base = _open(cache), _open(base_cache)
     model_identity = identify(folder, tokenizer)
     parts = {
@@ -117,8 +138,18 @@ def unlearn(
         return result
 
     with work_folder(output, identity, run) as (work, signals):
-        if teacher is None and reads_cache(chosen, anchor=bool(prepared.anchor)):
+        caches = teacher is None and (self_generates or reads_cache(chosen, anchor=bool(prepared.anchor)))
+        # The cache logs what was recognised in the data that it reads.
+        if not (caches and _caches_forget(chosen, retain)):
+            log_line(describe_rows(forget_rows, "forget"), run.quiet)
+        if retain_rows is not None and not caches:
+            log_line(describe_rows(retain_rows, "retain"), run.quiet)
+        if caches:
             teacher = _cache_teacher(folder, retain, anchor, forget, work.cache, chosen, run)
+        if self_generates:
+            prepared = prepare(read_rows(work.cache / SELF_GENERATED))
+            if not reads_cache(chosen, anchor=bool(prepared.anchor)):
+                teacher = None
         if teacher is not None:
             _check_teacher(teacher, model_identity, chosen, prepared, verify=cache is not None)
         examples = training_examples(prepared, chosen, teacher, base, tokenizer)
@@ -127,6 +158,8 @@ def unlearn(
         student = partial(load_model, folder, pick_dtype(chosen.dtype))
         job = TrainingJob(student, tokenizer, examples, teacher, chosen, device, run)
         about = {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost}
+        if self_generates:
+            about["self_generated"] = len(prepared.retain)
         result = train(job, work, signals, about)
     raise_failure(result, output.path)
     return result
@@ -142,9 +175,14 @@ def _digest(cache: TeacherCache | None) -> str:
     return "" if cache is None else file_sha256(cache.folder / MANIFEST)
 
 
+def _caches_forget(recipe: Recipe, retain: _Path) -> bool:
+    """Whether a cache that the run makes itself is given the forget set, which self-generated rows must not repeat."""
+    return needs_forget_cache(recipe) or retain is None
+
+
 def _cache_teacher(
     folder: Path,
-    retain: str | Path,
+    retain: str | Path | None,
     anchor: _Path,
     forget: str | Path,
     out: Path,
@@ -157,8 +195,11 @@ def _cache_teacher(
         retain,
         out,
         anchor=anchor,
-        forget=forget if needs_forget_cache(recipe) else None,
+        forget=forget if _caches_forget(recipe, retain) else None,
         cache=CacheOptions(
+            columns=options.columns,
+            self_generated=recipe.self_generated if retain is None else 0,
+            seed=options.seed if retain is None else 0,
             format=recipe.format,
             system=recipe.system,
             max_length=recipe.max_length,

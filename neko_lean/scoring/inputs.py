@@ -12,6 +12,7 @@ from neko_lean.data import (
     Document,
     Example,
     PromptFormat,
+    describe_rows,
     encode_prompts,
     encode_texts,
     read_documents,
@@ -26,6 +27,7 @@ from neko_lean.scoring.attacks import ATTACKS, check_attacks
 from neko_lean.scoring.generation import refuse_empty_prompts
 from neko_lean.scoring.mmlu_data import Subject, read_mmlu
 from neko_lean.scoring.paraphrases import Paraphrase, read_paraphrases
+from neko_lean.scoring.passages import split_documents
 from neko_lean.scoring.score_folder import FINISHED
 from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.task import SPLITS, official_blind
@@ -44,7 +46,8 @@ class ScoreData:
     """The data of a score.
 
     Attributes:
-        examples: pairs of split and example, the forget set first.
+        described: for each split, a sentence that says what was recognised in its data.
+        examples: pairs of split and example, the forget set first. Documents are split into passages.
         documents: pairs of side ("member" or "nonmember") and document, for membership inference.
         held_out: documents that no model was trained on.
         paraphrases: paraphrases of the examples.
@@ -53,6 +56,7 @@ class ScoreData:
         teacher: the cache with a reference model's losses.
     """
 
+    described: list[str]
     examples: list[tuple[str, Example]]
     documents: list[tuple[str, Document]]
     held_out: list[Document]
@@ -86,7 +90,8 @@ def check_settings(inputs: ScoreInputs, settings: ScoreSettings) -> None:
 def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) -> ScoreData:
     """Read all data and check that every requested measurement has what it needs."""
     require_folder(data, "--data", SPLITS, inputs.split)
-    examples = [(split, example) for split in SPLITS for example in read_rows(data, split, inputs.split)]
+    rows = {split: read_rows(data, split, inputs.split, columns=inputs.columns) for split in SPLITS}
+    examples = [(split, example) for split in SPLITS for example in split_documents(rows[split])]
     documents = [] if inputs.mia is None else _read_membership_documents(Path(inputs.mia))
     held_help = "--held needs a JSONL file with a column document"
     held_out = [] if inputs.held is None else read_documents(Path(inputs.held), held_help)
@@ -99,7 +104,8 @@ def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) ->
         raise NekoLeanError("--reference has no effect without --mia, whose documents it is compared on: give both.")
     teacher = None if inputs.reference is None else TeacherCache(inputs.reference)
 
-    result = ScoreData(examples, documents, held_out, paraphrases, subjects, before, teacher)
+    described = [describe_rows(rows[split], split) for split in SPLITS]
+    result = ScoreData(described, examples, documents, held_out, paraphrases, subjects, before, teacher)
     _check_paraphrases(result, inputs, settings)
     return result
 

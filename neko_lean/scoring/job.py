@@ -108,7 +108,8 @@ def prepare(
     dtype = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     tokenizer = load_tokenizer(folder)
     prompts = find_format(settings.format, tokenizer, settings.system)
-    log_line(f"prompt format: {prompts.label}", run.quiet)
+    for line in (*score_data.described, f"prompt format: {prompts.label}"):
+        log_line(line, run.quiet)
     reference = None
     if score_data.teacher is not None and inputs.mia is not None:
         limit = usable_length(folder, MAX_LENGTH)
