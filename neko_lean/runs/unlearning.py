@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from neko_lean.cache import SELF_GENERATED, CacheOptions, TeacherCache, cache_teacher, self_generated_file
-from neko_lean.data import describe_rows, read_rows
+from neko_lean.data import Rows, describe_rows, read_rows
 from neko_lean.distributed import run_on_main_and_broadcast, with_process_group
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import (
@@ -101,9 +101,7 @@ def unlearn(
     if retain is None and cache is not None:
         retain = self_generated_file(cache)
     self_generates = retain is None and reads_retain(chosen)
-    _refuse_unused(chosen, overrides or {}, cache, anchor, base_cache)
-    if "self_generated" in (overrides or {}) and not self_generates:
-        raise NekoLeanError("self_generated has no effect on a run that is given its retain set; leave it out.")
+    _refuse_unused(chosen, overrides or {}, retain, cache, anchor, base_cache)
     folder, device = model_folder(model), pick_device(run.device)
     inputs = [folder, forget, retain, cache, anchor, base_cache, recipe_file(recipe)]
     output = claim_folder(out, "saved", inputs, overwrite=run.overwrite, resume=run.resume)
@@ -139,27 +137,22 @@ def unlearn(
 
     with work_folder(output, identity, run) as (work, signals):
         caches = teacher is None and (self_generates or reads_cache(chosen, anchor=bool(prepared.anchor)))
-        # The cache logs what was recognised in the data that it reads.
-        if not (caches and _caches_forget(chosen, retain)):
-            log_line(describe_rows(forget_rows, "forget"), run.quiet)
-        if retain_rows is not None and not caches:
-            log_line(describe_rows(retain_rows, "retain"), run.quiet)
         if caches:
             teacher = _cache_teacher(folder, retain, anchor, forget, work.cache, chosen, run)
         if self_generates:
             prepared = prepare(read_rows(work.cache / SELF_GENERATED))
-            if not reads_cache(chosen, anchor=bool(prepared.anchor)):
-                teacher = None
+        if not reads_cache(chosen, anchor=bool(prepared.anchor)):
+            teacher = None  # it only wrote the retain set
         if teacher is not None:
             _check_teacher(teacher, model_identity, chosen, prepared, verify=cache is not None)
+        _log_rows(forget_rows, retain_rows, chosen, caches, run.quiet)
         examples = training_examples(prepared, chosen, teacher, base, tokenizer)
         lost = report_truncation(prepared, chosen, run.quiet)
 
         student = partial(load_model, folder, pick_dtype(chosen.dtype))
         job = TrainingJob(student, tokenizer, examples, teacher, chosen, device, run)
         about = {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost}
-        if self_generates:
-            about["self_generated"] = len(prepared.retain)
+        about["self_generated"] = chosen.self_generated if self_generates else 0
         result = train(job, work, signals, about)
     raise_failure(result, output.path)
     return result
@@ -173,6 +166,16 @@ def _digest(cache: TeacherCache | None) -> str:
     """SHA-256 of a cache's manifest, which holds the SHA-256 of everything else. '' for a cache that the run makes
     itself, which follows from the other parts of its identity."""
     return "" if cache is None else file_sha256(cache.folder / MANIFEST)
+
+
+def _log_rows(forget: Rows, retain: Rows | None, recipe: Recipe, was_cached: bool, quiet: bool) -> None:
+    """Log what was recognised in the data, unless `cache_teacher` has just read the same and said so."""
+    if not was_cached:
+        log_line(describe_rows(forget, "forget"), quiet)
+        if retain is not None:
+            log_line(describe_rows(retain, "retain"), quiet)
+    elif retain is not None and not needs_forget_cache(recipe):
+        log_line(describe_rows(forget, "forget"), quiet)
 
 
 def _caches_forget(recipe: Recipe, retain: _Path) -> bool:
@@ -222,7 +225,7 @@ def _check_teacher(
 
 
 def _refuse_unused(
-    recipe: Recipe, overrides: Mapping[str, Any], cache: _Path, anchor: _Path, base_cache: _Path
+    recipe: Recipe, overrides: Mapping[str, Any], retain: _Path, cache: _Path, anchor: _Path, base_cache: _Path
 ) -> None:
     """Raise NekoLeanError for an argument that would not change the run."""
     objectives = f"retain_objective {recipe.retain_objective} and forget_objective {recipe.forget_objective}"
@@ -231,6 +234,8 @@ def _refuse_unused(
             f"recipe {recipe.name} forgets nothing: it has neither a forget_objective nor a substitute; choose another "
             f"recipe, or use `memorize` to train on the data."
         )
+    if "self_generated" in overrides and retain is not None:
+        raise NekoLeanError("self_generated has no effect on a run that is given its retain set; leave it out.")
     if base_cache is not None and not uses_levels(recipe):
         raise NekoLeanError(
             f"--base-cache {base_cache} has no effect: recipe {recipe.name} has {objectives}, and only a "
