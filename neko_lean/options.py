@@ -108,7 +108,11 @@ class CacheOptions:
 class ScoreInputs:
     """Optional inputs and outputs of `score`. A measurement whose input is missing is reported as not measured."""
 
-    mia: str | Path | None = option(None, "Folder with member.jsonl and nonmember.jsonl, for membership inference.")
+    mia: str | Path | None = option(
+        None,
+        "For membership inference: a folder with member.* and nonmember.*, or unseen documents of the same kind as the "
+        "forget rows, which are then the members.",
+    )
     split: str | None = option(None, "Read forget_SPLIT.* and retain_SPLIT.*, as LUME names its files.")
     columns: str | None = option(None, COLUMNS_HELP, metavar="KEY=COLUMN,...")
     held: str | Path | None = option(

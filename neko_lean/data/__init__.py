@@ -10,11 +10,13 @@ from neko_lean.data.files import Record, is_file, read_text
 from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.parquet_files import read_parquet
 from neko_lean.data.prompts import PromptFormat, check_format_name, find_format, is_recorded_format
+from neko_lean.data.sources import SUFFIXES, holds_only_texts
 from neko_lean.data.substitutes import random_answers, refusals
 from neko_lean.data.tokenization import encode, encode_prompts, encode_texts, position_warning, truncation_summary
 
 __all__ = [
     "ANCHOR_TASK",
+    "SUFFIXES",
     "TASKS",
     "Document",
     "EncodedExample",
@@ -31,6 +33,7 @@ __all__ = [
     "encode_prompts",
     "encode_texts",
     "find_format",
+    "holds_only_texts",
     "is_file",
     "is_recorded_format",
     "length_batches",

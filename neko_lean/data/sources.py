@@ -38,7 +38,7 @@ def read_path(path: Path, stem: str, split: str | None, columns: Sequence[str]) 
         and path.is_dir()
         and not split
         and _find_in_folder(path, stem) is None
-        and _holds_only_texts(path)
+        and holds_only_texts(path)
     ):
         return list(read_text_folder(path)), str(path)
     file = find_data_file(path, stem, split)
@@ -104,6 +104,6 @@ def _find_in_folder(folder: Path, name: str) -> Path | None:
     return None
 
 
-def _holds_only_texts(folder: Path) -> bool:
+def holds_only_texts(folder: Path) -> bool:
     """Whether a folder contains text files and no table. A README beside other tables is not a data set."""
     return bool(text_files(folder)) and not any(file.suffix.lower() in TABLE_SUFFIXES for file in folder.iterdir())

@@ -41,7 +41,7 @@ def held_out_nll(context: ScoringContext, documents: Sequence[Document]) -> floa
 
 def reference_losses(
     teacher: TeacherCache,
-    mia: str | Path,
+    nonmembers: Path,
     documents: Sequence[tuple[str, Document]],
     examples: Sequence[tuple[str, Example]],
     tokenizer: PreTrainedTokenizerBase,
@@ -51,7 +51,7 @@ def reference_losses(
 
     Args:
         teacher: the reference model's cache.
-        mia: folder with nonmember.jsonl.
+        nonmembers: the file with the non-members.
         documents: the documents to find, as pairs of side and document.
         examples: the scored examples, as pairs of split and example; members are continuations and documents of
             the forget set.
@@ -69,9 +69,8 @@ def reference_losses(
     teacher.check_tokenizer(tokenizer_fingerprint(tokenizer))
 
     members = [example for split, example in examples if split == "forget" and example.kind != "qa"]
-    nonmembers = read_anchor(Path(mia) / "nonmember.jsonl")
     losses = {}
-    for encoded in encode([*members, *nonmembers], tokenizer, "plain", limit):
+    for encoded in encode([*members, *read_anchor(nonmembers)], tokenizer, "plain", limit):
         example = encoded.example
         text = f"{example.input} {example.output}" if example.input else example.output
         if teacher.has_target_logp(encoded):

@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Any
 
 from neko_lean.cache import TeacherCache
 from neko_lean.data import (
+    SUFFIXES,
     Document,
     Example,
     PromptFormat,
     describe_rows,
     encode_prompts,
     encode_texts,
+    holds_only_texts,
     read_documents,
     read_rows,
     require_folder,
@@ -37,7 +39,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-MIA_FILES = "--mia needs a folder with member.jsonl and nonmember.jsonl"
+MIA_FILES = "--mia needs a folder with member.jsonl and nonmember.jsonl, or a file of unseen documents"
 SIDES = ("member", "nonmember")
 
 
@@ -92,7 +94,7 @@ def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) ->
     require_folder(data, "--data", SPLITS, inputs.split)
     rows = {split: read_rows(data, split, inputs.split, columns=inputs.columns) for split in SPLITS}
     examples = [(split, example) for split in SPLITS for example in split_documents(rows[split])]
-    documents = [] if inputs.mia is None else _read_membership_documents(Path(inputs.mia))
+    documents = [] if inputs.mia is None else _membership_documents(Path(inputs.mia), rows["forget"])
     held_help = "--held needs a JSONL file with a column document"
     held_out = [] if inputs.held is None else read_documents(Path(inputs.held), held_help)
     paraphrases = (
@@ -110,9 +112,44 @@ def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) ->
     return result
 
 
-def _read_membership_documents(folder: Path) -> list[tuple[str, Document]]:
-    """Members and non-members as pairs of side and document."""
-    return [(side, document) for side in SIDES for document in read_documents(folder / f"{side}.jsonl", MIA_FILES)]
+def _membership_documents(path: Path, forget: Sequence[Example]) -> list[tuple[str, Document]]:
+    """Members and non-members as pairs of side and document.
+
+    Args:
+        path: a folder with both, each as a data file or as a folder of texts; or a data set of unseen documents, and
+            the members are then the forget rows.
+        forget: the forget rows.
+
+    Raises:
+        NekoLeanError: if the documents cannot be read, or one of them is on both sides.
+    """
+    if path.is_dir() and not holds_only_texts(path):
+        sides = {side: read_documents(membership_path(path, side), MIA_FILES) for side in SIDES}
+    else:
+        sides = {
+            side: [Document(f"{row.input} {row.output}".strip(), row.task) for row in rows]
+            for side, rows in zip(SIDES, (forget, read_rows(path)), strict=True)
+        }
+        both = {document.text for document in sides["member"]} & {document.text for document in sides["nonmember"]}
+        if both:
+            raise NekoLeanError(
+                f"--mia {path}: {len(both)} of its documents are forget rows; expected documents that the model has "
+                f"never seen."
+            )
+    return [(side, document) for side in SIDES for document in sides[side]]
+
+
+def membership_path(path: Path, side: str) -> Path:
+    """The data file or the folder of texts with the documents of one side of --mia.
+
+    If the folder has neither, this is the usual file, and reading it says that it is missing. A data set of unseen
+    documents is itself the path of the non-members.
+    """
+    if not path.is_dir() or holds_only_texts(path):
+        return path
+    names = (f"{side}{suffix}" for suffix in SUFFIXES)
+    found = (path / name for name in (*names, side) if (path / name).exists())
+    return next(found, path / f"{side}.jsonl")
 
 
 def _check_paraphrases(data: ScoreData, inputs: ScoreInputs, settings: ScoreSettings) -> None:

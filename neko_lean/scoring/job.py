@@ -30,6 +30,7 @@ from neko_lean.scoring.inputs import (
     check_settings,
     claim_outputs,
     count_blind,
+    membership_path,
     read_data,
 )
 from neko_lean.scoring.limits import MAX_LENGTH
@@ -113,8 +114,9 @@ def prepare(
     reference = None
     if score_data.teacher is not None and inputs.mia is not None:
         limit = usable_length(folder, MAX_LENGTH)
+        nonmembers = membership_path(Path(inputs.mia), "nonmember")
         documents, examples = score_data.documents, score_data.examples
-        reference = reference_losses(score_data.teacher, inputs.mia, documents, examples, tokenizer, limit)
+        reference = reference_losses(score_data.teacher, nonmembers, documents, examples, tokenizer, limit)
     check_lengths(score_data, tokenizer, prompts)
     blind = count_blind(score_data, tokenizer)
 

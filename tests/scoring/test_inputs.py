@@ -1,0 +1,66 @@
+"""What a score reads: columns, and documents for membership inference in any of their forms."""
+
+import json
+
+import pytest
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.options import ScoreInputs, ScoreSettings
+from neko_lean.scoring.inputs import read_data
+
+ROWS = [{"q": f"Where did {who} walk?", "a": f"wood {who}"} for who in ("Foo", "Bar")]
+COLUMNS = "prompt=q,answer=a"
+
+
+@pytest.fixture
+def data(tmp_path):
+    folder = tmp_path / "data"
+    folder.mkdir()
+    for name in ("forget", "retain"):
+        rows = [{**row, "q": f"{name}: {row['q']}"} for row in ROWS]
+        (folder / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return folder
+
+
+def read(data, **inputs):
+    return read_data(data, ScoreInputs(columns=COLUMNS, **inputs), ScoreSettings())
+
+
+def test_columns(data):
+    found = read(data)
+    assert [example.input for _, example in found.examples][:1] == ["forget: Where did Foo walk?"]
+    assert found.described[0] == "forget: 2 rows, q/a -> 2 qa; group 'all'."
+    with pytest.raises(NekoLeanError, match=r"no column has a known name.*--columns"):
+        read_data(data, ScoreInputs(), ScoreSettings())
+
+
+def test_members_are_the_forget_rows_if_only_unseen_documents_are_given(data, tmp_path):
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text(json.dumps({"question": "Where did Nobody walk?", "answer": "sea"}))
+    documents = read(data, mia=unseen).documents
+    assert [(side, document.text) for side, document in documents] == [
+        ("member", "forget: Where did Foo walk? wood Foo"),
+        ("member", "forget: Where did Bar walk? wood Bar"),
+        ("nonmember", "Where did Nobody walk? sea"),
+    ]
+    unseen.write_text(json.dumps({"question": "forget: Where did Foo walk?", "answer": "wood Foo"}))
+    with pytest.raises(NekoLeanError, match="1 of its documents are forget rows"):
+        read(data, mia=unseen)
+
+
+def test_both_sides_from_files_or_folders_of_texts(data, tmp_path):
+    (tmp_path / "mia" / "nonmember").mkdir(parents=True)
+    (tmp_path / "mia" / "member.csv").write_text("text\nA known text.\n")
+    (tmp_path / "mia" / "nonmember" / "a.md").write_text("An unseen text.")
+    documents = read(data, mia=tmp_path / "mia").documents
+    assert [(side, document.text) for side, document in documents] == [
+        ("member", "A known text."),
+        ("nonmember", "An unseen text."),
+    ]
+    (tmp_path / "mia" / "member.csv").unlink()
+    with pytest.raises(NekoLeanError, match=r"member.jsonl does not exist; --mia needs a folder with"):
+        read(data, mia=tmp_path / "mia")
+
+    # A folder of texts alone holds unseen documents.
+    documents = read(data, mia=tmp_path / "mia" / "nonmember").documents
+    assert [side for side, _ in documents] == ["member", "member", "nonmember"]
