@@ -113,7 +113,7 @@ class ScoreInputs:
         "For membership inference: a folder with member.* and nonmember.*, or unseen documents of the same kind as the "
         "forget rows, which are then the members.",
     )
-    split: str | None = option(None, "Read forget_SPLIT.* and retain_SPLIT.*, as LUME names its files.")
+    split: str | None = option(None, "Read forget_SPLIT.* and retain_SPLIT.*, or a split of TOFU, such as forget10.")
     columns: str | None = option(None, COLUMNS_HELP, metavar="KEY=COLUMN,...")
     held: str | Path | None = option(
         None, "JSONL file of documents that no model was trained on; used to detect a broken model."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -74,7 +75,8 @@ def read_file(file: Path, columns: Sequence[str]) -> Iterator[Record]:
 def find_data_file(path: str | Path, stem: str, split: str | None = None) -> Path:
     """The data file that `path` refers to: `path` itself, or in a folder `<stem>.*` (or `<stem>_<split>.*`).
 
-    A folder may contain the same set in several formats. The first one in `SUFFIXES` is used.
+    A split of TOFU is found under TOFU's own names. A folder may contain the same set in several formats. The first one
+    in `SUFFIXES` is used.
 
     Raises:
         NekoLeanError: If there is no such file.
@@ -89,13 +91,23 @@ def find_data_file(path: str | Path, stem: str, split: str | None = None) -> Pat
         )
 
     name = f"{stem}_{split}" if split else stem
-    file = _find_in_folder(path, name)
+    file = _find_in_folder(path, name) or _find_in_folder(path, _tofu_name(stem, split or ""))
     if file is None:
         raise NekoLeanError(f"{path} contains no {name}.parquet, nor {name} with {', '.join(SUFFIXES[1:])}.")
     return file
 
 
+def _tofu_name(stem: str, split: str) -> str:
+    """The name of TOFU's file (arXiv 2401.06121): split forget10 is forget10 and retain90. "" for another split."""
+    match = re.fullmatch(r"forget(\d\d)", split)
+    if match is None:
+        return ""
+    return {"forget": split, "retain": f"retain{100 - int(match[1])}"}.get(stem, "")
+
+
 def _find_in_folder(folder: Path, name: str) -> Path | None:
+    if not name:
+        return None
     for suffix in SUFFIXES:
         # Datasets on the Hugging Face hub name a single parquet shard forget_train-00000-of-00001.parquet.
         for file in (folder / f"{name}{suffix}", folder / f"{name}-00000-of-00001{suffix}"):
