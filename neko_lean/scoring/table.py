@@ -92,7 +92,7 @@ def _benchmark_sections(named: Mapping[str, Scores]) -> list[list[Row]]:
         )
 
     return [
-        [(f"{title}: {label}", value(title, key)) for key, label, _ in BENCHMARK_LINES[title.split()[0]]]
+        [(escape(f"{title}: {label}"), value(title, key)) for key, label, _ in BENCHMARK_LINES[title.split()[0]]]
         for title in titles
     ]
 

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from rich.console import Console
 from typer.testing import CliRunner
 
 from neko_lean.cli import app
@@ -22,6 +23,7 @@ from neko_lean.scoring.benchmarks.tofu import tofu_scores
 from neko_lean.scoring.generation import Generation, generate
 from neko_lean.scoring.limits import TruncationCounts
 from neko_lean.scoring.measure import ScoringContext
+from neko_lean.scoring.table import score_table
 from tests.helpers import random_model
 from tests.scoring.benchmarks.folders import write_muse, write_tofu
 from tests.scoring.calls import score_with
@@ -91,6 +93,20 @@ def test_the_scores_generations_are_those_of_the_benchmark(model, tofu, tmp_path
     alone = tofu_scores(context, benchmark.rows)
     for key, value in alone.items():
         assert scores["benchmark"][key] == (pytest.approx(value) if not isinstance(value, dict) else value)
+
+
+def test_the_table_shows_the_benchmark():
+    one = {"benchmark": {"name": "tofu", "split": "forget10", "forget_quality": 1e-20, "forget": {"rouge": 0.25}}}
+    two = {"benchmark": {"name": "muse", "split": None, "privleak": -12.5}}
+    console = Console(width=140)
+    with console.capture() as capture:
+        console.print(score_table({"one": one, "two": two}))
+    rows = [line.split() for line in capture.get().splitlines()]
+    values = {" ".join(row[1 : row.index("│", 1)]): " ".join(row) for row in rows if row.count("│") == 4}
+    assert "1.0e-20 │ not measured" in values["TOFU forget10: forget quality"]
+    assert "0.250 │ not measured" in values["TOFU forget10: forget ROUGE-L"]
+    assert "not measured │ -12.500" in values["MUSE: privleak"]
+    assert "except privleak" in capture.get()
 
 
 def test_muse(model, muse, tmp_path):
