@@ -83,13 +83,14 @@ def check_benchmark(inputs: ScoreInputs, settings: ScoreSettings) -> None:
         raise NekoLeanError(f"--benchmark tofu needs --tofu-split, one of {', '.join(TOFU_SPLITS)}.")
     if name != "tofu" and inputs.tofu_split is not None:
         raise NekoLeanError(f"--tofu-split has no effect with --benchmark {name}: leave it out.")
-    for option, value in (
-        ("--split", inputs.split),
-        ("--columns", inputs.columns),
-        ("--max-new-tokens", settings.max_new_tokens),
-    ):
-        if value is not None:
-            raise NekoLeanError(f"{option} has no effect with --benchmark, which determines it: leave it out.")
+    determined: dict[str, object] = {
+        "--split": inputs.split,
+        "--columns": inputs.columns,
+        "--max-new-tokens": settings.max_new_tokens,
+    }
+    given = next((option for option, value in determined.items() if value is not None), None)
+    if given is not None:
+        raise NekoLeanError(f"{given} has no effect with --benchmark, which determines it: leave it out.")
 
 
 def read_benchmark(data: str | Path, inputs: ScoreInputs) -> Benchmark | None:
