@@ -128,6 +128,13 @@ class ScoreInputs:
     before: str | Path | None = option(
         None, "Score folder of the model before unlearning; adds differences with confidence intervals."
     )
+    benchmark: str | None = option(
+        None, "Benchmark that --data is the folder of: tofu or muse. Adds its metrics to the score."
+    )
+    tofu_split: str | None = option(None, "Split of --benchmark tofu: forget01, forget05 or forget10.")
+    gold: str | Path | None = option(
+        None, "Score folder of a retain-only model on the same --benchmark; for forget quality and privleak."
+    )
     official: str | Path | None = option(None, "Also write the results file of the shared task to this path.")
 
 
@@ -148,6 +155,8 @@ class ScoreSettings:
     format: str = option("auto", "Prompt format: auto, chat, plain, neko, tofu, or a template file.")
     system: str = option("", "System message for the chat template.")
     batch_size: int = option(32, "Maximum number of prompts generated together.")
-    max_new_tokens: int = option(256, "Maximum number of tokens per generation; the shared task uses 256.")
+    max_new_tokens: int | None = option(
+        None, "Maximum number of tokens per generation.  [default: 256, as in the shared task]"
+    )
     seed: int | None = option(None, "Random seed for the examples that --attack relearn trains on.  [default: 0]")
     dtype: str | None = option(None, "float32 or bfloat16.  [default: float32 on a CPU, bfloat16 on a GPU]")

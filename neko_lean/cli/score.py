@@ -30,6 +30,8 @@ def score(
 
     Example: neko-lean score unlearned/ --data data/ --mia data/mia --before scores-before/ --out scores/
 
+    TOFU: neko-lean score unlearned/ --data tofu/ --benchmark tofu --tofu-split forget10 --gold gold/ --out scores/
+
     Forgotten, or only hidden? neko-lean score unlearned/ --data data/ --attack relearn --attack quantize --out scores/
     """
     from neko_lean.scoring.run import score as write_score

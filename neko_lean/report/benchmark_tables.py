@@ -1,4 +1,4 @@
-"""The report's tables on membership inference and MMLU."""
+"""The report's tables on unlearning benchmarks, membership inference and MMLU."""
 
 from __future__ import annotations
 
@@ -7,8 +7,32 @@ from functools import partial
 
 from neko_lean.report.figures import Model
 from neko_lean.report.table import SMALL_PRINT, Cell, Group, Table, auc_cell, make_line, make_table, number_column
-from neko_lean.report.values import mapping
+from neko_lean.report.values import NOT_MEASURED, mapping
 from neko_lean.scoring import MEMBERSHIP_ATTACKS, number
+from neko_lean.scoring.benchmarks.lines import BENCHMARK_LINES, benchmark_title, format_metric
+
+
+def unlearning_table(models: Sequence[Model]) -> Table | None:
+    """The metrics of TOFU and MUSE; None if no model was scored on them."""
+    titles = list(dict.fromkeys(title for model in models if (title := benchmark_title(model.scores))))
+    groups = [
+        Group(
+            title,
+            [
+                make_line(models, label, note, partial(_metric_cell, title=title, key=key))
+                for key, label, note in BENCHMARK_LINES[title.split()[0]]
+            ],
+        )
+        for title in titles
+    ]
+    return make_table("Unlearning benchmarks", "As OpenUnlearning defines them.", groups)
+
+
+def _metric_cell(model: Model, title: str, key: str) -> Cell:
+    value = number(model.scores, "benchmark", *key.split("."))
+    if value is None or benchmark_title(model.scores) != title:
+        return Cell(NOT_MEASURED, missing=True)
+    return Cell(format_metric(key, value).replace("-", "−"))  # noqa: RUF001 (the minus sign is intended)
 
 
 def membership_tables(models: Sequence[Model]) -> tuple[Table | None, Table | None, Table | None]:

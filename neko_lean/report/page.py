@@ -133,6 +133,7 @@ def _tables(models: Sequence[Model]) -> dict[str, Any]:
     mmlu, subjects = benchmark_tables.mmlu_tables(models)
     return {
         "headline": tables.headline(models),
+        "benchmark": benchmark_tables.unlearning_table(models),
         "cells": tables.cells(models),
         "missed": missed,
         "missed_too": missed_too,

@@ -6,14 +6,14 @@ Generation of an answer stops early once no further token could change any of it
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, cast
+from dataclasses import asdict, dataclass
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
 
 from neko_lean.data import Example, encode_prompts, encode_texts
-from neko_lean.distributed import items_of_rank
+from neko_lean.distributed import items_of_rank, raise_on_any_rank
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import CausalLM, eos_token_ids, greedy_tokens, refuse_unknown_ids, unknown_eos_token_ids
 from neko_lean.scoring.decoding import Prompts
@@ -21,6 +21,7 @@ from neko_lean.scoring.decoding_probe import PADDED, decode_exactly, pick_method
 from neko_lean.scoring.limits import MAX_LENGTH, TruncationCounts, fit_prompt, generation_batches
 from neko_lean.scoring.scripts import bare
 from neko_lean.scoring.task import equivalent_answers, regurgitation, score_name, unicode_regurgitation
+from neko_lean.terminal import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -34,10 +35,20 @@ STRIDE = 16  # tokens between two checks whether an answer is settled
 
 @dataclass(frozen=True)
 class GenerationLimits:
-    """Maximum number of prompts per batch, and of new tokens per prompt."""
+    """Where batches and generations end.
+
+    Attributes:
+        batch_size: maximum number of prompts per batch.
+        max_new_tokens: maximum number of new tokens per prompt.
+        stop_early: stop a generation once its scores are settled.
+        stop_texts: the answer to a question ends before the first of these texts, which a model writes when it goes on
+            to the next question of a prompt with in-context examples.
+    """
 
     batch_size: int
     max_new_tokens: int
+    stop_early: bool = True
+    stop_texts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -69,14 +80,29 @@ def is_settled(example: Example, text: str) -> bool:
     return regurgitation(example.output, complete) == 1.0 == unicode_regurgitation(example.output, complete)
 
 
-def to_generation(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], window: int, ended: str) -> Generation:
-    """Decode generated tokens, without special tokens and with tokenization spaces cleaned up."""
+def to_generation(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], window: int, ended: str, stop_texts: Sequence[str] = ()
+) -> Generation:
+    """Decode generated tokens, without special tokens, with tokenization spaces cleaned up, and up to a stop text."""
 
     def decode(tokens: Sequence[int]) -> str:
         # Called explicitly: transformers 5 ignores the option of `decode` for BPE, and the shared task had it set.
-        return tokenizer.clean_up_tokenization(cast(str, tokenizer.decode(list(tokens), skip_special_tokens=True)))
+        text = tokenizer.clean_up_tokenization(cast(str, tokenizer.decode(list(tokens), skip_special_tokens=True)))
+        return cut_at_stop_text(text, stop_texts)
 
     return Generation(decode(ids), decode(ids[:window]), ended)
+
+
+def cut_at_stop_text(text: str, stop_texts: Sequence[str]) -> str:
+    """The text before the first of these texts.
+
+    Example:
+        >>> cut_at_stop_text("Here.\\nQuestion: Who?", ("\\n\\n", "\\nQuestion"))
+        'Here.'
+    """
+    for stop in stop_texts:
+        text = text.split(stop)[0]
+    return text
 
 
 def examples_of_rank(
@@ -160,6 +186,45 @@ def method_line(lm: CausalLM, tokenizer: PreTrainedTokenizerBase) -> str | None:
     return f"{type(lm.model).__name__} does not decode exactly in padded batches: rows are generated {method.name}"
 
 
+def generate_on_all_ranks(
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Sequence[Example],
+    prompts: Sequence[Sequence[int]],
+    limits: GenerationLimits,
+    *,
+    end: int | None,
+    label: str,
+    quiet: bool,
+) -> list[Generation]:
+    """Generate the continuation of each prompt; the batches are divided among the ranks, and every rank gets all.
+
+    Args:
+        lm: the model.
+        tokenizer: its tokenizer.
+        examples: the examples to answer.
+        prompts: the token ids of their prompts.
+        limits: where batches and generations end.
+        end: as for `generate`.
+        label: the progress bar's label; it counts the rows of the main process.
+        quiet: whether to hide the progress bar.
+    """
+    own = examples_of_rank(lm, tokenizer, examples, limits, prompts)
+
+    def generate_own() -> list[tuple[int, dict[str, Any]]]:
+        own_prompts = [prompts[i] for i in own]
+        batches = generate(lm, tokenizer, [examples[i] for i in own], **asdict(limits), prompts=own_prompts, end=end)
+        generated = []
+        with progress_bar(label, len(own), "rows", quiet) as progress:
+            for batch in batches:
+                generated += [(own[i], asdict(generation)) for i, generation in batch]
+                progress.advance(len(batch))
+        return generated
+
+    by_index = {i: generation for part in raise_on_any_rank(generate_own) for i, generation in part}
+    return [Generation(**by_index[i]) for i in range(len(examples))]
+
+
 @torch.no_grad()
 def generate(
     lm: CausalLM,
@@ -170,6 +235,7 @@ def generate(
     max_new_tokens: int,
     prompts: Sequence[Sequence[int]] | None = None,
     stop_early: bool = True,
+    stop_texts: Sequence[str] = (),
     end: int | None = None,
 ) -> Iterator[list[tuple[int, Generation]]]:
     """Generate the greedy continuation of each example's input, one batch at a time.
@@ -186,6 +252,7 @@ def generate(
         prompts: token ids to continue instead of the examples' inputs.
         end: a token that ends a generation, besides those of the tokenizer and of the generation config.
         stop_early: stop a generation once its scores are settled.
+        stop_texts: texts before which the answer to a question ends.
 
     Yields:
         One batch at a time, as pairs of an example's index and its Generation.
@@ -197,20 +264,26 @@ def generate(
 
     answers = encode_texts(tokenizer, [" " + example.output for example in examples])
     windows = [max(WINDOW, 2 * len(ids)) for ids in answers]
+    stops = [tuple(stop_texts) if example.kind == "qa" else () for example in examples]
     fits = [fit_prompt(lm, ids, max_new_tokens) for ids in prompts]
 
     for batch in _batches(examples, prompts, fits, batch_size):
 
         def is_done(place: int, ids: Sequence[int], batch: list[int] = batch) -> bool:
-            """Whether a generation is past its window and settled."""
-            past = len(ids) - windows[batch[place]]
+            """Whether a generation has reached a stop text, or is past its window and settled."""
+            i = batch[place]
+            if stops[i] and len(ids) % STRIDE == 0:
+                text = to_generation(tokenizer, ids, 0, "").text
+                if cut_at_stop_text(text, stops[i]) != text:
+                    return True
+            past = len(ids) - windows[i]
             if not stop_early or past < 0 or past % STRIDE:
                 return False
-            return is_settled(examples[batch[place]], to_generation(tokenizer, ids, 0, "").text)
+            return is_settled(examples[i], to_generation(tokenizer, ids, 0, "").text)
 
         generated = _decode(lm, tokenizer, [fits[i] for i in batch], is_done, end)
         yield [
-            (i, to_generation(tokenizer, ids, windows[i], ended))
+            (i, to_generation(tokenizer, ids, windows[i], ended, stops[i]))
             for i, (ids, ended) in zip(batch, generated, strict=True)
         ]
 

@@ -26,6 +26,7 @@ from neko_lean.models import check_seed, quantization_method
 from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import Output, claim_file, claim_folder
 from neko_lean.scoring.attacks import ATTACKS, check_attacks
+from neko_lean.scoring.benchmarks.option import Benchmark, check_benchmark, read_benchmark
 from neko_lean.scoring.generation import refuse_empty_prompts
 from neko_lean.scoring.mmlu_data import Subject, read_mmlu
 from neko_lean.scoring.paraphrases import Paraphrase, read_paraphrases
@@ -56,6 +57,7 @@ class ScoreData:
         subjects: MMLU's subjects by name.
         before: the score before unlearning.
         teacher: the cache with a reference model's losses.
+        benchmark: the benchmark, whose rows the examples are.
     """
 
     described: list[str]
@@ -66,6 +68,7 @@ class ScoreData:
     subjects: dict[str, Subject] | None
     before: dict[str, Any] | None
     teacher: TeacherCache | None
+    benchmark: Benchmark | None = None
 
     def split(self, name: str) -> list[Example]:
         """The examples of one split."""
@@ -79,8 +82,9 @@ class ScoreData:
 
 def check_settings(inputs: ScoreInputs, settings: ScoreSettings) -> None:
     """Raise NekoLeanError for settings that are invalid or would have no effect."""
+    check_benchmark(inputs, settings)
     for name, value in (("batch-size", settings.batch_size), ("max-new-tokens", settings.max_new_tokens)):
-        if value < 1:
+        if value is not None and value < 1:
             raise NekoLeanError(f"--{name} must be at least 1, got {value}.")
     if settings.shots is not None and inputs.mmlu is None:
         raise NekoLeanError("--shots has no effect without --mmlu: give both or neither.")
@@ -91,8 +95,8 @@ def check_settings(inputs: ScoreInputs, settings: ScoreSettings) -> None:
 
 def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) -> ScoreData:
     """Read all data and check that every requested measurement has what it needs."""
-    require_folder(data, "--data", SPLITS, inputs.split)
-    rows = {split: read_rows(data, split, inputs.split, columns=inputs.columns) for split in SPLITS}
+    benchmark = read_benchmark(data, inputs)
+    rows = _read_splits(data, inputs) if benchmark is None else benchmark.rows.by_split
     examples = [(split, example) for split in SPLITS for example in split_documents(rows[split])]
     documents = [] if inputs.mia is None else _membership_documents(Path(inputs.mia), rows["forget"])
     held_help = "--held needs a JSONL file with a column document"
@@ -107,9 +111,15 @@ def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) ->
     teacher = None if inputs.reference is None else TeacherCache(inputs.reference)
 
     described = [describe_rows(rows[split], split) for split in SPLITS]
-    result = ScoreData(described, examples, documents, held_out, paraphrases, subjects, before, teacher)
+    result = ScoreData(described, examples, documents, held_out, paraphrases, subjects, before, teacher, benchmark)
     _check_paraphrases(result, inputs, settings)
     return result
+
+
+def _read_splits(data: str | Path, inputs: ScoreInputs) -> dict[str, list[Example]]:
+    """The rows of forget set and retain set."""
+    require_folder(data, "--data", SPLITS, inputs.split)
+    return {split: read_rows(data, split, inputs.split, columns=inputs.columns) for split in SPLITS}
 
 
 def _membership_documents(path: Path, forget: Sequence[Example]) -> list[tuple[str, Document]]:
@@ -172,7 +182,8 @@ def claim_outputs(
     folder: Path, data: str | Path, out: str | Path, inputs: ScoreInputs, run: OutputOptions
 ) -> tuple[Output, Output | None]:
     """Check that the outputs may be written; returns that of the score, and that of --official if it was given."""
-    sources = [folder, data, inputs.mia, inputs.held, inputs.reference, inputs.paraphrases, inputs.mmlu, inputs.before]
+    sources = [folder, data, inputs.mia, inputs.held, inputs.reference, inputs.paraphrases, inputs.mmlu]
+    sources += [inputs.before, inputs.gold]
     output = claim_folder(out, "partial", sources, overwrite=run.overwrite, resume=run.resume)
     if inputs.official is None:
         return output, None

@@ -22,7 +22,9 @@ from neko_lean.models import (
 )
 from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import Output
+from neko_lean.scoring.benchmarks.option import format_of, limits_of
 from neko_lean.scoring.documents import ReferenceLosses, reference_losses
+from neko_lean.scoring.generation import GenerationLimits
 from neko_lean.scoring.inputs import (
     ScoreData,
     check_lengths,
@@ -52,6 +54,7 @@ class ScoreJob:
         prompts: the prompt format.
         data: what it is scored on.
         settings: how it is measured.
+        limits: where batches and generations end.
         device: where the model runs.
         device_option: the device as given by the user.
         dtype: the model's dtype, by name.
@@ -71,6 +74,7 @@ class ScoreJob:
     prompts: PromptFormat
     data: ScoreData
     settings: ScoreSettings
+    limits: GenerationLimits
     device: torch.device
     device_option: str | None
     dtype: str
@@ -108,7 +112,7 @@ def prepare(
     # The data in this tokenizer.
     dtype = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     tokenizer = load_tokenizer(folder)
-    prompts = find_format(settings.format, tokenizer, settings.system)
+    prompts = format_of(score_data.benchmark, find_format(settings.format, tokenizer, settings.system))
     for line in (*score_data.described, f"prompt format: {prompts.label}"):
         log_line(line, run.quiet)
     reference = None
@@ -122,7 +126,8 @@ def prepare(
 
     # What identifies the result.
     started = time.monotonic()
-    plan = make_plan(folder, tokenizer, score_data, prompts, settings.max_new_tokens, dtype)
+    limits = limits_of(score_data.benchmark, settings)
+    plan = make_plan(folder, tokenizer, score_data, prompts, limits.max_new_tokens, dtype)
     return ScoreJob(
         name=model_name(model),
         folder=folder,
@@ -130,6 +135,7 @@ def prepare(
         prompts=prompts,
         data=score_data,
         settings=settings,
+        limits=limits,
         device=device,
         device_option=run.device,
         dtype=dtype,

@@ -48,7 +48,7 @@ class ScoringContext:
         tokenizer: its tokenizer.
         prompts: the prompt format.
         stage: the score's work folder.
-        limits: batch size and number of new tokens for generation.
+        limits: where batches and generations end.
         truncated: counts of what was truncated; the measurements fill it in.
         quiet: whether to hide progress.
     """

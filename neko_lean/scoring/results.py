@@ -9,6 +9,7 @@ from typing import Any
 
 from neko_lean.data import Example
 from neko_lean.scoring import uncertainty
+from neko_lean.scoring.benchmarks.option import benchmark_scores
 from neko_lean.scoring.documents import ReferenceLosses, held_out_nll, measure_membership
 from neko_lean.scoring.generation import Generation
 from neko_lean.scoring.groups import group_scores
@@ -42,7 +43,7 @@ def measure_all(
     reference: ReferenceLosses | None,
     shots: int | None,
 ) -> Measured:
-    """Measure the model on the examples, the membership documents, held-out text and MMLU."""
+    """Measure the model on the examples, the membership documents, held-out text, MMLU and the benchmark."""
     numbers = example_numbers(context, data.all_examples, generations, data.paraphrases)
     lines = [
         generation_line(split, example, generation, of_example)
@@ -54,6 +55,7 @@ def measure_all(
     scores = {
         "membership": membership,
         "mmlu": _measure_mmlu(context, data, DEFAULT_SHOTS if shots is None else shots),
+        "benchmark": benchmark_scores(context, data.benchmark, data.all_examples, generations),
         "final": None,  # computed from the complete scores
         **uncertainty.group_means(estimates),
         "held_nll": held_nll,

@@ -17,7 +17,6 @@ from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import Output, locked, publish_file
 from neko_lean.scoring.attacks import AttackTarget, run_attacks
 from neko_lean.scoring.attacks.answers import AnswerGenerator
-from neko_lean.scoring.generation import GenerationLimits
 from neko_lean.scoring.job import ScoreJob, prepare
 from neko_lean.scoring.limits import TruncationCounts
 from neko_lean.scoring.lm_eval import lm_eval_tasks
@@ -102,7 +101,7 @@ def _run(job: ScoreJob, stage: Path) -> tuple[dict[str, Any], list[dict[str, Any
         "format": job.prompts.name,
         "dtype": job.dtype,
         "device": str(job.device),
-        "max_new_tokens": job.settings.max_new_tokens,
+        "max_new_tokens": job.limits.max_new_tokens,
         "cut": asdict(truncated),
         "versions": versions(),
         "made_from": job.made_from,
@@ -117,8 +116,7 @@ def _measure_and_attack(
 ) -> tuple[Measured, AttackTarget, dict[str, Any]]:
     """Everything that needs the loaded model, which is freed when this returns."""
     lm = job.load(job.folder)
-    limits = GenerationLimits(job.settings.batch_size, job.settings.max_new_tokens)
-    context = ScoringContext(lm, job.tokenizer, job.prompts, stage, limits, truncated, job.quiet)
+    context = ScoringContext(lm, job.tokenizer, job.prompts, stage, job.limits, truncated, job.quiet)
     generations = generate_answers(context, job.data.all_examples)
     measured = measure_all(context, job.data, generations, job.reference, job.settings.shots)
 
@@ -131,7 +129,7 @@ def _measure_and_attack(
         examples=forget,
         baseline={example.id: generation for example, generation in zip(forget, generations, strict=False)},
         paraphrases=job.data.paraphrases,
-        generate=AnswerGenerator(job.tokenizer, limits, truncated, job.quiet, job.prompts),
+        generate=AnswerGenerator(job.tokenizer, job.limits, truncated, job.quiet, job.prompts),
         stage=stage,
         settings=job.settings,
         device=job.device_option,

@@ -9,6 +9,7 @@ from rich.console import Group
 from rich.markup import escape
 from rich.table import Table
 
+from neko_lean.scoring.benchmarks.lines import BENCHMARK_LINES, benchmark_title, format_metric
 from neko_lean.scoring.task import CELLS, SPLITS, cell_parts, shown_cells
 from neko_lean.scoring.values import interval, number
 
@@ -76,7 +77,24 @@ def _sections(named: Mapping[str, Scores]) -> list[list[Row]]:
         ("final", _value("final")),
     ]
     other = [(label, _value(key)) for label, key in OTHER_ROWS]
-    return [section for section in (*cells, any_script, headline, other) if section]
+    return [section for section in (*cells, any_script, headline, *_benchmark_sections(named), other) if section]
+
+
+def _benchmark_sections(named: Mapping[str, Scores]) -> list[list[Row]]:
+    """The metrics of each benchmark that a model was scored on."""
+    titles = list(dict.fromkeys(title for scores in named.values() if (title := benchmark_title(scores))))
+
+    def value(title: str, key: str) -> Callable[[Scores], str]:
+        return lambda scores: (
+            format_metric(key, number(scores, "benchmark", *key.split(".")))
+            if benchmark_title(scores) == title
+            else NOT_MEASURED
+        )
+
+    return [
+        [(escape(f"{title}: {label}"), value(title, key)) for key, label, _ in BENCHMARK_LINES[title.split()[0]]]
+        for title in titles
+    ]
 
 
 def _cell_label(cell: str) -> str:
@@ -106,6 +124,8 @@ def _membership_value(key: str) -> Callable[[Scores], str]:
 def _notes(named: Mapping[str, Scores]) -> list[str]:
     """Notes that explain the table, and each score's verdict."""
     notes = ["All numbers are 0 to 1. Forget rows: lower is forgotten. Retain rows: higher is preserved."]
+    if any(benchmark_title(scores) for scores in named.values()):
+        notes[0] = notes[0].replace(".", ", except privleak, which is in percent and best at 0.", 1)
     if len(named) == 1:
         notes.append("In parentheses: 95 % confidence intervals over documents.")
     shown = shown_cells(list(named.values()))

@@ -75,6 +75,26 @@ def test_page_is_complete_and_loads_nothing(demo, tmp_path):
     assert not re.search(r"@import|url\(|https?:", text)
 
 
+def test_unlearning_benchmarks_have_a_table(tmp_path):
+    forget = {"probability": 0.5, "rouge": 0.4}
+    tofu = {"name": "tofu", "split": "forget10", "model_utility": 0.61, "forget_quality": 1e-20, "privleak": -99.5}
+    muse = {"name": "muse", "split": None, "utility": 0.31, "privleak": 12.0}
+    blocks = {"one": {**tofu, "forget": forget}, "two": muse}
+    runs = [
+        write_scores(tmp_path / name, {**full_scores(name, 0.4), "benchmark": block}) for name, block in blocks.items()
+    ]
+    report(runs, tmp_path / "report.html")
+    _, page = read(tmp_path / "report.html")
+    words = " ".join("".join(page.words).split())
+    assert "TOFU forget10" in words and "MUSE" in words and "forget truth ratio" not in words
+    for number in ("0.610", "1.0e−20", "−99.500", "0.310", "12.000"):  # noqa: RUF001
+        assert number in words, number
+
+    report(runs[:1], tmp_path / "one.html")
+    assert "Unlearning benchmarks" in read(tmp_path / "one.html")[0]
+    assert "knowledge memorisation" not in read(tmp_path / "one.html")[0]
+
+
 def test_old_and_minimal_scores(tmp_path):
     old = [write_scores(tmp_path / name, old_scores(name, left)) for name, left in LEVELS.items()]
     made = report(old, tmp_path / "old.html")

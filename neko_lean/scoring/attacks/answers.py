@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from neko_lean.data import Example, PromptFormat, encode_prompts
-from neko_lean.distributed import all_gather_objects
 from neko_lean.models import CausalLM
-from neko_lean.scoring.generation import Generation, GenerationLimits, examples_of_rank, generate
+from neko_lean.scoring.generation import Generation, GenerationLimits, generate_on_all_ranks
 from neko_lean.scoring.limits import TruncationCounts, fit_prompt
 from neko_lean.scoring.task import SCORE_NAMES, example_score, score_name, unicode_score
 from neko_lean.scoring.uncertainty import mean_by_document
-from neko_lean.terminal import progress_bar
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -25,7 +23,7 @@ class AnswerGenerator:
 
     Attributes:
         tokenizer: the model's tokenizer.
-        limits: batch size and number of new tokens.
+        limits: where batches and generations end.
         truncated: receives the number of truncated prompts of each attack.
         quiet: whether to hide the progress bar.
         prompt_format: the prompt format.
@@ -52,23 +50,10 @@ class AnswerGenerator:
             prompts = encode_prompts(examples, self.tokenizer, self.prompt_format)
         self._count_truncated(lm, prompts, label)
 
-        own = examples_of_rank(lm, self.tokenizer, examples, self.limits, prompts)
-        batches = generate(
-            lm,
-            self.tokenizer,
-            [examples[i] for i in own],
-            **asdict(self.limits),
-            prompts=[prompts[i] for i in own],
-            end=self.prompt_format.end_of_turn,
+        end = self.prompt_format.end_of_turn
+        return generate_on_all_ranks(
+            lm, self.tokenizer, examples, prompts, self.limits, end=end, label=label, quiet=self.quiet
         )
-        generated = []
-        with progress_bar(label, len(own), "rows", self.quiet) as progress:
-            for batch in batches:
-                generated += [(own[i], asdict(generation)) for i, generation in batch]
-                progress.advance(len(batch))
-
-        by_index = dict(pair for part in all_gather_objects(generated) for pair in part)
-        return [Generation(**by_index[i]) for i in range(len(examples))]
 
     def _count_truncated(self, lm: CausalLM, prompts: Sequence[Sequence[int]], label: str) -> None:
         fitted = [fit_prompt(lm, ids, self.limits.max_new_tokens)[0] for ids in prompts]

@@ -2,26 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Mapping, Sequence
 from typing import cast
 
 import numpy as np
 
-from neko_lean.data import EncodedExample, Example
-from neko_lean.distributed import raise_on_any_rank
+from neko_lean.data import EncodedExample
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import position_limit, refuse_unknown_examples
-from neko_lean.scoring.generation import examples_of_rank, generate
+from neko_lean.scoring.generation import GenerationLimits, generate_on_all_ranks
 from neko_lean.scoring.limits import MAX_LENGTH, fit_answer
 from neko_lean.scoring.measure import ScoringContext
 from neko_lean.scoring.memorisation import exact_memorisation, extraction_strength
 from neko_lean.scoring.views import View, view_documents
 from neko_lean.terminal import progress_bar
-
-# Tokenizes examples in the model's prompt format without truncating them. The format decides which special tokens an
-# example has; a question's answer should end with the token that ends a generation.
-EncodeRows = Callable[[Sequence[Example]], list[EncodedExample]]
 
 
 def answer_views(context: ScoringContext, encoded: Sequence[EncodedExample], label: str) -> list[View]:
@@ -48,9 +42,20 @@ def answer_views(context: ScoringContext, encoded: Sequence[EncodedExample], lab
     return [view.after(example.prompt_length) for view, example in zip(views, fitted, strict=True)]
 
 
-def logp_without_end(views: Sequence[View]) -> list[np.ndarray]:
-    """Log-probabilities of each answer's tokens except the last, for the min-k attack; see `memorisation_means`."""
-    return [view.logp[:-1] for view in views if len(view.logp) > 1]
+def logp_without_end(views: Sequence[View], label: str) -> list[np.ndarray]:
+    """Log-probabilities of each text's tokens except the last, for the min-k attack; see `memorisation_means`.
+
+    Args:
+        views: the model's views of the texts.
+        label: name of the texts, for the error message.
+
+    Raises:
+        NekoLeanError: every text is a single token.
+    """
+    result = [view.logp[:-1] for view in views if len(view.logp) > 1]
+    if not result:
+        raise NekoLeanError(f"every {label} text is a single token, which the min-k attack ignores; use longer texts.")
+    return result
 
 
 def memorisation_means(views: Sequence[View]) -> dict[str, float]:
@@ -72,39 +77,35 @@ def memorisation_means(views: Sequence[View]) -> dict[str, float]:
 
 
 def generated_answers(
-    context: ScoringContext, encoded: Sequence[EncodedExample], max_new_tokens: int, label: str
+    context: ScoringContext,
+    encoded: Sequence[EncodedExample],
+    limits: GenerationLimits,
+    label: str,
+    generations: Mapping[str, str] | None = None,
 ) -> list[str]:
-    """The greedy continuation of each example's prompt, without special tokens; the ranks divide the batches.
+    """The greedy continuation of each example's prompt, without special tokens.
 
     Args:
-        context: the model, and the batch size.
+        context: the model.
         encoded: the tokenized examples.
-        max_new_tokens: maximum number of new tokens.
+        limits: where batches and generations end.
         label: name of the examples, for the progress bar.
+        generations: texts that were generated with these limits already, by the example's id.
     """
-    examples = [example.example for example in encoded]
-    prompts = [example.input_ids[: example.prompt_length] for example in encoded]
-    limits = replace(context.limits, max_new_tokens=max_new_tokens)
-    own = examples_of_rank(context.lm, context.tokenizer, examples, limits, prompts)
-
-    def generate_own() -> list[tuple[int, str]]:
-        texts = []
-        with progress_bar(label, len(own), "rows", context.quiet) as progress:
-            for batch in generate(
-                context.lm,
-                context.tokenizer,
-                [examples[i] for i in own],
-                batch_size=limits.batch_size,
-                max_new_tokens=max_new_tokens,
-                prompts=[prompts[i] for i in own],
-                stop_early=False,
-            ):
-                texts += [(own[i], generation.text) for i, generation in batch]
-                progress.advance(len(batch))
-        return texts
-
-    text_of = {i: text for texts in raise_on_any_rank(generate_own) for i, text in texts}
-    return [text_of[i].strip() for i in range(len(examples))]
+    texts = dict(generations or {})
+    pending = [example for example in encoded if example.example.id not in texts]
+    generated = generate_on_all_ranks(
+        context.lm,
+        context.tokenizer,
+        [example.example for example in pending],
+        [example.input_ids[: example.prompt_length] for example in pending],
+        limits,
+        end=context.prompts.end_of_turn,
+        label=label,
+        quiet=context.quiet,
+    )
+    texts |= {example.example.id: generation.text for example, generation in zip(pending, generated, strict=True)}
+    return [texts[example.example.id].strip() for example in encoded]
 
 
 def reference_answers(context: ScoringContext, encoded: Sequence[EncodedExample]) -> list[str]:

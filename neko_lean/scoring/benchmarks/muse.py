@@ -6,18 +6,19 @@ utility preservation. Its two corpora, news and Harry Potter books, are scored a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import sys
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from neko_lean.data import Example, encode_texts
+from neko_lean.data import EncodedExample, Example, PromptFormat, encode, encode_texts
 from neko_lean.data.examples import Message
+from neko_lean.data.prompts import RenderedExample, plain
 from neko_lean.models import position_limit
 from neko_lean.scoring.benchmarks.answers import (
-    EncodeRows,
     answer_views,
     generated_answers,
     logp_without_end,
@@ -26,6 +27,7 @@ from neko_lean.scoring.benchmarks.answers import (
 )
 from neko_lean.scoring.benchmarks.metrics import CHANCE_AUC, min_k_auc, privleak, rouge_f1
 from neko_lean.scoring.benchmarks.rows import benchmark_rows, text_of
+from neko_lean.scoring.generation import GenerationLimits
 from neko_lean.scoring.limits import MAX_LENGTH
 from neko_lean.scoring.measure import ScoringContext
 from neko_lean.scoring.views import tokenize_documents, view_documents
@@ -54,6 +56,11 @@ class MuseRows:
     retain_knowledge: list[Example]
     forget_texts: list[str]
     holdout_texts: list[str]
+
+    @property
+    def by_split(self) -> dict[str, list[Example]]:
+        """The forget set and the retain set of the ordinary score."""
+        return {"forget": [*self.verbatim, *self.forget_knowledge], "retain": self.retain_knowledge}
 
 
 def read_muse(folder: str | Path) -> MuseRows:
@@ -129,26 +136,37 @@ def question_with_examples(
     )
 
 
-def cut_at_stop_text(text: str) -> str:
-    """The text before the first of STOP_TEXTS, stripped."""
-    for stop in STOP_TEXTS:
-        text = text.split(stop)[0]
-    return text.strip()
+def muse_format(prompts: PromptFormat) -> PromptFormat:
+    """MUSE's prompt format: the chat template for questions, if `prompts` applies one, and plain text for all else.
+
+    MUSE writes its questions and in-context examples itself, so another text format would wrap them twice.
+    """
+
+    def write(example: Example) -> RenderedExample:
+        rendered = prompts.write(example) if example.kind == "qa" else None
+        return rendered if rendered and rendered.has_special_tokens else RenderedExample(*plain(example))
+
+    return replace(prompts, write=write)
+
+
+def generation_limits(batch_size: int, max_new_tokens: int = VERBATIM_TOKENS) -> GenerationLimits:
+    """Where MUSE's generations end; those of continuations by default."""
+    return GenerationLimits(batch_size, max_new_tokens, stop_early=False, stop_texts=STOP_TEXTS)
 
 
 def muse_scores(
     context: ScoringContext,
     rows: MuseRows,
-    encode_rows: EncodeRows,
     retain_min_k_auc: float = CHANCE_AUC,
+    generations: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Score a model on MUSE.
 
     Args:
-        context: the model, and the batch size for generation.
+        context: the model, its prompt format (see `muse_format`), and the batch size for generation.
         rows: the rows.
-        encode_rows: tokenizes examples in the model's prompt format; a continuation has no EOS.
         retain_min_k_auc: `min_k_auc` of a retain-only model, for privacy leakage.
+        generations: continuations that were generated with `generation_limits` already, by the example's id.
 
     Returns:
         The scores, which can be written as JSON:
@@ -158,33 +176,45 @@ def muse_scores(
         - `utility`: ROUGE-L F1 of answers about the retain texts.
         - `privleak`: privacy leakage in percent; `min_k_auc` is the AUC it is computed from.
         - `extraction_strength` and `exact_memorisation` of the continuations.
+
+    Raises:
+        NekoLeanError: an answer has no tokens, or every continuation is a single token.
     """
-    verbatim = encode_rows(rows.verbatim)
-    continuations = generated_answers(context, verbatim, VERBATIM_TOKENS, "continuations")
-    area = min_k_auc(*(_document_logps(context, texts) for texts in (rows.forget_texts, rows.holdout_texts)))
+    context = replace(context, prompts=muse_format(context.prompts))
+    verbatim = _encode(context, rows.verbatim)
+    limits = generation_limits(context.limits.batch_size)
+    continuations = generated_answers(context, verbatim, limits, "continuations", generations)
+    forget = _document_logps(context, rows.forget_texts, "forget")
+    area = min_k_auc(forget, _document_logps(context, rows.holdout_texts, "holdout"))
     return {
         "verbatim_memorisation": _mean_rouge(reference_answers(context, verbatim), continuations),
-        "knowledge_memorisation": _knowledge(context, rows.forget_knowledge, encode_rows, "forget questions"),
-        "utility": _knowledge(context, rows.retain_knowledge, encode_rows, "retain questions"),
+        "knowledge_memorisation": _knowledge(context, rows.forget_knowledge, "forget questions"),
+        "utility": _knowledge(context, rows.retain_knowledge, "retain questions"),
         "privleak": privleak(area, retain_min_k_auc),
         "min_k_auc": area,
         **memorisation_means(answer_views(context, verbatim, "true continuations")),
     }
 
 
-def _knowledge(context: ScoringContext, questions: Sequence[Example], encode_rows: EncodeRows, label: str) -> float:
-    encoded = encode_rows(questions)
-    answers = generated_answers(context, encoded, KNOWLEDGE_TOKENS, label)
-    return _mean_rouge(reference_answers(context, encoded), [cut_at_stop_text(answer) for answer in answers])
+def _knowledge(context: ScoringContext, questions: Sequence[Example], label: str) -> float:
+    encoded = _encode(context, questions)
+    limits = generation_limits(context.limits.batch_size, KNOWLEDGE_TOKENS)
+    answers = generated_answers(context, encoded, limits, label)
+    return _mean_rouge(reference_answers(context, encoded), answers)
 
 
-def _document_logps(context: ScoringContext, texts: Sequence[str]) -> list[np.ndarray]:
+def _encode(context: ScoringContext, examples: Sequence[Example]) -> list[EncodedExample]:
+    """Tokenize examples without EOS, because a continuation stops in the middle of a text."""
+    return encode(examples, context.tokenizer, context.prompts, sys.maxsize)
+
+
+def _document_logps(context: ScoringContext, texts: Sequence[str], label: str) -> list[np.ndarray]:
     """Log-probabilities of the tokens of each text, truncated to its first MAX_LENGTH tokens."""
     # MUSE's texts are MAX_LENGTH tokens long without the BOS token.
     prefix = len(encode_texts(context.tokenizer, [""])[0])
     ids, _ = tokenize_documents(context.tokenizer, texts, position_limit(context.lm, MAX_LENGTH + prefix))
-    with progress_bar("texts", len(ids), "texts", context.quiet) as progress:
-        return logp_without_end(view_documents(context.lm, context.tokenizer, ids, progress=progress))
+    with progress_bar(f"{label} texts", len(ids), "texts", context.quiet) as progress:
+        return logp_without_end(view_documents(context.lm, context.tokenizer, ids, progress=progress), label)
 
 
 def _mean_rouge(references: Sequence[str], generations: Sequence[str]) -> float:

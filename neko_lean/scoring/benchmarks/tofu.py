@@ -6,15 +6,15 @@ model that was trained on the rest only.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 
-from neko_lean.data import EncodedExample
+from neko_lean.data import EncodedExample, Example, encode
 from neko_lean.scoring.benchmarks.answers import (
-    EncodeRows,
     answer_views,
     generated_answers,
     logp_without_end,
@@ -33,6 +33,7 @@ from neko_lean.scoring.benchmarks.metrics import (
     true_better,
 )
 from neko_lean.scoring.benchmarks.tofu_rows import TofuRow, TofuRows
+from neko_lean.scoring.generation import GenerationLimits
 from neko_lean.scoring.measure import ScoringContext
 from neko_lean.scoring.memorisation import answer_probability
 from neko_lean.scoring.values import harmonic_mean
@@ -71,33 +72,32 @@ class AnswerViews:
         return normalised_probability(self.answer.logp, [view.logp for view in self.wrong])
 
 
-def forget_truth_ratios(context: ScoringContext, rows: TofuRows, encode_rows: EncodeRows) -> list[float]:
+def forget_truth_ratios(context: ScoringContext, rows: TofuRows) -> list[float]:
     """Truth ratio of each row of the forget set: what forget quality needs to know of a retain-only model.
 
     Args:
         context: the retain-only model.
         rows: the rows of the split.
-        encode_rows: as for `tofu_scores`.
     """
-    encoded = encode_rows([row.example for row in rows.forget])
-    return [views.truth_ratio for views in _answer_views(context, rows.forget, encoded, encode_rows, rows.split)]
+    encoded = _encode(context, [row.example for row in rows.forget])
+    return [views.truth_ratio for views in _answer_views(context, rows.forget, encoded, rows.split)]
 
 
 def tofu_scores(
     context: ScoringContext,
     rows: TofuRows,
-    encode_rows: EncodeRows,
     retain_truth_ratios: Sequence[float] | None = None,
     retain_min_k_auc: float = CHANCE_AUC,
+    generations: Mapping[str, str] | None = None,
 ) -> dict[str, Any]:
     """Score a model on one split of TOFU.
 
     Args:
-        context: the model, and the batch size for generation.
+        context: the model, its prompt format, and the batch size for generation.
         rows: the rows of the split.
-        encode_rows: tokenizes examples in the model's prompt format, with EOS after the answer.
         retain_truth_ratios: `forget_truth_ratios` of a retain-only model; without them there is no forget quality.
         retain_min_k_auc: `min_k_auc` of a retain-only model, for privacy leakage.
+        generations: texts that were generated with `generation_limits` already, by the example's id.
 
     Returns:
         The scores, which can be written as JSON:
@@ -108,16 +108,18 @@ def tofu_scores(
         - `forget`: probability, ROUGE-L recall, truth ratio, extraction strength and exact memorisation.
         - `utility`: probability, ROUGE-L recall and truth ratio of retain set, real authors and world facts.
         - `truth_ratios`: truth ratio of each row of the forget set.
+
+    Raises:
+        NekoLeanError: the tokenizer has no EOS token, or an answer has no tokens.
     """
-    forget, forget_rouge = _measure(context, rows.forget, encode_rows, rows.split)
-    holdout = answer_views(context, encode_rows(rows.holdout), "holdout")
-    utility = _utility(context, rows, encode_rows)
+    forget, forget_rouge = _measure(context, rows.forget, rows.split, generations)
+    holdout = answer_views(context, _encode(context, rows.holdout), "holdout")
+    utility = _utility(context, rows, generations)
 
     ratios = [views.truth_ratio for views in forget]
     answers = [views.answer for views in forget]
-    area = min_k_auc(logp_without_end(answers), logp_without_end(holdout))
+    area = min_k_auc(logp_without_end(answers, "forget"), logp_without_end(holdout, "holdout"))
     return {
-        "split": rows.split,
         "model_utility": harmonic_mean([value for numbers in utility.values() for value in numbers.values()]),
         "forget_quality": None if retain_truth_ratios is None else ks_p_value(ratios, retain_truth_ratios),
         "privleak": privleak(area, retain_min_k_auc),
@@ -133,7 +135,14 @@ def tofu_scores(
     }
 
 
-def _utility(context: ScoringContext, rows: TofuRows, encode_rows: EncodeRows) -> dict[str, dict[str, float]]:
+def generation_limits(batch_size: int) -> GenerationLimits:
+    """Where TOFU's generations end. They do not stop early, because a metric may use all of their words."""
+    return GenerationLimits(batch_size, MAX_NEW_TOKENS, stop_early=False)
+
+
+def _utility(
+    context: ScoringContext, rows: TofuRows, generations: Mapping[str, str] | None
+) -> dict[str, dict[str, float]]:
     """The nine numbers of model utility, by set.
 
     Questions about real authors and world facts have short perturbed answers, so their probability is that of the true
@@ -142,7 +151,7 @@ def _utility(context: ScoringContext, rows: TofuRows, encode_rows: EncodeRows) -
     sets = {"retain": rows.retain, "real_authors": rows.real_authors, "world_facts": rows.world_facts}
     numbers = {}
     for name, tofu_rows in sets.items():
-        measured, rouge = _measure(context, tofu_rows, encode_rows, name)
+        measured, rouge = _measure(context, tofu_rows, name, generations)
         numbers[name] = {
             "probability": _mean(
                 [views.probability if name == "retain" else views.normalised_probability for views in measured]
@@ -154,23 +163,19 @@ def _utility(context: ScoringContext, rows: TofuRows, encode_rows: EncodeRows) -
 
 
 def _measure(
-    context: ScoringContext, rows: Sequence[TofuRow], encode_rows: EncodeRows, label: str
+    context: ScoringContext, rows: Sequence[TofuRow], label: str, generations: Mapping[str, str] | None
 ) -> tuple[list[AnswerViews], float]:
     """The views of each row's answers, and the mean ROUGE-L recall of the generated answers."""
-    encoded = encode_rows([row.example for row in rows])
-    views = _answer_views(context, rows, encoded, encode_rows, label)
+    encoded = _encode(context, [row.example for row in rows])
+    views = _answer_views(context, rows, encoded, label)
 
     references = reference_answers(context, encoded)
-    generations = generated_answers(context, encoded, MAX_NEW_TOKENS, label)
-    return views, _mean([rouge_recall(*texts) for texts in zip(references, generations, strict=True)])
+    answers = generated_answers(context, encoded, generation_limits(context.limits.batch_size), label, generations)
+    return views, _mean([rouge_recall(*texts) for texts in zip(references, answers, strict=True)])
 
 
 def _answer_views(
-    context: ScoringContext,
-    rows: Sequence[TofuRow],
-    encoded: Sequence[EncodedExample],
-    encode_rows: EncodeRows,
-    label: str,
+    context: ScoringContext, rows: Sequence[TofuRow], encoded: Sequence[EncodedExample], label: str
 ) -> list[AnswerViews]:
     """The views of each row's answers; `encoded` are the rows' questions with their true answers."""
     answers = answer_views(context, encoded, label)
@@ -181,11 +186,16 @@ def _answer_views(
         for row in rows
         for number, text in enumerate((row.correct, *row.wrong), start=1)
     ]
-    remaining = iter(answer_views(context, encode_rows(others), f"{label}, paraphrased and perturbed"))
+    remaining = iter(answer_views(context, _encode(context, others), f"{label}, paraphrased and perturbed"))
     return [
         AnswerViews(answer, next(remaining), [next(remaining) for _ in row.wrong])
         for row, answer in zip(rows, answers, strict=True)
     ]
+
+
+def _encode(context: ScoringContext, examples: Sequence[Example]) -> list[EncodedExample]:
+    """Tokenize questions and answers; an answer ends with EOS, or with the end of turn of a chat template."""
+    return encode(examples, context.tokenizer, context.prompts, sys.maxsize, append_eos=True)
 
 
 def _mean(values: Sequence[float]) -> float:

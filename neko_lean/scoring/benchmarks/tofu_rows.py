@@ -1,15 +1,12 @@
-"""Read the rows of TOFU, and the results of a retain-only model that its forget quality needs."""
+"""Read the rows of TOFU."""
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeGuard
 
 from neko_lean.data import Example
 from neko_lean.errors import NekoLeanError, did_you_mean
-from neko_lean.jsonio import json_object
 from neko_lean.scoring.benchmarks.rows import benchmark_rows, text_of, texts_of
 
 TOFU_SPLITS = ("forget01", "forget05", "forget10")
@@ -51,18 +48,10 @@ class TofuRows:
     world_facts: list[TofuRow]
     holdout: list[Example]
 
-
-@dataclass(frozen=True)
-class TofuReference:
-    """What TOFU needs to know of a retain-only model.
-
-    Attributes:
-        truth_ratios: truth ratio of each row of the forget set.
-        min_k_auc: AUC of the min-k attack on forget set and holdout set.
-    """
-
-    truth_ratios: list[float]
-    min_k_auc: float
+    @property
+    def by_split(self) -> dict[str, list[Example]]:
+        """The forget set and the retain set of the ordinary score."""
+        return {"forget": [row.example for row in self.forget], "retain": [row.example for row in self.retain]}
 
 
 def read_tofu(folder: str | Path, split: str) -> TofuRows:
@@ -108,28 +97,3 @@ def _read_set(folder: Path, name: str, correct_column: str) -> list[TofuRow]:
 
 def _example(name: str, number: int, question: str, answer: str) -> Example:
     return Example(f"{name} {number}", question, answer, "TOFU", kind="qa")
-
-
-def read_tofu_reference(file: str | Path) -> TofuReference:
-    """Read the reference from the results of a retain-only model, a JSON file with the dict of `tofu_scores`.
-
-    Raises:
-        NekoLeanError: the file cannot be read, or does not contain such results.
-    """
-    try:
-        results = json_object(Path(file)) or {}
-    except OSError as error:
-        raise NekoLeanError(
-            f"{file} cannot be read ({error.strerror}); give the results of a retain-only model."
-        ) from error
-    ratios, area = results.get("truth_ratios"), results.get("min_k_auc")
-    if not isinstance(ratios, list) or not ratios or not all(map(_is_number, ratios)) or not _is_number(area):
-        raise NekoLeanError(
-            f"{file} does not contain TOFU results; expected the keys 'truth_ratios', a list of numbers, and "
-            f"'min_k_auc', a number."
-        )
-    return TofuReference([float(ratio) for ratio in ratios], float(area))
-
-
-def _is_number(value: Any) -> TypeGuard[float]:
-    return isinstance(value, float | int) and not isinstance(value, bool) and math.isfinite(value)
