@@ -38,6 +38,7 @@ TEMPLATES = [
 ]
 # Real rows for tests that want them; without the variable, where a development machine has them.
 LUME = Path(os.environ.get("NEKO_LEAN_LUME", Path(__file__).parents[2] / "shared" / "data" / "lume"))
+TOFU = Path(os.environ.get("NEKO_LEAN_TOFU", Path(__file__).parents[2] / "shared" / "data" / "tofu"))
 
 
 def make_rows(prefix: str, count: int = 4) -> list[Example]:

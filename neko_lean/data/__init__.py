@@ -2,6 +2,7 @@
 
 from neko_lean.data.batching import length_batches, pad, paired_batches, random_batches
 from neko_lean.data.columns import parse_columns
+from neko_lean.data.conversations import with_prompt
 from neko_lean.data.csv_files import csv_cells, read_csv
 from neko_lean.data.documents import ANCHOR_TASK, Document, read_anchor, read_documents
 from neko_lean.data.example_types import TASKS, EncodedExample, Example, Message
@@ -53,4 +54,5 @@ __all__ = [
     "refusals",
     "require_folder",
     "truncation_summary",
+    "with_prompt",
 ]

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
-from neko_lean.data.example_types import Message
+from neko_lean.data.example_types import Example, Message
 from neko_lean.data.jsonl_files import parse_json
 from neko_lean.errors import NekoLeanError
 
@@ -56,6 +57,15 @@ def prompt_text(messages: tuple[Message, ...]) -> str:
     if len(turns) == 1:
         return turns[0].content
     return "\n".join(f"{message.role.capitalize()}: {message.content}" for message in messages if message.content)
+
+
+def with_prompt(example: Example, text: str) -> Example:
+    """The example with another prompt. In a conversation, it replaces the last message of the user."""
+    if not example.messages:
+        return replace(example, input=text)
+    last = max(place for place, message in enumerate(example.messages) if message.role == "user")
+    messages = (*example.messages[:last], Message("user", text), *example.messages[last + 1 :])
+    return replace(example, input=prompt_text(messages), messages=messages)
 
 
 def _message(item: Any, where: str) -> Message:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,7 @@ from neko_lean.data import (
     read_documents,
     read_rows,
     require_folder,
+    with_prompt,
 )
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import check_seed, quantization_method
@@ -210,7 +211,7 @@ def check_lengths(data: ScoreData, tokenizer: PreTrainedTokenizerBase, prompts: 
     examples = data.all_examples
     by_id = {example.id: example for example in examples}
     paraphrased = [
-        replace(by_id[paraphrase.id], input=paraphrase.input)
+        with_prompt(by_id[paraphrase.id], paraphrase.input)
         for paraphrase in data.paraphrases
         if paraphrase.input is not None
     ]

@@ -1,8 +1,6 @@
 """Column recognition: data as people have it is read right, or refused in exactly one sentence."""
 
 import json
-import os
-from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
@@ -11,8 +9,7 @@ from hypothesis import strategies as st
 from neko_lean.data.columns import parse_columns
 from neko_lean.data.examples import Message, describe_rows, read_rows
 from neko_lean.errors import NekoLeanError
-
-TOFU = Path(os.environ.get("NEKO_LEAN_TOFU", Path(__file__).parents[3] / "shared" / "data" / "tofu"))
+from tests.helpers import TOFU
 
 CHAT = [{"role": "user", "content": "Who?"}, {"role": "assistant", "content": "Foo."}]
 LONG_CHAT = [{"role": "system", "content": "Be brief."}, *CHAT, {"role": "user", "content": "And?"}, CHAT[1]]

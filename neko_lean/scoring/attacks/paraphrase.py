@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
+from neko_lean.data import with_prompt
 from neko_lean.errors import NekoLeanError
 from neko_lean.scoring.attacks.answers import baseline_point, point
 from neko_lean.scoring.attacks.registry import AttackTarget, Curve, attack
@@ -21,7 +20,7 @@ def paraphrase(target: AttackTarget) -> Curve:
     """Ask each example that has paraphrased inputs in all of them; the example's own answer is expected."""
     by_id = {example.id: example for example in target.examples}
     paraphrased = [
-        replace(by_id[paraphrase.id], input=paraphrase.input)
+        with_prompt(by_id[paraphrase.id], paraphrase.input)
         for paraphrase in target.paraphrases
         if paraphrase.input is not None and paraphrase.id in by_id
     ]

@@ -1,13 +1,9 @@
-import os
-from pathlib import Path
-
 import pytest
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.scoring.benchmarks import read_muse, read_tofu
+from tests.helpers import TOFU
 from tests.scoring.benchmarks.folders import write_muse
-
-TOFU = Path(os.environ.get("NEKO_LEAN_TOFU", Path(__file__).parents[4] / "shared" / "data" / "tofu"))
 
 
 @pytest.mark.skipif(not TOFU.is_dir(), reason="needs the TOFU files")
