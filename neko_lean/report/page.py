@@ -134,6 +134,7 @@ def _tables(models: Sequence[Model]) -> dict[str, Any]:
     return {
         "headline": tables.headline(models),
         "cells": tables.cells(models),
+        "by_group": tables.by_group(models),
         "missed": missed,
         "missed_too": missed_too,
         "areas": areas,
