@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from neko_lean.data.example_types import COLUMNS, Kind
+from neko_lean.data.example_types import COLUMNS, STATED_COLUMNS, Kind
 from neko_lean.data.files import Record, shorten_name
 from neko_lean.errors import NekoLeanError, did_you_mean
 
@@ -32,6 +32,7 @@ class Layout:
         kind_column: The column that states the kind of each row, if the user named one.
         document: The column that states the document of each row, if the user named one.
         lume: Whether the columns are those of LUME, whose ids state kind and document.
+        stated: Whether rows may also have the columns of `Example.row`.
     """
 
     name: str
@@ -47,6 +48,7 @@ class Layout:
     kind_column: str = ""
     document: str = ""
     lume: bool = False
+    stated: bool = False
 
     @property
     def required(self) -> tuple[str, ...]:
@@ -74,7 +76,7 @@ _ADVICE = "choose the columns with --columns prompt=NAME,answer=NAME"
 
 def known_columns(columns: Mapping[str, str] | None) -> list[str]:
     """Every column that a layout or `columns` may read."""
-    return list(dict.fromkeys([*sorted(_USED), "id", *GROUP_COLUMNS, *(columns or {}).values()]))
+    return list(dict.fromkeys([*sorted(_USED), "id", *GROUP_COLUMNS, *STATED_COLUMNS, *(columns or {}).values()]))
 
 
 def parse_columns(text: str) -> dict[str, str]:
@@ -135,6 +137,7 @@ def recognise(records: Sequence[Record], columns: Mapping[str, str] | None = Non
         document=columns.get("document", ""),
         context=layout.context if layout.context in names else "",
         lume=lume,
+        stated=lume and all(name in names for name in STATED_COLUMNS),
     )
 
 

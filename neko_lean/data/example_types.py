@@ -6,9 +6,11 @@ import hashlib
 import json
 import re
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 COLUMNS = ("id", "input", "output", "task")  # LUME's layout (arXiv 2502.15097)
+
+STATED_COLUMNS = ("kind", "document", "messages")  # what `Example.row` adds where LUME's layout does not imply it
 
 TASKS = ("Task1", "Task2", "Task3")
 
@@ -60,6 +62,15 @@ class Example:
     def lume_row(self) -> dict[str, str]:
         """The example's columns in LUME's layout."""
         return {column: getattr(self, column) for column in COLUMNS}
+
+    @property
+    def row(self) -> dict[str, Any]:
+        """A row from which `read_rows` restores this example: LUME's columns, and STATED_COLUMNS if they are needed."""
+        implied = Example(self.id, self.input, self.output, self.task)
+        if LUME_ID.match(self.id) and self == implied:
+            return dict(self.lume_row)
+        messages = [message._asdict() for message in self.messages]
+        return {**self.lume_row, "kind": self.kind, "document": self.document, "messages": messages}
 
     @property
     def digest(self) -> str:

@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, get_args
 
 from neko_lean.data.columns import Layout
 from neko_lean.data.conversations import parse_messages, prompt_text, split_answer
@@ -54,6 +54,8 @@ def build_examples(records: Sequence[Record], layout: Layout) -> list[Example]:
 
 def _example(record: Record, layout: Layout) -> Example:
     """The example of a row. Without an id column, its id is a hash of its content, which copies of the row share."""
+    if layout.stated and record.values.get("kind") is not None:
+        return _stated_example(record)
     prompt, answer, messages = _content(record, layout)
     group = _optional_label(record, layout.group) or DEFAULT_GROUP
     if layout.lume and not _optional_label(record, layout.group):
@@ -69,6 +71,20 @@ def _example(record: Record, layout: Layout) -> Example:
     row_id = row_id or _content_id(kind, prompt, answer)
     document = _optional_label(record, layout.document) or row_id
     return Example(row_id, prompt, answer, group, kind, document, messages)
+
+
+def _stated_example(record: Record) -> Example:
+    """The example of a row that `Example.row` wrote, which states everything."""
+    row_id, task, document = (_text(record, column) for column in ("id", "task", "document"))
+    kind = next((kind for kind in get_args(Kind) if record.values["kind"] == kind), None)
+    if kind is None:
+        raise NekoLeanError(f"{_at(record, 'kind')} must be {' or '.join(get_args(Kind))}.")
+
+    prompt = "" if kind == "document" and record.values["input"] == "" else _text(record, "input")
+    messages: tuple[Message, ...] = ()
+    if record.values.get("messages"):
+        messages = parse_messages(*_cell(record, "messages"))
+    return Example(row_id, prompt, _text(record, "output"), task, kind, document, messages)
 
 
 def _content(record: Record, layout: Layout) -> tuple[str, str, tuple[Message, ...]]:

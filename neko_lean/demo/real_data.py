@@ -17,7 +17,7 @@ def copy_rows(source: Path, split: str | None, out: Path) -> None:
     sets = {name: read_rows(source, name, split) for name in ("forget", "retain")}
     out.mkdir()
     for name, rows in sets.items():
-        write_jsonl(out / f"{name}.jsonl", [row.lume_row for row in rows])
+        write_jsonl(out / f"{name}.jsonl", [example.row for example in rows])
     anchors = _anchor(source, {row.input for rows in sets.values() for row in rows})
     if anchors:
         write_jsonl(out / "anchor.jsonl", anchors)

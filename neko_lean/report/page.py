@@ -135,6 +135,7 @@ def _tables(models: Sequence[Model]) -> dict[str, Any]:
         "headline": tables.headline(models),
         "benchmark": benchmark_tables.unlearning_table(models),
         "cells": tables.cells(models),
+        "by_group": tables.by_group(models),
         "missed": missed,
         "missed_too": missed_too,
         "areas": areas,

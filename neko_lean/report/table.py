@@ -81,12 +81,17 @@ def number_cell(model: Model, *path: str, change: str = "", missing: str = NOT_M
         return Cell(f"{value:,.0f}")
 
     key = change or ".".join(path)
-    small = [format_interval(interval(model.scores, "intervals", key))]
-    difference = number(model.scores, "difference", key, "difference")
-    if difference is not None:
-        ends = format_interval(interval(model.scores, "difference", key, "interval"))
-        small.append(f"change {format_change(difference)}" + (f" ({ends})" if ends else ""))
+    small = [format_interval(interval(model.scores, "intervals", key)), change_note(model, key)]
     return Cell(format_number(value), [line for line in small if line])
+
+
+def change_note(model: Model, key: str) -> str:
+    """The change from before of the number with this dotted key, with its interval; empty if it is not known."""
+    difference = number(model.scores, "difference", key, "difference")
+    if difference is None:
+        return ""
+    ends = format_interval(interval(model.scores, "difference", key, "interval"))
+    return f"change {format_change(difference)}" + (f" ({ends})" if ends else "")
 
 
 def number_column(*path: str, change: str = "", missing: str = NOT_MEASURED) -> Callable[[Model], Cell]:

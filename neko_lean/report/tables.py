@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
 
 from neko_lean.report.figures import Model
 from neko_lean.report.table import (
     SMALL_PRINT,
     Cell,
     Group,
+    Line,
     Table,
     auc_cell,
+    change_note,
     make_line,
     make_table,
     number_cell,
     number_column,
 )
-from neko_lean.report.values import NOT_MEASURED, format_number
-from neko_lean.scoring import CELLS, SPLITS, cell_parts, number, shown_cells
+from neko_lean.report.values import NOT_MEASURED, format_interval, format_number, objects, text
+from neko_lean.scoring import CELLS, SPLITS, cell_parts, difference_key, interval, number, shown_cells
 
 # Key in scores.json, name, and meaning of each line.
 LineSpec = tuple[str, str, str]
@@ -41,6 +44,16 @@ OUTPUT_LINES: tuple[LineSpec, ...] = (
     ("rouge_f1", "ROUGE-L F1", "like the task's recall, but lower for longer outputs"),
     ("length_ratio", "length", "of the output relative to the true answer"),
 )
+GROUP_LINES: tuple[LineSpec, ...] = (
+    ("rows", "rows", ""),
+    ("rouge_l_recall", "ROUGE-L recall", "how much of the true answer the output has, in any script"),
+    ("rouge_l_f1", "ROUGE-L F1", "like recall, but lower for longer outputs"),
+    ("exact_match", "exact match", "share of answers given to the letter"),
+    ("normalised_match", "normalised match", "the same without case, punctuation and articles, in any script"),
+    ("answer_probability", "answer probability", "mean probability of the true answer, normalized by length"),
+    ("extraction_strength", "extraction strength", "share of the answer that is generated once the rest is given"),
+)
+KIND_NAMES = {"qa": "questions", "completion": "completions", "document": "documents"}
 
 
 def headline(models: Sequence[Model]) -> Table:
@@ -111,6 +124,39 @@ def cells(models: Sequence[Model]) -> Table:
         lines = [make_line(models, cell, note, _cell_column("unicode_cells", cell)) for cell in differing]
         groups.append(Group("The same in any script: what the verdict uses", lines))
     return Table("The twelve cells" if _has_lume_cells(models) else "The cells", SMALL_PRINT, groups)
+
+
+def by_group(models: Sequence[Model]) -> Table | None:
+    """The numbers of each split, group and kind of example; None for LUME's data, whose cells say it all."""
+    if _has_lume_cells(models):
+        return None
+    entries = [{_group_key(entry): entry for entry in objects(model.scores, "groups")} for model in models]
+    groups = []
+    for split, group, kind in dict.fromkeys(key for of_model in entries for key in of_model):
+        own = [of_model.get((split, group, kind), {}) for of_model in entries]
+        lines = [
+            Line(label, note, [_group_cell(model, entry, name) for model, entry in zip(models, own, strict=True)])
+            for name, label, note in GROUP_LINES
+        ]
+        groups.append(Group(f"{split.capitalize()} rows: {group}, {KIND_NAMES.get(kind, kind)}", lines))
+    return make_table("By group", f"Means over rows, 0 to 1. {SMALL_PRINT}", groups)
+
+
+def _group_key(entry: Mapping[str, Any]) -> tuple[str, str, str]:
+    return text(entry, "split"), text(entry, "group"), text(entry, "kind")
+
+
+def _group_cell(model: Model, entry: Mapping[str, Any], name: str) -> Cell:
+    """The cell of one number in an entry of the block `groups`."""
+    if name == "rows":
+        count = number(entry, name)
+        return Cell(NOT_MEASURED, missing=True) if count is None else Cell(f"{count:,.0f}")
+    value = number(entry, name, "value")
+    if value is None:
+        return Cell(NOT_MEASURED, missing=True)
+    small = [format_interval(interval(entry, name, "interval"))]
+    small.append(change_note(model, difference_key(*_group_key(entry), name)))
+    return Cell(format_number(value), [line for line in small if line])
 
 
 def _cell_column(block: str, cell: str) -> Callable[[Model], Cell]:

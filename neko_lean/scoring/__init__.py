@@ -2,6 +2,7 @@
 
 from neko_lean.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.attacks import ATTACKS, Attack
+from neko_lean.scoring.groups import difference_key
 from neko_lean.scoring.judge import NO, PARTLY, UNKNOWN, YES, cells_before, judged_cells
 from neko_lean.scoring.membership_attacks import MEMBERSHIP_ATTACKS
 from neko_lean.scoring.run import score
@@ -25,6 +26,7 @@ __all__ = [
     "ScoreSettings",
     "cell_parts",
     "cells_before",
+    "difference_key",
     "interval",
     "judged_cells",
     "mean",

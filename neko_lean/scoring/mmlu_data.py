@@ -13,6 +13,7 @@ from typing import Any
 
 from neko_lean.data import csv_cells, read_parquet
 from neko_lean.errors import NekoLeanError
+from neko_lean.terminal import log_line
 
 LETTERS = "ABCD"
 SUBJECT_SPLITS = ("dev", "test")
@@ -75,7 +76,7 @@ def _unanswered(question: Question) -> str:
 
 
 def read_mmlu(folder: str | Path) -> dict[str, Subject]:
-    """Read the subjects in `folder`.
+    """Read the subjects in `folder`, and warn if some of MMLU's are missing.
 
     Args:
         folder: holds `<subject>/dev-00000-of-00001.parquet` and `<subject>/test-...` as on the hub, or
@@ -96,7 +97,15 @@ def read_mmlu(folder: str | Path) -> dict[str, Subject]:
         raise NekoLeanError(
             f"{folder} holds no MMLU: expected <subject>/test-00000-of-00001.parquet or test/<subject>_test.csv."
         )
-    return {name: Subject(name, *map(_read_questions, files[name])) for name in sorted(files)}
+    subjects = {name: Subject(name, *map(_read_questions, files[name])) for name in sorted(files)}
+
+    missing = sorted(SUBJECTS - subjects.keys())
+    if missing:
+        log_line(
+            f"warning: the MMLU accuracy will not be comparable with that of other work: {folder} lacks {len(missing)} "
+            f"of MMLU's {len(SUBJECTS)} subjects, such as {missing[0]}; add them."
+        )
+    return subjects
 
 
 def _hub_files(folder: Path) -> dict[str, list[Path]]:

@@ -12,7 +12,7 @@ from neko_lean.scoring import uncertainty
 from neko_lean.scoring.benchmarks.option import benchmark_scores
 from neko_lean.scoring.documents import ReferenceLosses, held_out_nll, measure_membership
 from neko_lean.scoring.generation import Generation
-from neko_lean.scoring.groups import group_scores
+from neko_lean.scoring.groups import group_differences, group_scores
 from neko_lean.scoring.inputs import ScoreData
 from neko_lean.scoring.limits import BATCH_TOKENS
 from neko_lean.scoring.measure import ScoringContext, example_numbers, generation_line
@@ -108,7 +108,11 @@ def difference(
     scores: Mapping[str, Any], lines: Sequence[Mapping[str, Any]], before: Mapping[str, Any]
 ) -> dict[str, Any]:
     """The `difference` block of scores.json: changes since an earlier score of the same rows."""
-    changes: dict[str, Any] = {"before": before["model"], **uncertainty.differences(lines, before["lines"])}
+    changes: dict[str, Any] = {
+        "before": before["model"],
+        **uncertainty.differences(lines, before["lines"]),
+        **group_differences(lines, before["lines"]),
+    }
     for name in ("held_nll", "nonmember_nll"):
         if scores[name] is not None and before.get(name) is not None:
             changes.setdefault("unseen_nll", {"difference": scores[name] - before[name], "interval": None})

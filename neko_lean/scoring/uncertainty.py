@@ -177,7 +177,13 @@ def intervals(results: Mapping[str, Estimate]) -> dict[str, list[float]]:
 
 def differences(after: Sequence[Line], before: Sequence[Line]) -> dict[str, dict[str, Any]]:
     """The difference of two models scored on the same rows, `after` minus `before`, with 95 % intervals."""
-    of_after, of_before = estimates(after), estimates(before)
+    return paired_differences(estimates(after), estimates(before))
+
+
+def paired_differences(
+    of_after: Mapping[str, Estimate], of_before: Mapping[str, Estimate]
+) -> dict[str, dict[str, Any]]:
+    """The differences of the estimates that both models have, whose resamples draw the same documents."""
     results = {}
     for key in of_after.keys() & of_before.keys():
         (value_after, resampled_after), (value_before, resampled_before) = of_after[key], of_before[key]

@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from neko_lean.data.examples import Example, find_data_file, read_rows, require_folder
+from neko_lean.data.examples import Example, Message, find_data_file, read_rows, require_folder
 from neko_lean.errors import NekoLeanError
+from neko_lean.jsonio import write_jsonl
 from tests.data.data_files import ROW, WRITERS
 from tests.helpers import make_rows
 
@@ -15,6 +16,49 @@ def test_every_format_is_read_as_the_same_examples(tmp_path):
     for suffix, write in WRITERS.items():
         assert read_rows(write(tmp_path / f"forget{suffix}", examples)) == examples
     assert find_data_file(tmp_path, "forget").suffix == ".parquet"
+
+
+def any_examples():
+    """LUME's examples, and one of everything that LUME's layout cannot express."""
+    conversation = (
+        Message("system", ""),
+        Message("user", "Hi."),
+        Message("assistant", "Yes?"),
+        Message("user", "Who?"),
+    )
+    return [
+        *make_rows("X", 1),
+        Example("7", "Where?", "There.", "all"),
+        Example("8", "Write a poem.", "Roses.", "all", "qa", "poems"),
+        Example("9sc1", "Once", "upon.", "Task1", "qa"),
+        Example("10sc1", "Once", "more.", "Task1", document="a book"),
+        Example("11", "", "A whole text.", "news", "document"),
+        Example("12", "A title?", "A whole text with a prompt.", "news", "document"),
+        Example("13", "User: Hi.\nAssistant: Yes?\nUser: Who?", "Me.", "all", "qa", "13", conversation),
+    ]
+
+
+def test_rows_are_read_as_the_examples_that_they_were_written_from(tmp_path):
+    examples = any_examples()
+    for name, selected in (("all", examples), *((example.id, [example]) for example in examples)):
+        write_jsonl(tmp_path / "rows.jsonl", [example.row for example in selected])
+        assert read_rows(tmp_path / "rows.jsonl") == selected, name
+    assert [example.row for example in make_rows("X")] == [example.lume_row for example in make_rows("X")]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"kind": "poem"}, "row 1: column 'kind' must be completion or qa or document"),
+        ({"document": None}, "row 1: column 'document'"),
+        ({"input": ""}, "row 1: column 'input' is empty"),
+        ({"messages": [{"role": "user"}]}, "row 1: column 'messages', message 1 must be"),
+    ],
+)
+def test_rows_that_state_a_wrong_example_are_refused(tmp_path, change, words):
+    write_jsonl(tmp_path / "rows.jsonl", [{**Example("8", "Write.", "Roses.", "all", "qa").row, **change}])
+    with pytest.raises(NekoLeanError, match=words):
+        read_rows(tmp_path / "rows.jsonl")
 
 
 def test_quotes_are_part_of_an_id():

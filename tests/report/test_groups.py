@@ -3,6 +3,8 @@
 from neko_lean.report import tables
 from neko_lean.report.figures import MAX_NAME, Model, cell_figures
 from neko_lean.report.page import report
+from neko_lean.scoring import difference_key
+from neko_lean.scoring.groups import NUMBERS
 from tests.report.made import full_scores, write_scores
 
 LONG = "a group with a very long name"
@@ -41,8 +43,51 @@ def test_lume_keeps_its_twelve_cells():
     assert tables.headline(models).groups[0].lines[0].name == "Task aggregate"
 
 
+def entry(split, group, kind, value):
+    return {
+        "split": split,
+        "group": group,
+        "kind": kind,
+        "rows": 1200,
+        **{name: {"value": value, "interval": [value - 0.1, value + 0.1]} for name in NUMBERS},
+    }
+
+
+def test_numbers_by_group():
+    change = {"difference": -0.5, "interval": [-0.6, -0.4]}
+    after = {
+        **scores(),
+        "groups": [entry("forget", "authors v1.0", "qa", 0.3), entry("retain", "<b>news</b>", "document", 0.9)],
+        "difference": {"before": "m", difference_key("forget", "authors v1.0", "qa", "exact_match"): change},
+    }
+    after["groups"][1]["answer_probability"] = {"value": None, "interval": None}
+    before = {**scores(), "groups": [entry("forget", "authors v1.0", "qa", 0.8), "damaged", {"split": 3}]}
+    table = tables.by_group([Model(0, "before", before, {}, []), Model(1, "after", after, {}, [])])
+    assert [group.title for group in table.groups] == [
+        "Forget rows: authors v1.0, questions",
+        "Retain rows: <b>news</b>, documents",
+    ]
+    authors, news = ({line.name: line.cells for line in group.lines} for group in table.groups)
+    assert len(authors) == 1 + len(NUMBERS) and [cell.value for cell in authors["rows"]] == ["1,200", "1,200"]
+    assert [(cell.value, cell.small) for cell in authors["exact match"]] == [
+        ("0.800", ["0.70 to 0.90"]),
+        ("0.300", ["0.20 to 0.40", "change −0.500 (−0.60 to −0.40)"]),  # noqa: RUF001
+    ]
+    assert "answer probability" not in news and news["exact match"][0].missing and not news["exact match"][1].missing
+
+
+def test_tables_without_groups():
+    assert tables.by_group([Model(1, "m", scores(), {}, [])]) is None
+    lume = {**full_scores("m", 0.1), "groups": [entry("forget", "Task1", "qa", 0.3)]}
+    assert tables.by_group([Model(1, "m", lume, {}, [])]) is None
+
+
 def test_page(tmp_path):
-    folder = write_scores(tmp_path / "scores", scores())
+    groups = [entry("retain", "<b>news</b>", "completion", 0.9)]
+    folder = write_scores(tmp_path / "scores", {**scores(), "groups": groups})
     report([folder], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
     assert "authors v1.0 knowledge" in text and "The twelve cells" not in text and "<b>news" not in text
+    assert "<summary>By group</summary>" in text and "&lt;b&gt;news&lt;/b&gt;, completions" in text
+    report([write_scores(tmp_path / "lume", {**full_scores("m", 0.1), "groups": groups})], tmp_path / "lume.html")
+    assert "By group" not in (tmp_path / "lume.html").read_text()

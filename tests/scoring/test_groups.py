@@ -13,14 +13,14 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring.attacks.answers import point
 from neko_lean.scoring.generation import Generation, GenerationLimits, is_settled
-from neko_lean.scoring.groups import NUMBERS, group_scores
+from neko_lean.scoring.groups import NUMBERS, difference_key, group_differences, group_scores
 from neko_lean.scoring.inputs import ScoreData
 from neko_lean.scoring.limits import TruncationCounts
 from neko_lean.scoring.measure import ScoringContext, generate_answers, generation_line
 from neko_lean.scoring.membership import summary
 from neko_lean.scoring.official import official_results
 from neko_lean.scoring.outputs import output_numbers
-from neko_lean.scoring.results import Measured, measure_all, task_scores
+from neko_lean.scoring.results import Measured, difference, measure_all, task_scores
 from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.table import score_table
 from neko_lean.scoring.task import CELLS, cell_parts, normalised_match, score_name, shown_cells
@@ -136,6 +136,21 @@ def test_groups_resample_documents_and_not_rows():
     single = group_scores(lines_of(lambda _, row: "Foo" if known[row.document] else "no", examples[::10]))[0]
     assert several["rows"] == 120 and several["exact_match"]["value"] == single["exact_match"]["value"]
     assert several["exact_match"]["interval"] == pytest.approx(single["exact_match"]["interval"])
+
+
+def test_changes_of_groups_are_paired():
+    before, after = lines_of(lambda split, example: example.output), lines_of(half)
+    changes = difference({"held_nll": None, "nonmember_nll": None}, after, {"model": "m", "lines": before})
+    key = difference_key("forget", "authors v1.0", "qa", "exact_match")
+    assert changes[key]["difference"] == pytest.approx(-1 / 3) and changes[key]["interval"] == [-1.0, 0.0]
+    assert changes[difference_key("retain", "news", "completion", "rouge_l_f1")]["interval"] == [0.0, 0.0]
+    assert {key for key in changes if key.startswith("groups.")} == {
+        difference_key(entry["split"], entry["group"], entry["kind"], name)
+        for entry in group_scores(after)
+        for name in NUMBERS
+    }
+    removed = [{**line, "output": None} for line in before]
+    assert group_differences(after, removed) == {}
 
 
 def test_normalised_match():

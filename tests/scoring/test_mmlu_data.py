@@ -24,6 +24,14 @@ def test_both_layouts_give_the_same_questions(tmp_path):
     assert len(SUBJECTS) == 57
 
 
+def test_missing_subjects_are_reported(tmp_path, capsys):
+    some, every = ("anatomy", "made_up"), (*SUBJECTS, "made_up")
+    read_mmlu(write_csv(tmp_path / "some", [make_subject(name, tests=1, dev=1) for name in some]))
+    assert "lacks 56 of MMLU's 57 subjects, such as abstract_algebra" in capsys.readouterr().err
+    read_mmlu(write_csv(tmp_path / "every", [make_subject(name, tests=1, dev=1) for name in every]))
+    assert capsys.readouterr().err == ""
+
+
 @pytest.mark.parametrize(
     ("line", "words"),
     [

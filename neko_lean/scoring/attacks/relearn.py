@@ -13,7 +13,7 @@ from neko_lean.data import Example
 from neko_lean.distributed import as_single_process, is_main_process, run_on_main_and_broadcast
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
-from neko_lean.options import RunOptions
+from neko_lean.options import RunOptions, ScoreSettings
 from neko_lean.recipes import load_recipe
 from neko_lean.runs import memorize
 from neko_lean.scoring.attacks.answers import baseline_point, point
@@ -53,7 +53,7 @@ def relearn(target: AttackTarget) -> Curve:
         run_on_main_and_broadcast(writing(target.stage, lambda: _write_examples(work, trained)))
         checkpoint, done = target.folder, 0
         for steps in STEPS:
-            overrides = _overrides(steps - done, DEFAULT_LR if lr is None else lr, len(trained))
+            overrides = _overrides(steps - done, DEFAULT_LR if lr is None else lr, len(trained), target.settings)
             out = work / f"steps-{steps}"
             train = partial(_train, checkpoint, work, out, overrides, seed, target.device)
             run_on_main_and_broadcast(writing(target.stage, train))
@@ -81,9 +81,11 @@ def split_documents(examples: Sequence[Example], seed: int) -> tuple[list[Exampl
     return trained[:MAX_EXAMPLES], [example for example in examples if example.document in remaining]
 
 
-def _overrides(steps: int, lr: float, count: int) -> dict[str, Any]:
-    """Changes to the recipe `memorize`: every step takes all examples, however long they are."""
+def _overrides(steps: int, lr: float, count: int, settings: ScoreSettings) -> dict[str, Any]:
+    """Changes to the recipe `memorize`: every step takes all examples, however long they are, in the score's format."""
     return {
+        "format": settings.format,
+        "system": settings.system,
         "max_steps": steps,
         "lr": lr,
         "schedule": "constant",
@@ -95,7 +97,7 @@ def _overrides(steps: int, lr: float, count: int) -> dict[str, Any]:
 
 def _write_examples(folder: Path, examples: Sequence[Example]) -> None:
     folder.mkdir()
-    write_jsonl(folder / "forget.jsonl", [example.lume_row for example in examples])
+    write_jsonl(folder / "forget.jsonl", [example.row for example in examples])
 
 
 def _train(model: Path, data: Path, out: Path, overrides: Mapping[str, Any], seed: int, device: str | None) -> None:

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 
+from neko_lean.data.examples import Example, Message, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_tokenizer
@@ -57,3 +58,35 @@ def test_every_step_trains_on_all_examples(make_target, memorised, examples, mon
         steps = batches(changed, phase, [], lengths, random.Random(0))
         for _, (_, rows) in zip(range(3), steps, strict=False):
             assert len(rows) == overrides["retain_rows"] >= 20
+
+
+def test_training_sees_the_scored_examples_in_the_format_of_the_score(make_target, monkeypatch):
+    messages = (Message("user", "Hi."), Message("assistant", "Hello."), Message("user", "Who sang?"))
+    prompt = "User: Hi.\nAssistant: Hello.\nUser: Who sang?"
+    examples = [
+        *(Example(f"{n}", prompt, f"Foo {n}.", "songs", "qa", f"song {n}", messages) for n in range(4)),
+        Example("4", "Write a poem.", "Roses.", "poems", "qa"),
+        Example("5", "Once", "upon a time.", "poems", "completion", "a book"),
+        Example("6", "Is this the end?", "Not yet, said Foo.", "poems", "completion", "a book"),
+        Example("7sc1", "Foo was", "born in 1907.", "Task2"),
+    ]
+    monkeypatch.setattr(module, "STEPS", (1,))
+    monkeypatch.setattr(module, "MIN_EXAMPLES", len(examples) - 2)
+    read, recipes = [], []
+
+    def record(model, data, out, *, overrides, **kwargs):
+        read.extend(read_rows(data, "forget"))
+        recipes.append(load_recipe("memorize", overrides))
+
+    monkeypatch.setattr(module, "memorize", record)
+    target = make_target(
+        examples,
+        format="tofu",
+        system="Be brief.",
+        generate=lambda lm, scored, label: [Generation("", "", "eos") for _ in scored],
+    )
+    relearn(replace(target, load=lambda folder: target.folder))
+
+    trained, _ = module.split_documents(examples, 0)
+    assert read == trained and any(example.messages for example in read)
+    assert [(recipe.format, recipe.system) for recipe in recipes] == [("tofu", "Be brief.")]
