@@ -135,6 +135,26 @@ def test_recipes_are_listed_and_shown(tmp_path):
     assert call("recipes", "nope").exit_code == 2
 
 
+def test_a_csv_file_with_its_own_columns_and_no_retain_set(model, tmp_path):
+    """What was recognised is printed once, and the model writes the rows to preserve."""
+    data = tmp_path / "tickets.csv"
+    data.write_text("q,a,team\nWhere did Foo0 walk?,wood Foo0,north\nWhere did Bar0 walk?,wood Bar0,south\n")
+    columns, few = (
+        ("--columns", "prompt=q,answer=a,group=team"),
+        ("--set", "self_generated=3", "--set", "max_length=32"),
+    )
+    result = call("unlearn", model, "--forget", data, *columns, *few, "--max-steps", 1, "--out", tmp_path / "out")
+    assert result.exit_code == 0, result.output
+    assert result.stderr.count("forget: 2 rows, q/a -> 2 qa; groups 'north' (1), 'south' (1).") == 1
+    assert "self-generated retain set: 3 documents written by the model" in result.stderr
+    assert json.loads((tmp_path / "out" / "run.json").read_text())["self_generated"] == 3
+
+    cached = call("cache-teacher", model, data, *columns, "--check", 2, "--out", tmp_path / "cache")
+    assert cached.exit_code == 0 and "retain: 2 rows, q/a" in cached.stderr and "check: 2 rows" in cached.stdout
+    refused = call("unlearn", model, "--forget", data, "--columns", "promt=q", "--out", tmp_path / "no")
+    assert refused.exit_code == 2 and "did you mean 'prompt'" in refused.stderr
+
+
 def test_memorize(world, tmp_path):
     result = call(
         "memorize", world / "base", "--data", world, "--out", tmp_path / "m", "--max-steps", 2, "--retain-only"
