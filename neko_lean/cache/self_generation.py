@@ -18,7 +18,7 @@ import torch
 from neko_lean.cache.format import SELF_GENERATED
 from neko_lean.data import Example, PromptFormat, encode_prompts, encode_texts, is_file
 from neko_lean.errors import NekoLeanError
-from neko_lean.models import CausalLM, eos_token_ids
+from neko_lean.models import CausalLM, eos_token_ids, position_limit
 from neko_lean.terminal import log_line, progress_bar
 
 if TYPE_CHECKING:
@@ -192,6 +192,12 @@ def _sample(
 
     pad_id = int(tokenizer.pad_token_id)
     width = max(map(len, prompts))
+    new_tokens = position_limit(teacher, width + new_tokens) - width
+    if new_tokens < 1:
+        raise NekoLeanError(
+            f"the model has too few positions for --self-generated: its prompts alone have {width} tokens; give a "
+            f"retain set."
+        )
     # Padding on the left, so that every continuation begins in the same column.
     input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in prompts], device=teacher.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=teacher.device)
