@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from dataclasses import fields, is_dataclass
 from pathlib import Path
 from typing import Any, get_type_hints
@@ -39,6 +40,22 @@ TEMPLATES = [
 # Real rows for tests that want them; without the variable, where a development machine has them.
 LUME = Path(os.environ.get("NEKO_LEAN_LUME", Path(__file__).parents[2] / "shared" / "data" / "lume"))
 TOFU = Path(os.environ.get("NEKO_LEAN_TOFU", Path(__file__).parents[2] / "shared" / "data" / "tofu"))
+
+
+# A chat template whose turns end with the tokenizer's EOS token.
+CHAT_TEMPLATE = (
+    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
+    "{% if add_generation_prompt %}[assistant] {% endif %}"
+)
+
+
+def make_chat_model(model: Path, folder: Path) -> Path:
+    """A copy of a checkpoint whose tokenizer has a chat template."""
+    shutil.copytree(model, folder)
+    tokenizer = load_tokenizer(folder)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    tokenizer.save_pretrained(folder)
+    return folder
 
 
 def make_rows(prefix: str, count: int = 4) -> list[Example]:

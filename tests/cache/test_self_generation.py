@@ -1,7 +1,6 @@
 """Retain rows that the teacher writes itself."""
 
 import json
-import shutil
 
 import pytest
 import torch
@@ -14,22 +13,15 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models import load_model, load_tokenizer
 from neko_lean.options import CacheOptions, OutputOptions, RunOptions
 from neko_lean.outputs.signing import file_sha256
+from tests.helpers import make_chat_model
 
-CHAT = (
-    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
 QUIET = {"device": "cpu", "quiet": True}
 FLOAT32 = {"dtype": "float32", "max_length": 48}
 
 
 @pytest.fixture(scope="module")
 def chat_model(model, tmp_path_factory):
-    folder = shutil.copytree(model, tmp_path_factory.mktemp("chat") / "model")
-    tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = CHAT
-    tokenizer.save_pretrained(folder)
-    return folder
+    return make_chat_model(model, tmp_path_factory.mktemp("chat") / "model")
 
 
 @pytest.fixture(scope="module")

@@ -1,29 +1,20 @@
 """A chat model from question/answer rows to a score: one chat template in the cache, the training and the score."""
 
 import json
-import shutil
 
 import pytest
 
 from neko_lean import cache_teacher, score, unlearn
 from neko_lean.errors import NekoLeanError
-from neko_lean.models import load_tokenizer
 from neko_lean.options import CacheOptions, OutputOptions, RunOptions, ScoreSettings
+from tests.helpers import make_chat_model
 
-TEMPLATE = (
-    "{% for m in messages %}[{{ m['role'] }}] {{ m['content'] }}{{ eos_token }}{% endfor %}"
-    "{% if add_generation_prompt %}[assistant] {% endif %}"
-)
 QUIET = {"device": "cpu", "quiet": True}
 
 
 @pytest.fixture(scope="module")
 def chat_model(model, tmp_path_factory):
-    folder = shutil.copytree(model, tmp_path_factory.mktemp("chat") / "model")
-    tokenizer = load_tokenizer(folder)
-    tokenizer.chat_template = TEMPLATE
-    tokenizer.save_pretrained(folder)
-    return folder
+    return make_chat_model(model, tmp_path_factory.mktemp("chat") / "model")
 
 
 @pytest.fixture(scope="module")
