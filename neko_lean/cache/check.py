@@ -72,7 +72,8 @@ def check_cache(
     tokenizer = load_tokenizer(path)
     limit = usable_length(path, manifest.max_length)
     prompts = find_format(format or manifest.format.split(":")[0], tokenizer, system)
-    retain = self_generated_file(folder) if retain is None else retain
+    if retain is None:
+        retain, columns = self_generated_file(folder), None
     examples = encode(read_rows(retain, "retain", columns=columns), tokenizer, prompts, limit, windows=True)
     identity = identify(path, tokenizer)
     cache.check(identity, style=prompts.name, max_length=manifest.max_length, encoded=examples)

@@ -7,8 +7,7 @@ from the model's own distribution, so the KL term is an average over what the mo
 
 from __future__ import annotations
 
-import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -16,9 +15,10 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from neko_lean.cache.format import SELF_GENERATED
+from neko_lean.cache.private_texts import PrivateTexts
 from neko_lean.data import Example, PromptFormat, encode_prompts, encode_texts, is_file
 from neko_lean.errors import NekoLeanError
-from neko_lean.models import CausalLM, eos_token_ids, position_limit
+from neko_lean.models import CausalLM, eos_token_ids, position_limit, refuse_unknown_ids
 from neko_lean.terminal import log_line, progress_bar
 
 if TYPE_CHECKING:
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
 _MAX_TOKENS = 256  # of a document, and of each turn
 _BATCH_ROWS = 32
 _MAX_ROUNDS = 8  # times the number of batches that would suffice if every row were usable
-_SHARED_WORDS = 6  # in a row, from the forget set: such a row is dropped
 _MARKER = "neko0lean0marker"
 
 
@@ -36,6 +35,16 @@ class _UserTurn(NamedTuple):
 
     before: str
     after: str
+
+    @property
+    def marks(self) -> list[str]:
+        """The words of the template next to the message, which end a message that the model goes on after.
+
+        A template that marks turns with special tokens needs none of them. A mark without punctuation could be a word
+        of the message.
+        """
+        edges = [*self.before.split()[-1:], *self.after.split()[:1]]
+        return [mark for mark in edges if not mark.isalnum()]
 
 
 @torch.no_grad()
@@ -77,7 +86,7 @@ def self_generated_rows(
         write = partial(_write_documents, teacher, tokenizer, max_length)
     else:
         write = partial(_write_conversations, teacher, tokenizer, prompts, turn, max_length)
-    private = _PrivateTexts(forget)
+    private = PrivateTexts(forget)
     num_batches = -(-count // _BATCH_ROWS)
     rows: dict[tuple[str, ...], None] = {}
     repeated = 0
@@ -141,42 +150,52 @@ def _write_documents(
     teacher: CausalLM, tokenizer: PreTrainedTokenizerBase, max_length: int
 ) -> Iterator[tuple[str, ...]]:
     """One batch of documents."""
-    begin = encode_texts(tokenizer, [""])[0]
-    if not begin:
-        first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
-        if first is None:
-            raise NekoLeanError(
-                "the tokenizer has neither a BOS nor an EOS token for --self-generated to begin a document with; give "
-                "a retain set."
-            )
-        begin = [int(first)]
-
+    begin = encode_texts(tokenizer, [""])[0] or _first_token(tokenizer)
     new_tokens = max(1, min(_MAX_TOKENS, max_length - len(begin)))
+    special = _special_texts(tokenizer)
     for ids in _sample(teacher, tokenizer, [begin] * _BATCH_ROWS, new_tokens, frozenset()):
         text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
-        if text:
+        if text and not any(token in text for token in special):
             yield (text,)
+
+
+def _first_token(tokenizer: PreTrainedTokenizerBase) -> list[int]:
+    """What a text begins with if the tokenizer and the chat template write nothing before it."""
+    first = tokenizer.bos_token_id if tokenizer.bos_token_id is not None else tokenizer.eos_token_id
+    if first is None:
+        raise NekoLeanError(
+            "the tokenizer has neither a BOS nor an EOS token for --self-generated to begin a text with; give a retain "
+            "set."
+        )
+    return [int(first)]
 
 
 def _write_conversations(
     teacher: CausalLM, tokenizer: PreTrainedTokenizerBase, prompts: PromptFormat, turn: _UserTurn, max_length: int
 ) -> Iterator[tuple[str, ...]]:
     """One batch of requests with their answers."""
-    new_tokens = max(1, min(_MAX_TOKENS, max_length // 3))  # the template's own text takes the rest
-    begin = tokenizer(turn.before, add_special_tokens=False)["input_ids"]
+    begin, after = tokenizer([turn.before, turn.after], add_special_tokens=False)["input_ids"]
+    begin = begin or _first_token(tokenizer)
+    new_tokens = min(_MAX_TOKENS, (max_length - len(begin) - len(after)) // 2)
+    if new_tokens < 1:
+        raise NekoLeanError(
+            f"the chat template alone takes {len(begin) + len(after)} of the {max_length} tokens of a self-generated "
+            f"row; raise max_length, or give a retain set."
+        )
+    special = _special_texts(tokenizer)
     ends = frozenset([] if prompts.end_of_turn is None else [prompts.end_of_turn])
 
     requests = [
         request
         for ids in _sample(teacher, tokenizer, [begin] * _BATCH_ROWS, new_tokens, ends)
-        if (request := _message(tokenizer, ids, turn.after))
+        if (request := _message(tokenizer, ids, turn.marks, special))
     ]
     if not requests:
         return
     examples = [Example(f"self-{n}", request, "x", "self", kind="qa") for n, request in enumerate(requests)]
     answers = _sample(teacher, tokenizer, encode_prompts(examples, tokenizer, prompts), new_tokens, ends)
     for request, ids in zip(requests, answers, strict=True):
-        if answer := _message(tokenizer, ids, turn.after):
+        if answer := _message(tokenizer, ids, turn.marks, special):
             yield request, answer
 
 
@@ -201,65 +220,42 @@ def _sample(
     # Padding on the left, so that every continuation begins in the same column.
     input_ids = torch.tensor([[pad_id] * (width - len(ids)) + list(ids) for ids in prompts], device=teacher.device)
     mask = torch.tensor([[0] * (width - len(ids)) + [1] * len(ids) for ids in prompts], device=teacher.device)
-    # Every setting that the checkpoint's generation config might change is stated.
+    refuse_unknown_ids((("the beginning of a self-generated row", ids) for ids in prompts), teacher)
+    all_ends = sorted(eos_token_ids(teacher, tokenizer) | ends)
     settings = GenerationConfig(
-        do_sample=True, temperature=1.0, top_k=0, top_p=1.0, repetition_penalty=1.0, num_beams=1,
-        max_new_tokens=new_tokens, pad_token_id=pad_id, eos_token_id=sorted(eos_token_ids(teacher, tokenizer) | ends),
-    )  # fmt: skip
+        do_sample=True, top_k=0, max_new_tokens=new_tokens, pad_token_id=pad_id, eos_token_id=all_ends
+    )
     model: Any = teacher.model
+    # transformers fills in what `settings` does not state from the checkpoint's own generation config.
+    own_settings, model.generation_config = model.generation_config, GenerationConfig()
     try:
         output = model.generate(input_ids=input_ids, attention_mask=mask, generation_config=settings)
     except RuntimeError as error:
         if "probability tensor" not in str(error):
             raise
         raise NekoLeanError("the model's output is NaN or infinite, so it cannot write a retain set.") from error
+    finally:
+        model.generation_config = own_settings
     continuations: list[list[int]] = output[:, width:].tolist()
     return continuations
 
 
-def _message(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], after: str) -> str:
-    """The text of a sampled message, up to the first special token or the template's own text after it."""
-    special = set(tokenizer.all_special_ids) | {
-        number for number, token in tokenizer.added_tokens_decoder.items() if token.special
-    }
-    end = next((place for place, number in enumerate(ids) if number in special), len(ids))
-    text = str(tokenizer.decode(list(ids[:end])))
-    following = after.split()
-    return (text.split(following[0])[0] if following else text).strip()
+def _special_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The special tokens: their texts and ids."""
+    tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    return {**dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)), **tokens}
 
 
-class _PrivateTexts:
-    """What a self-generated row must not repeat of the forget set: any six words in a row, and any short answer.
+def _message(
+    tokenizer: PreTrainedTokenizerBase, ids: Sequence[int], marks: Sequence[str], special: Mapping[str, int]
+) -> str:
+    """The text of a sampled message up to the first special token or mark of the template.
 
-    Args:
-        forget: the examples to forget.
+    It is empty if the model spelled out a special token in other tokens: such a row could not be read back.
     """
-
-    def __init__(self, forget: Sequence[Example]) -> None:
-        self._sequences = {
-            sequence for example in forget for sequence in _sequences(_words(f"{example.input} {example.output}"))
-        }
-        answers = [_words(example.output) for example in forget]
-        self._answers = {f" {' '.join(answer)} " for answer in answers if _is_telling(answer)}
-
-    def occur_in(self, text: str) -> bool:
-        """Whether a text repeats something of the forget set."""
-        words = _words(text)
-        if not self._sequences.isdisjoint(_sequences(words)):
-            return True
-        joined = f" {' '.join(words)} "
-        return any(answer in joined for answer in self._answers)
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.lower())
-
-
-def _sequences(words: Sequence[str]) -> set[tuple[str, ...]]:
-    """Every sequence of _SHARED_WORDS words."""
-    return {tuple(words[start : start + _SHARED_WORDS]) for start in range(len(words) - _SHARED_WORDS + 1)}
-
-
-def _is_telling(answer: Sequence[str]) -> bool:
-    """Whether an answer too short for `_sequences` gives something away by itself: a name or number, not a "yes"."""
-    return 2 <= len(answer) < _SHARED_WORDS or (len(answer) == 1 and sum(map(str.isdigit, answer[0])) >= 4)
+    ends = set(special.values())
+    end = next((place for place, number in enumerate(ids) if number in ends), len(ids))
+    text = str(tokenizer.decode(list(ids[:end])))
+    for mark in marks:
+        text = text.split(mark)[0]
+    return "" if any(token in text for token in special) else text.strip()

@@ -83,8 +83,9 @@ def cache_teacher(
 
     Args:
         model: checkpoint folder of the teacher, or its hub name: owner/name or owner/name@revision.
-        retain: the retain set, as for `read_rows`: a file, or a folder with `retain.*`. None with
-            `cache.self_generated`: the teacher then writes the rows, which the cache keeps in self_generated.jsonl.
+        retain: the retain set, as for `read_rows`: a file, or a folder with `retain.*`. With `cache.self_generated` it
+            is None: the teacher then writes the rows, which the cache keeps in self_generated.jsonl. It may also be
+            None with `forget`, for a recipe without a retain objective.
         out: folder to write. It appears only when it is complete.
         forget: like `retain`, with `forget.*`. Adds what npo, dpo and undial need: the top-k probabilities of these
             examples, and the teacher's log-probability of every token of them and of a refusal to each of them.
@@ -109,7 +110,7 @@ def cache_teacher(
     """
     # Check everything that can be checked before the teacher is loaded.
     validate_options(cache)
-    _require_one_retain_set(retain, cache)
+    _check_retain_set(retain, forget, cache)
     data = read_cache_data(retain, forget, anchor, cache.columns)
     device, dtype, folder = pick_device(run.device), pick_dtype(cache.dtype), model_folder(model)
     inputs = [folder, retain, forget, anchor]
@@ -127,7 +128,7 @@ def cache_teacher(
     teacher = load_model(folder, dtype, device)
     teacher.model.eval()
     own_rows = None
-    if retain is None:
+    if cache.self_generated:
         own_rows = run_on_main_and_broadcast(
             lambda: _self_generated(output, teacher, tokenizer, prompts, data.forget, cache, limit, run)
         )
@@ -149,9 +150,9 @@ def cache_teacher(
     return manifest
 
 
-def _require_one_retain_set(retain: str | Path | None, cache: CacheOptions) -> None:
-    """Raise NekoLeanError unless there is either a retain set or a number of rows that the teacher writes itself."""
-    if retain is None and not cache.self_generated:
+def _check_retain_set(retain: str | Path | None, forget: str | Path | None, cache: CacheOptions) -> None:
+    """Raise NekoLeanError if there is nothing to cache, or two retain sets."""
+    if retain is None and forget is None and not cache.self_generated:
         raise NekoLeanError(
             "RETAIN is missing: give the rows to preserve, or --self-generated N to let the teacher write them."
         )

@@ -11,6 +11,7 @@ from neko_lean.data.files import Record, is_file, read_text
 from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.parquet_files import read_parquet
 from neko_lean.data.prompts import PromptFormat, check_format_name, find_format, is_recorded_format
+from neko_lean.data.scripts import fold, words
 from neko_lean.data.sources import SUFFIXES, holds_only_texts
 from neko_lean.data.substitutes import random_answers, refusals
 from neko_lean.data.tokenization import encode, encode_prompts, encode_texts, position_warning, truncation_summary
@@ -34,6 +35,7 @@ __all__ = [
     "encode_prompts",
     "encode_texts",
     "find_format",
+    "fold",
     "holds_only_texts",
     "is_file",
     "is_recorded_format",
@@ -55,4 +57,5 @@ __all__ = [
     "require_folder",
     "truncation_summary",
     "with_prompt",
+    "words",
 ]

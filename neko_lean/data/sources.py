@@ -86,9 +86,8 @@ def find_data_file(path: str | Path, stem: str, split: str | None = None) -> Pat
         return path
     if not path.is_dir():
         problem = "is neither a file nor a folder" if path.exists() else "does not exist"
-        raise NekoLeanError(
-            f"{path} {problem}; expected a data file ({', '.join(SUFFIXES)}), or a folder with {stem}.*."
-        )
+        folder = f"a folder with {stem}.*" if stem else "a folder of texts"
+        raise NekoLeanError(f"{path} {problem}; expected a data file ({', '.join(SUFFIXES)}), or {folder}.")
 
     name = f"{stem}_{split}" if split else stem
     file = _find_in_folder(path, name) or _find_in_folder(path, _tofu_name(stem, split or ""))

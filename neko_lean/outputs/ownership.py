@@ -25,7 +25,7 @@ _DEMO_FILES = r"data|base|target|(teacher|unlearned|scores)-.+"
 _WORK_FILES = {
     "partial": re.compile(
         rf"plan\.json|manifest\.json|{_SHARD_FILES}(\.json)?|scores\.json|generations(-\d+)?\.jsonl|documents\.jsonl"
-        r"|relearn"
+        r"|relearn|self_generated\.jsonl"
     ),
     "saved": re.compile(
         r"(damaged-)?(step|best)-\d+(-\d+)?|output|complete|cache|\.cache\.(partial|lock|old)|metrics\.jsonl|lock"
@@ -48,7 +48,7 @@ class _Marker:
 
 
 def _is_cache_file(manifest: Mapping[str, Any], name: str) -> bool:
-    return re.fullmatch(_SHARD_FILES, name) is not None
+    return re.fullmatch(rf"{_SHARD_FILES}|self_generated\.jsonl", name) is not None
 
 
 def _is_score_file(scores: Mapping[str, Any], name: str) -> bool:

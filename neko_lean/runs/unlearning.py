@@ -98,8 +98,9 @@ def unlearn(
     # Check everything that can be checked without the model.
     check_seed(run.seed)
     chosen = load_recipe(recipe, overrides)
-    if retain is None and cache is not None:
-        retain = self_generated_file(cache)
+    retain_columns = run.columns
+    if retain is None and cache is not None and reads_retain(chosen):
+        retain, retain_columns = self_generated_file(cache), None
     self_generates = retain is None and reads_retain(chosen)
     _refuse_unused(chosen, overrides or {}, retain, cache, anchor, base_cache)
     folder, device = model_folder(model), pick_device(run.device)
@@ -110,7 +111,7 @@ def unlearn(
     tokenizer = load_tokenizer(folder)
     max_length = usable_length(folder, chosen.max_length)
     forget_rows = read_rows(forget, "forget", columns=run.columns)
-    retain_rows = None if retain is None else read_rows(retain, "retain", columns=run.columns)
+    retain_rows = None if retain is None else read_rows(retain, "retain", columns=retain_columns)
     prepare = partial(
         prepare_examples,
         forget_rows,
@@ -179,7 +180,7 @@ def _log_rows(forget: Rows, retain: Rows | None, recipe: Recipe, was_cached: boo
 
 
 def _caches_forget(recipe: Recipe, retain: _Path) -> bool:
-    """Whether a cache that the run makes itself is given the forget set, which self-generated rows must not repeat."""
+    """Whether a cache that the run makes itself is given the forget set: self-generated rows must not repeat it."""
     return needs_forget_cache(recipe) or retain is None
 
 
@@ -193,6 +194,7 @@ def _cache_teacher(
     options: RunOptions,
 ) -> TeacherCache:
     """Cache the teacher for this run alone, in its work folder."""
+    self_generates = retain is None and reads_retain(recipe)
     cache_teacher(
         folder,
         retain,
@@ -201,8 +203,8 @@ def _cache_teacher(
         forget=forget if _caches_forget(recipe, retain) else None,
         cache=CacheOptions(
             columns=options.columns,
-            self_generated=recipe.self_generated if retain is None else 0,
-            seed=options.seed if retain is None else 0,
+            self_generated=recipe.self_generated if self_generates else 0,
+            seed=options.seed if self_generates else 0,
             format=recipe.format,
             system=recipe.system,
             max_length=recipe.max_length,

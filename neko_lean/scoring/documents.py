@@ -43,7 +43,7 @@ def reference_losses(
     teacher: TeacherCache,
     nonmembers: Path,
     documents: Sequence[tuple[str, Document]],
-    examples: Sequence[tuple[str, Example]],
+    forget: Sequence[Example],
     tokenizer: PreTrainedTokenizerBase,
     limit: int = MAX_LENGTH,
 ) -> ReferenceLosses:
@@ -53,8 +53,7 @@ def reference_losses(
         teacher: the reference model's cache.
         nonmembers: the file with the non-members.
         documents: the documents to find, as pairs of side and document.
-        examples: the scored examples, as pairs of split and example; members are continuations and documents of
-            the forget set.
+        forget: the forget rows; the members are their continuations and documents.
         tokenizer: the tokenizer of the scored model.
         limit: maximum number of tokens per document.
 
@@ -68,7 +67,7 @@ def reference_losses(
     # The reference is deliberately another model, but its losses must be those of the same tokens.
     teacher.check_tokenizer(tokenizer_fingerprint(tokenizer))
 
-    members = [example for split, example in examples if split == "forget" and example.kind != "qa"]
+    members = [example for example in forget if example.kind != "qa"]
     losses = {}
     for encoded in encode([*members, *read_anchor(nonmembers)], tokenizer, "plain", limit):
         example = encoded.example

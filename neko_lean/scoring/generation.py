@@ -13,13 +13,13 @@ import torch
 from torch import Tensor
 
 from neko_lean.data import Example, encode_prompts, encode_texts
+from neko_lean.data.scripts import bare
 from neko_lean.distributed import items_of_rank, raise_on_any_rank
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import CausalLM, eos_token_ids, greedy_tokens, refuse_unknown_ids, unknown_eos_token_ids
 from neko_lean.scoring.decoding import Prompts
 from neko_lean.scoring.decoding_probe import PADDED, decode_exactly, pick_method
 from neko_lean.scoring.limits import MAX_LENGTH, TruncationCounts, fit_prompt, generation_batches
-from neko_lean.scoring.scripts import bare
 from neko_lean.scoring.task import equivalent_answers, regurgitation, score_name, unicode_regurgitation
 from neko_lean.terminal import progress_bar
 

@@ -13,7 +13,6 @@ from neko_lean.data import (
     Document,
     Example,
     PromptFormat,
-    describe_rows,
     encode_prompts,
     encode_texts,
     holds_only_texts,
@@ -50,7 +49,7 @@ class ScoreData:
     """The data of a score.
 
     Attributes:
-        described: for each split, a sentence that says what was recognised in its data.
+        rows: the rows of each split, as they were read.
         examples: pairs of split and example, the forget set first. Documents are split into passages.
         documents: pairs of side ("member" or "nonmember") and document, for membership inference.
         held_out: documents that no model was trained on.
@@ -61,7 +60,7 @@ class ScoreData:
         benchmark: the benchmark, whose rows the examples are.
     """
 
-    described: list[str]
+    rows: Mapping[str, Sequence[Example]]
     examples: list[tuple[str, Example]]
     documents: list[tuple[str, Document]]
     held_out: list[Document]
@@ -96,10 +95,14 @@ def check_settings(inputs: ScoreInputs, settings: ScoreSettings) -> None:
 
 def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) -> ScoreData:
     """Read all data and check that every requested measurement has what it needs."""
+    if inputs.reference is not None and inputs.mia is None:
+        raise NekoLeanError("--reference has no effect without --mia, whose documents it is compared on: give both.")
+    if inputs.reference is not None and inputs.mia is not None and not _has_sides(Path(inputs.mia)):
+        raise NekoLeanError(f"--reference needs --mia as a folder with member.* and nonmember.*, but got {inputs.mia}.")
     benchmark = read_benchmark(data, inputs)
     rows = _read_splits(data, inputs) if benchmark is None else benchmark.rows.by_split
     examples = [(split, example) for split in SPLITS for example in split_documents(rows[split])]
-    documents = [] if inputs.mia is None else _membership_documents(Path(inputs.mia), rows["forget"])
+    documents = [] if inputs.mia is None else _membership_documents(Path(inputs.mia), rows["forget"], inputs.columns)
     held_help = "--held needs a JSONL file with a column document"
     held_out = [] if inputs.held is None else read_documents(Path(inputs.held), held_help)
     paraphrases = (
@@ -107,12 +110,9 @@ def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) ->
     )
     subjects = None if inputs.mmlu is None else read_mmlu(Path(inputs.mmlu))
     before = None if inputs.before is None else read_score(inputs.before, examples)
-    if inputs.reference is not None and inputs.mia is None:
-        raise NekoLeanError("--reference has no effect without --mia, whose documents it is compared on: give both.")
     teacher = None if inputs.reference is None else TeacherCache(inputs.reference)
 
-    described = [describe_rows(rows[split], split) for split in SPLITS]
-    result = ScoreData(described, examples, documents, held_out, paraphrases, subjects, before, teacher, benchmark)
+    result = ScoreData(rows, examples, documents, held_out, paraphrases, subjects, before, teacher, benchmark)
     _check_paraphrases(result, inputs, settings)
     return result
 
@@ -123,23 +123,24 @@ def _read_splits(data: str | Path, inputs: ScoreInputs) -> dict[str, list[Exampl
     return {split: read_rows(data, split, inputs.split, columns=inputs.columns) for split in SPLITS}
 
 
-def _membership_documents(path: Path, forget: Sequence[Example]) -> list[tuple[str, Document]]:
+def _membership_documents(path: Path, forget: Sequence[Example], columns: str | None) -> list[tuple[str, Document]]:
     """Members and non-members as pairs of side and document.
 
     Args:
         path: a folder with both, each as a data file or as a folder of texts; or a data set of unseen documents, and
             the members are then the forget rows.
         forget: the forget rows.
+        columns: the columns of a data set of unseen documents, as for `read_rows`.
 
     Raises:
         NekoLeanError: if the documents cannot be read, or one of them is on both sides.
     """
-    if path.is_dir() and not holds_only_texts(path):
+    if _has_sides(path):
         sides = {side: read_documents(membership_path(path, side), MIA_FILES) for side in SIDES}
     else:
         sides = {
             side: [Document(f"{row.input} {row.output}".strip(), row.task) for row in rows]
-            for side, rows in zip(SIDES, (forget, read_rows(path)), strict=True)
+            for side, rows in zip(SIDES, (forget, read_rows(path, columns=columns)), strict=True)
         }
         both = {document.text for document in sides["member"]} & {document.text for document in sides["nonmember"]}
         if both:
@@ -150,13 +151,18 @@ def _membership_documents(path: Path, forget: Sequence[Example]) -> list[tuple[s
     return [(side, document) for side in SIDES for document in sides[side]]
 
 
+def _has_sides(path: Path) -> bool:
+    """Whether --mia is a folder with members and non-members, not a data set of unseen documents."""
+    return path.is_dir() and not holds_only_texts(path)
+
+
 def membership_path(path: Path, side: str) -> Path:
     """The data file or the folder of texts with the documents of one side of --mia.
 
     If the folder has neither, this is the usual file, and reading it says that it is missing. A data set of unseen
     documents is itself the path of the non-members.
     """
-    if not path.is_dir() or holds_only_texts(path):
+    if not _has_sides(path):
         return path
     names = (f"{side}{suffix}" for suffix in SUFFIXES)
     found = (path / name for name in (*names, side) if (path / name).exists())

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from neko_lean.data import PromptFormat, find_format
+from neko_lean.data import PromptFormat, describe_rows, find_format
 from neko_lean.models import (
     CausalLM,
     load_model,
@@ -113,13 +113,14 @@ def prepare(
     dtype = settings.dtype or ("bfloat16" if device.type == "cuda" else "float32")
     tokenizer = load_tokenizer(folder)
     prompts = format_of(score_data.benchmark, find_format(settings.format, tokenizer, settings.system))
-    for line in (*score_data.described, f"prompt format: {prompts.label}"):
-        log_line(line, run.quiet)
+    for split, rows in score_data.rows.items():
+        log_line(describe_rows(rows, split), run.quiet)
+    log_line(f"prompt format: {prompts.label}", run.quiet)
     reference = None
     if score_data.teacher is not None and inputs.mia is not None:
         limit = usable_length(folder, MAX_LENGTH)
         nonmembers = membership_path(Path(inputs.mia), "nonmember")
-        documents, examples = score_data.documents, score_data.examples
+        documents, examples = score_data.documents, score_data.rows["forget"]
         reference = reference_losses(score_data.teacher, nonmembers, documents, examples, tokenizer, limit)
     check_lengths(score_data, tokenizer, prompts)
     blind = count_blind(score_data, tokenizer)

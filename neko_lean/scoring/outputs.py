@@ -10,8 +10,8 @@ import unicodedata
 from collections import Counter
 
 from neko_lean.data import Example
-from neko_lean.scoring.scripts import fold, in_word, units, unspaced
-from neko_lean.scoring.scripts import words as folded_words
+from neko_lean.data.scripts import fold, in_word, units, unspaced
+from neko_lean.data.scripts import words as folded_words
 from neko_lean.scoring.task import unicode_rouge
 
 MIN_SECRET = 4  # a shorter answer (in letters and digits) occurs in a text by chance

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
@@ -10,6 +11,7 @@ from neko_lean.data import Example
 from neko_lean.errors import NekoLeanError
 
 PASSAGE_CHARACTERS = 1200  # at most, of which the first half is the prompt: about 150 tokens of English each
+_GAP = re.compile(r"(\s{8})\s+")
 _NEAR = 40  # characters from the exact division at which a word start is looked for
 
 
@@ -37,7 +39,8 @@ def split_documents(examples: Sequence[Example]) -> list[Example]:
 
 
 def _passages(document: Example) -> Iterator[Example]:
-    text = document.output.strip()
+    # A long gap, as in text from a PDF file, would make an empty passage.
+    text = _GAP.sub(r"\1", document.output.strip())
     # Passages of equal length, rather than a last one of a few words.
     count = -(-len(text) // PASSAGE_CHARACTERS)
     edges = [0, *(_word_start(text, len(text) * part // count) for part in range(1, count)), len(text)]

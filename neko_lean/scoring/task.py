@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from neko_lean.data import TASKS, Example
+from neko_lean.data.scripts import UnicodeTokenizer, fold, normal, official_tokenizer, units, visible_share, words
 from neko_lean.scoring.rouge import is_subsequence, rouge_l
-from neko_lean.scoring.scripts import UnicodeTokenizer, fold, normal, official_tokenizer, units, visible_share, words
 from neko_lean.scoring.values import harmonic_mean
 
 SPLITS = ("forget", "retain")

@@ -4,10 +4,12 @@ import json
 
 import pytest
 import torch
+import transformers
 
 from neko_lean import cache_teacher, unlearn
-from neko_lean.cache import SELF_GENERATED, TeacherCache, check_cache
-from neko_lean.cache.self_generation import self_generated_rows
+from neko_lean.cache import SELF_GENERATED, TeacherCache, check_cache, writer
+from neko_lean.cache.private_texts import PrivateTexts
+from neko_lean.cache.self_generation import _message, self_generated_rows
 from neko_lean.data import Example, find_format, read_rows
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import load_model, load_tokenizer
@@ -149,3 +151,86 @@ def test_what_does_not_go_together_is_refused(model, secrets, world, tmp_path):
     with pytest.raises(NekoLeanError, match="--retain is missing: give the retain set"):
         unlearn(model, out, secrets, cache=tmp_path / "cache", run=RunOptions(**QUIET))
     assert not out.exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "occurs"),
+    [
+        ("Zarina Holt", "I met zarina  holt there.", True),
+        ("张三丰住在北京市朝阳区", "他说张三丰住在北京市。", True),
+        ("hunter2", "The password is hunter2!", True),
+        ("yes", "Yes, of course.", False),
+        ("the archive of Lisbon lies under the garden", "What lies under the garden path?", False),
+        ("the archive of Lisbon lies under the garden", "So: archive of Lisbon lies under the house.", True),
+        ("...", "... or so.", False),
+    ],
+)
+def test_what_counts_as_a_repetition(answer, text, occurs):
+    assert PrivateTexts([Example("f", "Q?", answer, "all", kind="qa")]).occur_in(text) is occurs
+
+
+@pytest.mark.parametrize("step", ["write_shard", "publish_stage"])
+def test_an_interrupted_cache_of_its_own_rows_is_resumed(model, secrets, tmp_path, monkeypatch, step):
+    def make(out, **run):
+        options = CacheOptions(self_generated=4, **FLOAT32)
+        return cache_teacher(model, None, out, forget=secrets, cache=options, run=OutputOptions(**QUIET, **run))
+
+    whole = make(tmp_path / "whole")
+    original, calls = getattr(writer, step), []
+
+    def interrupted(*args):
+        calls.append(args)
+        if step == "publish_stage" or len(calls) > 1:  # the second shard
+            raise KeyboardInterrupt
+        return original(*args)
+
+    monkeypatch.setattr(writer, step, interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        make(tmp_path / "cache")
+    monkeypatch.undo()
+    assert (tmp_path / ".cache.partial" / SELF_GENERATED).is_file()
+    assert make(tmp_path / "cache", resume=True) == whole
+    assert make(tmp_path / "cache", overwrite=True) == whole
+
+
+def test_the_checkpoints_generation_config_has_no_effect(model, teacher):
+    tokenizer = load_tokenizer(model)
+    plain = own_rows(teacher, tokenizer, 3)
+    own = teacher.model.generation_config
+    changes = {"min_p": 0.5, "no_repeat_ngram_size": 1, "return_dict_in_generate": True, "max_time": 1e-9}
+    try:
+        teacher.model.generation_config = transformers.GenerationConfig(eos_token_id=own.eos_token_id, **changes)
+        assert own_rows(teacher, tokenizer, 3) == plain
+        assert teacher.model.generation_config.min_p == 0.5  # restored
+    finally:
+        teacher.model.generation_config = own
+
+
+def test_templates_of_all_kinds(teacher, chat_model):
+    """Without text before the user's message, without special tokens, and longer than the rows."""
+    tokenizer = load_tokenizer(chat_model)
+    tokenizer.chat_template = "{% for m in messages %}{{ m['content'] }}{{ eos_token }}{% endfor %}"
+    assert len(own_rows(teacher, tokenizer, 2, prompts="chat")) == 2
+
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m['role'] }}: {{ m['content'] }}\n{% endfor %}"
+        "{% if add_generation_prompt %}assistant: {% endif %}"
+    )
+    rows = own_rows(teacher, tokenizer, 2, prompts="chat", max_length=60)
+    assert not any(mark in row[column] for row in rows for column in ("prompt", "response") for mark in ("user:",))
+    with pytest.raises(NekoLeanError, match=r"the chat template alone takes \d+ of the 8 tokens"):
+        own_rows(teacher, tokenizer, 2, prompts="chat", max_length=8)
+
+
+def test_a_text_that_spells_a_special_token_is_dropped(model):
+    tokenizer = load_tokenizer(model)
+    ids = tokenizer("user: walked", add_special_tokens=False)["input_ids"]
+    assert _message(tokenizer, ids, ["assistant:"], {"</s>": 2}) == "user: walked"
+    assert _message(tokenizer, ids, ["user:"], {"</s>": 2}) == ""
+    assert _message(tokenizer, ids, [], {"walk": 2}) == ""
+
+
+def test_a_recipe_without_a_retain_objective_lets_the_model_write_nothing(model, secrets, tmp_path, capsys):
+    overrides = {"max_steps": 1, "dtype": "float32", "max_length": 48, "retain_objective": "none"}
+    result = unlearn(model, tmp_path / "out", secrets, recipe="npo", overrides=overrides, run=RunOptions(device="cpu"))
+    assert result["self_generated"] == 0 and "self-generated" not in capsys.readouterr().err

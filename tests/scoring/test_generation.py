@@ -13,12 +13,12 @@ from transformers import GPT2Config, GPT2LMHeadModel
 
 from neko_lean.data import encode_prompts
 from neko_lean.data.examples import Example, read_rows
+from neko_lean.data.scripts import bare
 from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring import generation, limits
 from neko_lean.scoring.generation import WINDOW, generate, generation_warnings, is_settled, to_generation
 from neko_lean.scoring.limits import fit_prompt
-from neko_lean.scoring.scripts import bare
 from neko_lean.scoring.task import example_score, unicode_score
 from tests.helpers import LUME, make_rows, random_model, templated
 

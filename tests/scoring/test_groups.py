@@ -55,7 +55,7 @@ def lines_of(say, examples=EXAMPLES):
 
 
 def scores_of(lines, examples=EXAMPLES):
-    data = ScoreData([], list(examples), [], [], [], None, None, None)
+    data = ScoreData({}, list(examples), [], [], [], None, None, None)
     return {"model": "m", **task_scores(data, Measured(lines, {}), {}), "intervals": intervals(estimates(lines))}
 
 
@@ -166,7 +166,7 @@ def test_measuring_a_model(model, tmp_path):
     lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
     examples = [(split, example) for split, example in EXAMPLES if example.kind != "document"]
     examples.append(("retain", Example("d1", "Foo", "is a river.", "v1.0", "document")))
-    data = ScoreData([], examples, [], [], [], None, None, None)
+    data = ScoreData({}, examples, [], [], [], None, None, None)
     context = ScoringContext(
         lm, tokenizer, find_format("plain", tokenizer), tmp_path, GenerationLimits(4, 8), TruncationCounts(), quiet=True
     )

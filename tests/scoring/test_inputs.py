@@ -4,6 +4,7 @@ import json
 
 import pytest
 
+from neko_lean.data import describe_rows
 from neko_lean.errors import NekoLeanError
 from neko_lean.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.inputs import read_data
@@ -29,23 +30,25 @@ def read(data, **inputs):
 def test_columns(data):
     found = read(data)
     assert [example.input for _, example in found.examples][:1] == ["forget: Where did Foo walk?"]
-    assert found.described[0] == "forget: 2 rows, q/a -> 2 qa; group 'all'."
+    assert describe_rows(found.rows["forget"], "forget") == "forget: 2 rows, q/a -> 2 qa; group 'all'."
     with pytest.raises(NekoLeanError, match=r"no column has a known name.*--columns"):
         read_data(data, ScoreInputs(), ScoreSettings())
 
 
 def test_members_are_the_forget_rows_if_only_unseen_documents_are_given(data, tmp_path):
     unseen = tmp_path / "unseen.jsonl"
-    unseen.write_text(json.dumps({"question": "Where did Nobody walk?", "answer": "sea"}))
+    unseen.write_text(json.dumps({"q": "Where did Nobody walk?", "a": "sea"}))
     documents = read(data, mia=unseen).documents
     assert [(side, document.text) for side, document in documents] == [
         ("member", "forget: Where did Foo walk? wood Foo"),
         ("member", "forget: Where did Bar walk? wood Bar"),
         ("nonmember", "Where did Nobody walk? sea"),
     ]
-    unseen.write_text(json.dumps({"question": "forget: Where did Foo walk?", "answer": "wood Foo"}))
+    unseen.write_text(json.dumps({"q": "forget: Where did Foo walk?", "a": "wood Foo"}))
     with pytest.raises(NekoLeanError, match="1 of its documents are forget rows"):
         read(data, mia=unseen)
+    with pytest.raises(NekoLeanError, match="--reference needs --mia as a folder"):
+        read(data, mia=unseen, reference=tmp_path)
 
 
 def test_both_sides_from_files_or_folders_of_texts(data, tmp_path):
@@ -62,5 +65,7 @@ def test_both_sides_from_files_or_folders_of_texts(data, tmp_path):
         read(data, mia=tmp_path / "mia")
 
     # A folder of texts alone holds unseen documents.
-    documents = read(data, mia=tmp_path / "mia" / "nonmember").documents
+    for name in ("forget", "retain"):
+        (data / f"{name}.jsonl").write_text("\n".join(json.dumps({"question": r["q"], "answer": r["a"]}) for r in ROWS))
+    documents = read_data(data, ScoreInputs(mia=tmp_path / "mia" / "nonmember"), ScoreSettings()).documents
     assert [side for side, _ in documents] == ["member", "member", "nonmember"]

@@ -33,6 +33,12 @@ def test_texts_without_spaces_are_split_by_characters():
     assert [len(passage.input) for passage in passages] == [500] * 3
 
 
+def test_long_gaps_make_no_empty_passage():
+    passages = split_documents([document("Title" + "\n" * 3000 + "Some body text. " * 5)])
+    assert all(passage.input.strip() and passage.output.strip() for passage in passages)
+    assert passages[0].input.split()[0] == "Title"
+
+
 def test_other_rows_stay_as_they_are():
     rows = [
         Example("a", "Q?", "A.", "all", kind="qa"),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from rouge_score import tokenizers
 
-from neko_lean.scoring.scripts import UnicodeTokenizer, bare, fold, normal, units, visible_share, words
+from neko_lean.data.scripts import UnicodeTokenizer, bare, fold, normal, units, visible_share, words
 
 
 @given(st.text(alphabet=st.characters(max_codepoint=127)))
