@@ -10,7 +10,7 @@ from tests.training.run_files import metrics
 
 @pytest.mark.slow
 def test_memorize_trains_from_random_weights_and_reports_it(world, tmp_path, capsys):
-    change = {"epochs": 12.0, "lr": 5e-3, "retain_rows": 20}
+    change = {"epochs": 12.0, "lr": 5e-3, "retain_rows": 20, "dtype": "float32"}
     run = neko_lean.memorize(world / "base", world, tmp_path / "out", overrides=change)
     assert run["random_start"] and "holds no weights: starting from random ones" in capsys.readouterr().err
     lines = metrics(tmp_path / "out")
