@@ -85,8 +85,8 @@ def test_nothing_of_the_forget_set_is_repeated(teacher, model):
 def test_a_model_that_writes_too_little_is_refused(teacher, model):
     tokenizer = load_tokenizer(model)
     rows = own_rows(teacher, tokenizer, 1, max_length=2)
-    with pytest.raises(NekoLeanError, match=r"only \d+ usable rows of the 4000 that --self-generated asks for"):
-        own_rows(teacher, tokenizer, 4000, max_length=2)
+    with pytest.raises(NekoLeanError, match=r"only \d+ usable rows of the 400 that --self-generated asks for"):
+        own_rows(teacher, tokenizer, 400, max_length=2)
     assert len(rows) == 1
 
 
