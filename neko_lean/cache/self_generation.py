@@ -16,7 +16,7 @@ import torch
 
 from neko_lean.cache.format import SELF_GENERATED
 from neko_lean.cache.private_texts import PrivateTexts
-from neko_lean.data import Example, PromptFormat, encode_prompts, encode_texts, is_file
+from neko_lean.data import Example, PromptFormat, encode_prompts, encode_texts, is_file, special_tokens
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import CausalLM, eos_token_ids, position_limit, refuse_unknown_ids
 from neko_lean.terminal import log_line, progress_bar
@@ -38,10 +38,9 @@ class _UserTurn(NamedTuple):
 
     @property
     def marks(self) -> list[str]:
-        """The words of the template next to the message, which end a message that the model goes on after.
+        """The template's own text directly before and after a message. Where it occurs in a sample, the message ends.
 
-        A template that marks turns with special tokens needs none of them. A mark without punctuation could be a word
-        of the message.
+        Only text with punctuation counts, because a plain word could belong to the message.
         """
         edges = [*self.before.split()[-1:], *self.after.split()[:1]]
         return [mark for mark in edges if not mark.isalnum()]
@@ -152,7 +151,7 @@ def _write_documents(
     """One batch of documents."""
     begin = encode_texts(tokenizer, [""])[0] or _first_token(tokenizer)
     new_tokens = max(1, min(_MAX_TOKENS, max_length - len(begin)))
-    special = _special_texts(tokenizer)
+    special = special_tokens(tokenizer)
     for ids in _sample(teacher, tokenizer, [begin] * _BATCH_ROWS, new_tokens, frozenset()):
         text = str(tokenizer.decode(ids, skip_special_tokens=True)).strip()
         if text and not any(token in text for token in special):
@@ -182,7 +181,7 @@ def _write_conversations(
             f"the chat template alone takes {len(begin) + len(after)} of the {max_length} tokens of a self-generated "
             f"row; raise max_length, or give a retain set."
         )
-    special = _special_texts(tokenizer)
+    special = special_tokens(tokenizer)
     ends = frozenset([] if prompts.end_of_turn is None else [prompts.end_of_turn])
 
     requests = [
@@ -238,12 +237,6 @@ def _sample(
         model.generation_config = own_settings
     continuations: list[list[int]] = output[:, width:].tolist()
     return continuations
-
-
-def _special_texts(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The special tokens: their texts and ids."""
-    tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    return {**dict(zip(tokenizer.all_special_tokens, tokenizer.all_special_ids, strict=True)), **tokens}
 
 
 def _message(

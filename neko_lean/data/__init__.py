@@ -13,6 +13,7 @@ from neko_lean.data.parquet_files import read_parquet
 from neko_lean.data.prompts import PromptFormat, check_format_name, find_format, is_recorded_format
 from neko_lean.data.scripts import fold, words
 from neko_lean.data.sources import SUFFIXES, holds_only_texts
+from neko_lean.data.special_tokens import special_tokens
 from neko_lean.data.substitutes import random_answers, refusals
 from neko_lean.data.tokenization import encode, encode_prompts, encode_texts, position_warning, truncation_summary
 
@@ -55,6 +56,7 @@ __all__ = [
     "read_text",
     "refusals",
     "require_folder",
+    "special_tokens",
     "truncation_summary",
     "with_prompt",
     "words",

@@ -9,6 +9,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, cast
 
 from neko_lean.data.examples import Example, Message
+from neko_lean.data.special_tokens import special_tokens
 from neko_lean.errors import NekoLeanError, first_line
 
 if TYPE_CHECKING:
@@ -127,12 +128,4 @@ def chat_template(tokenizer: PreTrainedTokenizerBase, system: str, template: str
             raise NekoLeanError(
                 "the tokenizer has several chat templates but none is called 'default'; give one as a .jinja file."
             ) from None
-    return ChatTemplate(tokenizer, template, system, _special_tokens(tokenizer))
-
-
-def _special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
-    """The special tokens by their texts, longest first."""
-    tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
-    for name in tokenizer.all_special_tokens:
-        tokens.setdefault(name, cast(int, tokenizer.convert_tokens_to_ids(name)))
-    return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
+    return ChatTemplate(tokenizer, template, system, special_tokens(tokenizer))

@@ -16,6 +16,14 @@ if TYPE_CHECKING:
 PROBES = ("a", "The sky is blue.", "7", "x y", "\u0436", "\u4e2d", "\n")
 
 
+def special_tokens(tokenizer: PreTrainedTokenizerBase) -> dict[str, int]:
+    """The ids of a tokenizer's special tokens by their texts, longest first."""
+    tokens = {token.content: number for number, token in tokenizer.added_tokens_decoder.items() if token.special}
+    for name in tokenizer.all_special_tokens:
+        tokens.setdefault(name, cast(int, tokenizer.convert_tokens_to_ids(name)))
+    return dict(sorted(tokens.items(), key=lambda item: -len(item[0])))
+
+
 def added_tokens(tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[int]]:
     """The special tokens that a tokenizer adds before and after every text.
 

@@ -101,14 +101,8 @@ def memorize(
     max_length = usable_length(folder, chosen.max_length)
     rows = {name: read_rows(data, name, split, columns=run.columns) for name in sets}
     prompts = find_format(chosen.format, tokenizer, chosen.system)
-    examples = encode(
-        list(chain.from_iterable(rows.values())),
-        tokenizer,
-        prompts,
-        max_length,
-        append_eos=chosen.append_eos,
-        windows=True,
-    )
+    all_rows = list(chain.from_iterable(rows.values()))
+    examples = encode(all_rows, tokenizer, prompts, max_length, append_eos=chosen.append_eos, windows=True)
     for name in sets:
         log_line(describe_rows(rows[name], name), run.quiet)
     log_line(truncation_summary(examples, max_length), run.quiet)

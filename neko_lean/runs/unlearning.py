@@ -101,7 +101,7 @@ def unlearn(
     retain_columns = run.columns
     if retain is None and cache is not None and reads_retain(chosen):
         retain, retain_columns = self_generated_file(cache), None
-    self_generates = retain is None and reads_retain(chosen)
+    self_generates = _self_generates(chosen, retain)
     _refuse_unused(chosen, overrides or {}, retain, cache, anchor, base_cache)
     folder, device = model_folder(model), pick_device(run.device)
     inputs = [folder, forget, retain, cache, anchor, base_cache, recipe_file(recipe)]
@@ -179,6 +179,11 @@ def _log_rows(forget: Rows, retain: Rows | None, recipe: Recipe, was_cached: boo
         log_line(describe_rows(forget, "forget"), quiet)
 
 
+def _self_generates(recipe: Recipe, retain: _Path) -> bool:
+    """Whether the model has to write the retain set itself."""
+    return retain is None and reads_retain(recipe)
+
+
 def _caches_forget(recipe: Recipe, retain: _Path) -> bool:
     """Whether a cache that the run makes itself is given the forget set: self-generated rows must not repeat it."""
     return needs_forget_cache(recipe) or retain is None
@@ -194,7 +199,7 @@ def _cache_teacher(
     options: RunOptions,
 ) -> TeacherCache:
     """Cache the teacher for this run alone, in its work folder."""
-    self_generates = retain is None and reads_retain(recipe)
+    self_generates = _self_generates(recipe, retain)
     cache_teacher(
         folder,
         retain,
