@@ -36,7 +36,7 @@ from neko_lean.models.devices import pick_device
 from neko_lean.models.loading import load_model
 from neko_lean.models.memory_use import resident_memory
 from neko_lean.options import OutputOptions
-from neko_lean.recipes import Recipe, load_recipe
+from neko_lean.recipe import Recipe, load_recipe
 from neko_lean.training.batch import Batch, make_batch
 from neko_lean.training.determinism import deterministic
 from neko_lean.training.layers import decoder_layers

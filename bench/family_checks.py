@@ -28,7 +28,7 @@ from neko_lean.cache import CacheOptions, TeacherCache
 from neko_lean.models.loading import load_model
 from neko_lean.models.predictions import next_token_logp
 from neko_lean.options import OutputOptions, RunOptions
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.scoring import ScoreSettings
 from neko_lean.scoring.generation import generate
 from neko_lean.training import TrainingExamples

@@ -17,7 +17,7 @@ from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.demo.base_model import write_base
 from neko_lean.models.loading import load_tokenizer
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.training.micro_batches import micro_batches
 from neko_lean.training.schedules import batches, phases
 

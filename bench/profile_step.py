@@ -29,7 +29,7 @@ from torch.profiler import ProfilerActivity, profile
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.devices import pick_device
 from neko_lean.models.loading import load_model
-from neko_lean.recipes import Recipe, load_recipe
+from neko_lean.recipe import Recipe, load_recipe
 from neko_lean.training.batch import Batch
 from neko_lean.training.determinism import deterministic
 from neko_lean.training.layers import decoder_layers

@@ -44,7 +44,7 @@ from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.options import OutputOptions, RunOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import staged_folder
-from neko_lean.recipes import load_recipe, parse_override, reads_cache, recipe_names
+from neko_lean.recipe import load_recipe, parse_override, reads_cache, recipe_names
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
 from neko_lean.scoring.run import score

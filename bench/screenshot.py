@@ -17,7 +17,7 @@ import tempfile
 from pathlib import Path
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.report.page import report
+from neko_lean.reporting.page import report
 
 BROWSERS = ("chromium", "chromium-browser", "google-chrome")
 

@@ -33,8 +33,8 @@ from neko_lean.demo.world import World, build_world, write_world
 from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_tokenizer, new_model
 from neko_lean.options import DemoOptions, OutputOptions, RunOptions, ScoreInputs, ScoreSettings
-from neko_lean.recipes import load_recipe, reads_cache
-from neko_lean.report.page import report
+from neko_lean.recipe import load_recipe, reads_cache
+from neko_lean.reporting.page import report
 from neko_lean.runs import memorize, training_run, unlearn
 from neko_lean.scoring.run import score
 

@@ -22,7 +22,7 @@ from neko_lean.distributed.ranks import as_single_process, is_main_process
 from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_tokenizer
 from neko_lean.models.sharding import ShardedModel
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
 from neko_lean.training.layers import decoder_layers
 from neko_lean.training.layerwise import LayerPass

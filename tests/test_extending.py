@@ -12,7 +12,7 @@ from neko_lean.data import prompts
 from neko_lean.data.examples import Example
 from neko_lean.objectives import FORGET_OBJECTIVES, TokenInputs
 from neko_lean.options import RunOptions
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from tests.helpers import make_cache
 
 ROOT = Path(__file__).parents[1]

@@ -10,7 +10,7 @@ ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "neko_lean"
 ORDER = [
     "errors", "options", "jsonio", "distributed", "terminal", "outputs", "data", "models", "cache", "objectives",
-    "recipes", "checkpoints", "training", "memory", "runs", "scoring", "report", "demo", "cli",
+    "recipe", "checkpoints", "training", "memory", "runs", "scoring", "reporting", "demo", "cli",
 ]  # fmt: skip
 
 

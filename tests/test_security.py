@@ -24,7 +24,7 @@ from neko_lean.jsonio import write_jsonl
 from neko_lean.models.loading import load_tokenizer, model_folder, model_name
 from neko_lean.models.weight_files import weight_files
 from neko_lean.outputs.signing import sign
-from neko_lean.report.collect import collect
+from neko_lean.reporting.collect import collect
 from neko_lean.scoring.mmlu_data import read_mmlu
 from neko_lean.scoring.paraphrases import read_paraphrases
 from neko_lean.scoring.stored import read_score

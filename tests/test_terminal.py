@@ -24,7 +24,7 @@ from neko_lean.cli.common import _print_error
 from neko_lean.jsonio import write_jsonl
 from neko_lean.terminal import log_line, print_json, print_lines, print_table, printable, progress_bar
 from tests.helpers import resign
-from tests.report.made import full_scores, make_generations, write_scores
+from tests.reporting.made import full_scores, make_generations, write_scores
 
 # Sets a title and colors, returns the carriage, rings the bell, and contains a C1 control, a right-to-left override, a
 # zero-width space, a lone surrogate, NUL, rich markup and an emoji code.
@@ -150,7 +150,7 @@ def test_hostile_model_and_recipe_names_are_escaped(model, tmp_path):
     named = shutil.copytree(model, tmp_path / "m\x1b[31m[red]x[|]")
     result = call("plan", named)
     assert result.exit_code == 0 and "[red]x[|]" in result.output
-    text = (Path(neko_lean.__file__).parent / "recipes" / "neko.toml").read_text()
+    text = (Path(neko_lean.__file__).parent / "recipe" / "neko.toml").read_text()
     (tmp_path / "r.toml").write_text(text.replace('summary = "', 'summary = "\\u001b[/]\\u202e'))
     assert "[/]" in call("recipes", tmp_path / "r.toml").output
 

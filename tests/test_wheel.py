@@ -48,7 +48,7 @@ def test_the_wheel_holds_every_file_of_the_package(wheel):
     package = ROOT / "neko_lean"
     files = {str(path.relative_to(ROOT)) for path in package.rglob("*") if path.is_file() and path.suffix != ".pyc"}
     packed = {*zipfile.ZipFile(wheel).namelist()}
-    assert {"neko_lean/py.typed", "neko_lean/cache/FORMAT.md", "neko_lean/recipes/neko.toml"} <= files
+    assert {"neko_lean/py.typed", "neko_lean/cache/FORMAT.md", "neko_lean/recipe/neko.toml"} <= files
     assert files <= packed
     assert any(name.endswith("licenses/LICENSE") for name in packed)
 

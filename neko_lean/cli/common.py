@@ -21,7 +21,7 @@ from neko_lean.errors import Interrupted, NekoLeanError, first_line
 from neko_lean.jsonio import nan_to_null
 from neko_lean.options import option
 from neko_lean.outputs import os_error_sentence
-from neko_lean.recipes import DEFAULT, parse_override
+from neko_lean.recipe import DEFAULT, parse_override
 from neko_lean.terminal import print_json, print_to_stderr
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hub name (owner/name).")]

@@ -11,7 +11,7 @@ from neko_lean.cli.common import Json, Split, command, emit
 from neko_lean.distributed import world_size
 from neko_lean.errors import NekoLeanError
 from neko_lean.options import DemoOptions
-from neko_lean.recipes import DEFAULT
+from neko_lean.recipe import DEFAULT
 from neko_lean.terminal import print_lines, print_table
 
 

@@ -22,7 +22,7 @@ def recipes(
 
     Example: neko-lean recipes    or    neko-lean recipes calibrated my.toml --json
     """
-    from neko_lean.recipes import DEFAULT, has_effect, load_recipe, recipe_names
+    from neko_lean.recipe import DEFAULT, has_effect, load_recipe, recipe_names
 
     loaded = [load_recipe(name) for name in names or recipe_names()]
     if json:

@@ -38,8 +38,8 @@ def report(
 
     Example: neko-lean report scores-before/ scores-after/ unlearned/ --out report.html    or    report demo-run/
     """
-    from neko_lean.report import TITLE
-    from neko_lean.report import report as write_report
+    from neko_lean.reporting import TITLE
+    from neko_lean.reporting import report as write_report
 
     result = write_report(runs, out, before=before, title=title or TITLE, texts=not no_texts, overwrite=overwrite)
     if json:

@@ -17,8 +17,8 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models import check_seed, has_bfloat16, pick_device
 from neko_lean.options import DemoOptions, OutputOptions, RunOptions
 from neko_lean.outputs import staged_folder, write_atomically
-from neko_lean.recipes import DEFAULT, Recipe, forgets, load_recipe, needs_forget_cache, reads_cache, uses_anchor
-from neko_lean.report import report
+from neko_lean.recipe import DEFAULT, Recipe, forgets, load_recipe, needs_forget_cache, reads_cache, uses_anchor
+from neko_lean.reporting import report
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring import ScoreInputs, ScoreSettings, score
 from neko_lean.terminal import log_line

@@ -24,7 +24,7 @@ from neko_lean.models import (
     load_config,
     reset_output_switches,
 )
-from neko_lean.recipes import Recipe
+from neko_lean.recipe import Recipe
 from neko_lean.training import SLICE, UPDATE_BYTES, LayerPass, MicroBatches, decoder_layers, select_hidden
 
 if TYPE_CHECKING:

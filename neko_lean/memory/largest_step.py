@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from itertools import accumulate, pairwise
 
-from neko_lean.recipes import Recipe, forgets
+from neko_lean.recipe import Recipe, forgets
 from neko_lean.training import split_across_ranks
 
 

@@ -14,7 +14,7 @@ from neko_lean.memory.largest_step import first_rank_share, largest_step
 from neko_lean.memory.prediction import step_memory
 from neko_lean.memory.two_models import TWO_MODEL_BASELINES, predict_two_models
 from neko_lean.models import model_folder, model_name, usable_length
-from neko_lean.recipes import Recipe, forgets, load_recipe
+from neko_lean.recipe import Recipe, forgets, load_recipe
 
 
 def plan_run(

@@ -26,7 +26,7 @@ from neko_lean.memory.estimate import (
 from neko_lean.memory.fake_step import chunk_bytes, fake_model, fake_step, fake_tensors
 from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.models import CausalLM
-from neko_lean.recipes import Recipe
+from neko_lean.recipe import Recipe
 from neko_lean.training import MicroBatches, decoder_layers, freeze, state_size
 
 if TYPE_CHECKING:

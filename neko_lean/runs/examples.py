@@ -25,7 +25,7 @@ from neko_lean.data import (
 )
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import tokenizer_fingerprint
-from neko_lean.recipes import Recipe, reads_retain, uses_levels
+from neko_lean.recipe import Recipe, reads_retain, uses_levels
 from neko_lean.terminal import log_line
 from neko_lean.training import TrainingExamples, forget_start, with_levels
 

@@ -38,7 +38,7 @@ from neko_lean.models import (
 )
 from neko_lean.options import RunOptions
 from neko_lean.outputs import claim_folder
-from neko_lean.recipes import forgets, load_recipe
+from neko_lean.recipe import forgets, load_recipe
 from neko_lean.runs.training_run import (
     TrainingJob,
     finished_before,

@@ -21,7 +21,7 @@ from neko_lean.memory import predicted_peak
 from neko_lean.models import CausalLM, resident_memory, trim_memory, warn_emulated_bfloat16
 from neko_lean.options import RunOptions
 from neko_lean.outputs import RUN, Output, explained_write_errors, write_atomically
-from neko_lean.recipes import Recipe
+from neko_lean.recipe import Recipe
 from neko_lean.terminal import log_line
 from neko_lean.training import Loop, Trainer, TrainingExamples, explained_out_of_memory
 

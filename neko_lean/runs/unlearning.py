@@ -26,7 +26,7 @@ from neko_lean.models import (
 )
 from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.outputs import MANIFEST, claim_folder, file_sha256
-from neko_lean.recipes import (
+from neko_lean.recipe import (
     DEFAULT,
     Recipe,
     forgets,

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from neko_lean.distributed import world_size
 from neko_lean.errors import NekoLeanError, first_line
 from neko_lean.models import CausalLM, ShardedModel, checkpoint_activations
-from neko_lean.recipes import Recipe
+from neko_lean.recipe import Recipe
 from neko_lean.terminal import log_line
 from neko_lean.training.layers import decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass

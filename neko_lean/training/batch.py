@@ -13,7 +13,7 @@ from neko_lean.cache import TeacherCache
 from neko_lean.data import EncodedExample, pad
 from neko_lean.distributed import rank, world_size
 from neko_lean.models import CausalLM
-from neko_lean.recipes import Recipe, trains_on_teacher, uses_levels
+from neko_lean.recipe import Recipe, trains_on_teacher, uses_levels
 from neko_lean.training.micro_batches import MicroBatches, micro_batches, split_across_ranks
 from neko_lean.training.targets import Layout, TopK, levels_at, reference_logp_at, teacher_targets_at
 

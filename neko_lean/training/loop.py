@@ -34,7 +34,7 @@ from neko_lean.jsonio import nan_to_null
 from neko_lean.models import CausalLM, peak_memory, reset_peak_memory, save_checkpoint
 from neko_lean.options import RunOptions
 from neko_lean.outputs import MANIFEST, no_follow
-from neko_lean.recipes import Recipe
+from neko_lean.recipe import Recipe
 from neko_lean.terminal import progress_bar
 from neko_lean.training.batch import Batch
 from neko_lean.training.checkpointing import Checkpointer

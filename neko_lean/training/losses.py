@@ -8,7 +8,7 @@ from torch import Tensor
 from neko_lean.distributed import all_gather_with_grad
 from neko_lean.models import CausalLM, token_stats
 from neko_lean.objectives import Objective, TokenInputs, token_weights
-from neko_lean.recipes import Recipe
+from neko_lean.recipe import Recipe
 from neko_lean.training.batch import Batch
 
 

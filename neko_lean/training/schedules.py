@@ -13,7 +13,7 @@ from typing import TypeVar
 
 from neko_lean.data import paired_batches, random_batches
 from neko_lean.errors import NekoLeanError
-from neko_lean.recipes import Recipe
+from neko_lean.recipe import Recipe
 
 T = TypeVar("T")
 
@@ -44,7 +44,7 @@ def phases(recipe: Recipe, forget: Sequence[int], retain: Sequence[int], rng: ra
     """The phases of a run.
 
     There is one phase, except with `order="chunks"`: then the forget examples are shuffled and cut into chunks of
-    `chunk_rows`, and each chunk is a phase of `epochs` passes over it (see recipes/sequential.toml). If `max_steps` is
+    `chunk_rows`, and each chunk is a phase of `epochs` passes over it (see recipe/sequential.toml). If `max_steps` is
     above 0, it is the length of the single phase, or limits the chunks' steps.
 
     Args:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neko_lean.cache import TeacherCache
 from neko_lean.data import EncodedExample
-from neko_lean.recipes import Recipe, needs_forget_cache, trains_on_teacher
+from neko_lean.recipe import Recipe, needs_forget_cache, trains_on_teacher
 
 TopK = tuple[Tensor, Tensor, Tensor]  # ids [N, k], log-probabilities [N, k], log of the tail's probability [N]
 

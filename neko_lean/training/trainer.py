@@ -18,7 +18,7 @@ from neko_lean.checkpoints import RunState
 from neko_lean.distributed import any_rank, run_on_main_and_broadcast, world_size
 from neko_lean.errors import NonFiniteError, PartialStepError
 from neko_lean.models import CausalLM, refuse_unknown_examples, supports_packing
-from neko_lean.recipes import Recipe, trains_on_teacher
+from neko_lean.recipe import Recipe, trains_on_teacher
 from neko_lean.terminal import log_line
 from neko_lean.training.backward import select_backward
 from neko_lean.training.batch import Batch, make_batch, select_hidden

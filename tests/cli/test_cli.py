@@ -12,7 +12,7 @@ import pytest
 from typer.testing import CliRunner
 
 from neko_lean.cli import app
-from neko_lean.recipes import DEFAULT, FOLDER, recipe_names
+from neko_lean.recipe import DEFAULT, FOLDER, recipe_names
 from tests.helpers import make_rows, write_rows
 
 COMMANDS = ("cache-teacher", "inspect", "plan", "recipes", "unlearn", "score", "report", "memorize", "demo")

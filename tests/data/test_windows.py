@@ -5,7 +5,7 @@ from hypothesis import strategies as st
 from transformers import ByT5Tokenizer
 
 from neko_lean.data import Example, encode, truncation_summary
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.training.batch import forget_start
 
 TOKENIZER = ByT5Tokenizer()

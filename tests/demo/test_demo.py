@@ -11,7 +11,7 @@ from neko_lean.demo.real_data import copy_rows
 from neko_lean.demo.run import demo
 from neko_lean.jsonio import write_jsonl
 from neko_lean.options import DemoOptions
-from neko_lean.recipes import DEFAULT, load_recipe
+from neko_lean.recipe import DEFAULT, load_recipe
 from tests.helpers import LUME, make_rows, write_rows
 
 

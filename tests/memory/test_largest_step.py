@@ -5,7 +5,7 @@ import random
 import pytest
 
 from neko_lean.memory.largest_step import largest_step
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.training.schedules import batches, phases
 
 

@@ -13,7 +13,7 @@ from neko_lean.cli import app
 from neko_lean.memory import plan
 from neko_lean.memory.estimate import CONTEXT
 from neko_lean.memory.plan import plan_run
-from neko_lean.recipes import Recipe, load_recipe, parse_override
+from neko_lean.recipe import Recipe, load_recipe, parse_override
 from neko_lean.training import out_of_memory
 from tests.memory.configs import MIDDLE, OLMO_1B
 

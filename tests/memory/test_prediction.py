@@ -14,7 +14,7 @@ from neko_lean.memory.prediction import predict
 from neko_lean.models.causal_lm import as_causal_lm, checkpoint_activations
 from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.memory_use import peak_memory, reset_peak_memory, resident_memory, trim_memory
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.training.layers import decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.micro_batches import MicroBatches

@@ -3,7 +3,7 @@
 from neko_lean.memory.largest_step import largest_step
 from neko_lean.memory.prediction import predict
 from neko_lean.memory.two_models import LEAN_BASELINE, PUBLISHED_BASELINE, predict_two_models
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from tests.memory.configs import MIDDLE
 
 

@@ -17,7 +17,7 @@ from neko_lean.data.examples import Example
 from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.predictions import next_token_logp
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.scoring.generation import generate
 from neko_lean.training.backward import select_backward
 from neko_lean.training.batch import select_hidden

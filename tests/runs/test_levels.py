@@ -14,7 +14,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.models.predictions import next_token_logp
 from neko_lean.options import RunOptions
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.training import trainer
 from neko_lean.training.levels import with_levels
 from tests.helpers import flat, make_cache, random_model

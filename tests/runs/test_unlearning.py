@@ -9,7 +9,7 @@ import torch
 import neko_lean
 from neko_lean.errors import NekoLeanError
 from neko_lean.options import RunOptions
-from neko_lean.recipes import load_recipe, reads_cache, recipe_names
+from neko_lean.recipe import load_recipe, reads_cache, recipe_names
 from tests.helpers import make_cache, random_model
 from tests.training.run_files import FAST, equal_weights, metrics, weights
 

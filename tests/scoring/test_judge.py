@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neko_lean.report.judge import judge_model as report
+from neko_lean.reporting.judge import judge_model as report
 from neko_lean.scoring.judge import NO, UNKNOWN, YES, has_forgotten, has_retained, looks_unseen
 from neko_lean.scoring.task import CELLS, task_aggregate
 from neko_lean.scoring.verdict import verdict

@@ -12,7 +12,7 @@ import neko_lean
 from neko_lean.data.examples import read_rows
 from neko_lean.errors import NekoLeanError
 from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
-from neko_lean.report.page import report
+from neko_lean.reporting.page import report
 from neko_lean.scoring import job
 from neko_lean.scoring.results import difference
 from neko_lean.scoring.stored import read_score

@@ -9,7 +9,7 @@ from torch import nn
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.causal_lm import as_causal_lm, checkpoint_activations
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.training import backward
 from neko_lean.training.backward import plain_gradients, select_backward, verify_layer_pass
 from neko_lean.training.layers import decoder_layers

@@ -15,7 +15,7 @@ from neko_lean.data.tokenization import encode
 from neko_lean.models.causal_lm import checkpoint_activations
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.options import CacheOptions, OutputOptions
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.training import batch as batch_module
 from neko_lean.training.batch import _to_device, make_batch, select_hidden
 from neko_lean.training.layers import decoder_layers

@@ -13,7 +13,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_model, load_tokenizer
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
 from neko_lean.training.layers import decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass

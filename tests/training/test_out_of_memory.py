@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.training import layerwise, loop, trainer
 from neko_lean.training.out_of_memory import MIN_HEAD_ROWS
 from tests.checkpoints.interrupted import EVALUATED, Killed, kill_at, metrics, result, steps_saved

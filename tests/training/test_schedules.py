@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.training.schedules import Phase, batches, learning_rate, phases
 
 FORGET, RETAIN = [30, 20, 40, 10, 25, 35, 15], [20] * 12

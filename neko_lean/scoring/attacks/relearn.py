@@ -14,7 +14,7 @@ from neko_lean.distributed import as_single_process, is_main_process, run_on_mai
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
 from neko_lean.options import RunOptions, ScoreSettings
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.runs import memorize
 from neko_lean.scoring.attacks.answers import baseline_point, point
 from neko_lean.scoring.attacks.registry import AttackTarget, Curve, attack

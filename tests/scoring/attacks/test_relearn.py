@@ -9,7 +9,7 @@ from neko_lean.data.examples import Example, Message, read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_tokenizer
-from neko_lean.recipes import load_recipe
+from neko_lean.recipe import load_recipe
 from neko_lean.scoring.attacks import relearn as module
 from neko_lean.scoring.attacks.relearn import relearn
 from neko_lean.scoring.generation import Generation

@@ -10,7 +10,7 @@ import pytest
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.objectives import FORGET_OBJECTIVES, REDUCTIONS, RETAIN_OBJECTIVES
-from neko_lean.recipes import (
+from neko_lean.recipe import (
     FOLDER,
     STEP_ORDERS,
     SUBSTITUTES,

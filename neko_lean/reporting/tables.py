@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from neko_lean.report.figures import Model
-from neko_lean.report.table import (
+from neko_lean.reporting.figures import Model
+from neko_lean.reporting.table import (
     SMALL_PRINT,
     Cell,
     Group,
@@ -19,7 +19,7 @@ from neko_lean.report.table import (
     number_cell,
     number_column,
 )
-from neko_lean.report.values import NOT_MEASURED, format_interval, format_number, objects, text
+from neko_lean.reporting.values import NOT_MEASURED, format_interval, format_number, objects, text
 from neko_lean.scoring import CELLS, SPLITS, cell_parts, difference_key, interval, number, shown_cells
 
 # Key in scores.json, name, and meaning of each line.

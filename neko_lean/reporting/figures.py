@@ -8,9 +8,9 @@ from typing import Any
 
 from markupsafe import Markup
 
-from neko_lean.report import charts
-from neko_lean.report.charts import UNIT_AXIS, Axis, Dot, Series
-from neko_lean.report.values import mapping, mean, numbers, objects
+from neko_lean.reporting import charts
+from neko_lean.reporting.charts import UNIT_AXIS, Axis, Dot, Series
+from neko_lean.reporting.values import mapping, mean, numbers, objects
 from neko_lean.scoring import ATTACKS, SPLITS, Attack, cell_parts, interval, number, shown_cells
 
 MAX_POINTS = 80  # of a curve; more steps are averaged, because single steps are noisy

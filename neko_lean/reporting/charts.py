@@ -13,7 +13,7 @@ from dataclasses import dataclass
 
 from markupsafe import Markup
 
-from neko_lean.report.values import format_interval, format_number
+from neko_lean.reporting.values import format_interval, format_number
 from neko_lean.scoring import Interval
 
 SLOTS = 7  # styles: slot 0 is the model before unlearning, the others are used in turn

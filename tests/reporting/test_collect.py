@@ -6,8 +6,8 @@ import shutil
 import pytest
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.report.collect import collect
-from tests.report.made import full_scores, make_demo, old_scores, write_run, write_scores
+from neko_lean.reporting.collect import collect
+from tests.reporting.made import full_scores, make_demo, old_scores, write_run, write_scores
 
 
 def summarize(collected):

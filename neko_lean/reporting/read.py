@@ -10,7 +10,7 @@ from typing import Any
 from neko_lean.data import read_jsonl
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import is_inside
-from neko_lean.report.values import text
+from neko_lean.reporting.values import text
 
 SCORES, GENERATIONS = "scores.json", "generations.jsonl"
 RUN, METRICS = "run.json", "metrics.jsonl"

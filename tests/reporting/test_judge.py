@@ -2,9 +2,9 @@
 
 import pytest
 
-from neko_lean.report.judge import RULES, judge_model
+from neko_lean.reporting.judge import RULES, judge_model
 from neko_lean.scoring.task import CELLS
-from tests.report.made import full_scores, old_scores
+from tests.reporting.made import full_scores, old_scores
 
 BEFORE = old_scores("target", 1.0)
 

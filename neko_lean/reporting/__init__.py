@@ -1,5 +1,5 @@
 """The report: one HTML file that shows what unlearning runs forgot, preserved and leaked."""
 
-from neko_lean.report.page import TITLE, report
+from neko_lean.reporting.page import TITLE, report
 
 __all__ = ["TITLE", "report"]

@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from neko_lean.report.charts import SLOTS, Dot, Series, axis, bars, dots, key, legend, lines, slot
+from neko_lean.reporting.charts import SLOTS, Dot, Series, axis, bars, dots, key, legend, lines, slot
 
 HOSTILE = "</text><script>alert(1)</script>&\"'"
 

@@ -6,9 +6,9 @@ from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
-from neko_lean.report.figures import Model
-from neko_lean.report.table import Cell, Group, Table, make_line, make_table
-from neko_lean.report.values import format_bytes, format_duration, mapping, text
+from neko_lean.reporting.figures import Model
+from neko_lean.reporting.table import Cell, Group, Table, make_line, make_table
+from neko_lean.reporting.values import format_bytes, format_duration, mapping, text
 from neko_lean.scoring import number
 
 Column = Callable[[Model], Cell]

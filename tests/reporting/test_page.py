@@ -10,11 +10,11 @@ from typer.testing import CliRunner
 
 from neko_lean.cli import app
 from neko_lean.errors import NekoLeanError
-from neko_lean.report import tables
-from neko_lean.report.figures import Model
-from neko_lean.report.judge import judge_model
-from neko_lean.report.page import HERE, report
-from tests.report.made import LEVELS, full_scores, make_demo, make_generations, old_scores, write_run, write_scores
+from neko_lean.reporting import tables
+from neko_lean.reporting.figures import Model
+from neko_lean.reporting.judge import judge_model
+from neko_lean.reporting.page import HERE, report
+from tests.reporting.made import LEVELS, full_scores, make_demo, make_generations, old_scores, write_run, write_scores
 
 HOSTILE = [
     "</script><script>window.acted = 1</script>",

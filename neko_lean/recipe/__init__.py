@@ -1,9 +1,9 @@
 """Recipes: one TOML file a method, which states what is its own and inherits the rest from base.toml."""
 
-from neko_lean.recipes.checks import STEP_ORDERS, SUBSTITUTES
-from neko_lean.recipes.effects import has_effect
-from neko_lean.recipes.loading import DEFAULT, FOLDER, load_recipe, parse_override, recipe_names
-from neko_lean.recipes.recipe import (
+from neko_lean.recipe.checks import STEP_ORDERS, SUBSTITUTES
+from neko_lean.recipe.effects import has_effect
+from neko_lean.recipe.loading import DEFAULT, FOLDER, load_recipe, parse_override, recipe_names
+from neko_lean.recipe.recipe import (
     Recipe,
     forgets,
     needs_forget_cache,

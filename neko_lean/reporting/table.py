@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
-from neko_lean.report.figures import Model
-from neko_lean.report.values import NOT_MEASURED, format_change, format_interval, format_number
+from neko_lean.reporting.figures import Model
+from neko_lean.reporting.values import NOT_MEASURED, format_change, format_interval, format_number
 from neko_lean.scoring import interval, number
 
 COUNTS = ("answer_rank", "questions", "shots")  # keys of numbers of things, which are shown without decimals

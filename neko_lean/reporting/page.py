@@ -20,13 +20,13 @@ from markupsafe import Markup
 
 import neko_lean
 from neko_lean.outputs import claim_file, publish_file
-from neko_lean.report import benchmark_tables, charts, figures, tables
-from neko_lean.report.collect import Collected, collect
-from neko_lean.report.figures import Model
-from neko_lean.report.judge import RULES, Judgement, judge_model
-from neko_lean.report.provenance import provenance_tables
-from neko_lean.report.read import Scored
-from neko_lean.report.values import text
+from neko_lean.reporting import benchmark_tables, charts, figures, tables
+from neko_lean.reporting.collect import Collected, collect
+from neko_lean.reporting.figures import Model
+from neko_lean.reporting.judge import RULES, Judgement, judge_model
+from neko_lean.reporting.provenance import provenance_tables
+from neko_lean.reporting.read import Scored
+from neko_lean.reporting.values import text
 from neko_lean.scoring import number
 
 HERE = Path(__file__).parent

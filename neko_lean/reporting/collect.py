@@ -13,8 +13,8 @@ from pathlib import Path
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import is_inside
-from neko_lean.report.read import RUN, SCORES, Run, Scored, read_object, read_run, read_scores
-from neko_lean.report.values import text
+from neko_lean.reporting.read import RUN, SCORES, Run, Scored, read_object, read_run, read_scores
+from neko_lean.reporting.values import text
 
 BEFORE = "before"
 EXPECTED = "give folders that `neko-lean score` or `unlearn` wrote, or a folder that holds them"

@@ -7,7 +7,7 @@ from typing import Any
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.objectives import FORGET_OBJECTIVES
-from neko_lean.recipes.recipe import Recipe, forgets, reads_retain
+from neko_lean.recipe.recipe import Recipe, forgets, reads_retain
 
 UPPER_BOUNDS = ("forget_rows", "retain_rows", "eval_rows")  # a bound that is never reached is not an error
 

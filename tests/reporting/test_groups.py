@@ -1,11 +1,11 @@
 """Reports on data with groups other than LUME's."""
 
-from neko_lean.report import tables
-from neko_lean.report.figures import MAX_NAME, Model, cell_figures
-from neko_lean.report.page import report
+from neko_lean.reporting import tables
+from neko_lean.reporting.figures import MAX_NAME, Model, cell_figures
+from neko_lean.reporting.page import report
 from neko_lean.scoring import difference_key
 from neko_lean.scoring.groups import NUMBERS
-from tests.report.made import full_scores, write_scores
+from tests.reporting.made import full_scores, write_scores
 
 LONG = "a group with a very long name"
 CELLS = {

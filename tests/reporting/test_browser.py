@@ -8,9 +8,9 @@ import subprocess
 
 import pytest
 
-from neko_lean.report.page import report
-from tests.report.made import full_scores, make_demo, make_generations, write_scores
-from tests.report.test_page import HOSTILE
+from neko_lean.reporting.page import report
+from tests.reporting.made import full_scores, make_demo, make_generations, write_scores
+from tests.reporting.test_page import HOSTILE
 
 CHROMIUM = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 PROBE = """<script>addEventListener("load", () => {

@@ -8,7 +8,7 @@ import re
 from neko_lean.data import check_format_name
 from neko_lean.errors import NekoLeanError
 from neko_lean.objectives import FORGET_OBJECTIVES, REDUCTIONS, RETAIN_OBJECTIVES
-from neko_lean.recipes.recipe import Recipe, forgets, needs_teacher, trains_on_teacher
+from neko_lean.recipe.recipe import Recipe, forgets, needs_teacher, trains_on_teacher
 
 STEP_ORDERS = ("together", "alternating", "chunks")
 SUBSTITUTES = ("none", "refusal", "random")

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from functools import partial
 
-from neko_lean.report.figures import Model
-from neko_lean.report.table import SMALL_PRINT, Cell, Group, Table, auc_cell, make_line, make_table, number_column
-from neko_lean.report.values import NOT_MEASURED, mapping
+from neko_lean.reporting.figures import Model
+from neko_lean.reporting.table import SMALL_PRINT, Cell, Group, Table, auc_cell, make_line, make_table, number_column
+from neko_lean.reporting.values import NOT_MEASURED, mapping
 from neko_lean.scoring import MEMBERSHIP_ATTACKS, number
 from neko_lean.scoring.benchmarks.lines import BENCHMARK_LINES, benchmark_title, format_metric
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from neko_lean.report.values import format_interval, format_number, strings
+from neko_lean.reporting.values import format_interval, format_number, strings
 from neko_lean.scoring import (
     NO,
     PARTLY,

@@ -12,9 +12,9 @@ from typing import Any
 
 from neko_lean.errors import NekoLeanError, did_you_mean
 from neko_lean.objectives import FORGET_OBJECTIVES
-from neko_lean.recipes.checks import check
-from neko_lean.recipes.effects import has_effect, hyperparameter_names, refuse_without_effect
-from neko_lean.recipes.recipe import Recipe
+from neko_lean.recipe.checks import check
+from neko_lean.recipe.effects import has_effect, hyperparameter_names, refuse_without_effect
+from neko_lean.recipe.recipe import Recipe
 
 DEFAULT = "calibrated"
 FOLDER = Path(__file__).parent
