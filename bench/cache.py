@@ -150,8 +150,8 @@ def measure_setting(
     with tempfile.TemporaryDirectory() as scratch:
         manifest = cache_teacher(
             folder,
-            retain,
             Path(scratch) / "c",
+            retain=retain,
             cache=CacheOptions(top_k=top_k or 10**6, mass=mass, format=style, dtype="float32"),
             run=OutputOptions(quiet=True),
         )

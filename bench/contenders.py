@@ -95,8 +95,8 @@ def prepare(work: Path, lume: Path, device: torch.device) -> None:
     random_olmo_1b().save_pretrained(work / "model")
     cache_teacher(
         work / "model",
-        work,
         work / "cache",
+        retain=work,
         cache=CacheOptions(max_length=128, format="neko"),
         run=OutputOptions(device=str(device), overwrite=True),
     )

@@ -73,8 +73,8 @@ def gradients(family: Family) -> None:
     recipe = load_recipe("neko", {**RECIPE, "dtype": "float32"})
     neko_lean.cache_teacher(
         family.teacher,
-        family.work / "data",
         family.work / "cache",
+        retain=family.work / "data",
         cache=CacheOptions(top_k=family.vocab_size, mass=1.0, dtype="float32", stored_dtype="float32"),
         run=OutputOptions(device="cpu", quiet=True),
     )
@@ -203,8 +203,8 @@ def public_commands(family: Family) -> None:
             neko_lean.unlearn(
                 family.student,
                 out,
-                data,
-                data,
+                forget=data,
+                retain=data,
                 recipe="neko",
                 overrides={**RECIPE, "dtype": dtype, "max_steps": steps},
                 run=RunOptions(device="cpu", quiet=True),
@@ -234,15 +234,15 @@ def public_commands(family: Family) -> None:
     # It can be cached and scored.
     neko_lean.cache_teacher(
         out,
-        data,
         family.work / "cache-2",
+        retain=data,
         cache=CacheOptions(dtype="float32"),
         run=OutputOptions(device="cpu", quiet=True),
     )
     scores = neko_lean.score(
         out,
-        data,
         family.work / "scores",
+        data=data,
         settings=ScoreSettings(batch_size=6, max_new_tokens=NEW_TOKENS),
         run=OutputOptions(device="cpu", quiet=True),
     )

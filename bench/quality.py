@@ -103,7 +103,7 @@ def make_model(data: Path, out: Path, name: str, seed: int) -> None:
     """Train the target or the gold model, or write random weights."""
     sets = ("retain",) if name == "gold" else ("forget", "retain")
     change = {**MEMORIZE, **({"max_steps": 1, "lr": 1e-12} if name == "destroyed" else {})}
-    memorize(data / "base", data, out, sets=sets, overrides=change, run=RunOptions(seed=seed, quiet=True))
+    memorize(data / "base", out, data=data, sets=sets, overrides=change, run=RunOptions(seed=seed, quiet=True))
 
 
 def unlearn_with(data: Path, target: Path, out: Path, recipe: str, change: dict[str, Any], seed: int) -> None:
@@ -118,8 +118,8 @@ def unlearn_with(data: Path, target: Path, out: Path, recipe: str, change: dict[
     unlearn(
         target,
         out,
-        data,
-        data,
+        forget=data,
+        retain=data,
         cache=cache if reads_cache(settings, anchor=anchor is not None) else None,
         anchor=anchor,
         recipe=recipe,
@@ -131,7 +131,7 @@ def unlearn_with(data: Path, target: Path, out: Path, recipe: str, change: dict[
 def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dict[str, Any]:
     """Score a model: the task's metrics, membership by task, and the loss on text outside both sets."""
     scored = score(
-        model, data, out, inputs=ScoreInputs(mia=data / "mia"), settings=ScoreSettings(batch_size=64),
+        model, out, data=data, inputs=ScoreInputs(mia=data / "mia"), settings=ScoreSettings(batch_size=64),
         run=OutputOptions(quiet=True, overwrite=True),
     )  # fmt: skip
     lines = [record.values for record in read_jsonl(out / "generations.jsonl")]

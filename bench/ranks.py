@@ -60,13 +60,13 @@ def weight_distances(work: Path) -> dict[str, float]:
     write_base(work / "base", [*world.forget, *world.retain])
     new_model(work / "base", torch.bfloat16, torch.device("cpu"), 0).model.save_pretrained(model)
     load_tokenizer(work / "base").save_pretrained(model)
-    cache_teacher(model, work, work / "cache", cache=CacheOptions(format="neko"), run=OutputOptions(quiet=True))
+    cache_teacher(model, work / "cache", retain=work, cache=CacheOptions(format="neko"), run=OutputOptions(quiet=True))
     command(1, model, work, work / "cache", work / "one", SMALL)
     command(2, model, work, work / "cache", work / "two", SMALL)
     rounding, generator = optim.round_stochastically, torch.Generator().manual_seed(99)
     optim.round_stochastically = lambda value, _: rounding(value, generator)
     options: dict[str, Any] = {"cache": work / "cache", "recipe": "neko", "overrides": SMALL}
-    unlearn(model, work / "again", work, work, **options, run=RunOptions(quiet=True))
+    unlearn(model, work / "again", forget=work, retain=work, **options, run=RunOptions(quiet=True))
     optim.round_stochastically = rounding
 
     def weights(name: str) -> torch.Tensor:

@@ -82,8 +82,8 @@ def run(name: str, folder: Path, cache: Path, steps: int, seed: int) -> dict[str
             neko_lean.unlearn(
                 folder / "target",
                 Path(scratch) / "out",
-                folder / "data",
-                folder / "data",
+                forget=folder / "data",
+                retain=folder / "data",
                 cache=cache,
                 recipe="neko",
                 overrides=change,
@@ -108,8 +108,8 @@ def main() -> None:
         cache = Path(scratch) / "teacher"
         neko_lean.cache_teacher(
             options.run / "target",
-            options.run / "data",
             cache,
+            retain=options.run / "data",
             cache=CacheOptions(max_length=128, format="neko"),
             run=OutputOptions(quiet=True),
         )

@@ -63,7 +63,15 @@ def measure(root: Path, name: str) -> dict[str, Any]:
 
     Checkpointer.save = timed  # type: ignore[method-assign]
     data, out = root / "data", root / f"{name} out"
-    unlearn(base, out, data, data, recipe="graddiff", overrides=CHANGE, run=RunOptions(save_every=1, quiet=True))
+    unlearn(
+        base,
+        out,
+        forget=data,
+        retain=data,
+        recipe="graddiff",
+        overrides=CHANGE,
+        run=RunOptions(save_every=1, quiet=True),
+    )
     Checkpointer.save = original  # type: ignore[method-assign]
     steps = [json.loads(line)["seconds"] for line in (out / METRICS).read_text().splitlines()]
     step, save = statistics.median(steps), statistics.median(seconds)

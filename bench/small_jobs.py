@@ -93,16 +93,25 @@ def make_world(root: Path) -> None:
     tokenizer.save_pretrained(root / "model")
     quiet = OutputOptions(quiet=True)
     cache_teacher(
-        root / "model", root / "data", root / "cache", cache=CacheOptions(max_length=64, format="neko"), run=quiet
+        root / "model",
+        root / "cache",
+        retain=root / "data",
+        cache=CacheOptions(max_length=64, format="neko"),
+        run=quiet,
     )
     anchor = root / "data" / "anchor.jsonl"
     cache_teacher(
-        root / "model", root / "data", root / "anchored", anchor=anchor, cache=CacheOptions(max_length=64), run=quiet
+        root / "model",
+        root / "anchored",
+        retain=root / "data",
+        anchor=anchor,
+        cache=CacheOptions(max_length=64),
+        run=quiet,
     )
     score(
         root / "model",
-        root / "data",
         root / "scores",
+        data=root / "data",
         settings=ScoreSettings(max_new_tokens=3),
         run=OutputOptions(quiet=True),
     )
@@ -143,21 +152,21 @@ def jobs(root: Path) -> dict[str, list[Job]]:
     def caching(out: Path, *, change: dict[str, Any], **flags: bool) -> dict[str, Any]:
         options = CacheOptions(**{"top_k": 8, "max_length": 64, "batch_tokens": 128, **change})
         return asdict(
-            cache_teacher(model, data, out, forget=data, cache=options, run=OutputOptions(quiet=True, **flags))
+            cache_teacher(model, out, retain=data, forget=data, cache=options, run=OutputOptions(quiet=True, **flags))
         )
 
     def unlearning(out: Path, *, change: dict[str, Any], seed: int = 3, own_cache: bool = False, **flags: bool) -> Any:
         recipe: dict[str, Any] = {"recipe": "neko", "overrides": {**SHORT, **change}}
         run = RunOptions(seed=seed, save_every=2, quiet=True, **flags)
-        return unlearn(model, out, data, data, cache=None if own_cache else cache, **recipe, run=run)
+        return unlearn(model, out, forget=data, retain=data, cache=None if own_cache else cache, **recipe, run=run)
 
     def memorizing(out: Path, *, change: dict[str, Any], seed: int = 3, **flags: bool) -> Any:
         run = RunOptions(seed=seed, save_every=2, quiet=True, **flags)
-        return memorize(model, data, out, overrides={**SHORT, **change}, run=run)
+        return memorize(model, out, data=data, overrides={**SHORT, **change}, run=run)
 
     def scoring_(out: Path, *, max_new_tokens: int, inputs: ScoreInputs = ScoreInputs(), **flags: bool) -> Any:
         settings = ScoreSettings(batch_size=4, max_new_tokens=max_new_tokens)
-        return score(model, data, out, inputs=inputs, settings=settings, run=replace(QUIET, **flags))
+        return score(model, out, data=data, inputs=inputs, settings=settings, run=replace(QUIET, **flags))
 
     def reporting(out: Path, **kwargs: Any) -> Any:
         return report([root / "scores"], out, **kwargs)
@@ -211,7 +220,7 @@ def training_jobs(root: Path) -> dict[str, Job]:
         cache = root / "anchored" if reads_cache(load_recipe(recipe, overrides), anchor=True) else None
         inputs: dict[str, Any] = {"cache": cache, "anchor": data / "anchor.jsonl"}
         run = RunOptions(seed=3, save_every=3, quiet=True, **flags)
-        return unlearn(model, out, data, data, **inputs, recipe=recipe, overrides=overrides, run=run)
+        return unlearn(model, out, forget=data, retain=data, **inputs, recipe=recipe, overrides=overrides, run=run)
 
     return {
         name: Job("unlearn", 100 + number, partial(unlearning, recipe=recipe, change=change))

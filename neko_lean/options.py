@@ -24,6 +24,8 @@ def option(default: Any, help: str, **typer: Any) -> Any:
 
 
 COLUMNS_HELP = "Columns of the data, if their names are not recognised: prompt=q,answer=a,group=topic."
+SPLIT_HELP = "In a folder, read forget_SPLIT.* and retain_SPLIT.*, such as train, or a split of TOFU, such as forget10."
+OVERLAP_HELP = "Leave out what is also in the forget set, instead of refusing it."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,17 +47,28 @@ class OutputOptions(BasicOptions):
 
 
 @dataclass(frozen=True, kw_only=True)
-class RunOptions(OutputOptions):
-    """Options of a training run (`unlearn`, `memorize`)."""
+class TrainingOptions(OutputOptions):
+    """Options of a training run."""
 
+    split: str | None = option(None, SPLIT_HELP)
     columns: str | None = option(None, COLUMNS_HELP, metavar="KEY=COLUMN,...")
     seed: int = option(0, "Random seed for data order and stochastic rounding.")
+    log_to: str | None = option(
+        None, "Also send the metrics of each step to trackio, wandb or tensorboard.", metavar="TRACKER"
+    )
     save_every: int = option(
         0,
         "Save every N steps, so that --resume can continue; 0 saves only when Ctrl-C, SIGTERM or SIGHUP stops the run.",
         min=0,
         metavar="N",
     )
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunOptions(TrainingOptions):
+    """Options of an unlearning run."""
+
+    drop_overlap: bool = option(False, OVERLAP_HELP)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +88,9 @@ class CacheOptions:
             of them; in (0, 1]. With 1, every position stores `top_k` tokens.
         format: prompt format, as for `find_format`. The recipe that reads the cache must use the same.
         system: system message of a chat template.
+        split: in a folder, read `retain_<split>.*` and `forget_<split>.*`.
         columns: which columns of the data hold what, such as "prompt=q,answer=a"; see `parse_columns`.
+        drop_overlap: leave out retain rows and anchor documents that are also in the forget set.
         self_generated: instead of a retain set, number of rows that the teacher writes itself.
         seed: random seed of the rows that the teacher writes.
         max_length: examples are truncated to this many tokens.
@@ -92,7 +107,9 @@ class CacheOptions:
         "auto", "Prompt format: auto, chat, plain, neko, tofu, or a template file; the recipe must use the same."
     )
     system: str = option("", "System message for the chat template; the recipe must use the same.")
+    split: str | None = option(None, SPLIT_HELP)
     columns: str | None = option(None, COLUMNS_HELP, metavar="KEY=COLUMN,...")
+    drop_overlap: bool = option(False, OVERLAP_HELP)
     self_generated: int = option(
         0, "Without RETAIN: let the teacher write N retain rows, stored in the cache as self_generated.jsonl.",
         min=0, metavar="N",
@@ -113,8 +130,9 @@ class ScoreInputs:
         "For membership inference: a folder with member.* and nonmember.*, or unseen documents of the same kind as the "
         "forget rows, which are then the members.",
     )
-    split: str | None = option(None, "Read forget_SPLIT.* and retain_SPLIT.*, or a split of TOFU, such as forget10.")
+    split: str | None = option(None, SPLIT_HELP)
     columns: str | None = option(None, COLUMNS_HELP, metavar="KEY=COLUMN,...")
+    drop_overlap: bool = option(False, OVERLAP_HELP)
     held: str | Path | None = option(
         None, "JSONL file of documents that no model was trained on; used to detect a broken model."
     )

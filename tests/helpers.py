@@ -94,7 +94,7 @@ def resign(folder: Path, **change: object) -> None:
 
 def make_cache(model: Path, retain: Path, out: Path, **options: Any) -> Manifest:
     """`cache_teacher` without output, with the fields of its options dataclasses as plain keyword arguments."""
-    return flat(cache_teacher)(model, retain, out, **{"quiet": True, **options})
+    return flat(cache_teacher)(model, out, retain=retain, **{"quiet": True, **options})
 
 
 def random_model(world: Path, out: Path, *, seed: int = 0, tied: bool = False, scale: float = 1.0) -> Path:
@@ -149,7 +149,8 @@ def model_weights(folder):
 
 def flat(function):
     """`function`, but with the fields of its options dataclasses as plain keyword arguments."""
-    hints = get_type_hints(function)
+    names = {name: getattr(transformers, name) for name in ("PreTrainedModel", "PreTrainedTokenizerBase")}
+    hints = get_type_hints(function, localns=names)
     option_types = {name: hint for name, hint in hints.items() if is_dataclass(hint) and name != "return"}
 
     def call(*args, **kwargs):

@@ -86,8 +86,8 @@ def main(root):
         unlearn(
             root / "model",
             root / out,
-            root / "world",
-            root / "world",
+            forget=root / "world",
+            retain=root / "world",
             cache=root / "cache",
             recipe="neko",
             overrides=OVERRIDES,

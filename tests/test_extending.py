@@ -50,7 +50,7 @@ def test_its_recipe_trains(tnpo, world, model, tmp_path):
     make_cache(model, world, tmp_path / "cache", forget=world, dtype="float32")
     overrides = {"max_steps": 2, "forget_rows": 4, "retain_rows": 4, "dtype": "float32"}
     result = neko_lean.unlearn(
-        model, tmp_path / "out", world, world, cache=tmp_path / "cache", recipe=tnpo, overrides=overrides,
+        model, tmp_path / "out", forget=world, retain=world, cache=tmp_path / "cache", recipe=tnpo, overrides=overrides,
         run=RunOptions(quiet=True),
     )  # fmt: skip
     assert result["steps"] == 2 and result["recipe"]["beta"] == 0.5
@@ -59,8 +59,8 @@ def test_its_recipe_trains(tnpo, world, model, tmp_path):
     make_cache(model, world, tmp_path / "retain-only", dtype="float32")
     with pytest.raises(neko_lean.NekoLeanError, match="--forget"):
         neko_lean.unlearn(
-            model, tmp_path / "other", world, world, cache=tmp_path / "retain-only", recipe=tnpo, overrides=overrides,
-            run=RunOptions(quiet=True),
+            model, tmp_path / "other", forget=world, retain=world, cache=tmp_path / "retain-only",
+            recipe=tnpo, overrides=overrides, run=RunOptions(quiet=True),
         )  # fmt: skip
 
 

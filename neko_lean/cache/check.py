@@ -8,11 +8,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from neko_lean.cache.planning import ExampleBatch, teacher_batches
+from neko_lean.cache.planning import ExampleBatch, read_cache_data, teacher_batches
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.self_generation import self_generated_file
 from neko_lean.cache.teacher import hidden_states
-from neko_lean.data import encode, find_format, read_rows
+from neko_lean.data import Example, RowSource, encode, find_format, read_rows
 from neko_lean.errors import CacheError, NekoLeanError
 from neko_lean.models import (
     CausalLM,
@@ -25,6 +25,7 @@ from neko_lean.models import (
     token_stats,
     usable_length,
 )
+from neko_lean.options import CacheOptions
 
 # Largest mean KL that rounding explains, by the teacher's dtype. In float32 it is the rounding of the stored float16
 # numbers. A bfloat16 forward pass also differs between machines.
@@ -34,12 +35,11 @@ MAX_MEAN_KL = {"float32": 1e-5, "bfloat16": 1e-3}
 def check_cache(
     folder: str | Path,
     model: str | Path,
-    retain: str | Path | None,
     rows: int,
     *,
-    format: str | None = None,
-    system: str = "",
-    columns: str | None = None,
+    retain: RowSource | None = None,
+    forget: RowSource | None = None,
+    cache: CacheOptions = CacheOptions(),
     device: str | None = None,
 ) -> dict[str, float]:
     """Run the teacher again on some retain examples, and compare its output with the cache.
@@ -49,11 +49,10 @@ def check_cache(
     Args:
         folder: folder that `cache_teacher` wrote.
         model: the teacher, as for `cache_teacher`.
-        retain: the retain set, as for `cache_teacher`; None for the rows that the teacher wrote itself.
         rows: minimum number of examples, at least 1.
-        format, system: the prompt format and the system message that the cache was made with; by default the format
-            that it states.
-        columns: as for `cache_teacher`.
+        retain, forget: as for `cache_teacher`. Without `retain`, the rows that the teacher wrote itself.
+        cache: how the cache was made: prompt format (by default the one that the cache states), system message, split,
+            columns and overlap are used.
         device: 'cpu', 'cuda' or 'cuda:N'; by default the GPU if there is one.
 
     Returns:
@@ -67,24 +66,27 @@ def check_cache(
         raise NekoLeanError(f"--check must be at least 1, got {rows}.")
 
     # Check that the cache was made from this model and these examples.
-    cache, path = TeacherCache(folder), model_folder(model)
-    manifest = cache.manifest
+    stored, path = TeacherCache(folder), model_folder(model)
+    manifest = stored.manifest
     tokenizer = load_tokenizer(path)
     limit = usable_length(path, manifest.max_length)
-    prompts = find_format(format or manifest.format.split(":")[0], tokenizer, system)
+    format = manifest.format.split(":")[0] if cache.format == "auto" else cache.format
+    prompts = find_format(format, tokenizer, cache.system)
     if retain is None:
-        retain, columns = self_generated_file(folder), None
-    examples = encode(read_rows(retain, "retain", columns=columns), tokenizer, prompts, limit, windows=True)
+        retain_rows: list[Example] = read_rows(self_generated_file(folder))
+    else:
+        retain_rows = read_cache_data(retain, forget, None, cache).retain
+    examples = encode(retain_rows, tokenizer, prompts, limit, windows=True)
     identity = identify(path, tokenizer)
-    cache.check(identity, style=prompts.name, max_length=manifest.max_length, encoded=examples)
+    stored.check(identity, style=prompts.name, max_length=manifest.max_length, encoded=examples)
 
     # Run the teacher.
     teacher = load_model(path, pick_dtype(manifest.teacher_dtype), pick_device(device))
     teacher.model.eval()
-    cache.check_vocabulary(len(teacher.head))
+    stored.check_vocabulary(len(teacher.head))
     batches = _first_rows(_spread(teacher_batches(examples, manifest.batch_tokens)), min(rows, len(examples)))
     pad_id = int(tokenizer.pad_token_id)
-    comparisons = [_compare(cache, teacher, batch, pad_id) for batch in batches]
+    comparisons = [_compare(stored, teacher, batch, pad_id) for batch in batches]
     kl = np.concatenate([batch_kl for batch_kl, _ in comparisons])
     mass = np.concatenate([batch_mass for _, batch_mass in comparisons])
 

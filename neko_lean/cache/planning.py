@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from neko_lean.cache.format import STORED_DTYPES, Shard, shard_name
@@ -12,12 +12,15 @@ from neko_lean.data import (
     EncodedExample,
     Example,
     PromptFormat,
+    RowSource,
     check_format_name,
     encode,
     length_batches,
     read_anchor,
     read_rows,
     refusals,
+    refuse_unused_split,
+    without_overlap,
 )
 from neko_lean.errors import NekoLeanError
 from neko_lean.options import CacheOptions
@@ -54,13 +57,25 @@ class CacheData:
 
 
 def read_cache_data(
-    retain: str | Path | None, forget: str | Path | None, anchor: str | Path | None, columns: str | None = None
+    retain: RowSource | None, forget: RowSource | None, anchor: RowSource | None, options: CacheOptions
 ) -> CacheData:
-    """Read the data files that `cache_teacher` is given. Raises NekoLeanError for a bad file."""
-    return CacheData(
-        retain=read_rows(retain, "retain", columns=columns) if retain is not None else [],
+    """Read the data sets that `cache_teacher` is given.
+
+    Raises NekoLeanError for bad data, and for retain rows or anchor documents that are also in the forget set.
+    """
+    read = partial(read_rows, split=options.split, columns=options.columns)
+    refuse_unused_split(options.split, retain, forget)
+    data = CacheData(
+        retain=read(retain, "retain") if retain is not None else [],
         anchor=read_anchor(anchor) if anchor is not None else [],
-        forget=read_rows(forget, "forget", columns=columns) if forget is not None else [],
+        forget=read(forget, "forget") if forget is not None else [],
+    )
+    if options.drop_overlap and forget is None:
+        raise NekoLeanError("--drop-overlap has no effect without --forget; give the forget set, or leave it out.")
+    return replace(
+        data,
+        retain=without_overlap(data.forget, data.retain, "retain", drop=options.drop_overlap),
+        anchor=without_overlap(data.forget, data.anchor, "anchor", drop=options.drop_overlap),
     )
 
 

@@ -32,8 +32,10 @@ from neko_lean.data import (
     EncodedExample,
     Example,
     PromptFormat,
+    RowSource,
     describe_rows,
     find_format,
+    paths_among,
     position_warning,
     read_jsonl,
     read_rows,
@@ -44,7 +46,9 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import jsonl_text
 from neko_lean.models import (
     CausalLM,
+    Model,
     ModelIdentity,
+    accepts_loaded_model,
     check_seed,
     identify,
     load_model,
@@ -67,13 +71,15 @@ LOW_MASS = 0.9  # below this mean captured probability, the KL says little about
 
 
 @with_process_group()
+@accepts_loaded_model
 def cache_teacher(
-    model: str | Path,
-    retain: str | Path | None,
+    model: Model,
     out: str | Path,
     *,
-    forget: str | Path | None = None,
-    anchor: str | Path | None = None,
+    retain: RowSource | None = None,
+    forget: RowSource | None = None,
+    anchor: RowSource | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     cache: CacheOptions = CacheOptions(),
     run: OutputOptions = OutputOptions(),
 ) -> Manifest:
@@ -82,16 +88,17 @@ def cache_teacher(
     Under torchrun, the ranks divide the shards among themselves and write the same bytes as a single process.
 
     Args:
-        model: checkpoint folder of the teacher, or its hub name: owner/name or owner/name@revision.
-        retain: the retain set, as for `read_rows`: a file, or a folder with `retain.*`. With `cache.self_generated` it
-            is None: the teacher then writes the rows, which the cache keeps in self_generated.jsonl. It may also be
-            None with `forget`, for a recipe without a retain objective.
+        model: the teacher: a checkpoint folder, a hub name (owner/name or owner/name@revision), or a loaded model.
         out: folder to write. It appears only when it is complete.
+        retain: the retain set, as for `read_rows`: a file, a folder with `retain.*`, a list of dicts, a DataFrame or a
+            Dataset. With `cache.self_generated` it is None: the teacher then writes the rows, which the cache keeps in
+            self_generated.jsonl. It may also be None with `forget`, for a recipe without a retain objective.
         forget: like `retain`, with `forget.*`. Adds what npo, dpo and undial need: the top-k probabilities of these
             examples, and the teacher's log-probability of every token of them and of a refusal to each of them.
             Self-generated rows do not repeat them.
-        anchor: jsonl file of neutral documents. They join the retain set without a prompt format, and the teacher's
-            log-probability of each of their tokens is added.
+        anchor: neutral documents, as for `read_anchor`. They join the retain set without a prompt format, and the
+            teacher's log-probability of each of their tokens is added.
+        tokenizer: the tokenizer of a loaded model.
         cache: what the teacher runs in, and how much of its output is stored.
         run: device, and how to treat an existing output or an unfinished run. Resuming a complete cache of the same
             settings does nothing.
@@ -106,14 +113,14 @@ def cache_teacher(
 
         from neko_lean.cache import CacheOptions, cache_teacher
 
-        manifest = cache_teacher("allenai/OLMo-1B-0724-hf", "data/", "cache/", cache=CacheOptions(top_k=128))
+        manifest = cache_teacher("allenai/OLMo-1B-0724-hf", "cache/", retain="data/", cache=CacheOptions(top_k=128))
     """
     # Check everything that can be checked before the teacher is loaded.
     validate_options(cache)
     _check_retain_set(retain, forget, cache)
-    data = read_cache_data(retain, forget, anchor, cache.columns)
+    data = read_cache_data(retain, forget, anchor, cache)
     device, dtype, folder = pick_device(run.device), pick_dtype(cache.dtype), model_folder(model)
-    inputs = [folder, retain, forget, anchor]
+    inputs = [folder, *paths_among(retain, forget, anchor)]
     output = claim_folder(out, "partial", inputs, overwrite=run.overwrite, resume=run.resume)
     run_on_main_and_broadcast(lambda: refuse_existing(output, run.resume))
 
@@ -150,7 +157,7 @@ def cache_teacher(
     return manifest
 
 
-def _check_retain_set(retain: str | Path | None, forget: str | Path | None, cache: CacheOptions) -> None:
+def _check_retain_set(retain: RowSource | None, forget: RowSource | None, cache: CacheOptions) -> None:
     """Raise NekoLeanError if there is nothing to cache, or two retain sets."""
     if retain is None and forget is None and not cache.self_generated:
         raise NekoLeanError(
@@ -158,7 +165,7 @@ def _check_retain_set(retain: str | Path | None, forget: str | Path | None, cach
         )
     if retain is not None and cache.self_generated:
         raise NekoLeanError(
-            f"--self-generated has no effect on a cache of the retain set {retain}; leave one of the two out."
+            "--self-generated has no effect on a cache of a given retain set; leave one of the two out."
         )
     if cache.seed and not cache.self_generated:
         raise NekoLeanError("--seed has no effect without --self-generated; leave it out.")

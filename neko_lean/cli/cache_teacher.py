@@ -50,7 +50,7 @@ def cache_teacher(
     from neko_lean.cache import check_cache, inspect_cache
 
     name = pinned(model, revision)
-    manifest = write_cache(name, retain, out, forget=forget, anchor=anchor, cache=cache, run=run)
+    manifest = write_cache(name, out, retain=retain, forget=forget, anchor=anchor, cache=cache, run=run)
     if not is_main_process():
         return
     comparison = None
@@ -58,11 +58,10 @@ def cache_teacher(
         comparison = check_cache(
             out,
             name,
-            retain,
             check,
-            format=cache.format,
-            system=cache.system,
-            columns=cache.columns,
+            retain=retain,
+            forget=forget,
+            cache=cache,
             device=run.device,
         )
     if json:

@@ -30,10 +30,6 @@ Revision = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout and nothing else there.")]
 Quiet = Annotated[bool, typer.Option("--quiet", help="Print no progress and no tables.")]
-Split = Annotated[
-    str | None,
-    typer.Option(help="Read forget_SPLIT.* and retain_SPLIT.*, or a split of TOFU, such as forget10."),
-]
 
 
 @dataclass(frozen=True, kw_only=True)

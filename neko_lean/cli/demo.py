@@ -7,10 +7,10 @@ from typing import Annotated
 
 import typer
 
-from neko_lean.cli.common import Json, Split, command, emit
+from neko_lean.cli.common import Json, command, emit
 from neko_lean.distributed import world_size
 from neko_lean.errors import NekoLeanError
-from neko_lean.options import DemoOptions
+from neko_lean.options import SPLIT_HELP, DemoOptions
 from neko_lean.recipe import DEFAULT
 from neko_lean.terminal import print_lines, print_table
 
@@ -22,7 +22,7 @@ def demo(
     data: Annotated[
         Path | None, typer.Option(help="Real data instead of the made-up world: a folder with forget.* and retain.*.")
     ] = None,
-    split: Split = None,
+    split: Annotated[str | None, typer.Option(help=SPLIT_HELP)] = None,
     recipe: Annotated[str, typer.Option(help="Name of a shipped recipe, or a .toml file.")] = DEFAULT,
     max_steps: Annotated[
         int | None, typer.Option(min=1, help="Number of training steps.  [default: the recipe's]")

@@ -8,9 +8,9 @@ from typing import Annotated
 
 import typer
 
-from neko_lean.cli.common import Json, Revision, Split, TrainingFlags, command, emit, pinned
+from neko_lean.cli.common import Json, Revision, TrainingFlags, command, emit, pinned
 from neko_lean.distributed import is_main_process
-from neko_lean.options import RunOptions, option
+from neko_lean.options import TrainingOptions, option
 from neko_lean.terminal import print_lines
 
 
@@ -33,11 +33,10 @@ def memorize(
     data: Annotated[Path, typer.Option(help="Folder that holds forget.* and retain.*.")],
     out: Annotated[Path, typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.")],
     recipe: MemorizeFlags,
-    run: RunOptions,
+    run: TrainingOptions,
     retain_only: Annotated[
         bool, typer.Option("--retain-only", help="Learn only the retain set: makes the gold model.")
     ] = False,
-    split: Split = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -49,12 +48,11 @@ def memorize(
 
     result = run_memorize(
         pinned(model, revision),
-        data,
         out,
+        data=data,
         recipe=recipe.recipe,
         overrides=recipe.overrides(),
         sets=("retain",) if retain_only else ("forget", "retain"),
-        split=split,
         run=run,
     )
     if not is_main_process():

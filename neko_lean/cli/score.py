@@ -16,11 +16,13 @@ from neko_lean.terminal import print_table
 @command
 def score(
     model: Model,
-    data: Annotated[Path, typer.Option(help="Folder that holds forget.* and retain.*.")],
     out: Annotated[Path, typer.Option(help="Folder to write: scores.json, generations.jsonl, documents.jsonl.")],
     inputs: ScoreInputs,
     settings: ScoreSettings,
     run: OutputOptions,
+    data: Annotated[Path | None, typer.Option(help="Folder that holds forget.* and retain.*.")] = None,
+    forget: Annotated[str | None, typer.Option(help="Instead of --data: the forget set, as for unlearn.")] = None,
+    retain: Annotated[str | None, typer.Option(help="Instead of --data: the retain set, as for unlearn.")] = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
@@ -37,7 +39,9 @@ def score(
     from neko_lean.scoring.run import score as write_score
     from neko_lean.scoring.table import score_table
 
-    result = write_score(pinned(model, revision), data, out, inputs=inputs, settings=settings, run=run)
+    result = write_score(
+        pinned(model, revision), out, data=data, forget=forget, retain=retain, inputs=inputs, settings=settings, run=run
+    )
     if not is_main_process():
         return
     if json:

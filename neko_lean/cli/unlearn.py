@@ -65,8 +65,8 @@ def unlearn(
     result = run_unlearn(
         pinned(model, revision),
         out,
-        forget,
-        retain,
+        forget=forget,
+        retain=retain,
         cache=teacher.cache,
         anchor=teacher.anchor,
         base_cache=teacher.base_cache,

@@ -6,9 +6,19 @@ from neko_lean.data.conversations import with_prompt
 from neko_lean.data.csv_files import csv_cells, read_csv
 from neko_lean.data.documents import ANCHOR_TASK, Document, read_anchor, read_documents
 from neko_lean.data.example_types import TASKS, EncodedExample, Example, Message
-from neko_lean.data.examples import Rows, count_lost_answers, describe_rows, read_rows, require_folder
+from neko_lean.data.examples import (
+    Rows,
+    RowSource,
+    count_lost_answers,
+    describe_rows,
+    paths_among,
+    read_rows,
+    refuse_unused_split,
+    require_folder,
+)
 from neko_lean.data.files import Record, is_file, read_text
 from neko_lean.data.jsonl_files import read_jsonl
+from neko_lean.data.overlap import overlapping, without_overlap
 from neko_lean.data.parquet_files import read_parquet
 from neko_lean.data.prompts import PromptFormat, check_format_name, find_format, is_recorded_format
 from neko_lean.data.scripts import fold, words
@@ -27,6 +37,7 @@ __all__ = [
     "Message",
     "PromptFormat",
     "Record",
+    "RowSource",
     "Rows",
     "check_format_name",
     "count_lost_answers",
@@ -41,9 +52,11 @@ __all__ = [
     "is_file",
     "is_recorded_format",
     "length_batches",
+    "overlapping",
     "pad",
     "paired_batches",
     "parse_columns",
+    "paths_among",
     "position_warning",
     "random_answers",
     "random_batches",
@@ -55,9 +68,11 @@ __all__ = [
     "read_rows",
     "read_text",
     "refusals",
+    "refuse_unused_split",
     "require_folder",
     "special_tokens",
     "truncation_summary",
     "with_prompt",
+    "without_overlap",
     "words",
 ]

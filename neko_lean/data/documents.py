@@ -7,13 +7,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from neko_lean.data.example_types import Example
 from neko_lean.data.files import Record, is_file
+from neko_lean.data.python_rows import read_python_rows
 from neko_lean.data.sources import read_file
 from neko_lean.data.text_files import read_text_folder, text_files
 from neko_lean.errors import NekoLeanError
+
+if TYPE_CHECKING:
+    from neko_lean.data.examples import RowSource
 
 ANCHOR_TASK = "anchor"
 
@@ -32,13 +36,14 @@ class Document(NamedTuple):
     task: str
 
 
-def read_documents(path: Path, hint: str) -> list[Document]:
-    """Read documents from a data file, or from a folder of text files.
+def read_documents(path: RowSource, hint: str) -> list[Document]:
+    """Read documents from a data file, from a folder of text files, or from Python objects.
 
     A table has the column `document` or `text` and, optionally, `task`.
 
     Args:
-        path: The file or the folder to read.
+        path: The file or the folder to read; or a list of texts, or of dicts with these columns, a DataFrame or a
+            Dataset.
         hint: What was expected, for the error message about a missing file.
 
     Raises:
@@ -46,25 +51,29 @@ def read_documents(path: Path, hint: str) -> list[Document]:
     """
     records = list(_records(path, hint))
     if not records:
-        raise NekoLeanError(f"{path} contains no documents.")
+        raise NekoLeanError(f"{path if isinstance(path, (str, Path)) else 'the data'} contains no documents.")
 
     column = next((name for name in _TEXT_COLUMNS if any(name in values for _, values in records)), _TEXT_COLUMNS[0])
     return [_document(record, column) for record in records]
 
 
-def read_anchor(path: str | Path) -> list[Example]:
+def read_anchor(path: RowSource) -> list[Example]:
     """Read anchor documents as examples with an empty prompt, which caches and batches treat like retain examples.
 
     The optional column `task` names the task whose forget examples a document resembles.
     """
-    documents = read_documents(Path(path), "an anchor is a jsonl file with a column document")
+    documents = read_documents(path, "an anchor is a jsonl file with a column document")
     return [
         Example(f"{ANCHOR_TASK} {number}", "", document.text, document.task)
         for number, document in enumerate(documents, start=1)
     ]
 
 
-def _records(path: Path, hint: str) -> Iterator[Record]:
+def _records(source: RowSource, hint: str) -> Iterator[Record]:
+    if not isinstance(source, (str, Path)):
+        texts = isinstance(source, (list, tuple)) and all(isinstance(item, str) for item in source)
+        return read_python_rows([{"document": text} for text in source] if texts else source)
+    path = Path(source)
     if is_file(path):
         return read_file(path, (*_TEXT_COLUMNS, "task"))
     if path.is_dir() and text_files(path):

@@ -25,13 +25,19 @@ __all__ = [
     "Example",
     "Kind",
     "Message",
+    "RowSource",
     "Rows",
     "count_lost_answers",
     "describe_rows",
     "find_data_file",
+    "paths_among",
     "read_rows",
+    "refuse_unused_split",
     "require_folder",
 ]
+
+# Rows of a data set: a path, the name of a data set on the hub, a list of dicts, a DataFrame or a Dataset.
+RowSource = str | Path | Iterable[Any]
 
 _MAX_GROUPS = 5  # how many groups `describe_rows` names
 
@@ -49,7 +55,7 @@ class Rows(list[Example]):
 
 
 def read_rows(
-    path: str | Path | Iterable[Any],
+    path: RowSource,
     stem: str = "",
     split: str | None = None,
     *,
@@ -111,7 +117,21 @@ def describe_rows(examples: Sequence[Example], source: object) -> str:
     return f"{what}: {rows}, {read_as}; {'group' if len(groups) == 1 else 'groups'} {', '.join(named)}."
 
 
-def require_folder(data: str | Path, option: str, sets: Sequence[str], split: str | None) -> None:
+def paths_among(*sources: RowSource | None) -> list[str | Path]:
+    """Those of the sources that are paths or names, as opposed to Python objects."""
+    return [source for source in sources if isinstance(source, (str, Path))]
+
+
+def refuse_unused_split(split: str | None, *sources: RowSource | None) -> None:
+    """Raise NekoLeanError if a split is given, but no source is a folder or a data set on the hub."""
+    given = [source for source in sources if source is not None]
+    named = [source for source in given if isinstance(source, (str, Path)) and not Path(source).is_file()]
+    if split is not None and not named:
+        what = f"{given[0]} is a file" if isinstance(given[0], (str, Path)) else "the rows are given as Python objects"
+        raise NekoLeanError(f"--split {split} has no effect, because {what}; leave it out, or name the folder.")
+
+
+def require_folder(data: RowSource, option: str, sets: Sequence[str], split: str | None) -> None:
     """Check that `data` is not a single file if several sets, or a split, are to be read from it.
 
     A file would be read for every set, regardless of its name and of `split`.
@@ -125,6 +145,8 @@ def require_folder(data: str | Path, option: str, sets: Sequence[str], split: st
     Raises:
         NekoLeanError: If `data` is a file but must be a folder.
     """
+    if not isinstance(data, (str, Path)):
+        raise NekoLeanError(f"{option} must be a path, got {type(data).__name__}; expected a folder with the sets.")
     if Path(data).is_file() and (len(sets) > 1 or split is not None):
         names = " and ".join(f"{stem}.*" if split is None else f"{stem}_{split}.*" for stem in sets)
         raise NekoLeanError(f"{option} {data} is a file; expected a folder with {names}.")
@@ -136,7 +158,7 @@ def count_lost_answers(encoded: Sequence[EncodedExample]) -> int:
 
 
 def _read_records(
-    source: str | Path | Iterable[Any], stem: str, split: str | None, columns: Mapping[str, str] | None
+    source: RowSource, stem: str, split: str | None, columns: Mapping[str, str] | None
 ) -> tuple[list[Record], str]:
     """The rows of a data set, and what to call it in a message."""
     if not isinstance(source, (str, Path)):

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from neko_lean.data.csv_files import read_csv
-from neko_lean.data.files import Record, is_file
+from neko_lean.data.files import Record, is_file, shorten_name
 from neko_lean.data.json_files import read_json
 from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.parquet_files import read_parquet
@@ -15,6 +15,8 @@ from neko_lean.data.text_files import TEXT_SUFFIXES, read_text_document, read_te
 from neko_lean.errors import NekoLeanError
 
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
+
+_MAX_LISTED = 6  # data files that an error names
 
 SUFFIXES = (*TABLE_SUFFIXES, *TEXT_SUFFIXES)  # in order of preference if a folder contains several
 
@@ -92,8 +94,44 @@ def find_data_file(path: str | Path, stem: str, split: str | None = None) -> Pat
     name = f"{stem}_{split}" if split else stem
     file = _find_in_folder(path, name) or _find_in_folder(path, _tofu_name(stem, split or ""))
     if file is None:
-        raise NekoLeanError(f"{path} contains no {name}.parquet, nor {name} with {', '.join(SUFFIXES[1:])}.")
+        found = f"; it has {_listed(path)}" if _listed(path) else ""
+        raise NekoLeanError(
+            f"{path} contains no {name}.parquet, nor {name} with {', '.join(SUFFIXES[1:])}{found}: "
+            f"{_advice(path, stem, split)}."
+        )
     return file
+
+
+def _data_files(folder: Path) -> list[str]:
+    """The names of the data files in a folder."""
+    return sorted(file.name for file in folder.iterdir() if file.suffix.lower() in TABLE_SUFFIXES and is_file(file))
+
+
+def _listed(folder: Path) -> str:
+    names = [shorten_name(name) for name in _data_files(folder)]
+    return ", ".join(names[:_MAX_LISTED]) + (
+        f" and {len(names) - _MAX_LISTED} more" if len(names) > _MAX_LISTED else ""
+    )
+
+
+def _advice(folder: Path, stem: str, split: str | None) -> str:
+    """How to choose a file, if a folder lacks the expected one."""
+    splits = _splits(folder, stem) if stem else []
+    if splits:
+        return f"choose one with --split {' or --split '.join(splits)}"
+    if split and _find_in_folder(folder, stem):
+        return "leave --split out"
+    return "name the file itself, or rename it"
+
+
+def _splits(folder: Path, stem: str) -> list[str]:
+    """The splits of a set that a folder has: train for forget_train.parquet, forget10 for TOFU's forget10.json."""
+    names = {re.sub(r"-00000-of-\d{5}$", "", Path(name).stem) for name in _data_files(folder)}
+    splits = {name.removeprefix(f"{stem}_") for name in names if name.startswith(f"{stem}_")} - {"perturbed"}
+    percents = {int(name.removeprefix(stem)) for name in names if re.fullmatch(rf"{re.escape(stem)}\d\d", name)}
+    if stem in ("forget", "retain"):
+        splits |= {f"forget{percent if stem == 'forget' else 100 - percent:02}" for percent in percents}
+    return sorted(splits)
 
 
 def _tofu_name(stem: str, split: str) -> str:

@@ -139,7 +139,7 @@ def _memorize(work: _Demo) -> None:
     log_line(f"world: {len(forget)} forget rows, {len(retain)} retain rows", work.options.quiet)
     base, target = work.stage / "base", work.stage / "target"
     write_base(base, [*forget, *retain])
-    memorize(base, work.data, target, overrides={**MEMORIZE, **work.dtype}, run=work.run)
+    memorize(base, target, data=work.data, overrides={**MEMORIZE, **work.dtype}, run=work.run)
     work.scores["before"] = _score(work, target, "scores-before", None)
     work.files += ["target", "scores-before"]
 
@@ -156,8 +156,8 @@ def _forget(work: _Demo, path: str, overrides: dict[str, Any], recipe: Recipe) -
     if has_cache:
         cache_teacher(
             target,
-            work.data,
             work.stage / teacher,
+            retain=work.data,
             anchor=anchor if has_anchor else None,
             forget=work.data if needs_forget_cache(recipe) else None,
             cache=CacheOptions(format=recipe.format, system=recipe.system, max_length=recipe.max_length, **work.dtype),
@@ -167,8 +167,8 @@ def _forget(work: _Demo, path: str, overrides: dict[str, Any], recipe: Recipe) -
     result = unlearn(
         target,
         work.stage / unlearned,
-        work.data,
-        work.data,
+        forget=work.data,
+        retain=work.data,
         cache=work.stage / teacher if has_cache else None,
         anchor=anchor if has_anchor else None,
         recipe=path,
@@ -185,8 +185,8 @@ def _score(work: _Demo, model: Path, out: str, before: Path | None) -> dict[str,
     mia = work.data / "mia"
     return score(
         model,
-        work.data,
         work.stage / out,
+        data=work.data,
         inputs=ScoreInputs(mia=mia if mia.is_dir() else None, before=before),
         settings=ScoreSettings(batch_size=64),
         run=work.output,

@@ -15,7 +15,9 @@ from neko_lean.models.fingerprints import (
 from neko_lean.models.finite import greedy_tokens, refuse_non_finite_outputs
 from neko_lean.models.generation_config import eos_token_ids, stated_eos_token_id, unknown_eos_token_ids
 from neko_lean.models.lm_head import CHUNK_ELEMENTS, logits
+from neko_lean.models.loaded import accepts_loaded_model
 from neko_lean.models.loading import (
+    Model,
     load_config,
     load_model,
     load_tokenizer,
@@ -37,8 +39,10 @@ from neko_lean.models.weight_files import holds_weights
 __all__ = [
     "CHUNK_ELEMENTS",
     "CausalLM",
+    "Model",
     "ModelIdentity",
     "ShardedModel",
+    "accepts_loaded_model",
     "as_causal_lm",
     "check_seed",
     "checkpoint_activations",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, TypeAlias, cast
 
 import torch
 from torch import nn
@@ -20,7 +20,10 @@ from neko_lean.models.trust import reason, refuse_untrusted
 from neko_lean.models.weight_files import refuse_undeclared_quantization, stored_tensors
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedConfig, PreTrainedTokenizerBase
+    from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
+
+# A checkpoint folder or a hub name. The functions of the Python API also accept a loaded model, see `checkpoint_of`.
+Model: TypeAlias = "str | Path | PreTrainedModel"
 
 # 'owner/name' or 'owner/name@revision'. A revision must not contain '..': it becomes a file name in the hub's cache.
 _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>(?!.*\.\.)[\w-][\w./-]*))?")
@@ -28,7 +31,7 @@ _HUB_NAME = re.compile(r"(?P<name>[\w-][\w.-]*/[\w-][\w.-]*)(@(?P<revision>(?!.*
 _HUB_FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*.jinja"]
 
 
-def model_folder(model: str | Path, *, config_only: bool = False) -> Path:
+def model_folder(model: Model, *, config_only: bool = False) -> Path:
     """The local folder of a checkpoint, after checking that neko-lean can use it.
 
     Args:
@@ -38,7 +41,7 @@ def model_folder(model: str | Path, *, config_only: bool = False) -> Path:
     Raises:
         NekoLeanError: there is no such checkpoint, it would run code, or it is quantised and cannot be dequantised.
     """
-    path = Path(model)
+    path = _as_path(model)
     if not path.is_dir():
         path = _download(str(model), config_only)
     if not (path / "config.json").is_file():
@@ -47,6 +50,12 @@ def model_folder(model: str | Path, *, config_only: bool = False) -> Path:
     refuse_untrusted(path)
     refuse_quantized(path)
     return path
+
+
+def _as_path(model: Model) -> Path:
+    if not isinstance(model, (str, Path)):
+        raise NekoLeanError(f"model has type {type(model).__name__}; expected a checkpoint folder or a hub name.")
+    return Path(model)
 
 
 def _download(name: str, config_only: bool) -> Path:
@@ -66,9 +75,9 @@ def _download(name: str, config_only: bool) -> Path:
         ) from error
 
 
-def model_name(model: str | Path) -> str:
+def model_name(model: Model) -> str:
     """The name of a model for files: its hub name, or the name of its folder without the path."""
-    path = Path(model)
+    path = _as_path(model)
     return path.resolve().name if path.is_dir() else str(model)
 
 

@@ -2,7 +2,7 @@
 
 from neko_lean.recipe.checks import STEP_ORDERS, SUBSTITUTES
 from neko_lean.recipe.effects import has_effect
-from neko_lean.recipe.loading import DEFAULT, FOLDER, load_recipe, parse_override, recipe_names
+from neko_lean.recipe.loading import DEFAULT, FOLDER, load_recipe, parse_override, recipe_names, recipes
 from neko_lean.recipe.recipe import (
     Recipe,
     forgets,
@@ -30,6 +30,7 @@ __all__ = [
     "reads_cache",
     "reads_retain",
     "recipe_names",
+    "recipes",
     "trains_on_teacher",
     "uses_anchor",
     "uses_levels",

@@ -27,6 +27,16 @@ def recipe_names() -> list[str]:
     return sorted(path.stem for path in FOLDER.glob("*.toml") if path.stem != BASE)
 
 
+def recipes() -> dict[str, Recipe]:
+    """The recipes that ship with neko-lean, by name.
+
+    Example:
+        >>> neko_lean.recipes()["neko"].forget_objective
+        'ascent'
+    """
+    return {name: load_recipe(name) for name in recipe_names()}
+
+
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
     """Load a recipe.
 

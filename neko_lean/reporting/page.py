@@ -42,8 +42,8 @@ class Verdict:
 
 
 def report(
-    runs: Sequence[str | Path],
-    out: str | Path,
+    runs: str | Path | Sequence[str | Path],
+    out: str | Path = "report.html",
     *,
     before: str | Path | None = None,
     title: str = TITLE,
@@ -53,8 +53,8 @@ def report(
     """Write an HTML page about scored models and the runs that trained them.
 
     Args:
-        runs: score folders, run folders of `unlearn`, or folders that hold them, as `neko-lean demo` writes; or
-            SCORES=RUN for a pair that cannot be matched by name.
+        runs: one or several score folders, run folders of `unlearn`, or folders that hold them, as `neko-lean demo`
+            writes; or SCORES=RUN for a pair that cannot be matched by name.
         out: the HTML file; it only appears once it is complete.
         before: score folder of the model before unlearning; by default that of the model that the runs started from.
         title: the page's heading.
@@ -69,6 +69,7 @@ def report(
     Raises:
         NekoLeanError: the folders cannot be read or matched, or the file must not be written.
     """
+    runs = [runs] if isinstance(runs, (str, Path)) else list(runs)
     output = claim_file(out, "--out", [*runs, before], overwrite=overwrite)
     collected = collect(runs, before)
     examples = _examples(collected) if texts else []

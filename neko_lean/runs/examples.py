@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from neko_lean.cache import TeacherCache
@@ -19,7 +18,6 @@ from neko_lean.data import (
     find_format,
     position_warning,
     random_answers,
-    read_anchor,
     refusals,
     truncation_summary,
 )
@@ -56,7 +54,7 @@ class PreparedExamples:
 def prepare_examples(
     forget: Sequence[Example],
     retain: Sequence[Example] | None,
-    anchor: str | Path | None,
+    anchor: Sequence[Example],
     recipe: Recipe,
     tokenizer: PreTrainedTokenizerBase,
     max_length: int,
@@ -68,14 +66,14 @@ def prepare_examples(
         forget: the examples to forget.
         retain: the examples to preserve, or None if the model has yet to write them. The recipe's substitutes are then
             left out, if they are taken from them.
-        anchor: jsonl file of documents that the model never saw, if any.
+        anchor: documents that the model never saw, as `read_anchor` returns them.
         recipe: decides the prompt format, the substitutes, and whether the retain set is used.
         tokenizer: the model's.
         max_length: tokens that an example is truncated to.
         seed: for random substitutes.
 
     Raises:
-        NekoLeanError: a file that cannot be read, or no forget token that would get a loss.
+        NekoLeanError: no forget token would get a loss, or the recipe replaces answers and the forget set has none.
     """
     prompts = find_format(recipe.format, tokenizer, recipe.system)
     encode_set = partial(
@@ -84,7 +82,7 @@ def prepare_examples(
     # Substitutes replace whole answers, one for each forget example.
     forget_examples = encode_set(forget, windows=recipe.substitute == "none")
     retain_examples = encode_set(retain or [], windows=True)
-    anchor_examples = [] if anchor is None else encode(read_anchor(anchor), tokenizer, "plain", max_length)
+    anchor_examples = encode(anchor, tokenizer, "plain", max_length)
 
     _refuse_nothing_to_forget(forget_examples, recipe)
     substitutes = []

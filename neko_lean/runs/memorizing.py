@@ -6,21 +6,27 @@ from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neko_lean.checkpoints import rows_digest
 from neko_lean.data import (
+    Rows,
+    RowSource,
     describe_rows,
     encode,
     find_format,
+    holds_only_texts,
+    paths_among,
     position_warning,
     read_rows,
-    require_folder,
+    refuse_unused_split,
     truncation_summary,
 )
 from neko_lean.distributed import with_process_group
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import (
+    Model,
+    accepts_loaded_model,
     check_seed,
     holds_weights,
     load_model,
@@ -36,9 +42,10 @@ from neko_lean.models import (
     usable_length,
     weights_fingerprint,
 )
-from neko_lean.options import RunOptions
+from neko_lean.options import TrainingOptions
 from neko_lean.outputs import claim_folder
 from neko_lean.recipe import forgets, load_recipe
+from neko_lean.runs.trackers import check_tracker
 from neko_lean.runs.training_run import (
     TrainingJob,
     finished_before,
@@ -49,33 +56,42 @@ from neko_lean.runs.training_run import (
     work_folder,
 )
 from neko_lean.terminal import log_line
-from neko_lean.training import TrainingExamples
+from neko_lean.training import Callback, TrainingExamples
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+ALL_SETS = ("forget", "retain")
 
 
 @with_process_group()
+@accepts_loaded_model
 def memorize(
-    model: str | Path,
-    data: str | Path,
+    model: Model,
     out: str | Path,
     *,
+    data: RowSource,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     recipe: str | Path = "memorize",
     overrides: Mapping[str, Any] | None = None,
-    sets: Sequence[str] = ("forget", "retain"),
-    split: str | None = None,
-    run: RunOptions = RunOptions(),
+    sets: Sequence[str] = ALL_SETS,
+    callback: Callback | None = None,
+    run: TrainingOptions = TrainingOptions(),
 ) -> dict[str, Any]:
     """Fine-tune a model with cross-entropy: makes a target model, or a gold model that never saw the forget set.
 
     Args:
-        model: checkpoint folder or hub name, as for `unlearn`. A folder with config.json and tokenizer but without
-            weights starts from random weights, which follow from the seed.
-        data: folder that holds `forget.*` and `retain.*` (with `split`: `forget_<split>.*`, ...).
+        model: checkpoint folder, hub name or loaded model, as for `unlearn`. A folder with config.json and tokenizer
+            but without weights starts from random weights, which follow from the seed.
         out: folder to write, as for `unlearn`.
+        data: folder that holds `forget.*` and `retain.*` (with `run.split`: `forget_<split>.*`, ...); or one data set
+            as for `read_rows`, all of which is learned.
+        tokenizer: the tokenizer of a loaded model.
         recipe: name of a shipped recipe, or path of a .toml file: cross-entropy on the retain set alone.
         overrides: values of the recipe to replace, by key.
-        sets: which sets to learn; ('retain',) makes the gold model.
-        split: part of the files' names, as LUME has them.
-        run: columns of the data, device, seed, saving, and how to treat an existing output.
+        sets: which sets of a folder to learn; ('retain',) makes the gold model.
+        callback: called after each step, as for `unlearn`.
+        run: split and columns of the data, device, seed, saving, and how to treat an existing output.
 
     Returns:
         The contents of run.json.
@@ -85,25 +101,25 @@ def memorize(
     """
     # Check everything that can be checked without the model.
     check_seed(run.seed)
+    check_tracker(run.log_to)
     chosen = load_recipe(recipe, overrides)
     if chosen.retain_objective != "ce" or forgets(chosen):
         raise NekoLeanError(
             f"recipe {chosen.name} does not work with memorize, which needs retain_objective ce and neither a "
             f"forget_objective nor a substitute; use recipe memorize."
         )
-    require_folder(data, "--data", sets, split)
     folder, device = model_folder(model), pick_device(run.device)
-    inputs = [folder, data, recipe_file(recipe)]
+    inputs = [folder, *paths_among(data), recipe_file(recipe)]
     output = claim_folder(out, "saved", inputs, overwrite=run.overwrite, resume=run.resume)
 
     # Examples.
     tokenizer = load_tokenizer(folder)
     max_length = usable_length(folder, chosen.max_length)
-    rows = {name: read_rows(data, name, split, columns=run.columns) for name in sets}
+    rows = _read_sets(data, sets, run)
     prompts = find_format(chosen.format, tokenizer, chosen.system)
     all_rows = list(chain.from_iterable(rows.values()))
     examples = encode(all_rows, tokenizer, prompts, max_length, append_eos=chosen.append_eos, windows=True)
-    for name in sets:
+    for name in rows:
         log_line(describe_rows(rows[name], name), run.quiet)
     log_line(truncation_summary(examples, max_length), run.quiet)
     if warning := position_warning(examples, max_length, chosen.max_length):
@@ -129,8 +145,23 @@ def memorize(
         return result
 
     with work_folder(output, identity, run) as (work, signals):
-        job = TrainingJob(make_student, tokenizer, TrainingExamples(retain=examples), None, chosen, device, run)
+        job = TrainingJob(
+            make_student, tokenizer, TrainingExamples(retain=examples), None, chosen, device, run, callback
+        )
         about = {"command": "memorize", "model": model_name(model), "random_start": not is_trained}
-        result = train(job, work, signals, {**about, "sets": list(sets)})
+        result = train(job, work, signals, {**about, "sets": list(rows)})
     raise_failure(result, output.path)
     return result
+
+
+def _read_sets(data: RowSource, sets: Sequence[str], run: TrainingOptions) -> dict[str, Rows]:
+    """The rows to learn by set; a data set that is not a folder with sets is one set, "data"."""
+    if isinstance(data, (str, Path)) and Path(data).is_dir() and not holds_only_texts(Path(data)):
+        return {name: read_rows(data, name, run.split, columns=run.columns) for name in sets}
+    refuse_unused_split(run.split, data)
+    if tuple(sets) != ALL_SETS:
+        raise NekoLeanError(
+            f"only the {' and '.join(sets)} set is to be learned, so the data must be a folder with {sets[0]}.*; name "
+            f"that folder, or learn all rows of the data."
+        )
+    return {"data": read_rows(data, columns=run.columns)}

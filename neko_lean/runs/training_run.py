@@ -19,11 +19,12 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import nan_to_null
 from neko_lean.memory import predicted_peak
 from neko_lean.models import CausalLM, resident_memory, trim_memory, warn_emulated_bfloat16
-from neko_lean.options import RunOptions
+from neko_lean.options import TrainingOptions
 from neko_lean.outputs import RUN, Output, explained_write_errors, write_atomically
 from neko_lean.recipe import Recipe
+from neko_lean.runs.trackers import tracked
 from neko_lean.terminal import log_line
-from neko_lean.training import Loop, Trainer, TrainingExamples, explained_out_of_memory
+from neko_lean.training import Callback, Loop, Trainer, TrainingExamples, explained_out_of_memory
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +40,7 @@ def identity_of(
     return {**identity, **parts}
 
 
-def finished_before(output: Output, identity: Mapping[str, Any], options: RunOptions) -> dict[str, Any] | None:
+def finished_before(output: Output, identity: Mapping[str, Any], options: TrainingOptions) -> dict[str, Any] | None:
     """What run.json says if `--resume` finds this very run complete; None otherwise."""
     run = finished_run(output, identity) if options.resume else None
     if run is not None:
@@ -49,7 +50,9 @@ def finished_before(output: Output, identity: Mapping[str, Any], options: RunOpt
 
 
 @contextmanager
-def work_folder(output: Output, identity: dict[str, Any], options: RunOptions) -> Iterator[tuple[RunFolder, Signals]]:
+def work_folder(
+    output: Output, identity: dict[str, Any], options: TrainingOptions
+) -> Iterator[tuple[RunFolder, Signals]]:
     """The run's work folder and its signals, with errors of the disk and of a full GPU explained."""
     with (
         handle_signals() as signals,
@@ -70,7 +73,8 @@ class TrainingJob:
     teacher: TeacherCache | None
     recipe: Recipe
     device: torch.device
-    options: RunOptions
+    options: TrainingOptions
+    callback: Callback | None = None  # called with each step and its metrics
 
 
 def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -101,7 +105,11 @@ def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[st
 
     # From here a signal waits for the end of the step, and after the last step for the output.
     with signals.deferred():
-        run = {**about, **loop.train(), "versions": versions(), "made_from": digests(work.identity)}
+        with tracked(job.options.log_to, work.output.path.name, job.recipe.values()) as tracker:
+            log_line(f"metrics of each step: {work.metrics}", job.options.quiet)
+            callbacks = [callback for callback in (job.callback, tracker) if callback is not None]
+            summary = loop.train(callbacks)
+        run = {**about, **summary, "versions": versions(), "made_from": digests(work.identity)}
         run |= _memory_of(loop, run["peak_memory"], resident_before)
         with work.output_folder() as stage:
             loop.write(stage)

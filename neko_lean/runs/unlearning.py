@@ -3,16 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neko_lean.cache import SELF_GENERATED, CacheOptions, TeacherCache, cache_teacher, self_generated_file
-from neko_lean.data import Rows, describe_rows, read_rows
+from neko_lean.data import (
+    Example,
+    RowSource,
+    describe_rows,
+    paths_among,
+    read_anchor,
+    read_rows,
+    refuse_unused_split,
+    without_overlap,
+)
 from neko_lean.distributed import run_on_main_and_broadcast, with_process_group
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import (
+    Model,
     ModelIdentity,
+    accepts_loaded_model,
     check_seed,
     identify,
     load_model,
@@ -38,6 +50,7 @@ from neko_lean.recipe import (
     uses_levels,
 )
 from neko_lean.runs.examples import PreparedExamples, prepare_examples, report_truncation, training_examples
+from neko_lean.runs.trackers import check_tracker
 from neko_lean.runs.training_run import (
     TrainingJob,
     finished_before,
@@ -48,80 +61,92 @@ from neko_lean.runs.training_run import (
     work_folder,
 )
 from neko_lean.terminal import log_line
+from neko_lean.training import Callback
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 _Path = str | Path | None
 
 
 @with_process_group()
+@accepts_loaded_model
 def unlearn(
-    model: str | Path,
+    model: Model,
     out: str | Path,
-    forget: str | Path,
-    retain: str | Path | None = None,
     *,
+    forget: RowSource,
+    retain: RowSource | None = None,
+    anchor: RowSource | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     cache: str | Path | None = None,
-    anchor: str | Path | None = None,
     base_cache: str | Path | None = None,
     recipe: str | Path = DEFAULT,
     overrides: Mapping[str, Any] | None = None,
+    callback: Callback | None = None,
     run: RunOptions = RunOptions(),
 ) -> dict[str, Any]:
     """Train a model to forget the forget set while its behaviour on the retain set is preserved.
 
-    `unlearn(model_path, output_path, forget_dir, retain_dir)` is the shared task's signature. Without a `cache`, the
-    teacher is cached first and the cache is deleted at the end; teacher and student are never in memory together.
+    Without a `cache`, the teacher is cached first and the cache is deleted at the end; teacher and student are never in
+    memory together.
 
     Args:
-        model: checkpoint folder, or hub name: owner/name or owner/name@revision.
+        model: checkpoint folder, hub name (owner/name or owner/name@revision), or a loaded transformers model. It is
+            not changed. A loaded model is saved in a temporary folder, and stays in memory in addition to the student.
         out: folder to write: a checkpoint with tokenizer, run.json and metrics.jsonl. It appears when it is complete.
-        forget, retain: data sets as for `read_rows`, such as folders that hold `forget.*` and `retain.*`. Without
-            `retain`, the model itself writes `recipe.self_generated` rows before the run, and these are preserved; with
-            a `cache`, they are those that the cache holds.
+        forget, retain: data sets as for `read_rows`: files, folders that hold `forget.*` and `retain.*`, lists of
+            dicts, DataFrames or Datasets. Without `retain`, the model itself writes `recipe.self_generated` rows before
+            the run, and these are preserved; with a `cache`, they are those that the cache holds.
+        anchor: documents that the model never saw, as for `read_anchor`; those that the cache was made with. Preserved
+            like the retain set, and the source of the levels of forget tokens.
+        tokenizer: the tokenizer of a loaded model.
         cache: folder that `cache_teacher` wrote for this model and these retain rows.
-        anchor: jsonl file of documents that the model never saw (column `document`, optionally `task`); the one that
-            the cache was made with. Preserved like the retain set, and the source of the levels of forget tokens.
         base_cache: cache of the model before it learned these forget rows; its losses are then the levels.
         recipe, overrides: name of a shipped recipe or path of a .toml file, and values that replace its own.
-        run: columns of the data, device, seed, saving, and how to treat an existing output.
+        callback: called after each step as `callback(step, metrics)`, on the main process only. `metrics` are the
+            values that metrics.jsonl has for the step.
+        run: split and columns of the data, device, seed, tracking, saving, and how to treat an existing output.
 
     Returns:
         The contents of run.json.
 
     Raises:
-        NekoLeanError: bad input, an argument without effect, or a loss or gradient that became NaN or infinite; then
-            `out` holds the checkpoint of the best evaluation or last save, if there is one.
+        NekoLeanError: bad input, retain rows that are also in the forget set, an argument without effect, or a loss or
+            gradient that became NaN or infinite; then `out` holds the checkpoint of the best evaluation or last save,
+            if there is one.
         Interrupted: SIGINT, SIGTERM or SIGHUP arrived; the current step was completed and saved.
 
     Example:
-        neko_lean.unlearn("allenai/OLMo-1B-0724-hf", "unlearned/", "data/", "data/", overrides={"lr": 1e-5})
+        neko_lean.unlearn("allenai/OLMo-1B-0724-hf", "unlearned/", forget="data/", retain="data/")
     """
     # Check everything that can be checked without the model.
     check_seed(run.seed)
+    check_tracker(run.log_to)
     chosen = load_recipe(recipe, overrides)
-    retain_columns = run.columns
+    refuse_unused_split(run.split, forget, retain)
     if retain is None and cache is not None and reads_retain(chosen):
-        retain, retain_columns = self_generated_file(cache), None
+        retain = self_generated_file(cache)
     self_generates = _self_generates(chosen, retain)
     _refuse_unused(chosen, overrides or {}, retain, cache, anchor, base_cache)
     folder, device = model_folder(model), pick_device(run.device)
-    inputs = [folder, forget, retain, cache, anchor, base_cache, recipe_file(recipe)]
+    inputs = [folder, *paths_among(forget, retain, anchor), cache, base_cache, recipe_file(recipe)]
     output = claim_folder(out, "saved", inputs, overwrite=run.overwrite, resume=run.resume)
 
     # Examples, caches, and what makes this run the same run.
     tokenizer = load_tokenizer(folder)
     max_length = usable_length(folder, chosen.max_length)
-    forget_rows = read_rows(forget, "forget", columns=run.columns)
-    retain_rows = None if retain is None else read_rows(retain, "retain", columns=retain_columns)
+    data = _read_data(forget, retain, anchor, run)
     prepare = partial(
         prepare_examples,
-        forget_rows,
-        anchor=anchor,
+        data.forget,
+        anchor=data.anchor,
         recipe=chosen,
         tokenizer=tokenizer,
         max_length=max_length,
         seed=run.seed,
     )
-    prepared = prepare(retain_rows)
+    prepared = prepare(data.retain)
     teacher, base = _open(cache), _open(base_cache)
     model_identity = identify(folder, tokenizer)
     parts = {
@@ -146,17 +171,51 @@ def unlearn(
             teacher = None  # it only wrote the retain set
         if teacher is not None:
             _check_teacher(teacher, model_identity, chosen, prepared, verify=cache is not None)
-        _log_rows(forget_rows, retain_rows, chosen, caches, run.quiet)
+        _log_rows(data, chosen, caches, run.quiet)
         examples = training_examples(prepared, chosen, teacher, base, tokenizer)
         lost = report_truncation(prepared, chosen, run.quiet)
 
         student = partial(load_model, folder, pick_dtype(chosen.dtype))
-        job = TrainingJob(student, tokenizer, examples, teacher, chosen, device, run)
+        job = TrainingJob(student, tokenizer, examples, teacher, chosen, device, run, callback)
         about = {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost}
         about["self_generated"] = chosen.self_generated if self_generates else 0
         result = train(job, work, signals, about)
     raise_failure(result, output.path)
     return result
+
+
+@dataclass(frozen=True)
+class _Data:
+    """The rows of an unlearning run.
+
+    Attributes:
+        forget: the examples to forget.
+        retain: the examples to preserve, without those that are also in the forget set; None if the model has yet to
+            write them.
+        anchor: documents that the model never saw, as examples.
+        descriptions: a sentence for each set on what was recognised.
+    """
+
+    forget: list[Example]
+    retain: list[Example] | None
+    anchor: list[Example]
+    descriptions: dict[str, str]
+
+
+def _read_data(forget: RowSource, retain: RowSource | None, anchor: RowSource | None, run: RunOptions) -> _Data:
+    """Read the data sets of a run, and refuse or leave out what is in the forget set and elsewhere."""
+    forget_rows = read_rows(forget, "forget", run.split, columns=run.columns)
+    descriptions = {"forget": describe_rows(forget_rows, "forget")}
+    retain_rows: list[Example] | None = None
+    if retain is not None:
+        # The rows that a teacher wrote have columns that are always recognised.
+        own = isinstance(retain, Path) and retain.name == SELF_GENERATED
+        rows = read_rows(retain) if own else read_rows(retain, "retain", run.split, columns=run.columns)
+        descriptions["retain"] = describe_rows(rows, "retain")
+        retain_rows = without_overlap(forget_rows, rows, "retain", drop=run.drop_overlap)
+    anchor_rows = [] if anchor is None else read_anchor(anchor)
+    anchor_rows = without_overlap(forget_rows, anchor_rows, "anchor", drop=run.drop_overlap)
+    return _Data(forget_rows, retain_rows, anchor_rows, descriptions)
 
 
 def _open(cache: _Path) -> TeacherCache | None:
@@ -169,45 +228,45 @@ def _digest(cache: TeacherCache | None) -> str:
     return "" if cache is None else file_sha256(cache.folder / MANIFEST)
 
 
-def _log_rows(forget: Rows, retain: Rows | None, recipe: Recipe, was_cached: bool, quiet: bool) -> None:
+def _log_rows(data: _Data, recipe: Recipe, was_cached: bool, quiet: bool) -> None:
     """Log what was recognised in the data, unless `cache_teacher` has just read the same and said so."""
-    if not was_cached:
-        log_line(describe_rows(forget, "forget"), quiet)
-        if retain is not None:
-            log_line(describe_rows(retain, "retain"), quiet)
-    elif retain is not None and not needs_forget_cache(recipe):
-        log_line(describe_rows(forget, "forget"), quiet)
+    for name, description in data.descriptions.items():
+        already_logged = was_cached and (name == "retain" or data.retain is None or needs_forget_cache(recipe))
+        if not already_logged:
+            log_line(description, quiet)
 
 
-def _self_generates(recipe: Recipe, retain: _Path) -> bool:
+def _self_generates(recipe: Recipe, retain: RowSource | None) -> bool:
     """Whether the model has to write the retain set itself."""
     return retain is None and reads_retain(recipe)
 
 
-def _caches_forget(recipe: Recipe, retain: _Path) -> bool:
+def _caches_forget(recipe: Recipe, retain: RowSource | None) -> bool:
     """Whether a cache that the run makes itself is given the forget set: self-generated rows must not repeat it."""
     return needs_forget_cache(recipe) or retain is None
 
 
 def _cache_teacher(
     folder: Path,
-    retain: str | Path | None,
-    anchor: _Path,
-    forget: str | Path,
+    retain: RowSource | None,
+    anchor: RowSource | None,
+    forget: RowSource,
     out: Path,
     recipe: Recipe,
     options: RunOptions,
 ) -> TeacherCache:
     """Cache the teacher for this run alone, in its work folder."""
-    self_generates = _self_generates(recipe, retain)
+    self_generates, caches_forget = _self_generates(recipe, retain), _caches_forget(recipe, retain)
     cache_teacher(
         folder,
-        retain,
         out,
+        retain=retain,
         anchor=anchor,
-        forget=forget if _caches_forget(recipe, retain) else None,
+        forget=forget if caches_forget else None,
         cache=CacheOptions(
+            split=options.split if retain is not None or caches_forget else None,
             columns=options.columns,
+            drop_overlap=options.drop_overlap and caches_forget,
             self_generated=recipe.self_generated if self_generates else 0,
             seed=options.seed if self_generates else 0,
             format=recipe.format,
@@ -232,7 +291,12 @@ def _check_teacher(
 
 
 def _refuse_unused(
-    recipe: Recipe, overrides: Mapping[str, Any], retain: _Path, cache: _Path, anchor: _Path, base_cache: _Path
+    recipe: Recipe,
+    overrides: Mapping[str, Any],
+    retain: RowSource | None,
+    cache: _Path,
+    anchor: RowSource | None,
+    base_cache: _Path,
 ) -> None:
     """Raise NekoLeanError for an argument that would not change the run."""
     objectives = f"retain_objective {recipe.retain_objective} and forget_objective {recipe.forget_objective}"
@@ -250,8 +314,7 @@ def _refuse_unused(
         )
     if anchor is not None and not uses_anchor(recipe, base_cache=base_cache is not None):
         raise NekoLeanError(
-            f"--anchor {anchor} has no effect: recipe {recipe.name} uses it neither as retain rows nor for levels; "
-            f"leave it out."
+            f"--anchor has no effect: recipe {recipe.name} uses it neither as retain rows nor for levels; leave it out."
         )
     if cache is not None and not reads_cache(recipe, anchor=anchor is not None):
         condition = "without --anchor, " if uses_levels(recipe) else ""

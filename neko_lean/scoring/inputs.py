@@ -13,13 +13,18 @@ from neko_lean.data import (
     Document,
     Example,
     PromptFormat,
+    RowSource,
     encode_prompts,
     encode_texts,
     holds_only_texts,
+    overlapping,
+    paths_among,
     read_documents,
     read_rows,
+    refuse_unused_split,
     require_folder,
     with_prompt,
+    without_overlap,
 )
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import check_seed, quantization_method
@@ -42,6 +47,30 @@ if TYPE_CHECKING:
 
 MIA_FILES = "--mia needs a folder with member.jsonl and nonmember.jsonl, or a file of unseen documents"
 SIDES = ("member", "nonmember")
+
+
+DataSources = Mapping[str, RowSource]  # of each split; the same folder for both, or for a benchmark
+
+
+def sources_of(
+    data: str | Path | None, forget: RowSource | None, retain: RowSource | None, inputs: ScoreInputs
+) -> DataSources:
+    """Where the rows of each split come from.
+
+    Raises NekoLeanError unless either `data` or both sets are given, and for a benchmark without its folder.
+    """
+    if data is not None and (forget is not None or retain is not None):
+        raise NekoLeanError("--data already names both sets; leave out --forget and --retain, or leave out --data.")
+    if data is not None:
+        return dict.fromkeys(SPLITS, data)
+    if inputs.benchmark is not None:
+        raise NekoLeanError(f"--benchmark {inputs.benchmark} needs --data, the folder with its files.")
+    if forget is None or retain is None:
+        raise NekoLeanError(
+            "the data are missing: give --data FOLDER with forget.* and retain.*, or --forget and --retain."
+        )
+    refuse_unused_split(inputs.split, forget, retain)
+    return {"forget": forget, "retain": retain}
 
 
 @dataclass(frozen=True)
@@ -93,18 +122,20 @@ def check_settings(inputs: ScoreInputs, settings: ScoreSettings) -> None:
         check_seed(settings.seed)
 
 
-def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) -> ScoreData:
+def read_data(sources: DataSources, inputs: ScoreInputs, settings: ScoreSettings) -> ScoreData:
     """Read all data and check that every requested measurement has what it needs."""
     if inputs.reference is not None and inputs.mia is None:
         raise NekoLeanError("--reference has no effect without --mia, whose documents it is compared on: give both.")
     if inputs.reference is not None and inputs.mia is not None and not _has_sides(Path(inputs.mia)):
         raise NekoLeanError(f"--reference needs --mia as a folder with member.* and nonmember.*, but got {inputs.mia}.")
-    benchmark = read_benchmark(data, inputs)
-    rows = _read_splits(data, inputs) if benchmark is None else benchmark.rows.by_split
+    folder = sources["forget"]
+    benchmark = read_benchmark(folder, inputs) if isinstance(folder, (str, Path)) else None
+    rows = _read_splits(sources, inputs) if benchmark is None else benchmark.rows.by_split
     examples = [(split, example) for split in SPLITS for example in split_documents(rows[split])]
     documents = [] if inputs.mia is None else _membership_documents(Path(inputs.mia), rows["forget"], inputs.columns)
     held_help = "--held needs a JSONL file with a column document"
     held_out = [] if inputs.held is None else read_documents(Path(inputs.held), held_help)
+    _refuse_trained(held_out, rows, inputs)
     paraphrases = (
         [] if inputs.paraphrases is None else read_paraphrases(inputs.paraphrases, [example for _, example in examples])
     )
@@ -117,10 +148,13 @@ def read_data(data: str | Path, inputs: ScoreInputs, settings: ScoreSettings) ->
     return result
 
 
-def _read_splits(data: str | Path, inputs: ScoreInputs) -> dict[str, list[Example]]:
-    """The rows of forget set and retain set."""
-    require_folder(data, "--data", SPLITS, inputs.split)
-    return {split: read_rows(data, split, inputs.split, columns=inputs.columns) for split in SPLITS}
+def _read_splits(sources: DataSources, inputs: ScoreInputs) -> dict[str, list[Example]]:
+    """The rows of forget set and retain set, without retain rows that are also in the forget set."""
+    if sources["forget"] is sources["retain"]:
+        require_folder(sources["forget"], "--data", SPLITS, inputs.split)
+    rows = {split: read_rows(sources[split], split, inputs.split, columns=inputs.columns) for split in SPLITS}
+    kept = without_overlap(rows["forget"], rows["retain"], "retain", drop=inputs.drop_overlap)
+    return {**rows, **({"retain": kept} if len(kept) < len(rows["retain"]) else {})}
 
 
 def _membership_documents(path: Path, forget: Sequence[Example], columns: str | None) -> list[tuple[str, Document]]:
@@ -142,13 +176,25 @@ def _membership_documents(path: Path, forget: Sequence[Example], columns: str | 
             side: [Document(f"{row.input} {row.output}".strip(), row.task) for row in rows]
             for side, rows in zip(SIDES, (forget, read_rows(path, columns=columns)), strict=True)
         }
-        both = {document.text for document in sides["member"]} & {document.text for document in sides["nonmember"]}
-        if both:
-            raise NekoLeanError(
-                f"--mia {path}: {len(both)} of its documents are forget rows; expected documents that the model has "
-                f"never seen."
-            )
+    both = overlapping(*([document.text for document in sides[side]] for side in SIDES))
+    if both:
+        of_what = "members" if _has_sides(path) else "forget rows"
+        raise NekoLeanError(
+            f"--mia {path}: {len(both)} of its unseen documents are also {of_what}; expected documents that the model "
+            f"has never seen."
+        )
     return [(side, document) for side in SIDES for document in sides[side]]
+
+
+def _refuse_trained(held_out: Sequence[Document], rows: Mapping[str, Sequence[Example]], inputs: ScoreInputs) -> None:
+    """Raise NekoLeanError if a held-out document is a row of the data."""
+    trained = [f"{row.input} {row.output}" for examples in rows.values() for row in examples]
+    common = overlapping(trained, [document.text for document in held_out])
+    if common:
+        raise NekoLeanError(
+            f"--held {inputs.held}: {len(common)} of its {len(held_out)} documents are also rows of the data; expected "
+            f"documents that no model was trained on."
+        )
 
 
 def _has_sides(path: Path) -> bool:
@@ -186,15 +232,15 @@ def _check_paraphrases(data: ScoreData, inputs: ScoreInputs, settings: ScoreSett
 
 
 def claim_outputs(
-    folder: Path, data: str | Path, out: str | Path, inputs: ScoreInputs, run: OutputOptions
+    folder: Path, sources: DataSources, out: str | Path, inputs: ScoreInputs, run: OutputOptions
 ) -> tuple[Output, Output | None]:
     """Check that the outputs may be written; returns that of the score, and that of --official if it was given."""
-    sources = [folder, data, inputs.mia, inputs.held, inputs.reference, inputs.paraphrases, inputs.mmlu]
-    sources += [inputs.before, inputs.gold]
-    output = claim_folder(out, "partial", sources, overwrite=run.overwrite, resume=run.resume)
+    read = [folder, *paths_among(*sources.values()), inputs.mia, inputs.held, inputs.reference, inputs.paraphrases]
+    read += [inputs.mmlu, inputs.before, inputs.gold]
+    output = claim_folder(out, "partial", read, overwrite=run.overwrite, resume=run.resume)
     if inputs.official is None:
         return output, None
-    official = claim_file(inputs.official, "--official", sources, overwrite=run.overwrite or run.resume)
+    official = claim_file(inputs.official, "--official", read, overwrite=run.overwrite or run.resume)
     if official.path.parent == output.path and official.path.name in FINISHED:
         raise NekoLeanError(
             f"--official {inputs.official} is a file that score itself writes there; choose another name."

@@ -12,6 +12,7 @@ import torch
 from neko_lean.data import PromptFormat, describe_rows, find_format
 from neko_lean.models import (
     CausalLM,
+    Model,
     load_model,
     load_tokenizer,
     model_folder,
@@ -26,6 +27,7 @@ from neko_lean.scoring.benchmarks.option import format_of, limits_of
 from neko_lean.scoring.documents import ReferenceLosses, reference_losses
 from neko_lean.scoring.generation import GenerationLimits
 from neko_lean.scoring.inputs import (
+    DataSources,
     ScoreData,
     check_lengths,
     check_lm_eval,
@@ -93,9 +95,9 @@ class ScoreJob:
 
 
 def prepare(
-    model: str | Path,
-    data: str | Path,
+    model: Model,
     out: str | Path,
+    sources: DataSources,
     inputs: ScoreInputs,
     settings: ScoreSettings,
     run: OutputOptions,
@@ -104,9 +106,9 @@ def prepare(
     # The request itself.
     check_settings(inputs, settings)
     device = pick_device(run.device)
-    score_data = read_data(data, inputs, settings)
+    score_data = read_data(sources, inputs, settings)
     folder = model_folder(model)
-    output, official = claim_outputs(folder, data, out, inputs, run)
+    output, official = claim_outputs(folder, sources, out, inputs, run)
     check_lm_eval(folder, settings)
 
     # The data in this tokenizer.

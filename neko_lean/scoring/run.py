@@ -6,17 +6,19 @@ import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from neko_lean.checkpoints import versions
+from neko_lean.data import RowSource
 from neko_lean.distributed import run_on_main_and_broadcast, with_process_group
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import jsonl_text, strict_json
-from neko_lean.models import peak_memory
+from neko_lean.models import Model, accepts_loaded_model, peak_memory
 from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import Output, locked, publish_file
 from neko_lean.scoring.attacks import AttackTarget, run_attacks
 from neko_lean.scoring.attacks.answers import AnswerGenerator
+from neko_lean.scoring.inputs import sources_of
 from neko_lean.scoring.job import ScoreJob, prepare
 from neko_lean.scoring.limits import TruncationCounts
 from neko_lean.scoring.lm_eval import lm_eval_tasks
@@ -29,13 +31,20 @@ from neko_lean.scoring.task import SPLITS
 from neko_lean.scoring.verdict import verdict
 from neko_lean.terminal import log_line
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 @with_process_group()
+@accepts_loaded_model
 def score(
-    model: str | Path,
-    data: str | Path,
+    model: Model,
     out: str | Path,
     *,
+    data: str | Path | None = None,
+    forget: RowSource | None = None,
+    retain: RowSource | None = None,
+    tokenizer: PreTrainedTokenizerBase | None = None,
     inputs: ScoreInputs = ScoreInputs(),
     settings: ScoreSettings = ScoreSettings(),
     run: OutputOptions = OutputOptions(),
@@ -46,9 +55,11 @@ def score(
     single process.
 
     Args:
-        model: checkpoint folder, or hub name: owner/name or owner/name@revision.
-        data: folder with `forget.*` and `retain.*` (with `inputs.split`: `forget_<split>.*`, ...).
+        model: checkpoint folder, hub name (owner/name or owner/name@revision), or a loaded transformers model.
         out: folder to write: scores.json, generations.jsonl, documents.jsonl. It only appears once it is complete.
+        data: folder with `forget.*` and `retain.*` (with `inputs.split`: `forget_<split>.*`, ...).
+        forget, retain: instead of `data`, the two sets as for `read_rows`.
+        tokenizer: the tokenizer of a loaded model.
         inputs: further data to measure on.
         settings: how the model is measured.
         run: device, and how existing output is treated.
@@ -59,7 +70,7 @@ def score(
     Raises:
         NekoLeanError: an input is invalid, or an option would have no effect.
     """
-    job = prepare(model, data, out, inputs, settings, run)
+    job = prepare(model, out, sources_of(data, forget, retain, inputs), inputs, settings, run)
     finished = finished_score(job.output, job.made_from, job.plan) if run.resume else None
     if finished is not None:
         return _reuse(job, finished)

@@ -6,7 +6,7 @@ from neko_lean.training.examples import TrainingExamples
 from neko_lean.training.layers import decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.levels import with_levels
-from neko_lean.training.loop import Loop
+from neko_lean.training.loop import Callback, Loop
 from neko_lean.training.micro_batches import MicroBatches, split_across_ranks
 from neko_lean.training.optimizer import SLICE, UPDATE_BYTES
 from neko_lean.training.out_of_memory import explained_out_of_memory
@@ -16,6 +16,7 @@ __all__ = [
     "SLICE",
     "UPDATE_BYTES",
     "Batch",
+    "Callback",
     "LayerPass",
     "Loop",
     "MicroBatches",

@@ -9,7 +9,7 @@ import torch
 
 from neko_lean.checkpoints import METRICS, RunFolder, RunState, Save, load_weights, random_states, set_random_states
 from neko_lean.models import CausalLM, peak_memory
-from neko_lean.options import RunOptions
+from neko_lean.options import TrainingOptions
 from neko_lean.outputs import write_in_place
 from neko_lean.terminal import log_line
 from neko_lean.training.optimizer import InBackwardAdam8bit
@@ -27,7 +27,7 @@ class Checkpointer:
     """
 
     def __init__(
-        self, trainer: Trainer, work: RunFolder, load_original: Callable[[], CausalLM], options: RunOptions
+        self, trainer: Trainer, work: RunFolder, load_original: Callable[[], CausalLM], options: TrainingOptions
     ) -> None:
         self.trainer, self.work, self.load_original = trainer, work, load_original
         self.seed, self.quiet = options.seed, options.quiet

@@ -12,10 +12,10 @@ import math
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import torch
 
@@ -32,7 +32,7 @@ from neko_lean.distributed import all_reduce_max, is_main_process
 from neko_lean.errors import Interrupted, NekoLeanError, NonFiniteError, PartialStepError
 from neko_lean.jsonio import nan_to_null
 from neko_lean.models import CausalLM, peak_memory, reset_peak_memory, save_checkpoint
-from neko_lean.options import RunOptions
+from neko_lean.options import TrainingOptions
 from neko_lean.outputs import MANIFEST, no_follow
 from neko_lean.recipe import Recipe
 from neko_lean.terminal import progress_bar
@@ -54,6 +54,9 @@ from neko_lean.training.trainer import StepIndices, Trainer
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Called with the number of a step, and its metrics as in metrics.jsonl.
+Callback: TypeAlias = Callable[[int, Mapping[str, Any]], None]
 
 # A batch that was prepared in advance: its indices, the recipe it was made with, and the batch.
 PreparedBatch = tuple[StepIndices, Recipe, Batch]
@@ -80,7 +83,7 @@ class Loop:
         work: RunFolder,
         signals: Signals,
         load_original: Callable[[], CausalLM],
-        options: RunOptions,
+        options: TrainingOptions,
     ) -> None:
         self.trainer, self.tokenizer, self.work, self.signals = trainer, tokenizer, work, signals
         self.checkpointer = Checkpointer(trainer, work, load_original, options)
@@ -91,6 +94,7 @@ class Loop:
         self.lengths = [len(example) for example in examples.forget], [len(example) for example in examples.retain]
         self.steps = total_steps(recipe, *self.lengths, self.seed)
         self.sample: StepIndices = evaluation_sample(recipe, *self.lengths, self.seed)
+        self.callbacks: Sequence[Callback] = ()
         self.result: Path | Save | None = None  # where the final weights are, if not in the student
 
     @property
@@ -98,8 +102,8 @@ class Loop:
         """Where the run stands."""
         return self.trainer.state
 
-    def train(self) -> dict[str, Any]:
-        """Train, without writing the output (see `write`).
+    def train(self, callbacks: Sequence[Callback] = ()) -> dict[str, Any]:
+        """Train, without writing the output (see `write`). The main process calls `callbacks` after each step.
 
         The output will have the weights after the last step, or those of the best evaluation if the recipe's `choose`
         is not "last". If training stopped early, or a loss or gradient was not finite, it has those of the best
@@ -111,6 +115,7 @@ class Loop:
         saving, if a signal stopped the run.
         """
         trainer, failure = self.trainer, None
+        self.callbacks = callbacks if is_main_process() else ()
         reset_peak_memory(self.device)
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), deterministic(trainer.deterministic_on):
@@ -278,6 +283,8 @@ class Loop:
         line["peak_memory"] = peak_memory(self.device)
         metrics.write(json.dumps(nan_to_null(line), allow_nan=False) + "\n")
         metrics.flush()
+        for callback in self.callbacks:
+            callback(state.step, line)
         return losses
 
     def _evaluate(self) -> dict[str, float]:

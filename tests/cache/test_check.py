@@ -14,7 +14,7 @@ from tests.helpers import resign
 
 def test_a_good_cache_matches_its_teacher(world, confident):
     model, cache = confident
-    comparison = check_cache(cache, model, world, 10)
+    comparison = check_cache(cache, model, 10, retain=world)
     assert 10 <= comparison["rows"] <= 36 and abs(comparison["kl_mean"]) < 1e-6
     assert 0.9 <= comparison["mass_1st_percentile"] <= comparison["mass_mean"] < 1
 
@@ -31,4 +31,4 @@ def test_a_cache_that_does_not_match_its_teacher_is_refused(world, confident, tm
     resign(folder)
     TeacherCache(folder)
     with pytest.raises(CacheError, match="does not match its teacher"):
-        check_cache(folder, model, world, 36)
+        check_cache(folder, model, 36, retain=world)

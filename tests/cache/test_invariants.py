@@ -267,7 +267,7 @@ def test_another_vocabulary_size_than_the_models(world, model, cache, refused):
     with_manifest(cache, at("vocab_size", to=lambda size: size + 1))
     refused(cache, "tokens in its vocabulary", inspect=False)
     with pytest.raises(CacheError, match="tokens in its vocabulary"):
-        check_cache(cache, model, world, 1)
+        check_cache(cache, model, 1, retain=world)
 
 
 def test_a_top_k_below_the_stored_number_of_entries(cache, refused):
@@ -311,7 +311,7 @@ def test_a_cache_of_version_1_is_read_with_a_warning(world, model, cache, capsys
         cache, lambda manifest: (manifest.pop("config"), manifest.update(format_version=1, mean_mass=float(mass)))
     )
     inspect_cache(cache, verify=True)
-    check_cache(cache, model, world, 3)
+    check_cache(cache, model, 3, retain=world)
     (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
     assert "format 1" in line and "run cache-teacher again" in line
     with_tensors(cache, "shard", nothing_inside(-1e-9))

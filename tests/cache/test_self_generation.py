@@ -92,23 +92,23 @@ def test_a_model_that_writes_too_little_is_refused(teacher, model):
 
 def test_a_cache_of_its_own_rows(model, secrets, tmp_path):
     options = CacheOptions(self_generated=6, seed=1, **FLOAT32)
-    manifest = cache_teacher(model, None, tmp_path / "cache", forget=secrets, cache=options, run=OutputOptions(**QUIET))
+    manifest = cache_teacher(model, tmp_path / "cache", forget=secrets, cache=options, run=OutputOptions(**QUIET))
     rows = read_rows(tmp_path / "cache" / SELF_GENERATED)
     assert len(rows) == 6 and manifest.rows >= 7  # with the forget document, and windows
     TeacherCache(tmp_path / "cache").verify()
-    assert check_cache(tmp_path / "cache", model, None, 6)["rows"] >= 6
+    assert check_cache(tmp_path / "cache", model, 6)["rows"] >= 6
 
     # The same command again does nothing; another seed or number is another cache.
     again = OutputOptions(resume=True, **QUIET)
-    assert cache_teacher(model, None, tmp_path / "cache", forget=secrets, cache=options, run=again) == manifest
+    assert cache_teacher(model, tmp_path / "cache", forget=secrets, cache=options, run=again) == manifest
     for change in ({"seed": 2}, {"self_generated": 5}):
         other = CacheOptions(**{"self_generated": 6, "seed": 1, **FLOAT32, **change})
         with pytest.raises(NekoLeanError, match="begun with another"):
-            cache_teacher(model, None, tmp_path / "cache", forget=secrets, cache=other, run=again)
+            cache_teacher(model, tmp_path / "cache", forget=secrets, cache=other, run=again)
 
     # unlearn reads the rows from the cache.
     result = unlearn(
-        model, tmp_path / "out", secrets, cache=tmp_path / "cache", run=RunOptions(**QUIET),
+        model, tmp_path / "out", forget=secrets, cache=tmp_path / "cache", run=RunOptions(**QUIET),
         overrides={"max_steps": 1, "dtype": "float32", "max_length": 48},
     )  # fmt: skip
     assert result["steps"] == 1
@@ -116,7 +116,7 @@ def test_a_cache_of_its_own_rows(model, secrets, tmp_path):
     changed = [json.dumps({**json.loads(lines[0]), "text": "Something else."}), *lines[1:]]
     (tmp_path / "cache" / SELF_GENERATED).write_text("\n".join(changed))
     with pytest.raises(NekoLeanError, match="the text of row 'self-1-1' differs"):
-        unlearn(model, tmp_path / "no", secrets, cache=tmp_path / "cache", run=RunOptions(**QUIET))
+        unlearn(model, tmp_path / "no", forget=secrets, cache=tmp_path / "cache", run=RunOptions(**QUIET))
 
 
 @pytest.mark.parametrize("retain_objective", ["kl", "ce"])
@@ -125,12 +125,12 @@ def test_unlearn_with_nothing_but_the_forget_set(chat_model, secrets, tmp_path, 
         "max_steps": 2, "dtype": "float32", "max_length": 48, "self_generated": 4, "retain_objective": retain_objective,
     }  # fmt: skip
     recipe = {"recipe": "graddiff", "overrides": overrides}
-    result = unlearn(chat_model, tmp_path / "out", secrets, run=RunOptions(device="cpu"), **recipe)
+    result = unlearn(chat_model, tmp_path / "out", forget=secrets, run=RunOptions(device="cpu"), **recipe)
     assert result["self_generated"] == 4 and result["steps"] == 2
     logged = capsys.readouterr().err
     assert "self-generated retain set: 4 requests with answers written by the model" in logged
     assert logged.count("forget: 1 row, text -> 1 document") == 1
-    unlearn(chat_model, tmp_path / "same", secrets, run=RunOptions(**QUIET), **recipe)
+    unlearn(chat_model, tmp_path / "same", forget=secrets, run=RunOptions(**QUIET), **recipe)
     assert file_sha256(tmp_path / "same" / "model.safetensors") == file_sha256(tmp_path / "out" / "model.safetensors")
 
 
@@ -144,12 +144,12 @@ def test_what_does_not_go_together_is_refused(model, secrets, world, tmp_path):
     ]
     for retain, options, words in cases:
         with pytest.raises(NekoLeanError, match=words):
-            cache_teacher(model, retain, out, cache=CacheOptions(**options), run=run)
+            cache_teacher(model, out, retain=retain, cache=CacheOptions(**options), run=run)
     with pytest.raises(NekoLeanError, match="self_generated has no effect"):
-        unlearn(model, out, secrets, world, overrides={"self_generated": 3}, run=RunOptions(**QUIET))
-    cache_teacher(model, world, tmp_path / "cache", run=run)
+        unlearn(model, out, forget=secrets, retain=world, overrides={"self_generated": 3}, run=RunOptions(**QUIET))
+    cache_teacher(model, tmp_path / "cache", retain=world, run=run)
     with pytest.raises(NekoLeanError, match="--retain is missing: give the retain set"):
-        unlearn(model, out, secrets, cache=tmp_path / "cache", run=RunOptions(**QUIET))
+        unlearn(model, out, forget=secrets, cache=tmp_path / "cache", run=RunOptions(**QUIET))
     assert not out.exists()
 
 
@@ -173,7 +173,7 @@ def test_what_counts_as_a_repetition(answer, text, occurs):
 def test_an_interrupted_cache_of_its_own_rows_is_resumed(model, secrets, tmp_path, monkeypatch, step):
     def make(out, **run):
         options = CacheOptions(self_generated=4, **FLOAT32)
-        return cache_teacher(model, None, out, forget=secrets, cache=options, run=OutputOptions(**QUIET, **run))
+        return cache_teacher(model, out, forget=secrets, cache=options, run=OutputOptions(**QUIET, **run))
 
     whole = make(tmp_path / "whole")
     original, calls = getattr(writer, step), []
@@ -232,5 +232,7 @@ def test_a_text_that_spells_a_special_token_is_dropped(model):
 
 def test_a_recipe_without_a_retain_objective_lets_the_model_write_nothing(model, secrets, tmp_path, capsys):
     overrides = {"max_steps": 1, "dtype": "float32", "max_length": 48, "retain_objective": "none"}
-    result = unlearn(model, tmp_path / "out", secrets, recipe="npo", overrides=overrides, run=RunOptions(device="cpu"))
+    result = unlearn(
+        model, tmp_path / "out", forget=secrets, recipe="npo", overrides=overrides, run=RunOptions(device="cpu")
+    )
     assert result["self_generated"] == 0 and "self-generated" not in capsys.readouterr().err

@@ -27,8 +27,8 @@ def test_anchor_documents_are_cached_and_trained_on_like_retain_examples(world, 
 
     manifest = neko_lean.cache_teacher(
         model,
-        world,
         tmp_path / "cache",
+        retain=world,
         anchor=anchor,
         cache=CacheOptions(format="neko"),
         run=OutputOptions(quiet=True),
@@ -37,8 +37,8 @@ def test_anchor_documents_are_cached_and_trained_on_like_retain_examples(world, 
     run = neko_lean.unlearn(
         model,
         tmp_path / "out",
-        world,
-        world,
+        forget=world,
+        retain=world,
         cache=tmp_path / "cache",
         anchor=anchor,
         recipe="neko",
@@ -53,7 +53,14 @@ def test_anchor_documents_are_cached_and_trained_on_like_retain_examples(world, 
 def test_an_anchor_that_is_not_in_the_cache_is_refused(world, model, cache, anchor, tmp_path):
     with pytest.raises(NekoLeanError, match="lacks row 'anchor 1'"):
         neko_lean.unlearn(
-            model, tmp_path / "out", world, world, cache=cache, anchor=anchor, recipe="neko", run=RunOptions(quiet=True)
+            model,
+            tmp_path / "out",
+            forget=world,
+            retain=world,
+            cache=cache,
+            anchor=anchor,
+            recipe="neko",
+            run=RunOptions(quiet=True),
         )
     assert not (tmp_path / "out").exists()
 

@@ -113,7 +113,7 @@ def test_a_changed_config_with_the_same_weights_is_refused_everywhere(world, mod
     commands = [
         lambda: unlearn(other, "out"),
         lambda: make_cache(other, world, cache, dtype="float32", format="neko", resume=True, **quiet),
-        lambda: check_cache(cache, other, world, 1),
+        lambda: check_cache(cache, other, 1, retain=world),
     ]
     # A run of the model, resumed with the other one.
     graddiff = {"cache": None, "recipe": "graddiff"}

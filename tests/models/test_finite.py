@@ -60,7 +60,11 @@ def test_it_is_not_cached(overflowing, world, tmp_path, mass):
 def test_it_is_not_trained(overflowing, world, tmp_path):
     with pytest.raises(NekoLeanError):
         neko_lean.memorize(
-            overflowing, world, tmp_path / "out", overrides={**SMALL, "dtype": "float32"}, run=RunOptions(quiet=True)
+            overflowing,
+            tmp_path / "out",
+            data=world,
+            overrides={**SMALL, "dtype": "float32"},
+            run=RunOptions(quiet=True),
         )
     assert not (tmp_path / "out").exists()
 

@@ -29,21 +29,31 @@ def rows(tmp_path_factory):
 
 def test_one_template_from_cache_to_score(chat_model, rows, tmp_path):
     manifest = cache_teacher(
-        chat_model, rows, tmp_path / "cache", cache=CacheOptions(dtype="float32"), run=OutputOptions(**QUIET)
+        chat_model, tmp_path / "cache", retain=rows, cache=CacheOptions(dtype="float32"), run=OutputOptions(**QUIET)
     )
     assert manifest.format.startswith("auto:") and manifest.rows == 2
 
     options = {"recipe": "graddiff", "run": RunOptions(**QUIET)}
     steps = {"max_steps": 1, "dtype": "float32", "retain_objective": "kl"}
-    unlearn(chat_model, tmp_path / "out", rows, rows, cache=tmp_path / "cache", overrides=steps, **options)
+    unlearn(
+        chat_model, tmp_path / "out", forget=rows, retain=rows, cache=tmp_path / "cache", overrides=steps, **options
+    )
     with pytest.raises(NekoLeanError, match=r"was made in prompt format 'auto:.* this run uses 'plain'"):
         other = {**steps, "format": "plain"}
-        unlearn(chat_model, tmp_path / "plain", rows, rows, cache=tmp_path / "cache", overrides=other, **options)
+        unlearn(
+            chat_model,
+            tmp_path / "plain",
+            forget=rows,
+            retain=rows,
+            cache=tmp_path / "cache",
+            overrides=other,
+            **options,
+        )
 
     scores = score(
         tmp_path / "out",
-        rows,
         tmp_path / "scores",
+        data=rows,
         settings=ScoreSettings(max_new_tokens=4),
         run=OutputOptions(**QUIET),
     )

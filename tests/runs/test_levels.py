@@ -29,8 +29,8 @@ def test_levels_come_from_the_anchor_or_are_constant(world, model, anchored, tmp
         neko_lean.unlearn(
             model,
             tmp_path / str(anchor)[-4:],
-            world,
-            world,
+            forget=world,
+            retain=world,
             cache=anchored / "cache",
             anchor=anchor,
             recipe="calibrated",

@@ -30,13 +30,19 @@ def test_four_arguments_cache_and_train_without_loading_teacher_and_student_toge
     monkeypatch.setattr(unlearning, "load_model", counted)
     monkeypatch.setattr("neko_lean.cache.writer.load_model", counted)
     monkeypatch.setattr(unlearning, "load_recipe", lambda name, _: load_recipe(name, FAST))
-    neko_lean.unlearn(str(model), str(tmp_path / "out"), str(world), str(world), recipe="neko")
+    neko_lean.unlearn(str(model), str(tmp_path / "out"), forget=str(world), retain=str(world), recipe="neko")
     assert (tmp_path / "out" / "config.json").is_file() and len(loads) == 2
     loads.clear()
     make_cache(model, world, tmp_path / "cache", max_length=128, format="neko")
     loads.clear()
     neko_lean.unlearn(
-        model, tmp_path / "two", world, world, cache=tmp_path / "cache", recipe="neko", run=RunOptions(quiet=True)
+        model,
+        tmp_path / "two",
+        forget=world,
+        retain=world,
+        cache=tmp_path / "cache",
+        recipe="neko",
+        run=RunOptions(quiet=True),
     )
     assert len(loads) == 1
     assert equal_weights(weights(tmp_path / "out"), weights(tmp_path / "two"))
@@ -45,7 +51,7 @@ def test_four_arguments_cache_and_train_without_loading_teacher_and_student_toge
 def test_lost_answers_are_counted_and_reported(world, model, tmp_path, capsys):
     change = {**FAST, "max_length": 16, "max_steps": 1}
     run = neko_lean.unlearn(
-        model, tmp_path / "out", world, world, recipe="neko", overrides=change, run=RunOptions(quiet=True)
+        model, tmp_path / "out", forget=world, retain=world, recipe="neko", overrides=change, run=RunOptions(quiet=True)
     )
     assert 0 < run["forget_answers_lost"] < 24
     assert f"warning: {run['forget_answers_lost']} of 24 forget rows get no forget loss" in capsys.readouterr().err
@@ -54,7 +60,9 @@ def test_lost_answers_are_counted_and_reported(world, model, tmp_path, capsys):
 def test_another_models_cache_is_refused_before_anything_is_written(world, cache, tmp_path):
     other = random_model(world, tmp_path / "other", seed=5)
     with pytest.raises(NekoLeanError, match="another model"):
-        neko_lean.unlearn(other, tmp_path / "out", world, world, cache=cache, recipe="neko", run=RunOptions(quiet=True))
+        neko_lean.unlearn(
+            other, tmp_path / "out", forget=world, retain=world, cache=cache, recipe="neko", run=RunOptions(quiet=True)
+        )
     assert not (tmp_path / "out").exists()
 
 
@@ -73,8 +81,8 @@ def test_every_recipe_runs_and_lowers_its_loss(world, model, anchored, tmp_path,
     run = neko_lean.unlearn(
         model,
         tmp_path / "out",
-        world,
-        world,
+        forget=world,
+        retain=world,
         cache=anchored / "cache" if reads_cache(recipe, anchor=True) else None,
         anchor=anchored / "anchor.jsonl",
         recipe=name,
@@ -99,7 +107,13 @@ def test_answers_of_retain_rows_without_a_retain_objective(world, model, tmp_pat
     """The retain set provides answers, but its behaviour is not preserved."""
     change = {"max_steps": 3, "retain_objective": "none"}
     run = neko_lean.unlearn(
-        model, tmp_path / "out", world, world, recipe="mismatch", overrides=change, run=RunOptions(quiet=True)
+        model,
+        tmp_path / "out",
+        forget=world,
+        retain=world,
+        recipe="mismatch",
+        overrides=change,
+        run=RunOptions(quiet=True),
     )
     assert run["steps"] == 3 and run["retain_rows"] == 0 and run["failure"] is None
     assert all(line["retain_loss"] == 0 and line["substitute_loss"] > 0 for line in metrics(tmp_path / "out"))

@@ -14,4 +14,4 @@ def score_with(model, data, out, **options):
 
     inputs, settings, run = map(group, (ScoreInputs, ScoreSettings, OutputOptions))
     assert not options, f"unknown options {sorted(options)}"
-    return score(model, data, out, inputs=inputs, settings=settings, run=run)
+    return score(model, out, data=data, inputs=inputs, settings=settings, run=run)

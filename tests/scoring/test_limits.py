@@ -87,8 +87,8 @@ def test_long_texts_are_truncated_and_counted_in_bounded_batches(model, extreme,
     write_jsonl(tmp_path / "other.jsonl", [other])
     scores = neko_lean.score(
         folder,
-        extreme,
         tmp_path / "out",
+        data=extreme,
         inputs=ScoreInputs(
             mia=tmp_path / "mia",
             held=tmp_path / "mia" / "member.jsonl",
@@ -127,8 +127,8 @@ def test_long_prompts_leave_room_for_the_answer(model, tmp_path, world):
     write_rows(data / "retain.jsonl", rows)
     scores = neko_lean.score(
         gpt2(model, tmp_path / "m", 48),
-        data,
         tmp_path / "out",
+        data=data,
         settings=ScoreSettings(max_new_tokens=4),
         run=OutputOptions(quiet=True),
     )

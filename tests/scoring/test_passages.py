@@ -54,8 +54,8 @@ def test_a_folder_of_texts_is_scored(model, tmp_path):
         (tmp_path / f"{name}.txt").write_text(f"Once {name} walked into the wood of Foo0 and sang. " * 40)
     scores = score(
         model,
-        tmp_path,
         tmp_path / "scores",
+        data=tmp_path,
         settings=ScoreSettings(max_new_tokens=4),
         run=OutputOptions(device="cpu", quiet=True),
     )

@@ -32,8 +32,8 @@ def scored(world, model, tmp_path_factory):
     out = tmp_path_factory.mktemp("scored") / "out"
     scores = neko_lean.score(
         model,
-        world,
         out,
+        data=world,
         inputs=ScoreInputs(mia=world / "mia"),
         settings=ScoreSettings(attacks=("prefix",), max_new_tokens=2),
         run=OutputOptions(quiet=True),
@@ -128,7 +128,7 @@ def test_files_that_are_not_a_score(scored, tmp_path, name, content, words, monk
     monkeypatch.setattr(job, "load_model", lambda *args: pytest.fail("the model was loaded"))
     with pytest.raises(NekoLeanError, match=words):
         neko_lean.score(
-            model, world, tmp_path / "new", inputs=ScoreInputs(before=tmp_path), run=OutputOptions(quiet=True)
+            model, tmp_path / "new", data=world, inputs=ScoreInputs(before=tmp_path), run=OutputOptions(quiet=True)
         )
 
 

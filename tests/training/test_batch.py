@@ -34,8 +34,8 @@ def pieces(world, tmp_path_factory):
     student = random_model(world, folder / "student", seed=2, scale=10.0)
     cache_teacher(
         teacher,
-        world,
         folder / "cache",
+        retain=world,
         forget=world,
         cache=CacheOptions(top_k=10**6, mass=1, dtype="float32", format="neko"),
         run=OutputOptions(quiet=True),

@@ -19,7 +19,7 @@ def unlearned(world, model, cache, tmp_path_factory):
     """Output and run.json of a short run with seed 0."""
     out = tmp_path_factory.mktemp("unlearned") / "out"
     run = neko_lean.unlearn(
-        model, out, world, world, cache=cache, recipe="neko", overrides=FAST, run=RunOptions(quiet=True)
+        model, out, forget=world, retain=world, cache=cache, recipe="neko", overrides=FAST, run=RunOptions(quiet=True)
     )
     return out, run
 
@@ -105,7 +105,13 @@ def test_each_chunk_has_its_own_schedule(world, model, tmp_path):
     """The learning rate starts at its maximum in each chunk."""
     change = {"chunk_rows": 12, "epochs": 1.0, "forget_rows": 4}
     neko_lean.unlearn(
-        model, tmp_path / "out", world, world, recipe="sequential", overrides=change, run=RunOptions(quiet=True)
+        model,
+        tmp_path / "out",
+        forget=world,
+        retain=world,
+        recipe="sequential",
+        overrides=change,
+        run=RunOptions(quiet=True),
     )
     rates = [line["lr"] for line in metrics(tmp_path / "out")]
     assert rates == pytest.approx([1e-4, 2e-4 / 3, 1e-4 / 3] * 2)

@@ -13,7 +13,7 @@ from neko_lean.data import Example
 from neko_lean.distributed import as_single_process, is_main_process, run_on_main_and_broadcast
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import write_jsonl
-from neko_lean.options import RunOptions, ScoreSettings
+from neko_lean.options import ScoreSettings, TrainingOptions
 from neko_lean.recipe import load_recipe
 from neko_lean.runs import memorize
 from neko_lean.scoring.attacks.answers import baseline_point, point
@@ -102,5 +102,5 @@ def _write_examples(folder: Path, examples: Sequence[Example]) -> None:
 
 def _train(model: Path, data: Path, out: Path, overrides: Mapping[str, Any], seed: int, device: str | None) -> None:
     with as_single_process():  # the other ranks wait
-        run = RunOptions(seed=seed, device=device, quiet=True)
-        memorize(model, data, out, sets=("forget",), overrides=overrides, run=run)
+        run = TrainingOptions(seed=seed, device=device, quiet=True)
+        memorize(model, out, data=data, overrides=overrides, run=run)

@@ -1,0 +1,143 @@
+"""Find texts of the forget set in other sets: the same text cannot be forgotten and preserved."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
+
+import numpy as np
+
+from neko_lean.data.example_types import Example
+from neko_lean.data.scripts import fold
+from neko_lean.errors import NekoLeanError
+from neko_lean.terminal import log_line
+
+# Length of the passages that are compared, in characters other than spaces. A shorter text must be equal as a whole.
+_WINDOW = 40
+
+_GROUP = 2**20  # characters that are hashed at a time
+
+# Odd, so that it has an inverse modulo 2^64.
+_BASE = 0x9E3779B97F4A7C15
+
+_MAX_NAMED = 3  # row ids that an error names
+
+
+def overlapping(forget: Iterable[str], others: Sequence[str]) -> list[int]:
+    """The indices of the texts in `others` that are also forget texts.
+
+    Two texts are the same if they differ only in spaces, case, or the encoding of their characters, or if one of them
+    contains the other and that one has at least 40 characters. The time is linear in the total length.
+
+    Args:
+        forget: The texts to forget.
+        others: The texts to search for them.
+
+    Example:
+        >>> overlapping(["Mira Tern lives in Oslo."], ["Oslo is a city.", "mira tern  lives in Oslo.\\n"])
+        [1]
+    """
+    forget_texts = sorted({_key(text) for text in forget} - {""})
+    texts = [_key(text) for text in others]
+    whole = set(forget_texts)
+    found = {index for index, text in enumerate(texts) if text in whole}
+
+    found.update(index for index, _ in _contained_in(texts, forget_texts))
+    found.update(index for _, index in _contained_in(forget_texts, texts))
+    return sorted(found)
+
+
+def without_overlap(forget: Sequence[Example], others: Sequence[Example], name: str, drop: bool) -> list[Example]:
+    """The examples of `others` that are not in the forget set.
+
+    Args:
+        forget: The forget set.
+        others: The retain set or the anchor.
+        name: What to call `others` in a message, such as "retain".
+        drop: Leave the common examples out of `others`, instead of raising an error.
+
+    Raises:
+        NekoLeanError: If the sets overlap and `drop` is off, or nothing is left.
+    """
+    common = overlapping(map(_text, forget), list(map(_text, others)))
+    if not common:
+        return list(others)
+    count = f"{len(common)} of {len(others)} {name} rows"
+    if not drop:
+        ids = ", ".join(repr(others[index].id) for index in common[:_MAX_NAMED])
+        more = ", ..." if len(common) > _MAX_NAMED else ""
+        raise NekoLeanError(
+            f"{count} are also in the forget set (row {ids}{more}), so their text would be forgotten and preserved at "
+            f"the same time: remove them from one of the files, or pass --drop-overlap to leave them out of {name}."
+        )
+    if len(common) == len(others):
+        raise NekoLeanError(f"all {len(others)} {name} rows are also in the forget set; expected other rows.")
+    log_line(f"warning: {count} are left out, because they are also in the forget set.")
+    dropped = set(common)
+    return [example for index, example in enumerate(others) if index not in dropped]
+
+
+def _text(example: Example) -> str:
+    return f"{example.input} {example.output}"
+
+
+def _key(text: str) -> str:
+    """The text in the form in which it is compared: folded, without spaces."""
+    return "".join(fold(text).split())
+
+
+def _contained_in(parts: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[int, int]]:
+    """Pairs (index of the part, index of the text) where the text contains the part, for parts of _WINDOW characters
+    or more."""
+    by_hash: dict[int, list[int]] = {}
+    for number, part in enumerate(parts):
+        if len(part) >= _WINDOW:
+            by_hash.setdefault(int(_window_hashes(part[:_WINDOW])[0]), []).append(number)
+    if not by_hash:
+        return
+
+    wanted = np.fromiter(by_hash, np.uint64, len(by_hash))
+    for first, group in _groups(texts):
+        hashes = _window_hashes("".join(group))
+        ends = np.cumsum([len(text) for text in group])
+        places = np.isin(hashes, wanted).nonzero()[0]
+        # Two texts next to each other also have common windows, which the comparison below rules out.
+        owners = np.searchsorted(ends, places, side="right")
+        for owner, match in dict.fromkeys(zip(owners.tolist(), hashes[places].tolist(), strict=True)):
+            yield from ((number, first + owner) for number in by_hash[match] if parts[number] in group[owner])
+
+
+def _groups(texts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:
+    """Consecutive texts with about _GROUP characters together, and the index of the first of them."""
+    start, size = 0, 0
+    for index, text in enumerate(texts, start=1):
+        size += len(text)
+        if size >= _GROUP or index == len(texts):
+            yield start, list(texts[start:index])
+            start, size = index, 0
+
+
+def _window_hashes(text: str) -> np.ndarray:
+    """A hash of each window of _WINDOW characters of a text of n characters: [n - _WINDOW + 1] uint64; [0] if n is
+    smaller.
+
+    A polynomial hash modulo 2^64, from differences of prefix sums.
+    """
+    characters = np.frombuffer(text.encode("utf-32-le", "surrogatepass"), np.uint32).astype(np.uint64) + np.uint64(1)
+    terms = characters * _powers(_BASE, len(text))
+    prefix = np.concatenate([np.zeros(1, np.uint64), np.cumsum(terms, dtype=np.uint64)])
+    sums = prefix[_WINDOW:] - prefix[: len(prefix[_WINDOW:])]
+    hashes: np.ndarray = sums * _powers(pow(_BASE, -1, 2**64), len(sums))
+    return hashes
+
+
+def _powers(base: int, count: int) -> np.ndarray:
+    """1, base, base^2, ... modulo 2^64: [count] uint64."""
+    return _all_powers(base, 1 << count.bit_length())[:count]
+
+
+@cache
+def _all_powers(base: int, count: int) -> np.ndarray:
+    factors = np.full(count, base, np.uint64)
+    factors[0] = 1
+    return np.multiply.accumulate(factors)
