@@ -8,6 +8,7 @@ from functools import cache
 import numpy as np
 
 from neko_lean.data.example_types import Example
+from neko_lean.data.examples import Rows
 from neko_lean.data.scripts import fold
 from neko_lean.errors import NekoLeanError
 from neko_lean.terminal import log_line
@@ -47,7 +48,7 @@ def overlapping(forget: Iterable[str], others: Sequence[str]) -> list[int]:
     return sorted(found)
 
 
-def without_overlap(forget: Sequence[Example], others: Sequence[Example], name: str, drop: bool) -> list[Example]:
+def without_overlap(forget: Sequence[Example], others: list[Example], name: str, drop: bool) -> list[Example]:
     """The examples of `others` that are not in the forget set.
 
     Args:
@@ -61,7 +62,7 @@ def without_overlap(forget: Sequence[Example], others: Sequence[Example], name: 
     """
     common = overlapping(map(_text, forget), list(map(_text, others)))
     if not common:
-        return list(others)
+        return others
     count = f"{len(common)} of {len(others)} {name} rows"
     if not drop:
         ids = ", ".join(repr(others[index].id) for index in common[:_MAX_NAMED])
@@ -74,7 +75,8 @@ def without_overlap(forget: Sequence[Example], others: Sequence[Example], name: 
         raise NekoLeanError(f"all {len(others)} {name} rows are also in the forget set; expected other rows.")
     log_line(f"warning: {count} are left out, because they are also in the forget set.")
     dropped = set(common)
-    return [example for index, example in enumerate(others) if index not in dropped]
+    kept = [example for index, example in enumerate(others) if index not in dropped]
+    return Rows(kept, others.layout) if isinstance(others, Rows) else kept
 
 
 def _text(example: Example) -> str:

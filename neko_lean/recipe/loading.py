@@ -31,8 +31,8 @@ def recipes() -> dict[str, Recipe]:
     """The recipes that ship with neko-lean, by name.
 
     Example:
-        >>> neko_lean.recipes()["neko"].forget_objective
-        'ascent'
+        >>> recipes()["neko"].forget_objective
+        'ga'
     """
     return {name: load_recipe(name) for name in recipe_names()}
 

@@ -148,13 +148,12 @@ def read_data(sources: DataSources, inputs: ScoreInputs, settings: ScoreSettings
     return result
 
 
-def _read_splits(sources: DataSources, inputs: ScoreInputs) -> dict[str, list[Example]]:
+def _read_splits(sources: DataSources, inputs: ScoreInputs) -> Mapping[str, Sequence[Example]]:
     """The rows of forget set and retain set, without retain rows that are also in the forget set."""
     if sources["forget"] is sources["retain"]:
         require_folder(sources["forget"], "--data", SPLITS, inputs.split)
     rows = {split: read_rows(sources[split], split, inputs.split, columns=inputs.columns) for split in SPLITS}
-    kept = without_overlap(rows["forget"], rows["retain"], "retain", drop=inputs.drop_overlap)
-    return {**rows, **({"retain": kept} if len(kept) < len(rows["retain"]) else {})}
+    return {**rows, "retain": without_overlap(rows["forget"], rows["retain"], "retain", drop=inputs.drop_overlap)}
 
 
 def _membership_documents(path: Path, forget: Sequence[Example], columns: str | None) -> list[tuple[str, Document]]:

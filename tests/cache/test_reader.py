@@ -99,15 +99,14 @@ def test_target_logp_matches_the_live_teacher(world, model, cache, tmp_path):
 
 
 def test_a_forget_example_and_a_retain_example_may_share_an_id(world, model, tmp_path):
-    """The text distinguishes them. An example may be in both sets, or have the id of another example's refusal."""
+    """The text distinguishes them. An example may also have the id of another example's refusal."""
     retain = make_rows("Rix", 2)
     forget = [Example(r.id, f.input, f.output, r.task) for r, f in zip(retain, make_rows("Foo", 2), strict=True)]
-    forget[3] = retain[3]
     forget[4] = Example(f"refusal {forget[0].id}", "Who?", "me", "Task1")
     for name, rows in (("retain", retain), ("forget", forget)):
         write_rows(tmp_path / f"{name}.jsonl", rows)
     manifest = make_cache(model, tmp_path, tmp_path / "c", forget=tmp_path, dtype="float32", mass=1, format="neko")
-    assert manifest.rows == len(retain) + len(forget) - 1
+    assert manifest.rows == len(retain) + len(forget)
 
     reader, tokenizer = TeacherCache(tmp_path / "c"), load_tokenizer(model)
     retain_examples, forget_examples = (encode(rows, tokenizer, "neko", 512) for rows in (retain, forget))

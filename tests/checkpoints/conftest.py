@@ -14,11 +14,11 @@ def killed_run(world, model, cache, tmp_path_factory):
     """Folder with `whole`, an uninterrupted run, and the work folder of `out`, a run killed after two saves."""
     folder = tmp_path_factory.mktemp("killed")
     given = {"cache": cache, "recipe": "neko", "overrides": EVALUATED, "seed": 3, "quiet": True}
-    flat(neko_lean.unlearn)(model, folder / "whole", world, world, **given)
+    flat(neko_lean.unlearn)(model, folder / "whole", forget=world, retain=world, **given)
     patch = pytest.MonkeyPatch()
     with patch.context() as patched, pytest.raises(Killed):
         kill_at(patched, 7)
-        flat(neko_lean.unlearn)(model, folder / "out", world, world, save_every=3, **given)
+        flat(neko_lean.unlearn)(model, folder / "out", forget=world, retain=world, save_every=3, **given)
     return folder
 
 

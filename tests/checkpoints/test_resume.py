@@ -68,8 +68,8 @@ def test_a_run_that_is_killed_twice_ends_in_the_same_bytes(world, model, cache, 
     def run(out, **options):
         common = {"recipe": recipe, "overrides": change, "seed": 3, "quiet": True, **options}
         if recipe == "memorize":
-            return flat(neko_lean.memorize)(model, world, out, **common)
-        return flat(neko_lean.unlearn)(model, out, world, world, **inputs, **common)
+            return flat(neko_lean.memorize)(model, out, data=world, **common)
+        return flat(neko_lean.unlearn)(model, out, forget=world, retain=world, **inputs, **common)
 
     whole = run(tmp_path / "whole")
     assert not saved(tmp_path / "whole").exists()

@@ -206,7 +206,7 @@ def test_bad_input_is_one_sentence_and_exit_code_2(world, model, cache, tmp_path
         (("memorize", model, "--data", world, *out, "--set", "order=chunks"), "order 'chunks' splits the forget set"),
         (("memorize", model, "--data", world, *out, "--set", "substitute=refusal", "--set", "substitute_weight=1.0",
           "--set", "forget_rows=4"), "needs retain_objective ce and neither a forget_objective nor a substitute"),
-        (("memorize", model, "--data", world / "forget.jsonl", *out), "is a file"),
+        (("memorize", model, "--data", world / "forget.jsonl", *out, "--retain-only"), "a folder with retain.*"),
         (("score", model, "--data", world / "forget.jsonl", *out), "is a file"),
         (("score", model, "--data", world, *out, "--seed", 0), "--seed has no effect"),
         (("score", model, "--data", world, *out, "--relearn-lr", 1e-3), "--relearn-lr has no effect"),

@@ -74,13 +74,13 @@ MODELS = {
 def test_every_command_runs(build, world, tmp_path, name):
     family, model_class, config_json, sizes = MODELS[name]
     folder = build(family, model_class, config_json, **sizes)
-    flat(neko_lean.cache_teacher)(folder, world, tmp_path / "cache", dtype="float32", quiet=True)
+    flat(neko_lean.cache_teacher)(folder, tmp_path / "cache", retain=world, dtype="float32", quiet=True)
     overrides = {**TWO_STEPS, "format": "plain", "max_length": 512}
     kwargs = {"cache": tmp_path / "cache", "recipe": "neko", "overrides": overrides}
-    flat(neko_lean.unlearn)(folder, tmp_path / "out", world, world, quiet=True, **kwargs)
+    flat(neko_lean.unlearn)(folder, tmp_path / "out", forget=world, retain=world, quiet=True, **kwargs)
     first = json.loads((tmp_path / "out" / "metrics.jsonl").read_text().splitlines()[0])
     assert first["retain_loss"] < 1e-4  # student and teacher are equal at first
-    scores = flat(neko_lean.score)(tmp_path / "out", world, tmp_path / "scores", max_new_tokens=4, quiet=True)
+    scores = flat(neko_lean.score)(tmp_path / "out", tmp_path / "scores", data=world, max_new_tokens=4, quiet=True)
     assert scores["rows"] == {"forget": 24, "retain": 36}
 
 
@@ -91,31 +91,33 @@ def test_examples_longer_than_the_learned_positions_are_truncated_with_a_warning
         first, *rest = make_rows(name)
         write_rows(tmp_path / f"{stem}.jsonl", [replace(first, output="word " * 100), *rest])
 
-    flat(neko_lean.cache_teacher)(folder, tmp_path, tmp_path / "cache", dtype="float32", quiet=True)
+    flat(neko_lean.cache_teacher)(folder, tmp_path / "cache", retain=tmp_path, dtype="float32", quiet=True)
     warning = "warning: 1 of 24 rows truncated to 48 tokens (157 tokens lost): the model has only 48 positions"
     assert warning in capsys.readouterr().err
 
     overrides = {**TWO_STEPS, "format": "plain", "max_length": 512}
     options = {"cache": tmp_path / "cache", "recipe": "neko", "overrides": overrides, "quiet": True}
-    flat(neko_lean.unlearn)(folder, tmp_path / "out", tmp_path, tmp_path, **options)
+    flat(neko_lean.unlearn)(folder, tmp_path / "out", forget=tmp_path, retain=tmp_path, **options)
     assert "the model has only 48 positions" in capsys.readouterr().err
 
-    flat(neko_lean.memorize)(folder, tmp_path, tmp_path / "learned", overrides={"max_steps": 1}, quiet=True)
+    flat(neko_lean.memorize)(folder, tmp_path / "learned", data=tmp_path, overrides={"max_steps": 1}, quiet=True)
     assert "the model has only 48 positions" in capsys.readouterr().err
-    flat(neko_lean.score)(folder, world, tmp_path / "scores", quiet=True)
+    flat(neko_lean.score)(folder, tmp_path / "scores", data=world, quiet=True)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("backward", ["layerwise", "checkpointed", "plain"])
 def test_the_first_kl_is_zero_whatever_the_configs_dropout(build, world, tmp_path, backward):
     folder = build("GPT2", "GPT2LMHeadModel", n_positions=256, resid_pdrop=0.3, embd_pdrop=0.3, attn_pdrop=0.3, **GPT2)
-    flat(neko_lean.cache_teacher)(folder, world, tmp_path / "cache", dtype="float32", top_k=4096, mass=1, quiet=True)
+    flat(neko_lean.cache_teacher)(
+        folder, tmp_path / "cache", retain=world, dtype="float32", top_k=4096, mass=1, quiet=True
+    )
     overrides = {**TWO_STEPS, "max_steps": 1, "format": "plain", "max_length": 512, "backward": backward}
 
     def first_kl(**changes):
         out = tmp_path / f"out{len(changes)}"
         kwargs = {"cache": tmp_path / "cache", "recipe": "neko", "overrides": overrides | changes}
-        flat(neko_lean.unlearn)(folder, out, world, world, quiet=True, **kwargs)
+        flat(neko_lean.unlearn)(folder, out, forget=world, retain=world, quiet=True, **kwargs)
         return json.loads((out / "metrics.jsonl").read_text().splitlines()[0])["retain_loss"]
 
     assert abs(first_kl()) < 1e-5
@@ -128,7 +130,7 @@ def test_memorize_trains_with_the_soft_cap(build, world, tmp_path):
     """The logits are those of the capped model, in both dtypes."""
     folder = build("Gemma2", **MODELS["gemma2"][3])
     result = flat(neko_lean.memorize)(
-        folder, world, tmp_path / "made", overrides={"max_steps": 3, "lr": 3e-3}, quiet=True
+        folder, tmp_path / "made", data=world, overrides={"max_steps": 3, "lr": 3e-3}, quiet=True
     )
     assert result["steps"] == 3
     for dtype in (torch.float32, torch.bfloat16):

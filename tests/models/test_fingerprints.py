@@ -107,7 +107,7 @@ def test_a_changed_config_with_the_same_weights_is_refused_everywhere(world, mod
 
     def unlearn(folder, out, **kwargs):
         defaults = {"cache": cache, "recipe": "neko", "overrides": SMALL, **quiet}
-        return flat(neko_lean.unlearn)(folder, tmp_path / out, world, world, **{**defaults, **kwargs})
+        return flat(neko_lean.unlearn)(folder, tmp_path / out, forget=world, retain=world, **{**defaults, **kwargs})
 
     # Uses of the model's cache with the other model.
     commands = [
@@ -128,7 +128,7 @@ def test_a_changed_config_with_the_same_weights_is_refused_everywhere(world, mod
     assert stage.is_dir()
     # Scores of the model, resumed with the other one.
     commands.append(
-        lambda: flat(neko_lean.score)(other, world, tmp_path / "scores", max_new_tokens=2, resume=True, **quiet)
+        lambda: flat(neko_lean.score)(other, tmp_path / "scores", data=world, max_new_tokens=2, resume=True, **quiet)
     )
 
     for command in commands:
@@ -196,9 +196,9 @@ def test_dropout_rates_matter_if_training_uses_dropout(world, model, tmp_path, m
     out = tmp_path / "out"
     with monkeypatch.context() as patch, pytest.raises(Killed):
         kill_at(patch, 4)
-        flat(neko_lean.unlearn)(model, out, world, world, save_every=2, **kwargs)
+        flat(neko_lean.unlearn)(model, out, forget=world, retain=world, save_every=2, **kwargs)
     with pytest.raises(NekoLeanError, match="attention_dropout"):
-        flat(neko_lean.unlearn)(other, out, world, world, resume=True, **kwargs)
+        flat(neko_lean.unlearn)(other, out, forget=world, retain=world, resume=True, **kwargs)
     state = tmp_path / ".out.saved" / "step-00000002" / "state.json"
     written = json.loads(state.read_text())
     del written["identity"]["config"]
@@ -207,7 +207,7 @@ def test_dropout_rates_matter_if_training_uses_dropout(world, model, tmp_path, m
         (path / "manifest.json").unlink()
         seal(path)
     with pytest.raises(NekoLeanError, match="not recorded by the version that started the run"):
-        flat(neko_lean.unlearn)(model, out, world, world, resume=True, **kwargs)
+        flat(neko_lean.unlearn)(model, out, forget=world, retain=world, resume=True, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
@@ -215,13 +215,15 @@ def test_dropout_rates_matter_if_training_uses_dropout(world, model, tmp_path, m
 def test_a_checkpoint_saved_again_is_the_same_model(world, tmp_path, dtype):
     """memorize, a plain load and save, and unlearn all keep the config."""
     first = tmp_path / "first"
-    flat(neko_lean.memorize)(world / "base", world, first, overrides={"max_steps": 1, "dtype": dtype}, quiet=True)
+    flat(neko_lean.memorize)(world / "base", first, data=world, overrides={"max_steps": 1, "dtype": dtype}, quiet=True)
     assert config_differences(model_config(world / "base"), model_config(first)) == []
     lm, tokenizer = load_model(first, getattr(torch, dtype), torch.device("cpu")), load_tokenizer(first)
     lm.model.save_pretrained(tmp_path / "again")
     tokenizer.save_pretrained(tmp_path / "again")
     assert identify(tmp_path / "again", load_tokenizer(tmp_path / "again")) == identify(first, tokenizer)
-    flat(neko_lean.unlearn)(first, tmp_path / "out", world, world, recipe="neko", overrides=SMALL, quiet=True)
+    flat(neko_lean.unlearn)(
+        first, tmp_path / "out", forget=world, retain=world, recipe="neko", overrides=SMALL, quiet=True
+    )
     assert model_config(tmp_path / "out") == model_config(first)
 
 
@@ -235,11 +237,11 @@ def test_a_cache_of_format_1_is_read_with_a_warning(world, model, cache, tmp_pat
     resign(old, format_version=1)
     assert read_manifest(old / "manifest.json").config is None
     flat(neko_lean.unlearn)(
-        model, tmp_path / "out", world, world, cache=old, recipe="neko", overrides=SMALL, quiet=True
+        model, tmp_path / "out", forget=world, retain=world, cache=old, recipe="neko", overrides=SMALL, quiet=True
     )
     stderr = capsys.readouterr().err
     assert stderr.count("warning: ") == 1 and "run cache-teacher again to be sure" in stderr
-    flat(cache_teacher)(model, world, old, dtype="float32", format="neko", resume=True, quiet=True)
+    flat(cache_teacher)(model, old, retain=world, dtype="float32", format="neko", resume=True, quiet=True)
     assert "taken as complete by its weights alone" in capsys.readouterr().err
 
 
@@ -256,6 +258,6 @@ def test_a_reference_with_another_tokenizer_is_refused(world, model, cache, tmp_
     resign(other, tokenizer="0" * 64)
     with pytest.raises(NekoLeanError, match="another tokenizer"):
         flat(neko_lean.score)(
-            model, world, tmp_path / "s", mia=world / "mia", reference=other, max_new_tokens=2, quiet=True
+            model, tmp_path / "s", data=world, mia=world / "mia", reference=other, max_new_tokens=2, quiet=True
         )
     assert tokenizer_fingerprint(load_tokenizer(model)) != "0" * 64

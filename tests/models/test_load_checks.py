@@ -26,10 +26,12 @@ def test_every_command_refuses_wrong_weights_and_writes_nothing(model, world, tm
     (tmp_path / "out").mkdir()
     folder, out = rewrite(model, tmp_path / "changed", change), tmp_path / "out" / "x"
     for run in (
-        lambda: flat(score)(folder, world, out, max_new_tokens=4, quiet=True),
-        lambda: flat(cache_teacher)(folder, world, out, quiet=True),
-        lambda: flat(neko_lean.memorize)(folder, world, out, overrides=SMALL, quiet=True),
-        lambda: flat(neko_lean.unlearn)(folder, out, world, world, recipe="neko", overrides=SMALL, quiet=True),
+        lambda: flat(score)(folder, out, data=world, max_new_tokens=4, quiet=True),
+        lambda: flat(cache_teacher)(folder, out, retain=world, quiet=True),
+        lambda: flat(neko_lean.memorize)(folder, out, data=world, overrides=SMALL, quiet=True),
+        lambda: flat(neko_lean.unlearn)(
+            folder, out, forget=world, retain=world, recipe="neko", overrides=SMALL, quiet=True
+        ),
     ):
         with pytest.raises(NekoLeanError, match=r"are not those of the OlmoForCausalLM that its config.json describes"):
             run()

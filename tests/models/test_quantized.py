@@ -82,7 +82,7 @@ def test_other_methods_are_refused(model, world, tmp_path, method, nested):
     value = {"quantization_config": {"quant_method": method, "bits": 4}}
     configure(folder, **({"text_config": value} if nested else value))
     with pytest.raises(NekoLeanError, match=rf"quantised \({method}\)"):
-        flat(neko_lean.memorize)(folder, world, tmp_path / "out")
+        flat(neko_lean.memorize)(folder, tmp_path / "out", data=world)
     assert not (tmp_path / "out").exists()
 
 

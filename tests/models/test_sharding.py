@@ -28,7 +28,9 @@ def weights(folder):
 def test_gradients_are_those_of_plain_autograd(world, model, tmp_path):
     """For two-term losses, several micro-batches per rank, uneven shards, and tied and untied heads."""
     (tmp_path / "world").symlink_to(world)
-    flat(cache_teacher)(model, world, tmp_path / "cache", forget=world, format="neko", dtype="float32", quiet=True)
+    flat(cache_teacher)(
+        model, tmp_path / "cache", retain=world, forget=world, format="neko", dtype="float32", quiet=True
+    )
     result = torchrun(tmp_path, script=sharded.__file__)
     assert result.returncode == 0, result.stderr
     errors = json.loads(result.stdout)
@@ -50,7 +52,7 @@ def test_two_processes_train_the_weights_of_one(world, model, cache, tmp_path, m
 
     def run(name, **kwargs):
         options = {"cache": cache, "recipe": "neko", "overrides": CHANGE, "quiet": True}
-        return flat(unlearn)(model, tmp_path / name, world, world, **{**options, **kwargs})
+        return flat(unlearn)(model, tmp_path / name, forget=world, retain=world, **{**options, **kwargs})
 
     run("single")
     original = optim.round_stochastically
@@ -88,5 +90,12 @@ def test_other_backward_modes_are_refused(world, model, cache, tmp_path, monkeyp
     monkeypatch.setattr(backward, "world_size", lambda: 2)
     with pytest.raises(NekoLeanError, match=f"backward={value} works only in a single process"):
         flat(unlearn)(
-            model, tmp_path / "out", world, world, cache=cache, recipe="neko", overrides={"backward": value}, quiet=True
+            model,
+            tmp_path / "out",
+            forget=world,
+            retain=world,
+            cache=cache,
+            recipe="neko",
+            overrides={"backward": value},
+            quiet=True,
         )

@@ -44,26 +44,29 @@ def unknown(tmp_path):
 @pytest.mark.slow
 def test_without_the_token_scores_are_unchanged(larger, model, world, tmp_path):
     options = {"max_new_tokens": 4, "quiet": True}
-    actual = flat(score)(larger, world, tmp_path / "larger", **options)
-    expected = flat(score)(model, world, tmp_path / "plain", **options)
+    actual = flat(score)(larger, tmp_path / "larger", data=world, **options)
+    expected = flat(score)(model, tmp_path / "plain", data=world, **options)
     for key in ("cells", "memorisation", "leaks", "outputs"):
         assert actual[key] == expected[key]
-    flat(cache_teacher)(larger, world, tmp_path / "cache", quiet=True)
+    flat(cache_teacher)(larger, tmp_path / "cache", retain=world, quiet=True)
     overrides = {**SMALL, "format": "plain", "max_length": 512, "max_steps": 1}
-    flat(neko_lean.unlearn)(larger, tmp_path / "out", world, world, cache=tmp_path / "cache", recipe="neko",
+    flat(neko_lean.unlearn)(larger, tmp_path / "out", forget=world, retain=world, cache=tmp_path / "cache",
+                            recipe="neko",
                       overrides=overrides, quiet=True)  # fmt: skip
 
 
 def test_an_example_with_the_token_is_named(larger, unknown, tmp_path):
     message = "row retain0b-qa0 holds token"
     with pytest.raises(NekoLeanError, match=message):
-        flat(cache_teacher)(larger, unknown, tmp_path / "cache", quiet=True)
+        flat(cache_teacher)(larger, tmp_path / "cache", retain=unknown, quiet=True)
     with pytest.raises(NekoLeanError, match="row forget0b-qa0 holds token"):
-        flat(neko_lean.memorize)(larger, unknown, tmp_path / "out", overrides=SMALL, quiet=True)
+        flat(neko_lean.memorize)(larger, tmp_path / "out", data=unknown, overrides=SMALL, quiet=True)
     with pytest.raises(NekoLeanError, match=message):
-        flat(neko_lean.unlearn)(larger, tmp_path / "out", unknown, unknown, recipe="neko", overrides=SMALL, quiet=True)
+        flat(neko_lean.unlearn)(
+            larger, tmp_path / "out", forget=unknown, retain=unknown, recipe="neko", overrides=SMALL, quiet=True
+        )
     with pytest.raises(NekoLeanError, match="row forget0b-qa0 holds token"):
-        flat(score)(larger, unknown, tmp_path / "scores", max_new_tokens=4, quiet=True)
+        flat(score)(larger, tmp_path / "scores", data=unknown, max_new_tokens=4, quiet=True)
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 

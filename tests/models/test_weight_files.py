@@ -97,7 +97,7 @@ def test_memorize_initialises_at_random_only_without_any_weights(world, tmp_path
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_bytes(b"x")
     with pytest.raises(NekoLeanError):
-        flat(neko_lean.memorize)(folder, world, tmp_path / "out", overrides={"max_steps": 1}, quiet=True)
+        flat(neko_lean.memorize)(folder, tmp_path / "out", data=world, overrides={"max_steps": 1}, quiet=True)
     assert not (tmp_path / "out").exists()
 
     (folder / "config.json").unlink()

@@ -50,7 +50,9 @@ def test_levels_can_come_from_the_model_before_it_learned_the_forget_set(world, 
     original = trainer.make_batch
     monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append((args[0], original(*args))) or seen[-1][1])
     options = {"cache": anchored / "cache", "base_cache": tmp_path / "base-cache", "recipe": "calibrated"}
-    flat(neko_lean.unlearn)(model, tmp_path / "out", world, world, overrides={"max_steps": 1}, quiet=True, **options)
+    flat(neko_lean.unlearn)(
+        model, tmp_path / "out", forget=world, retain=world, overrides={"max_steps": 1}, quiet=True, **options
+    )
     examples, batch = seen[0]
     lm = load_model(base, torch.float32, torch.device("cpu"))
     losses = -next_token_logp(lm, [example.input_ids for example in examples], 1)
@@ -61,14 +63,14 @@ def test_levels_can_come_from_the_model_before_it_learned_the_forget_set(world, 
     with pytest.raises(NekoLeanError, match="--forget"):
         make_cache(base, world, tmp_path / "bare")
         options["base_cache"] = tmp_path / "bare"
-        flat(neko_lean.unlearn)(model, tmp_path / "no", world, world, quiet=True, **options)
+        flat(neko_lean.unlearn)(model, tmp_path / "no", forget=world, retain=world, quiet=True, **options)
 
 
 def test_levels_follow_the_students_loss_on_unseen_text(world, model, anchored, tmp_path):
     """The drift is 1 while the student equals its teacher, and otherwise the ratio of their losses."""
     change = {"max_steps": 3, "lr": 1e-9}
     options = {"cache": anchored / "cache", "anchor": anchored / "anchor.jsonl", "recipe": "calibrated", "quiet": True}
-    flat(neko_lean.unlearn)(model, tmp_path / "still", world, world, overrides=change, **options)
+    flat(neko_lean.unlearn)(model, tmp_path / "still", forget=world, retain=world, overrides=change, **options)
     drifts = [line["drift"] for line in metrics(tmp_path / "still") if "drift" in line]
     assert drifts and drifts == pytest.approx([1.0] * len(drifts), rel=2e-3)
     tokenizer = load_tokenizer(model)

@@ -7,7 +7,8 @@ import pytest
 from neko_lean.data import describe_rows
 from neko_lean.errors import NekoLeanError
 from neko_lean.options import ScoreInputs, ScoreSettings
-from neko_lean.scoring.inputs import read_data
+from neko_lean.scoring.inputs import read_data, sources_of
+from neko_lean.scoring.task import SPLITS
 
 ROWS = [{"q": f"Where did {who} walk?", "a": f"wood {who}"} for who in ("Foo", "Bar")]
 COLUMNS = "prompt=q,answer=a"
@@ -24,7 +25,8 @@ def data(tmp_path):
 
 
 def read(data, **inputs):
-    return read_data(data, ScoreInputs(columns=COLUMNS, **inputs), ScoreSettings())
+    inputs = ScoreInputs(columns=COLUMNS, **inputs)
+    return read_data(sources_of(data, None, None, inputs), inputs, ScoreSettings())
 
 
 def test_columns(data):
@@ -32,7 +34,7 @@ def test_columns(data):
     assert [example.input for _, example in found.examples][:1] == ["forget: Where did Foo walk?"]
     assert describe_rows(found.rows["forget"], "forget") == "forget: 2 rows, q/a -> 2 qa; group 'all'."
     with pytest.raises(NekoLeanError, match=r"no column has a known name.*--columns"):
-        read_data(data, ScoreInputs(), ScoreSettings())
+        read_data(dict.fromkeys(SPLITS, data), ScoreInputs(), ScoreSettings())
 
 
 def test_members_are_the_forget_rows_if_only_unseen_documents_are_given(data, tmp_path):
@@ -45,7 +47,7 @@ def test_members_are_the_forget_rows_if_only_unseen_documents_are_given(data, tm
         ("nonmember", "Where did Nobody walk? sea"),
     ]
     unseen.write_text(json.dumps({"q": "forget: Where did Foo walk?", "a": "wood Foo"}))
-    with pytest.raises(NekoLeanError, match="1 of its documents are forget rows"):
+    with pytest.raises(NekoLeanError, match="1 of its unseen documents are also forget rows"):
         read(data, mia=unseen)
     with pytest.raises(NekoLeanError, match="--reference needs --mia as a folder"):
         read(data, mia=unseen, reference=tmp_path)
@@ -66,6 +68,38 @@ def test_both_sides_from_files_or_folders_of_texts(data, tmp_path):
 
     # A folder of texts alone holds unseen documents.
     for name in ("forget", "retain"):
-        (data / f"{name}.jsonl").write_text("\n".join(json.dumps({"question": r["q"], "answer": r["a"]}) for r in ROWS))
-    documents = read_data(data, ScoreInputs(mia=tmp_path / "mia" / "nonmember"), ScoreSettings()).documents
+        rows = [{"question": f"{name}: {row['q']}", "answer": row["a"]} for row in ROWS]
+        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    inputs = ScoreInputs(mia=tmp_path / "mia" / "nonmember")
+    documents = read_data(dict.fromkeys(SPLITS, data), inputs, ScoreSettings()).documents
     assert [side for side, _ in documents] == ["member", "member", "nonmember"]
+
+
+def test_sources():
+    inputs = ScoreInputs()
+    assert sources_of("d", None, None, inputs) == {"forget": "d", "retain": "d"}
+    assert sources_of(None, "f", ["r"], inputs) == {"forget": "f", "retain": ["r"]}
+    for arguments, message in (
+        ((None, None, None, inputs), "--data FOLDER with forget"),
+        ((None, "f", None, inputs), "--forget and --retain"),
+        (("d", "f", None, inputs), "already names both sets"),
+        ((None, "f", "r", ScoreInputs(benchmark="muse")), "--benchmark muse needs --data"),
+        ((None, [], [], ScoreInputs(split="train")), "--split train has no effect, because the rows are given"),
+    ):
+        with pytest.raises(NekoLeanError, match=message):
+            sources_of(*arguments)
+
+
+def test_the_same_text_on_two_sides(data, tmp_path):
+    row = {"q": "retain: Where did Foo walk?", "a": "wood Foo"}
+    (data / "forget.jsonl").write_text(json.dumps(row))
+    with pytest.raises(NekoLeanError, match="1 of 2 retain rows are also in the forget set"):
+        read(data)
+    assert [example.input for example in read(data, drop_overlap=True).rows["retain"]] == [
+        "retain: Where did Bar walk?"
+    ]
+
+    held = tmp_path / "held.jsonl"
+    held.write_text(json.dumps({"document": "retain: Where did Bar walk? wood Bar"}))
+    with pytest.raises(NekoLeanError, match=r"--held .*: 1 of its 1 documents are also rows of the data"):
+        read(data, drop_overlap=True, held=held)

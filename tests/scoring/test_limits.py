@@ -56,7 +56,8 @@ def extreme(tmp_path):
     folder = tmp_path / "data"
     folder.mkdir()
     write_rows(folder / "forget.jsonl", [*rows, *odd])
-    write_rows(folder / "retain.jsonl", [*make_rows("Rix", 1), *(replace(row, id=f"R{row.id}") for row in odd)])
+    others = [replace(row, id=f"R{row.id}", input=row.input.replace("Foo", "Rix")) for row in odd]
+    write_rows(folder / "retain.jsonl", [*make_rows("Rix", 1), *others])
     return folder
 
 
@@ -78,8 +79,8 @@ def gpt2(model, out, positions):
 def test_long_texts_are_truncated_and_counted_in_bounded_batches(model, extreme, tmp_path, shapes, capsys, positions):
     folder = model if positions is None else gpt2(model, tmp_path / "m", positions)
     (tmp_path / "mia").mkdir()
-    for side in ("member", "nonmember"):
-        write_jsonl(tmp_path / "mia" / f"{side}.jsonl", [{"document": f"Foo {side}{LONG}"}, {"document": "Foo is in"}])
+    for side, short in (("member", "Foo is in"), ("nonmember", "Foo in is")):
+        write_jsonl(tmp_path / "mia" / f"{side}.jsonl", [{"document": f"Foo {side}{LONG}"}, {"document": short}])
     anatomy = make_subject("anatomy", 2)
     long = replace(anatomy.test[0], text=f"Foo{LONG}")
     write_hub(tmp_path / "mmlu", [replace(anatomy, test=[long, *anatomy.test[1:]])])
@@ -165,9 +166,9 @@ def test_generation_batches_are_bounded_and_the_same_for_a_remainder():
 def test_document_of_one_token_is_refused_before_the_model_is_loaded(world, model, tmp_path, option, monkeypatch):
     monkeypatch.setattr(job, "load_model", lambda *args: pytest.fail("the model was loaded"))
     (tmp_path / "mia").mkdir()
-    for side in ("member", "nonmember"):
-        write_jsonl(tmp_path / "mia" / f"{side}.jsonl", [{"document": "Foo is a river"}, {"document": "a"}])
+    for side, letter in (("member", "a"), ("nonmember", "b")):
+        write_jsonl(tmp_path / "mia" / f"{side}.jsonl", [{"document": f"Foo is a {side}"}, {"document": letter}])
     given = {"mia": tmp_path / "mia"} if option == "mia" else {"held": tmp_path / "mia" / "member.jsonl"}
     with pytest.raises(NekoLeanError, match=f"--{option}: document 2 has fewer than two tokens"):
-        flat(neko_lean.score)(model, world, tmp_path / "out", **given, quiet=True)
+        flat(neko_lean.score)(model, tmp_path / "out", data=world, **given, quiet=True)
     assert not (tmp_path / "out").exists()

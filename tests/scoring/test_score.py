@@ -152,12 +152,10 @@ def test_interrupted_score_resumes_from_its_generations(world, model, tmp_path, 
 def test_rows_in_other_scripts_are_judged_with_a_warning(world, model, tmp_path, monkeypatch, capsys):
     """For a model that generates every true answer, the official cells are 0, but the verdict is right."""
     rows = {"forget": [], "retain": []}
-    for split, some in rows.items():
+    for (split, some), name in zip(rows.items(), ("Мария", "Ольга"), strict=True):
         for n, task in enumerate(("Task1", "Task2", "Task3")):
-            some.append(
-                Example(f"{split}{n}sc1", "Она", f"{split} {n} родилась в тихом городе".replace(split, "Мария"), task)
-            )
-            some.append(Example(f"{split}{n}qa0", "Где?", "Кто ?", task))
+            some.append(Example(f"{split}{n}sc1", "Она", f"{name} {n} родилась в тихом городе", task))
+            some.append(Example(f"{split}{n}qa0", f"Где {name}?", "Кто ?", task))
     folder = tmp_path / "data"
     folder.mkdir()
     for split, some in rows.items():

@@ -78,17 +78,17 @@ def test_a_non_finite_loss_stops_before_the_update_and_keeps_the_best_checkpoint
 ):
     options = {"cache": cache, "recipe": "neko", "overrides": FAST, "quiet": True}
     flat(neko_lean.unlearn)(
-        model, tmp_path / "four", world, world, **{**options, "overrides": {**FAST, "max_steps": 6}}
+        model, tmp_path / "four", forget=world, retain=world, **{**options, "overrides": {**FAST, "max_steps": 6}}
     )
     spoil(monkeypatch, 6, None)
     with pytest.raises(NekoLeanError, match=r"step 6, before its update; .* holds the checkpoint of step"):
-        flat(neko_lean.unlearn)(model, tmp_path / "out", world, world, **options)
+        flat(neko_lean.unlearn)(model, tmp_path / "out", forget=world, retain=world, **options)
     run = json.loads((tmp_path / "out" / "run.json").read_text())
     assert run["weights_of_step"] in (2, 4) and run["steps"] == 5 and "nan" in run["failure"]
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "out").values())
     spoil(monkeypatch, 1, None)
     with pytest.raises(NekoLeanError, match="nothing was written"):
-        flat(neko_lean.unlearn)(model, tmp_path / "none", world, world, **options)
+        flat(neko_lean.unlearn)(model, tmp_path / "none", forget=world, retain=world, **options)
     assert not (tmp_path / "none").exists()
     assert [p.name for p in tmp_path.iterdir() if "partial" in p.name] == []
 

@@ -12,7 +12,6 @@ from typing import Any
 from neko_lean.data import Example
 from neko_lean.distributed import as_single_process, is_main_process, run_on_main_and_broadcast
 from neko_lean.errors import NekoLeanError
-from neko_lean.jsonio import write_jsonl
 from neko_lean.options import ScoreSettings, TrainingOptions
 from neko_lean.recipe import load_recipe
 from neko_lean.runs import memorize
@@ -50,12 +49,12 @@ def relearn(target: AttackTarget) -> Curve:
     curve = [{"steps": 0, "rows": len(trained), **baseline_point(scored, target.baseline)}]
     work = target.stage / "relearn"
     try:
-        run_on_main_and_broadcast(writing(target.stage, lambda: _write_examples(work, trained)))
+        rows = [example.row for example in trained]
         checkpoint, done = target.folder, 0
         for steps in STEPS:
             overrides = _overrides(steps - done, DEFAULT_LR if lr is None else lr, len(trained), target.settings)
             out = work / f"steps-{steps}"
-            train = partial(_train, checkpoint, work, out, overrides, seed, target.device)
+            train = partial(_train, checkpoint, rows, out, overrides, seed, target.device)
             run_on_main_and_broadcast(writing(target.stage, train))
             checkpoint, done = out, steps
 
@@ -95,12 +94,9 @@ def _overrides(steps: int, lr: float, count: int, settings: ScoreSettings) -> di
     }
 
 
-def _write_examples(folder: Path, examples: Sequence[Example]) -> None:
-    folder.mkdir()
-    write_jsonl(folder / "forget.jsonl", [example.row for example in examples])
-
-
-def _train(model: Path, data: Path, out: Path, overrides: Mapping[str, Any], seed: int, device: str | None) -> None:
+def _train(
+    model: Path, data: list[dict[str, Any]], out: Path, overrides: Mapping[str, Any], seed: int, device: str | None
+) -> None:
     with as_single_process():  # the other ranks wait
         run = TrainingOptions(seed=seed, device=device, quiet=True)
         memorize(model, out, data=data, overrides=overrides, run=run)

@@ -40,7 +40,7 @@ def test_every_step_trains_on_all_examples(make_target, memorised, examples, mon
     monkeypatch.setattr(module, "STEPS", (1, 2))
     monkeypatch.setattr(module, "MIN_EXAMPLES", 20)
     monkeypatch.setattr(
-        module, "memorize", lambda model, data, out, **kwargs: calls.append((data, kwargs["overrides"]))
+        module, "memorize", lambda model, out, **kwargs: calls.append((kwargs["data"], kwargs["overrides"]))
     )
 
     target = make_target(
@@ -74,8 +74,8 @@ def test_training_sees_the_scored_examples_in_the_format_of_the_score(make_targe
     monkeypatch.setattr(module, "MIN_EXAMPLES", len(examples) - 2)
     read, recipes = [], []
 
-    def record(model, data, out, *, overrides, **kwargs):
-        read.extend(read_rows(data, "forget"))
+    def record(model, out, *, data, overrides, **kwargs):
+        read.extend(read_rows(data))
         recipes.append(load_recipe("memorize", overrides))
 
     monkeypatch.setattr(module, "memorize", record)
