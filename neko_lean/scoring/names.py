@@ -26,12 +26,21 @@ def cell_content(cell: str) -> str:
     Args:
         cell: the cell's key in scores.json. Any other text is returned as it is.
     """
-    parts = cell_parts(cell)
-    if parts is None:
+    if cell_parts(cell) is None:
         return cell
-    _, key, score = parts
-    group = "" if key == DEFAULT_GROUP else " ".join(key.split())  # a line break would break a table or a sentence
+    group, noun = cell_group(cell), cell_noun(cell)
+    return f"{noun} {'about' if noun == 'questions' else 'of'} {group}" if group else noun
+
+
+def cell_group(cell: str) -> str:
+    """The group of a cell on one line; empty for data without groups."""
+    group = (cell_parts(cell) or ("", "", ""))[1]
+    return "" if group == DEFAULT_GROUP else " ".join(group.split())
+
+
+def cell_noun(cell: str) -> str:
+    """What a cell's rows are: "questions", "documents" or "texts"."""
+    _, group, score = cell_parts(cell) or ("", "", "")
     if score == "knowledge":
-        return f"questions about {group}" if group else "questions"
-    noun = "documents" if key in TASKS else "texts"
-    return f"{noun} of {group}" if group else noun
+        return "questions"
+    return "documents" if group in TASKS else "texts"

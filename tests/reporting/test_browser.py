@@ -17,15 +17,30 @@ PROBE = """<script>addEventListener("load", () => {
   const wait = (ms) => new Promise((done) => setTimeout(done, ms));
   const root = document.documentElement;
   const paper = () => getComputedStyle(document.body).backgroundColor;
-  const rows = () => document.querySelectorAll(".row").length;
+  const rows = () => document.querySelectorAll("#rows .row").length;
   const found = () => document.getElementById("count").textContent;
+  const inSight = (element) => {
+    const box = element.getBoundingClientRect();
+    return box.width > 0 && box.height > 0 && box.left >= 0 && box.right <= innerWidth;
+  };
+  // Of every table that is not in a closed fold: whether the first column's heading and values are in sight.
+  const tables = () => [...document.querySelectorAll("table")].filter((table) => table.checkVisibility());
+  const columns = () => tables().map((table) =>
+    inSight(table.querySelector("thead th")) && [...table.querySelectorAll("th[scope=row] + td")].every(inSight));
+  const links = () => [...document.querySelectorAll("nav a")].map((link) => {
+    const section = document.querySelector(link.getAttribute("href"))?.closest("section");
+    const [heading, ...content] = section ? section.children : [];
+    return content.some((child) => child.checkVisibility() && child.textContent.trim() && inSight(child));
+  });
+  const state = () => ({ columns: columns(), links: links(), width: root.scrollWidth });
   (async () => {
-    const seen = { first: rows(), count: found(), light: paper() };
+    const seen = { first: rows(), count: found(), light: paper(), states: [state()] };
     document.getElementById("theme").click();
     seen.dark = paper();
+    seen.states.push(state());
     for (const fold of document.querySelectorAll("details")) fold.open = true;
     for (const fold of document.querySelectorAll(".row button")) fold.click();
-    seen.width = root.scrollWidth;
+    seen.states.push(state());
     document.getElementById("more").click();
     seen.more = rows();
     document.getElementById("search").value = "PROMPT 3 OF";
@@ -75,7 +90,10 @@ def test_in_chromium(tmp_path):
     match = re.search(r'data-seen="([^"]*)"', ran.stdout)
     assert match and match[1], ran.stderr[-2000:]
     seen = json.loads(html.unescape(match[1]))
-    assert seen["width"] <= 390
+    tables = [len(state["columns"]) for state in seen["states"]]
+    assert tables[0] == tables[1] < tables[2] and tables[0] >= 5
+    for state in seen["states"]:  # light, dark, and with every fold open
+        assert state["width"] <= 390 and all(state["columns"]) and state["links"] == [True] * 9
     assert seen["first"] == 20 and seen["more"] == 40 and seen["count"] == f"{72 + len(HOSTILE)} rows"
     assert seen["searched"].startswith("13 of ") and seen["marks"] >= 13 and seen["filtered"].startswith("7 of ")
     assert seen["underlined"] and seen["light"] != seen["dark"]
