@@ -183,6 +183,7 @@ def _tables(models: Sequence[Model]) -> dict[str, Any]:
         "headline": tables.headline(models),
         "benchmark": benchmark_tables.unlearning_table(models),
         "cells": tables.cells(models),
+        "script_note": tables.script_note(models),
         "by_group": tables.by_group(models),
         "missed": missed,
         "missed_too": missed_too,

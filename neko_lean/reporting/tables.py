@@ -48,7 +48,7 @@ OUTPUT_LINES: tuple[LineSpec, ...] = (
 )
 GROUP_LINES: tuple[LineSpec, ...] = (
     ("rows", "rows", ""),
-    ("rouge_l_recall", "ROUGE-L recall", "how much of the true answer the output has, in any script"),
+    ("rouge_l_recall", "ROUGE-L recall, any script", "how much of the true answer the output has"),
     ("rouge_l_f1", "ROUGE-L F1", "like recall, but lower for longer outputs"),
     ("exact_match", "exact match", "share of answers given to the letter"),
     ("normalised_match", "normalised match", "the same without case, punctuation and articles, in any script"),
@@ -122,12 +122,27 @@ def cells(models: Sequence[Model]) -> Table | None:
     if all(line.is_empty for group in groups for line in group.lines):
         return None
 
-    differing = [cell for cell in names if any(_differs(model, cell) for model in models)]
-    if differing:
+    if differing := _differing_cells(models):
         note = "including text that the task's own scores, which only know English letters, do not see"
         lines = [make_line(models, cell_name(cell), note, _cell_column("unicode_cells", cell)) for cell in differing]
         groups.append(Group("The same in any script: what the verdict uses", lines))
     return Table("Forgetting and retention", SMALL_PRINT, groups)
+
+
+def script_note(models: Sequence[Model]) -> str:
+    """A sentence on the two scores of texts in other scripts, if there are any."""
+    if not _differing_cells(models):
+        return ""
+    return (
+        "The charts show the task's own scores, which only know English letters. The verdict, the examples and the "
+        "attacks use those for any script, which the table has as well."
+    )
+
+
+def _differing_cells(models: Sequence[Model]) -> list[str]:
+    """The cells whose official score differs from the one for any script."""
+    names = shown_cells([model.scores for model in models])
+    return [cell for cell in names if any(_differs(model, cell) for model in models)]
 
 
 def _measure(cell: str) -> str:

@@ -285,7 +285,9 @@ def test_cells_of_any_script_stand_below_where_the_official_ones_do_not_see_them
     scores["unicode_cells"] = dict(scores["cells"])
     plain = tables.cells([Model(1, "m", scores, {}, [])])
     assert [group.title.split(":")[0] for group in plain.groups] == ["Forget set", "Retain set"]
+    assert tables.script_note([Model(1, "m", scores, {}, [])]) == ""
     scores["unicode_cells"]["forget.Task1.knowledge"] = 1.0
+    assert "The verdict" in tables.script_note([Model(1, "m", scores, {}, [])])
     found = tables.cells([Model(1, "m", scores, {}, []), Model(0, "older", full_scores("n", 1.0), {}, [])])
     (one,) = found.groups[-1].lines
     assert one.name == "questions about Task1 (forget set)" and [cell.value for cell in one.cells] == [
