@@ -40,7 +40,7 @@ def membership_tables(models: Sequence[Model]) -> tuple[Table | None, Table | No
     blocks = list(dict.fromkeys(block for model in models for block in mapping(model.scores, "membership", "attacks")))
     areas, rates = [], []
     for block in sorted(blocks, key=lambda block: block != "all"):
-        title = "All documents" if block == "all" else f"{block} documents"
+        title = "All documents" if block == "all" else f"Documents of {block}"
         area_lines, rate_lines = [], []
         for attack in MEMBERSHIP_ATTACKS.values():
             path = ("membership", "attacks", block, attack.name)
@@ -74,12 +74,12 @@ def mmlu_tables(models: Sequence[Model]) -> tuple[Table | None, Table | None]:
     if all(number(model.scores, "mmlu", "micro") is None for model in models):
         return None, None
     accuracy = [
-        make_line(models, name, note, number_column("mmlu", name))
-        for name, note in (
-            ("micro", "mean over questions"),
-            ("macro", "mean over subjects"),
-            ("questions", ""),
-            ("shots", "maximum number of examples before each question"),
+        make_line(models, name, note, number_column("mmlu", key))
+        for key, name, note in (
+            ("micro", "accuracy", "mean over questions"),
+            ("macro", "accuracy, mean over subjects", ""),
+            ("questions", "questions", ""),
+            ("shots", "examples", "before each question, at most"),
         )
     ]
     floors = [make_line(models, f"always {letter}", "", number_column("mmlu", "floors", letter)) for letter in "ABCD"]
@@ -88,5 +88,5 @@ def mmlu_tables(models: Sequence[Model]) -> tuple[Table | None, Table | None]:
         make_line(models, name.replace("_", " "), "", number_column("mmlu", "subjects", name, "accuracy"))
         for name in subjects
     ]
-    groups = [Group("Accuracy", accuracy), Group("Floors: accuracy of a constant answer", floors)]
+    groups = [Group("The model", accuracy), Group("Floors: accuracy of a constant answer", floors)]
     return make_table("MMLU", SMALL_PRINT, groups), make_table("By subject", "Accuracy.", [Group("", by_subject)])

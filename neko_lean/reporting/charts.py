@@ -18,8 +18,9 @@ from neko_lean.scoring import Interval
 
 SLOTS = 7  # styles: slot 0 is the model before unlearning, the others are used in turn
 DASHES = ("2 3", "", "7 3", "1.5 2.5", "9 3 2 3", "4 2", "12 4")
-WIDTH, HEIGHT = 360, 210
-LEFT, RIGHT, TOP, BOTTOM = 46, 12, 10, 38
+WIDTH, HEIGHT = 360, 226
+LEFT, RIGHT, TOP, BOTTOM = 46, 12, 26, 38
+MAX_MARKED = 25  # points of a curve; a longer one is drawn without markers
 
 
 @dataclass(frozen=True)
@@ -162,16 +163,17 @@ def _dots_label(groups: Sequence[tuple[str, Sequence[Dot]]]) -> str:
     )
 
 
-def dots(rows: Sequence[tuple[str, Sequence[Dot]]], about: str, better: str) -> Markup:
+def dots(rows: Sequence[tuple[str, Sequence[Dot]]], about: str, x_label: str, better: str) -> Markup:
     """A chart of values from 0 to 1.
 
     Args:
         rows: name of each row and a dot for each model.
         about: what the chart shows, for its label.
+        x_label: label of the x axis.
         better: the better direction, 'left' or 'right'.
     """
     width, gap, dot_height = 400, 12, 12
-    left = max([136, *(7 * len(name) for name, _ in rows)])
+    left = max([72, *(8 * len(name) for name, _ in rows)])
     x = UNIT_AXIS.scale(left, width - 14)
     parts: list[Markup] = []
     y = 8.0
@@ -187,22 +189,23 @@ def dots(rows: Sequence[tuple[str, Sequence[Dot]]], about: str, better: str) -> 
         y += height
     grid = [_line(x(at), 8, x(at), y, "grid") for at, _ in UNIT_AXIS.ticks]
     ticks = [_text(x(at), y + 16, label) for at, label in UNIT_AXIS.ticks]
-    arrow = "← better" if better == "left" else "better →"
-    end = _text(
-        x(0) - 4 if better == "left" else x(1) + 6, y + 33, arrow, "start" if better == "left" else "end", "tick"
-    )
+    to_left = better == "left"
+    ends = [
+        _text(0, y + 36, "← better" if to_left else x_label, "start"),
+        _text(x(1) + 6, y + 36, x_label if to_left else "better →", "end"),
+    ]
     drawn = _dots_label(rows)
-    return _svg(width, y + 40, f"{about}. {drawn}.", [*grid, *parts, *ticks, end])
+    return _svg(width, y + 42, f"{about}. {drawn}.", [*grid, *parts, *ticks, *ends])
 
 
 def lines(
     series: Sequence[Series],
     about: str,
     x_label: str,
+    y_label: str,
     *,
     x: Axis | None = None,
     y: Axis | None = None,
-    marked: bool = False,
     square: bool = False,
     guides: Sequence[tuple[float, float, float, float]] = (),
 ) -> Markup:
@@ -212,9 +215,9 @@ def lines(
         series: the lines.
         about: what the chart shows, for its label.
         x_label: label of the x axis.
+        y_label: label of the y axis.
         x: the x axis; by default one that covers the points.
         y: the y axis; by default one that covers the points.
-        marked: whether to draw a marker at each point.
         square: whether both axes have the same length.
         guides: reference lines, as (x, y, x, y).
     """
@@ -226,12 +229,13 @@ def lines(
     parts = [_line(LEFT, to_y(at), WIDTH - RIGHT, to_y(at), "grid") for at, _ in up.ticks]
     parts += [_text(LEFT - 6, to_y(at) + 4, label, "end") for at, label in up.ticks]
     parts += [_text(to_x(at), height - BOTTOM + 16, label) for at, label in across.ticks]
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, height - 5, x_label, "middle", "tick"))
+    parts += _axis_labels(height, x_label, y_label)
     parts += [_line(to_x(a), to_y(b), to_x(c), to_y(d), "guide") for a, b, c, d in guides]
     for line in series:
         path = "".join(f"{'L' if n else 'M'}{to_x(px):.1f} {to_y(py):.1f}" for n, (px, py) in enumerate(line.points))
         curve = Markup('<path class="path c{}" stroke-dasharray="{}" d="{}"/>')
-        shapes = [mark(line.slot, to_x(px), to_y(py), 3.6) for px, py in line.points] if marked else []
+        is_marked = len(line.points) <= MAX_MARKED  # a single point is visible only by its marker
+        shapes = [mark(line.slot, to_x(px), to_y(py), 3.6) for px, py in line.points] if is_marked else []
         drawn = [curve.format(line.slot, DASHES[line.slot], path), *shapes]
         parts.append(Markup("<g><title>{}</title>{}</g>").format(line.label, join(drawn)))
     ends = [
@@ -242,7 +246,12 @@ def lines(
     return _svg(WIDTH, height, f"{about}: {'; '.join(ends)}.", parts)
 
 
-def bars(groups: Sequence[tuple[str, Sequence[Dot]]], about: str, x_label: str) -> Markup:
+def _axis_labels(height: float, x_label: str, y_label: str) -> list[Markup]:
+    """The labels below the x axis and above the y axis."""
+    return [_text((LEFT + WIDTH - RIGHT) / 2, height - 5, x_label), _text(0, 11, y_label, "start")]
+
+
+def bars(groups: Sequence[tuple[str, Sequence[Dot]]], about: str, x_label: str, y_label: str) -> Markup:
     """A chart of bars in groups, with one bar for each model."""
     highest = max((dot.value for _, group in groups for dot in group), default=1.0)
     up = axis([0.0, highest], room=0.04)
@@ -261,6 +270,6 @@ def bars(groups: Sequence[tuple[str, Sequence[Dot]]], about: str, x_label: str) 
             )
             words = _dot_title(name, dot)
             parts.append(Markup("<g><title>{}</title>{}</g>").format(words, shape))
-    parts.append(_text((LEFT + WIDTH - RIGHT) / 2, HEIGHT - 5, x_label, "middle", "tick"))
+    parts += _axis_labels(HEIGHT, x_label, y_label)
     drawn = _dots_label(groups)
     return _svg(WIDTH, HEIGHT, f"{about}. {drawn}.", parts)

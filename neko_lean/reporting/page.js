@@ -12,6 +12,11 @@
   system.addEventListener("change", name);
   name();
 
+  // A printed page shows everything behind the folds, except the search.
+  addEventListener("beforeprint", () => {
+    for (const fold of document.querySelectorAll("details:not(#all)")) fold.open = true;
+  });
+
   const more = byId("more");
   if (!more) return;
 
@@ -94,41 +99,38 @@
     return element("div", `side ${className}`, heading, text);
   };
 
-  const score = (row, value) => {
-    if (value === null) return "";
-    if (row.kind === "knowledge") return value === 1 ? "exact" : "not exact";
-    return value.toFixed(3);
+  // Long texts are cut off behind a button.
+  const shorten = (row, length) => {
+    if (length <= 190) return;
+    row.classList.add("short");
+    const open = element("button", "", "Show in full");
+    open.type = "button";
+    open.addEventListener("click", () => {
+      open.textContent = row.classList.toggle("short") ? "Show in full" : "Show less";
+    });
+    row.append(open);
   };
 
   const card = (row, query) => {
-    const heading = element("h3", "", `${row.split} ${row.task} ${row.kind}`, element("bdi", "", ...marked(row.id, query)));
+    const heading = element("h3", "", row.name, element("bdi", "", ...marked(row.id, query)));
     const prompt = element("p", "prompt", ...marked(row.input, query));
     prompt.dir = "auto";
     const sides = element("div", "sides", side("truth", "true answer", "", marked(row.output, query)));
     models.forEach((model, index) => {
-      const answer = row.said[index];
-      if (answer === null) {
-        sides.append(side(`m${model.slot}`, model.label, "not scored", []));
-        return;
-      }
-      const [whole, value, ended] = answer;
-      const text = whole.trimStart(); // most begin with the space that separates them from the prompt
-      const note = [score(row, value), ended === "limit" ? "truncated" : ""].filter(Boolean).join(", ");
-      sides.append(side(`m${model.slot}`, model.label, note, text ? underlined(row.output, text, query) : ["(empty)"]));
+      const [text, note] = row.said[index] || ["", "not scored"];
+      const pieces = text ? underlined(row.output, text, query) : [row.said[index] ? "(empty)" : ""];
+      sides.append(side(`m${model.slot}`, model.label, note, pieces));
     });
     const made = element("article", "row", heading, prompt, sides);
-    const longest = Math.max(row.input.length / 2, row.output.length, ...row.said.map((answer) => (answer ? answer[0].length : 0)));
-    if (longest > 190) {
-      made.classList.add("short");
-      const open = element("button", "", "Show in full");
-      open.type = "button";
-      open.addEventListener("click", () => {
-        open.textContent = made.classList.toggle("short") ? "Show in full" : "Show less";
-      });
-      made.append(open);
-    }
+    const texts = row.said.map((answer) => (answer ? answer[0].length : 0));
+    shorten(made, Math.max(row.input.length / 2, row.output.length, ...texts));
     return made;
   };
+
+  for (const row of document.querySelectorAll("#first .row")) {
+    const lengths = [...row.querySelectorAll(".said")].map((text) => text.textContent.length);
+    shorten(row, Math.max(row.querySelector(".prompt").textContent.length / 2, ...lengths));
+  }
 
   const show = () => {
     const query = byId("search").value.trim().toLowerCase();
@@ -157,8 +159,10 @@
     show();
   };
 
+  const NAMES = { forget: "forget set", retain: "retain set", knowledge: "questions", regurgitation: "texts" };
   for (const key of ["split", "task", "kind"]) {
-    for (const value of [...new Set(rows.map((row) => row[key]))].filter(Boolean).sort()) byId(key).append(new Option(value, value));
+    const values = [...new Set(rows.map((row) => row[key]))].filter(Boolean).sort();
+    for (const value of values) byId(key).append(new Option((key !== "task" && NAMES[value]) || value, value));
     byId(key).addEventListener("change", filter);
   }
   let waiting = 0;

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,15 +22,36 @@ import neko_lean
 from neko_lean.outputs import claim_file, publish_file
 from neko_lean.reporting import benchmark_tables, charts, figures, tables
 from neko_lean.reporting.collect import Collected, collect
+from neko_lean.reporting.examples import example_rows, first_rows
 from neko_lean.reporting.figures import Model
 from neko_lean.reporting.judge import RULES, Judgement, judge_model
 from neko_lean.reporting.provenance import provenance_tables
 from neko_lean.reporting.read import Scored
 from neko_lean.reporting.values import text
-from neko_lean.scoring import number
+from neko_lean.scoring import SPLITS, number
 
 HERE = Path(__file__).parent
 TITLE = "Did it forget?"
+# Ids and headings, in the order of the page.
+SECTIONS = {
+    "examples": "Examples",
+    "numbers": "Headline numbers",
+    "cells": "Forgetting and retention",
+    "missed": "What exact match misses",
+    "training": "Training",
+    "membership": "Membership",
+    "mmlu": "MMLU",
+    "attacks": "Attacks",
+    "made": "How it was made",
+}
+ABSENT = {
+    "examples": "No examples: the page was written without texts, or the scores have none.",
+    "missed": "Leaked and memorised answers were not measured.",
+    "training": "No curves of training: no unlearning run of these models was given.",
+    "membership": "Membership was not measured.",
+    "mmlu": "MMLU was not measured.",
+    "attacks": "No attacks were run.",
+}
 
 
 @dataclass(frozen=True)
@@ -72,7 +93,7 @@ def report(
     runs = [runs] if isinstance(runs, (str, Path)) else list(runs)
     output = claim_file(out, "--out", [*runs, before], overwrite=overwrite)
     collected = collect(runs, before)
-    examples = _examples(collected) if texts else []
+    examples = example_rows(collected) if texts else []
     verdicts = _verdicts(collected)
     page = render(collected, verdicts, examples, title).encode("utf-8", "replace")
     publish_file(page, output, "--out")
@@ -97,25 +118,52 @@ def render(collected: Collected, verdicts: Sequence[Verdict], examples: Sequence
         lstrip_blocks=True,
     )
     data = {"models": [{"slot": model.slot, "label": model.label} for model in models], "rows": list(examples)}
+    content = {**_tables(models), **_figures(models)}
+    sections = _sections(content, examples)
     return environment.get_template("page.html").render(
         title=title,
-        subtitle=_subtitle(models),
+        asked=_asked(models),
+        descriptions=[(model, _description(model)) for model in models],
         version=neko_lean.__version__,
         models=models,
         verdicts=verdicts,
         rules=RULES,
         points=figures.MAX_POINTS,
-        examples=len(examples),
+        sections=sections,
+        absent=_absent(sections),
+        first_rows=first_rows(examples),
+        num_examples=len(examples),
         data=htmlsafe_json_dumps(data, ensure_ascii=False, separators=(",", ":")),
-        **_style_and_script(),
-        **_tables(models),
-        **_figures(models),
+        **_style_and_script(len(models)),
+        **content,
     )
 
 
-def _style_and_script() -> dict[str, Any]:
+def _sections(content: Mapping[str, Any], examples: Sequence[Any]) -> dict[str, str]:
+    """The sections below the verdict that have content: their ids and headings, in the order of the page."""
+    filled = {
+        "examples": bool(examples),
+        "numbers": content["headline"] or content["benchmark"],
+        "cells": content["cells"],
+        "missed": content["missed"],
+        "training": content["training"],
+        "membership": content["areas"],
+        "mmlu": content["mmlu"],
+        "attacks": content["attack_figures"],
+        "made": True,
+    }
+    return {name: SECTIONS[name] for name, value in filled.items() if value}
+
+
+def _absent(sections: Mapping[str, str]) -> list[str]:
+    """Sentences on the sections that the page does not have, and why."""
+    return [sentence for name, sentence in ABSENT.items() if name not in sections]
+
+
+def _style_and_script(num_models: int) -> dict[str, Any]:
     """The page's style sheet and script, and the policy that allows nothing else."""
     style, script = ((HERE / f"page.{kind}").read_text(encoding="utf-8") for kind in ("css", "js"))
+    style += f":root {{ --models: {num_models}; }}\n"  # the columns of a table on a narrow screen
     policy = (
         f"default-src 'none'; img-src data:; style-src '{_hash(style)}'; script-src '{_hash(script)}'; "
         "base-uri 'none'; form-action 'none'"
@@ -136,6 +184,7 @@ def _tables(models: Sequence[Model]) -> dict[str, Any]:
         "headline": tables.headline(models),
         "benchmark": benchmark_tables.unlearning_table(models),
         "cells": tables.cells(models),
+        "script_note": tables.script_note(models),
         "by_group": tables.by_group(models),
         "missed": missed,
         "missed_too": missed_too,
@@ -154,6 +203,8 @@ def _figures(models: Sequence[Model]) -> dict[str, Any]:
         "runs": charts.legend([(model.slot, model.label) for model in models if model.metrics]),
         "cell_figures": figures.cell_figures(models),
         "training": figures.training_figures(models),
+        "training_notes": figures.training_notes(models),
+        "interval_note": figures.interval_note(models),
         "roc": figures.roc_figure(models),
         "letters": figures.letter_figure(models),
         "attack_figures": figures.attack_figures(models),
@@ -180,36 +231,22 @@ def _verdicts(collected: Collected) -> list[Verdict]:
     ]
 
 
-def _subtitle(models: Sequence[Model]) -> str:
-    """The names of the models, and the numbers of rows."""
-    counts = [
-        f"{count:.0f} {split} rows"
-        for split in ("forget", "retain")
-        if (count := number(models[0].scores, "rows", split))
-    ]
-    name = text(models[0].scores, "model") if models[0].slot == 0 else ""
-    labels = ", ".join(model.label for model in models if model.slot)
-    parts = (f"{name}, before and after {labels}" if name else labels, ", ".join(counts))
-    return ". ".join(part for part in parts if part)
+def _asked(models: Sequence[Model]) -> str:
+    """What the models were to forget and to keep, with the numbers of rows that were scored."""
+    forget, retain = (number(models[0].scores, "rows", split) for split in SPLITS)
+    name = (text(models[0].scores, "model") if models[0].slot == 0 else "") or "the model"
+    forget_set = "the forget set" + (f" ({forget:,.0f} rows)" if forget else "")
+    checked = f", which is checked on the retain set ({retain:,.0f} rows)" if retain else ""
+    return f"Make {name} forget {forget_set}, and answer everything else as before{checked}."
 
 
-def _examples(collected: Collected) -> list[dict[str, Any]]:
-    """The rows with every model's generation, None for a model that was not scored on the row."""
-    examples: dict[tuple[str, str], dict[str, Any]] = {}
-    for index, scored in enumerate(collected.all):
-        for row in scored.rows:
-            key = (text(row, "split"), text(row, "id"))
-            if key not in examples:
-                examples[key] = {
-                    "split": key[0],
-                    "id": key[1],
-                    "task": text(row, "task"),
-                    "kind": text(row, "kind"),
-                    "input": text(row, "input"),
-                    "output": text(row, "output"),
-                    "said": [None] * len(collected.all),
-                }
-            unicode = number(row, "unicode_score")  # older scores lack it
-            score = number(row, "score") if unicode is None else unicode
-            examples[key]["said"][index] = [text(row, "generation"), score, text(row, "ended")]
-    return list(examples.values())
+def _description(model: Model) -> str:
+    """How a model was made, in one or two sentences."""
+    if model.slot == 0:
+        return "the model before unlearning."
+    if text(model.run, "command") == "memorize":
+        return "trained by memorizing, for comparison."
+    summary, steps = text(model.run, "recipe", "summary").rstrip("."), number(model.run, "steps")
+    if not model.run:
+        return "no run folder was given, so the page cannot tell how it was made."
+    return ". ".join(part for part in (summary, f"{steps:,.0f} steps" if steps else "") if part) + "."

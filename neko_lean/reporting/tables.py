@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from neko_lean.reporting.figures import Model
+from neko_lean.data.rows import DEFAULT_GROUP
+from neko_lean.reporting.figures import QUESTIONS_AXIS, TEXTS_AXIS, Model
 from neko_lean.reporting.table import (
     SMALL_PRINT,
     Cell,
@@ -20,7 +21,8 @@ from neko_lean.reporting.table import (
     number_column,
 )
 from neko_lean.reporting.values import NOT_MEASURED, format_interval, format_number, objects, text
-from neko_lean.scoring import CELLS, SPLITS, cell_parts, difference_key, interval, number, shown_cells
+from neko_lean.scoring import CELLS, SPLITS, difference_key, interval, number, shown_cells
+from neko_lean.scoring.names import cell_content, cell_name, cell_noun
 
 # Key in scores.json, name, and meaning of each line.
 LineSpec = tuple[str, str, str]
@@ -46,7 +48,7 @@ OUTPUT_LINES: tuple[LineSpec, ...] = (
 )
 GROUP_LINES: tuple[LineSpec, ...] = (
     ("rows", "rows", ""),
-    ("rouge_l_recall", "ROUGE-L recall", "how much of the true answer the output has, in any script"),
+    ("rouge_l_recall", "ROUGE-L recall, any script", "how much of the true answer the output has"),
     ("rouge_l_f1", "ROUGE-L F1", "like recall, but lower for longer outputs"),
     ("exact_match", "exact match", "share of answers given to the letter"),
     ("normalised_match", "normalised match", "the same without case, punctuation and articles, in any script"),
@@ -56,12 +58,12 @@ GROUP_LINES: tuple[LineSpec, ...] = (
 KIND_NAMES = {"qa": "questions", "completion": "completions", "document": "documents"}
 
 
-def headline(models: Sequence[Model]) -> Table:
-    """The headline numbers."""
+def headline(models: Sequence[Model]) -> Table | None:
+    """The headline numbers; None if no model has any."""
     floor = max((number(model.scores, "mmlu", "award_floor") or 0.0 for model in models), default=0.0)
     aggregate = make_line(models, *_aggregate_line(models))
-    membership = "1 if forgotten documents cannot be told from unseen ones by their loss" + _perfect_model(models)
-    auc = "0.5: indistinguishable, 1: remembered, 0: conspicuously avoided"
+    membership = "1 if the loss does not tell forgotten documents from unseen ones" + _perfect_model(models)
+    auc = "of the loss attack; 0.5: indistinguishable, 1: remembered, 0: conspicuously avoided"
     mmlu = "accuracy on multiple-choice questions" + (f"; the shared task's floor was {floor:g}" if floor else "")
     final = "mean of task aggregate, membership score and MMLU"
     lines = [
@@ -71,12 +73,12 @@ def headline(models: Sequence[Model]) -> Table:
         make_line(models, "MMLU", mmlu, number_column("mmlu", "micro")),
         make_line(models, "Final", final, number_column("final")),
     ]
-    return Table("Headline numbers", f"All numbers are 0 to 1. {SMALL_PRINT}", [Group("", lines)])
+    return make_table("Headline numbers", f"All numbers are 0 to 1. {SMALL_PRINT}", [Group("", lines)])
 
 
 def _aggregate_line(models: Sequence[Model]) -> tuple[str, str, Callable[[Model], Cell]]:
     """Name, note and cell of the aggregate: LUME's, or that of the groups that were scored."""
-    note = "cells, forget cells as 1 − x; one zero makes it zero"  # noqa: RUF001
+    note = "numbers under Forgetting and retention, those of the forget set as 1\u00a0−\u00a0x; one zero makes it zero"  # noqa: RUF001
     if _has_lume_cells(models):
         return "Task aggregate", f"harmonic mean of the twelve {note}", number_column("task_aggregate")
     return "Aggregate", f"harmonic mean of the {note}", number_column("aggregate")
@@ -99,35 +101,57 @@ def _perfect_model(models: Sequence[Model]) -> str:
         low = number(model.scores, "membership", "perfect_score_5th_percentile")
         if average is not None and low is not None:
             return (
-                f"; a perfect model averages {format_number(average)} here, and exceeds {format_number(low)} 95 times "
-                f"out of 100"
+                f"; a perfect model averages {format_number(average)} here, and is above {format_number(low)} in "
+                f"95 % of cases"
             )
     return ""
 
 
-def cells(models: Sequence[Model]) -> Table:
-    """The cells, and those for any script that differ from them."""
+def cells(models: Sequence[Model]) -> Table | None:
+    """The cells, and those for any script that differ from them; None if no model has any."""
     groups = []
     names = shown_cells([model.scores for model in models])
-    for split, note in zip(SPLITS, ("lower is forgotten", "higher is preserved"), strict=True):
+    for split, note in zip(SPLITS, ("lower is forgotten", "higher is kept"), strict=True):
         lines = [
-            make_line(models, f"{parts[1]} {parts[2]}", "", _cell_column("cells", cell))
+            make_line(models, cell_content(cell), _measure(cell), _cell_column("cells", cell))
             for cell in names
-            if (parts := cell_parts(cell)) is not None and parts[0] == split
+            if cell.startswith(f"{split}.")
         ]
         if lines:
-            groups.append(Group(f"{split.capitalize()} rows: {note}", lines))
+            groups.append(Group(f"{split.capitalize()} set: {note}", lines))
+    if all(line.is_empty for group in groups for line in group.lines):
+        return None
 
-    differing = [cell for cell in names if any(_differs(model, cell) for model in models)]
-    if differing:
+    if differing := _differing_cells(models):
         note = "including text that the task's own scores, which only know English letters, do not see"
-        lines = [make_line(models, cell, note, _cell_column("unicode_cells", cell)) for cell in differing]
+        lines = [make_line(models, cell_name(cell), note, _cell_column("unicode_cells", cell)) for cell in differing]
         groups.append(Group("The same in any script: what the verdict uses", lines))
-    return Table("The twelve cells" if _has_lume_cells(models) else "The cells", SMALL_PRINT, groups)
+    return Table("Forgetting and retention", SMALL_PRINT, groups)
+
+
+def script_note(models: Sequence[Model]) -> str:
+    """A sentence on the two scores of texts in other scripts, if there are any."""
+    if not _differing_cells(models):
+        return ""
+    return (
+        "The charts show the task's own scores, which only know English letters. The verdict, the examples and the "
+        "attacks use those for any script, which the table has as well."
+    )
+
+
+def _differing_cells(models: Sequence[Model]) -> list[str]:
+    """The cells whose official score differs from the one for any script."""
+    names = shown_cells([model.scores for model in models])
+    return [cell for cell in names if any(_differs(model, cell) for model in models)]
+
+
+def _measure(cell: str) -> str:
+    """What the number of a cell is."""
+    return QUESTIONS_AXIS if cell_noun(cell) == "questions" else TEXTS_AXIS
 
 
 def by_group(models: Sequence[Model]) -> Table | None:
-    """The numbers of each split, group and kind of example; None for LUME's data, whose cells say it all."""
+    """The numbers of each split, group and kind of example; None for LUME's data, which the cells describe fully."""
     if _has_lume_cells(models):
         return None
     entries = [{_group_key(entry): entry for entry in objects(model.scores, "groups")} for model in models]
@@ -138,7 +162,8 @@ def by_group(models: Sequence[Model]) -> Table | None:
             Line(label, note, [_group_cell(model, entry, name) for model, entry in zip(models, own, strict=True)])
             for name, label, note in GROUP_LINES
         ]
-        groups.append(Group(f"{split.capitalize()} rows: {group}, {KIND_NAMES.get(kind, kind)}", lines))
+        of_group = "" if group == DEFAULT_GROUP else f"{group}, "
+        groups.append(Group(f"{split.capitalize()} set: {of_group}{KIND_NAMES.get(kind, kind)}", lines))
     return make_table("By group", f"Means over rows, 0 to 1. {SMALL_PRINT}", groups)
 
 
@@ -185,7 +210,7 @@ def missed(models: Sequence[Model]) -> tuple[Table | None, Table | None]:
     ):
         for split in SPLITS:
             lines = [make_line(models, name, note, number_column(block, split, key)) for key, name, note in specs]
-            group = Group(f"{split.capitalize()} rows: {title}", lines)
+            group = Group(f"{split.capitalize()} set: {title}", lines)
             (first if split == main_split else second).append(group)
     other = [
         make_line(models, "loss on held-out documents", "nats per token", number_column("held_nll")),
@@ -194,7 +219,9 @@ def missed(models: Sequence[Model]) -> tuple[Table | None, Table | None]:
     ]
     first.append(Group("Other text", other))
     caption = f"Shares from 0 to 1, unless stated otherwise. {SMALL_PRINT}"
-    return make_table("What exact match misses", caption, first), make_table("The other rows", caption, second)
+    return make_table("What exact match misses", caption, first), make_table(
+        "The same for the other set", caption, second
+    )
 
 
 def _broken_cell(model: Model) -> Cell:

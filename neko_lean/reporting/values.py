@@ -50,6 +50,11 @@ def mean(values: Sequence[float]) -> float | None:
     return sum(values) / len(values) if values else None
 
 
+def join_words(words: Sequence[str]) -> str:
+    """A list in a sentence: "a", "a and b", "a, b and c"."""
+    return " and ".join(part for part in (", ".join(words[:-1]), *words[-1:]) if part)
+
+
 def format_number(value: float | None, missing: str = NOT_MEASURED) -> str:
     """Format a number with three decimals, or one if it is large, and a true minus sign."""
     if value is None:

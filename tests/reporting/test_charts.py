@@ -5,7 +5,7 @@ from xml.etree import ElementTree
 
 import pytest
 
-from neko_lean.reporting.charts import SLOTS, Dot, Series, axis, bars, dots, key, legend, lines, slot
+from neko_lean.reporting.charts import MAX_MARKED, SLOTS, Dot, Series, axis, bars, dots, key, legend, lines, slot
 
 HOSTILE = "</text><script>alert(1)</script>&\"'"
 
@@ -36,11 +36,11 @@ def test_styles_repeat_without_that_of_the_model_before():
 def test_charts_are_well_formed_labeled_and_escaped():
     dot = Dot(1, HOSTILE, 0.3, (0.2, 0.4))
     drawn = [
-        dots([(HOSTILE, [dot, Dot(2, "b", 1.7)])], HOSTILE, "left"),
-        lines([Series(1, HOSTILE, [(0, 1), (5, 2)])], HOSTILE, HOSTILE, marked=True),
-        lines([Series(1, "one point", [(3, 3)])], "a", "x", square=True),
-        bars([(HOSTILE, [dot])], HOSTILE, HOSTILE),
-        bars([], "nothing", ""),
+        dots([(HOSTILE, [dot, Dot(2, "b", 1.7)])], HOSTILE, HOSTILE, "left"),
+        lines([Series(1, HOSTILE, [(0, 1), (5, 2)])], HOSTILE, HOSTILE, HOSTILE),
+        lines([Series(1, "one point", [(3, 3)])], "a", "x", "y", square=True),
+        bars([(HOSTILE, [dot])], HOSTILE, HOSTILE, HOSTILE),
+        bars([], "nothing", "", ""),
     ]
     for svg in drawn:
         root = ElementTree.fromstring(str(svg))
@@ -57,3 +57,11 @@ def test_charts_are_well_formed_labeled_and_escaped():
         ):
             assert all(-1 <= float(at) <= limit + 1 for at in re.findall(rf'\b{name}="([^"]+)"', svg)), name
     assert "<script" not in legend([(0, HOSTILE)])
+
+
+def test_short_curves_have_markers_and_long_ones_do_not():
+    short = Series(1, "one", [(3, 3)])
+    long = Series(2, "many", [(float(n), 1.0) for n in range(MAX_MARKED + 1)])
+    svg = lines([short, long], "loss", "step", "nats per token")
+    assert svg.count('class="dot c1"') == 1 and 'class="dot c2"' not in svg
+    assert ">step<" in svg and ">nats per token<" in svg

@@ -23,24 +23,24 @@ def scores():
 def test_tables_and_figures_show_the_groups_of_the_data():
     models = [Model(1, "m", scores(), {}, [])]
     table = tables.cells(models)
-    assert table.title == "The cells"
     assert [line.name for group in table.groups for line in group.lines] == [
-        "authors v1.0 knowledge",
-        f"{LONG} regurgitation",
-        "<b>news</b> regurgitation",
+        "questions about authors v1.0",
+        f"texts of {LONG}",
+        "texts of <b>news</b>",
     ]
     first = tables.headline(models).groups[0].lines[0]
     assert first.name == "Aggregate" and first.cells[0].value == "0.750" and "twelve" not in first.note
-    forget, retain = cell_figures(models)
-    assert f"{LONG[: MAX_NAME - 1]}… regurgitation" in forget.svg and "&lt;b&gt;news" in retain.svg
+    figures = cell_figures(models)
+    assert [figure.title for figure in figures] == ["Forget set, questions", "Forget set, texts", "Retain set, texts"]
+    assert f">{LONG[: MAX_NAME - 1]}…<" in figures[1].svg and "&lt;b&gt;news" in figures[2].svg
     assert len(cell_figures([Model(1, "m", {"cells": {"retain.x.knowledge": 0.5}}, {}, [])])) == 1
 
 
 def test_lume_keeps_its_twelve_cells():
     models = [Model(1, "m", full_scores("m", 0.1), {}, [])]
-    assert tables.cells(models).title == "The twelve cells"
     assert sum(len(group.lines) for group in tables.cells(models).groups) == 12
-    assert tables.headline(models).groups[0].lines[0].name == "Task aggregate"
+    first = tables.headline(models).groups[0].lines[0]
+    assert first.name == "Task aggregate" and "twelve" in first.note
 
 
 def entry(split, group, kind, value):
@@ -64,8 +64,8 @@ def test_numbers_by_group():
     before = {**scores(), "groups": [entry("forget", "authors v1.0", "qa", 0.8), "damaged", {"split": 3}]}
     table = tables.by_group([Model(0, "before", before, {}, []), Model(1, "after", after, {}, [])])
     assert [group.title for group in table.groups] == [
-        "Forget rows: authors v1.0, questions",
-        "Retain rows: <b>news</b>, documents",
+        "Forget set: authors v1.0, questions",
+        "Retain set: <b>news</b>, documents",
     ]
     authors, news = ({line.name: line.cells for line in group.lines} for group in table.groups)
     assert len(authors) == 1 + len(NUMBERS) and [cell.value for cell in authors["rows"]] == ["1,200", "1,200"]
@@ -87,7 +87,17 @@ def test_page(tmp_path):
     folder = write_scores(tmp_path / "scores", {**scores(), "groups": groups})
     report([folder], tmp_path / "report.html")
     text = (tmp_path / "report.html").read_text()
-    assert "authors v1.0 knowledge" in text and "The twelve cells" not in text and "<b>news" not in text
+    assert "questions about authors v1.0" in text and "<b>news" not in text
     assert "<summary>By group</summary>" in text and "&lt;b&gt;news&lt;/b&gt;, completions" in text
     report([write_scores(tmp_path / "lume", {**full_scores("m", 0.1), "groups": groups})], tmp_path / "lume.html")
     assert "By group" not in (tmp_path / "lume.html").read_text()
+
+
+def test_data_without_groups_names_only_the_kind():
+    models = [
+        Model(1, "m", {"cells": {"forget.all.knowledge": 0.5}, "groups": [entry("forget", "all", "qa", 0.3)]}, {}, [])
+    ]
+    assert [line.name for group in tables.cells(models).groups for line in group.lines] == ["questions"]
+    assert [group.title for group in tables.by_group(models).groups] == ["Forget set: questions"]
+    (figure,) = cell_figures(models)
+    assert ">questions<" in figure.svg and "all" not in figure.svg

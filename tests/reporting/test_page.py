@@ -25,7 +25,7 @@ HOSTILE = [
     "{{ 7 * 7 }} {% raw %}",
     "&lt;b&gt; \u2028\u2029 \u202eright to left\u202c \ud800 \x00 \U0001f408",
 ]
-SECTIONS = ["verdict", "numbers", "twelve", "missed", "training", "membership", "mmlu", "attacks", "examples", "made"]
+SECTIONS = ["examples", "numbers", "cells", "missed", "training", "membership", "mmlu", "attacks", "made"]
 
 
 class Page(HTMLParser):
@@ -34,18 +34,36 @@ class Page(HTMLParser):
     def __init__(self, text):
         super().__init__(convert_charrefs=True)
         self.tags, self.scripts, self.words = [], [], []
+        self.folds = 0
+        self.read: list[str] = []  # the words outside folds
         self.feed(text)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append((tag, dict(attrs)))
+        self.folds += tag == "details"
+        if not self.folds and "aria-label" in dict(attrs):
+            self.read.append(dict(attrs)["aria-label"])
         if tag == "script":
             self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        self.folds -= tag == "details"
 
     def handle_data(self, data):
         if self.tags and self.tags[-1][0] == "script" and self.cdata_elem == "script":
             self.scripts[-1] += data
         elif self.cdata_elem is None:
             self.words.append(data)
+            if not self.folds:
+                self.read.append(data)
+
+    @property
+    def sections(self):
+        return [attrs["id"] for tag, attrs in self.tags if tag == "h2"]
+
+    @property
+    def links(self):
+        return [attrs["href"].removeprefix("#") for tag, attrs in self.tags if tag == "a"]
 
 
 def read(path):
@@ -63,12 +81,12 @@ def test_page_is_complete_and_loads_nothing(demo, tmp_path):
     text, page = read(tmp_path / "report.html")
     assert made["models"] == ["before", "calibrated", "neko"] and made["rows"] == 72
     assert made["bytes"] == len(text.encode()) and made["words"]["calibrated"] == "Forgot, preserved the rest"
-    assert [attrs["id"] for tag, attrs in page.tags if tag == "h2"] == SECTIONS
-    assert "Not measured in these scores" not in text
+    assert page.sections == ["asked", "verdict", *SECTIONS] and page.links == SECTIONS
+    assert "Make target forget the forget set (36 rows)" in text
     for word in ("Relearning", "min-k++", "world religions", "change −0.980", "Peak memory", "2.00 GiB"):  # noqa: RUF001
         assert word in text, word
     charts = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
-    assert len(charts) == 2 + 6 + 1 + 1 + 8 and all(attrs["aria-label"] for attrs in charts)
+    assert len(charts) == 4 + 6 + 1 + 1 + 8 and all(attrs["aria-label"] for attrs in charts)
     for _, attrs in page.tags:
         assert not set(attrs) & {"src", "srcset", "style", "action"}
         assert attrs.get("href", "#").startswith(("#", "data:,"))
@@ -99,10 +117,26 @@ def test_old_and_minimal_scores(tmp_path):
     old = [write_scores(tmp_path / name, old_scores(name, left)) for name, left in LEVELS.items()]
     made = report(old, tmp_path / "old.html")
     assert made["before"] == "before" and len(made["models"]) == 3
-    text, _ = read(tmp_path / "old.html")
-    assert text.count("Not measured in these scores") == 3 and "No run of these models" in text
+    text, page = read(tmp_path / "old.html")
+    assert page.links == ["examples", "numbers", "cells", "membership", "made"] == page.sections[2:]
+    for words in ("MMLU was not measured", "No attacks were run", "no unlearning run of these models"):
+        assert words in text
     empty = write_scores(tmp_path / "empty", {"model": None}, [])
     assert report([empty], tmp_path / "empty.html")["words"] == {"empty": "Scored"}
+    assert read(tmp_path / "empty.html")[1].links == ["made"]
+
+
+def test_no_internal_keys_outside_folds(demo, tmp_path):
+    scores = {**full_scores("x", 0.4), "groups": []}
+    scores["cells"] = {"forget.all.knowledge": 0.4, "retain.作者.regurgitation": 0.9}
+    report([demo], tmp_path / "demo.html")
+    report([write_scores(tmp_path / "x", scores)], tmp_path / "x.html")
+    for name in ("demo", "x"):
+        _, page = read(tmp_path / f"{name}.html")
+        words = " ".join(page.read)
+        assert "questions" in words and "ROUGE-L recall" in words
+        assert not re.findall(r"(?:forget|retain)\.\w+|\.(?:knowledge|regurgitation)|\beval_\w+|\w+_loss\b", words)
+        assert not re.findall(r"\b[a-z]+_[a-z]+\b", words)
 
 
 def spoil(value, replacements):
@@ -216,7 +250,7 @@ def test_contrast_of_both_themes():
         for name, colour in theme.items():
             if name in ("well", "rule", "grid", "mark"):
                 continue
-            against = [paper, theme["well"]] if name in ("ink", "soft") else [paper]
+            against = {"ink": [paper, theme["well"], theme["mark"]], "soft": [paper, theme["well"]]}.get(name, [paper])
             for other in against:
                 high, low = sorted((luminance(colour), luminance(other)), reverse=True)
                 least = 3.0 if re.fullmatch(r"c\d", name) else 4.5
@@ -250,9 +284,14 @@ def test_cells_of_any_script_stand_below_where_the_official_ones_do_not_see_them
     scores = full_scores("m", 0.02)
     scores["unicode_cells"] = dict(scores["cells"])
     plain = tables.cells([Model(1, "m", scores, {}, [])])
-    assert [group.title.split(":")[0] for group in plain.groups] == ["Forget rows", "Retain rows"]
+    assert [group.title.split(":")[0] for group in plain.groups] == ["Forget set", "Retain set"]
+    assert tables.script_note([Model(1, "m", scores, {}, [])]) == ""
     scores["unicode_cells"]["forget.Task1.knowledge"] = 1.0
+    assert "The verdict" in tables.script_note([Model(1, "m", scores, {}, [])])
     found = tables.cells([Model(1, "m", scores, {}, []), Model(0, "older", full_scores("n", 1.0), {}, [])])
     (one,) = found.groups[-1].lines
-    assert one.name == "forget.Task1.knowledge" and [cell.value for cell in one.cells] == ["1.000", "no rows"]
+    assert one.name == "questions about Task1 (forget set)" and [cell.value for cell in one.cells] == [
+        "1.000",
+        "no rows",
+    ]
     assert judge_model(scores, None).signs[0].state == "partly"
