@@ -18,7 +18,7 @@ from neko_lean.data.scripts import fold, in_word, unspaced, words
 # The thresholds were chosen on half of tests/scoring/labelled_outputs.jsonl.
 # Unreadable: at least this share of the characters are control characters, or bytes that are no text.
 MAX_UNREADABLE = 0.1
-# Runs: this many equal marks or empty lines in a row, or this share of the tokens repeat the one before.
+# Runs: this many equal marks or empty lines in a row, or this share of the tokens, but one, repeat the one before.
 MAX_RUN, MAX_RUNS = 4, 0.2
 # Fragments: at least this share of the words begin directly after the end of another (`number?'s`, `isWhat`).
 MAX_JOINED = 0.05
@@ -103,10 +103,9 @@ def has_long_run(tokens: Sequence[str]) -> bool:
 
 
 def run_share(tokens: Sequence[str]) -> float:
-    """Share of the tokens that repeat the one before, without marks that are repeated on purpose."""
-    relevant = [token for token in tokens if token not in LEADERS]
-    repeats = sum(token == before for before, token in pairwise(relevant))
-    return repeats / max(1, len(relevant) - 1)
+    """Share of the tokens that repeat the one before, not counting one ("Baden Baden") and marks in LEADERS."""
+    repeats = sum(token == before and token not in LEADERS for before, token in pairwise(tokens))
+    return max(0, repeats - 1) / max(1, sum(token not in LEADERS for token in tokens) - 1)
 
 
 def joined_share(text: str, num_words: int) -> float:

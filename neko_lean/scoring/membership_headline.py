@@ -90,9 +90,15 @@ def _widened(value: float, ends: Interval, num_tests: int) -> Interval:
 
 
 def strongest_attack(scores: Any) -> MembershipTest | None:
-    """The test that identifies members best, conspicuous ones first; None if none was measured."""
-    tests = membership_tests(scores)
-    return max(tests, key=lambda test: (test.is_conspicuous, test.strength), default=None)
+    """The test that identifies members best; None if none was measured.
+
+    Conspicuous tests come first, and among them those of an AUC: a two-sided AUC then only repeats what they show.
+    """
+
+    def order(test: MembershipTest) -> tuple[bool, bool, float]:
+        return test.is_conspicuous, test.is_conspicuous and not test.is_two_sided, test.strength
+
+    return max(membership_tests(scores), key=order, default=None)
 
 
 def num_attacks(scores: Any) -> int:

@@ -117,11 +117,18 @@ def difference(
         **uncertainty.differences(lines, before["lines"]),
         **group_differences(lines, before["lines"]),
     }
+    changes |= main_differences(scores, before)
+    for name in ("held_nll", "nonmember_nll"):
+        if scores[name] is not None and before.get(name) is not None:
+            changes.setdefault("unseen_nll", {"difference": scores[name] - before[name], "interval": None})
+    return changes
+
+
+def main_differences(scores: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Changes of the numbers that no examples belong to: of each membership attack, MMLU and the final score."""
+    changes: dict[str, dict[str, Any]] = {}
     for key in (*MAIN_NUMBERS, *(test.key for test in membership_tests(scores))):
         after, start = number(scores, *key.split(".")), number(before, *key.split("."))
         if after is not None and start is not None:
             changes[key] = {"difference": after - start, "interval": None}
-    for name in ("held_nll", "nonmember_nll"):
-        if scores[name] is not None and before.get(name) is not None:
-            changes.setdefault("unseen_nll", {"difference": scores[name] - before[name], "interval": None})
     return changes
