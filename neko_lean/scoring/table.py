@@ -13,6 +13,7 @@ from neko_lean.scoring.benchmarks.lines import BENCHMARK_LINES, benchmark_title,
 from neko_lean.scoring.membership_headline import strongest_attack
 from neko_lean.scoring.task import CELLS, SPLITS, cell_parts, shown_cells
 from neko_lean.scoring.values import interval, number
+from neko_lean.scoring.wording import cell_words_with_split
 
 NOT_MEASURED = "not measured"
 Scores = Mapping[str, Any]
@@ -194,14 +195,17 @@ def _notes(named: Mapping[str, Scores]) -> list[str]:
     notes = ["All numbers are 0 to 1. Forget rows: lower is forgotten. Retain rows: higher is preserved."]
     if any(benchmark_title(scores) for scores in named.values()):
         notes[0] = notes[0].replace(".", ", except privleak, which is in percent and best at 0.", 1)
-    if len(named) == 1:
+    if _has_before(named):
+        notes.append("In parentheses: 95 % intervals of the change, over documents.")
+    elif len(named) == 1:
         notes.append(
             "In parentheses: 95 % intervals over documents; that of the strongest attack allows for its choice."
         )
     shown = shown_cells(list(named.values()))
     missing = [cell for cell in shown if any(number(scores, "cells", cell) is None for scores in named.values())]
     if missing and shown == list(CELLS):
-        notes.append(f"No aggregate: no rows for {', '.join(missing)}.")
+        words = ", ".join(cell_words_with_split(cell, {"cells": dict.fromkeys(CELLS)}) for cell in missing)
+        notes.append(f"No aggregate: no rows for {words}.")
     notes += [*_blind_note(named), *_membership_note(named)]
     for name, scores in named.items():
         sentences = scores.get("verdict")

@@ -140,9 +140,9 @@ def hidden_answers(scores: Scores, before: Any) -> str | None:
 def gibberish(scores: Scores, before: Any) -> str | None:
     """Are outputs on forget prompts noise, which counts as forgotten, or those on retain prompts, as before?"""
     forget, retain = (number(scores, "outputs", split, "degenerate_text") for split in ("forget", "retain"))
-    if forget is None or retain is None:
+    if retain is None:
         return None
-    if is_too_many(degenerate_excess(scores, "forget")):
+    if forget is not None and is_too_many(degenerate_excess(scores, "forget")):
         return (
             f"GIBBERISH: {percent(forget)} of its outputs on forget prompts are degenerate text ({percent(retain)} on "
             f"retain prompts), which reveals what it was trained to forget."
