@@ -41,7 +41,7 @@ LEAK_LINES: tuple[LineSpec, ...] = (
 )
 OUTPUT_LINES: tuple[LineSpec, ...] = (
     ("repetition", "repetition", "share of four-word sequences that are repeats"),
-    ("degenerate", "degenerate outputs", "share of outputs that are empty or repeat one word or character"),
+    ("degenerate_text", "degenerate outputs", "share of outputs that are empty, unreadable, loops or fragments"),
     ("entropy", "entropy", "nats per token, along the true answer"),
     ("rouge_f1", "ROUGE-L F1", "like the task's recall, but lower for longer outputs"),
     ("length_ratio", "length", "of the output relative to the true answer"),

@@ -1,7 +1,9 @@
-"""Four judgements of a scored model: did it forget, retain the rest, hide that it forgot, and does it still write?
+"""Four judgements of a scored model: did it forget, retain the rest, look unseen, and does it still write?
 
-All thresholds are here. The verdict's sentences and the report's signs both come from these functions, so they cannot
-contradict each other. Scores may lack any key, because they may be of an older version or edited by hand.
+All thresholds are here, except those of a single text in `degenerate`. The verdict's sentences, the report's signs, the
+terminal table and `broken` all come from these functions, so they cannot contradict each other. `before` is the content
+of scores.json of the model before unlearning; without it, the differences in the scores tell what that model scored.
+Scores may lack any key, because they may be of an older version or edited: what is missing makes an answer unknown.
 """
 
 from __future__ import annotations
@@ -9,7 +11,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from neko_lean.scoring.values import interval, mean, number
+from neko_lean.scoring.membership_headline import membership_tests
+from neko_lean.scoring.values import mean, number
 
 YES, PARTLY, NO, UNKNOWN = "yes", "partly", "no", "unknown"
 # Forgotten: at most this share of forget answers is left, to the letter or within the text ...
@@ -20,15 +23,20 @@ MAX_TEXT_LEFT = 0.5
 REMEMBERED_SHARE = 0.8
 # Hidden: the true answers' tokens have a higher probability than this although the answers are not generated.
 LIKELY_PROBABILITY = 0.5
-# Retained: every retain cell is at least this, whatever it was before ...
-HIGH_CELL = 0.9
-# ... or the mean of the retain cells, and each single cell, are at least these shares of what they were.
+# Retained: the mean of the retain cells, and each single cell, are at least these shares of what they were ...
 RETAINED_MEAN, RETAINED_CELL = 0.95, 0.9
+# ... or, if that is not known, every retain cell is at least this.
+HIGH_CELL = 0.9
 # Partly retained: the mean of the retain cells is at least this share of what it was.
 PARTLY_RETAINED_MEAN = 0.6
-# Degenerate: a working model stays below this share of degenerate outputs, and of repeated four-word sequences.
+# Degenerate: this share more of the outputs is degenerate than of what they are compared with.
 MAX_DEGENERATE = 0.2
+# Noise: entropy or loss of at least this share of a uniform guess's.
+NOISE_SHARE = 0.9
+# Broken: the loss on unseen text rose by more than this share.
+MAX_LOSS_INCREASE = 0.2
 LEAK_FORMS = ("contained", "alphanumeric", "digits")
+ROUNDING = 1e-9  # a value computed from a difference may be off by this much
 
 
 def cells_key(scores: Any) -> str:
@@ -46,11 +54,21 @@ def judged_cells(scores: Any, split: str) -> dict[str, float]:
 
 
 def cells_before(scores: Any, before: Any, split: str) -> dict[str, float]:
-    """The same cells before unlearning, from the differences in the scores or, without those, from `before`."""
-    after, key = judged_cells(scores, split), cells_key(scores)
-    changes = {name: number(scores, "difference", f"{key}.{name}", "difference") for name in after}
-    known = {name: after[name] - change for name, change in changes.items() if change is not None}
-    return known or judged_cells(before, split)
+    """The same cells of the model before, as far as they are known."""
+    key = cells_key(scores)
+    known = {}
+    for name, after in judged_cells(scores, split).items():
+        start = value_before(scores, before, after, key, name)
+        start = number(before, "cells", name) if start is None else start  # an older `before`
+        if start is not None:
+            known[name] = start
+    return known
+
+
+def value_before(scores: Any, before: Any, after: float, *path: str) -> float | None:
+    """The value before of the number at a path, from `before` or else from the difference in the scores."""
+    start, change = number(before, *path), number(scores, "difference", ".".join(path), "difference")
+    return after - change if start is None and change is not None else start
 
 
 def leaked_answers(scores: Any) -> tuple[float, str]:
@@ -71,9 +89,8 @@ def hides_answers(scores: Any) -> bool:
 
 def has_forgotten(scores: Any, before: Any = None) -> str:
     """Whether the model forgot the forget set."""
-    cells = judged_cells(scores, "forget")
-    after = mean(cells)
-    if after is None:
+    cells, cells_at_start = judged_cells(scores, "forget"), cells_before(scores, before, "forget")
+    if not cells:
         return UNKNOWN
 
     answers = [value for name, value in cells.items() if name.endswith("knowledge")]
@@ -82,58 +99,114 @@ def has_forgotten(scores: Any, before: Any = None) -> str:
     if answers_gone and max([*texts, 0.0]) <= MAX_TEXT_LEFT and not hides_answers(scores):
         return YES
 
-    start = mean(cells_before(scores, before, "forget"))
-    return NO if after > REMEMBERED_SHARE * (1.0 if start is None else start) else PARTLY
+    after, start = mean({name: cells[name] for name in cells_at_start or cells}), mean(cells_at_start)
+    assert after is not None
+    return NO if after > REMEMBERED_SHARE * (1.0 if start is None else start) + ROUNDING else PARTLY
 
 
 def has_retained(scores: Any, before: Any = None) -> str:
-    """Whether the model retained the retain set; unknown without scores before, unless every retain cell is high."""
+    """Whether the model retained the retain set; without a model before, unknown unless every retain cell is high."""
     cells, cells_at_start = judged_cells(scores, "retain"), cells_before(scores, before, "retain")
-    after, start = mean(cells), mean(cells_at_start)
-    if after is None:
-        return UNKNOWN
-    if min(cells.values()) >= HIGH_CELL:
+    if not cells_at_start:
+        return YES if cells and min(cells.values()) >= HIGH_CELL else UNKNOWN
+
+    after, start = mean({name: cells[name] for name in cells_at_start}), mean(cells_at_start)
+    assert after is not None and start is not None
+    if start <= ROUNDING:
+        return UNKNOWN  # there was nothing to lose
+    every_cell = all(cells[name] >= RETAINED_CELL * value - ROUNDING for name, value in cells_at_start.items())
+    if after >= RETAINED_MEAN * start - ROUNDING and every_cell:
         return YES
-    if not start:
-        return UNKNOWN
-
-    every_cell = all(value >= RETAINED_CELL * cells_at_start.get(name, 0.0) for name, value in cells.items())
-    if after >= RETAINED_MEAN * start and every_cell:
-        return YES
-    return PARTLY if after >= PARTLY_RETAINED_MEAN * start else NO
-
-
-def is_two_sided(scores: Any) -> bool:
-    """Whether the distance from an unseen document's loss identifies members, whatever the AUC of the loss."""
-    ends = interval(scores, "membership", "attacks", "all", "loss", "two_sided_auc_interval")
-    return ends is not None and ends[0] > 0.5
+    return PARTLY if after >= PARTLY_RETAINED_MEAN * start - ROUNDING else NO
 
 
 def looks_unseen(scores: Any) -> str:
-    """Whether a membership attack cannot tell forgotten documents from unseen ones."""
-    if number(scores, "membership", "auc") is None:
-        return UNKNOWN
-    ends = interval(scores, "membership", "auc_interval")
-    if ends is not None:
-        return YES if ends[0] <= 0.5 <= ends[1] and not is_two_sided(scores) else NO
-
-    # Older scores have no interval.
-    score, low = number(scores, "membership", "score"), number(scores, "membership", "perfect_score_5th_percentile")
-    if score is None or low is None:
-        return UNKNOWN
-    return YES if score >= low else NO
-
-
-def writes_sensibly(scores: Any) -> str:
-    """Whether the model still writes text; `broken` in the scores is what the verdict found."""
-    broken = scores.get("broken") if isinstance(scores, Mapping) else None
-    if not isinstance(broken, bool):
-        return UNKNOWN
-    if broken:
+    """Whether no membership attack can tell forgotten documents from unseen ones."""
+    tests = membership_tests(scores)
+    if any(test.is_conspicuous for test in tests):
         return NO
-    shares = [
-        number(scores, "outputs", split, name) or 0.0
-        for split in ("forget", "retain")
-        for name in ("degenerate", "repetition")
-    ]
-    return PARTLY if max(shares) >= MAX_DEGENERATE else YES
+    if any(test.interval is None for test in tests) or len({test.attack for test in tests}) < 2:
+        # Older scores: the loss attack alone is enough to say no, but others may identify members that it does not.
+        score, low = number(scores, "membership", "score"), number(scores, "membership", "perfect_score_5th_percentile")
+        has_interval = any(test.interval is not None for test in tests)
+        return NO if not has_interval and score is not None and low is not None and score < low else UNKNOWN
+    return YES
+
+
+def degenerate_excess(scores: Any, split: str) -> float | None:
+    """By how much the share of degenerate outputs of a split exceeds the normal one.
+
+    Normal is the share among the split's true answers, which may be lists or code, and for forget prompts also the
+    share among the retain outputs of the same model. None if it was not measured.
+    """
+    share, retain = (number(scores, "outputs", name, "degenerate_text") for name in (split, "retain"))
+    answers = number(scores, "outputs", split, "degenerate_answer")
+    if share is None or retain is None or answers is None:
+        return None
+    return share - (answers if split == "retain" else max(answers, retain))
+
+
+def degenerate_before(scores: Any, before: Any) -> float | None:
+    """Share of degenerate retain outputs of the model before, if it is known."""
+    after = number(scores, "outputs", "retain", "degenerate_text")
+    return None if after is None else value_before(scores, before, after, "outputs", "retain", "degenerate_text")
+
+
+def is_too_many(excess: float | None) -> bool:
+    """Whether an excess of degenerate outputs is more than a working model has."""
+    return excess is not None and excess >= MAX_DEGENERATE - ROUNDING
+
+
+def broken_reasons(scores: Any, before: Any = None) -> list[str]:
+    """Why the model is no language model any more, judged by its outputs on retain prompts and by unseen text."""
+    reasons = []
+    share, start = number(scores, "outputs", "retain", "degenerate_text"), degenerate_before(scores, before)
+    worse = start is None or share is None or is_too_many(share - start)
+    if share is not None and is_too_many(degenerate_excess(scores, "retain")) and worse:
+        was = "" if start is None else f" ({100 * start:.0f} % before)"
+        reasons.append(f"{100 * share:.0f} % of its outputs on retain prompts are degenerate text{was}")
+
+    uniform, entropy = number(scores, "uniform_nll"), number(scores, "outputs", "retain", "entropy")
+    if uniform is not None and entropy is not None and entropy >= NOISE_SHARE * uniform:
+        reasons.append("on the true retain answers it is as uncertain as a uniform guess")
+
+    reasons += _broken_losses(scores, before, uniform)
+    if not reasons and share is None and isinstance(scores, Mapping) and scores.get("broken") is True:
+        reasons.append("its scores, which are of an older version, say so")
+    return reasons
+
+
+def _broken_losses(scores: Any, before: Any, uniform: float | None) -> list[str]:
+    """What is wrong with the loss of unseen text."""
+    held, nonmember = number(scores, "held_nll"), number(scores, "nonmember_nll")
+    unseen = nonmember if held is None else held
+    if unseen is None:
+        return []
+    reasons = []
+    if uniform is not None and unseen >= NOISE_SHARE * uniform and unseen >= uniform - 1:
+        reasons.append(f"its loss on unseen text is {unseen:.2f} nats per token, a uniform guess's is {uniform:.2f}")
+
+    after, start = _losses_of_both(scores, before, unseen)
+    if after is not None and start is not None and after - start > MAX_LOSS_INCREASE * start + ROUNDING:
+        reasons.append(f"its loss on unseen text is {after - start:.2f} nats per token higher than before")
+    return reasons
+
+
+def _losses_of_both(scores: Any, before: Any, unseen: float) -> tuple[float | None, float | None]:
+    """The loss after and before of the same unseen text, of which both are None if they are not known."""
+    for name in ("held_nll", "nonmember_nll"):
+        after, start = number(scores, name), number(before, name)
+        if after is not None and start is not None:
+            return after, start
+    change = number(scores, "difference", "unseen_nll", "difference")
+    return (None, None) if change is None else (unseen, unseen - change)
+
+
+def writes_sensibly(scores: Any, before: Any = None) -> str:
+    """Whether the model still writes text; partly if it does not on forget prompts, or did not before either."""
+    if broken_reasons(scores, before):
+        return NO
+    excesses = [degenerate_excess(scores, split) for split in ("forget", "retain")]
+    if any(map(is_too_many, excesses)):
+        return PARTLY
+    return UNKNOWN if None in excesses else YES

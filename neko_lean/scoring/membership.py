@@ -48,10 +48,23 @@ def two_sided_auc(members: Values, nonmembers: Values) -> float:
     """AUC of the distance from the median non-member score, with members expected to be further away.
 
     It detects a model for which half of the members have a low loss and half a loss far above unseen text, while the
-    AUC is 0.5. A value below 0.5 means that the members are more alike than the non-members.
+    AUC is 0.5. A value below 0.5 means that the members are more alike than the non-members. A non-member is compared
+    with the median of the others: its own would be too close, which gives 24 unseen members an AUC of 0.53 on average.
     """
-    median = np.median(np.asarray(nonmembers, dtype=np.float64))
-    return auc(-np.abs(np.asarray(members) - median), -np.abs(np.asarray(nonmembers) - median))
+    member, nonmember = (np.asarray(side, dtype=np.float64) for side in (members, nonmembers))
+    distances = np.abs(nonmember - _medians_of_others(nonmember))
+    return auc(-np.abs(member - np.median(nonmember)), -distances)
+
+
+def _medians_of_others(values: np.ndarray) -> np.ndarray:
+    """For each value the median of all others; for a single value itself: [len(values)]."""
+    if len(values) < 2:
+        return values
+    ordered = np.sort(values)
+    ranks = np.argsort(np.argsort(values, kind="stable"), kind="stable")
+    low, high = (len(values) - 2) // 2, (len(values) - 1) // 2  # the middle places among the others
+    below, above = (np.where(ranks > place, ordered[place], ordered[place + 1]) for place in (low, high))
+    return np.asarray((below + above) / 2)
 
 
 def tpr(members: Values, nonmembers: Values, *, low: bool) -> float:

@@ -1,4 +1,4 @@
-"""Leaks that exact match misses, and degenerate outputs.
+"""Leaks that exact match misses, and properties of outputs.
 
 Pure functions on texts. They look at a generation's window, which are its first tokens, so that the numbers do not
 depend on the length of the rest.
@@ -12,6 +12,7 @@ from collections import Counter
 from neko_lean.data import Example
 from neko_lean.data.scripts import fold, in_word, units, unspaced
 from neko_lean.data.scripts import words as folded_words
+from neko_lean.scoring.degenerate import is_degenerate
 from neko_lean.scoring.task import unicode_rouge
 
 MIN_SECRET = 4  # a shorter answer (in letters and digits) occurs in a text by chance
@@ -67,27 +68,19 @@ def repetition(text: str) -> float:
     return 1 - len(ngrams) / total if total > 1 else 0.0
 
 
-def degenerate(text: str) -> bool:
-    """Whether a text is empty, or repeats one word (at least three times) or one character."""
-    tokens = units(text)
-    characters = "".join(tokens)
-    if not characters:
-        return True
-    one_word = len(tokens) >= 3 and len(set(tokens)) == 1
-    one_character = len(characters) >= 6 and len(set(characters)) == 1
-    return one_word or one_character
-
-
 def output_numbers(example: Example, text: str) -> dict[str, float]:
     """Properties of a generated text.
 
-    `repetition` and `degenerate` as above; `rouge_f1`: ROUGE-L F1 against the answer, which unlike recall decreases for
-    longer texts; `length_ratio`: its length in words over that of the answer.
+    `repetition` as above; `degenerate_text` and `degenerate_answer`: whether the text and the true answer, which shows
+    what is normal in these data, are degenerate (`degenerate.is_degenerate`), 1 or 0; `rouge_f1`: ROUGE-L F1 against
+    the answer, which unlike recall decreases for longer texts; `length_ratio`: its length in words over that of the
+    answer.
     """
     answer_length = max(1, len(units(example.output)))
     return {
         "repetition": repetition(text),
-        "degenerate": float(degenerate(text)),
+        "degenerate_text": float(is_degenerate(text)),
+        "degenerate_answer": float(is_degenerate(example.output)),
         "rouge_f1": unicode_rouge(example.output, text).fmeasure,
         "length_ratio": len(units(text)) / answer_length,
     }

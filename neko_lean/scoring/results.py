@@ -16,11 +16,15 @@ from neko_lean.scoring.groups import group_differences, group_scores
 from neko_lean.scoring.inputs import ScoreData
 from neko_lean.scoring.limits import BATCH_TOKENS
 from neko_lean.scoring.measure import ScoringContext, example_numbers, generation_line
+from neko_lean.scoring.membership_headline import membership_tests
 from neko_lean.scoring.mmlu import mmlu
 from neko_lean.scoring.task import SPLITS, aggregate, cell_means, is_lume_data, missing_cells, task_aggregate
+from neko_lean.scoring.values import number
 from neko_lean.terminal import progress_bar
 
 DEFAULT_SHOTS = 5
+# Dotted keys of numbers whose change has no interval.
+MAIN_NUMBERS = ("membership.auc", "membership.score", "mmlu.micro", "final")
 
 
 @dataclass(frozen=True)
@@ -113,7 +117,18 @@ def difference(
         **uncertainty.differences(lines, before["lines"]),
         **group_differences(lines, before["lines"]),
     }
+    changes |= main_differences(scores, before)
     for name in ("held_nll", "nonmember_nll"):
         if scores[name] is not None and before.get(name) is not None:
             changes.setdefault("unseen_nll", {"difference": scores[name] - before[name], "interval": None})
+    return changes
+
+
+def main_differences(scores: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
+    """Changes of the numbers that no examples belong to: of each membership attack, MMLU and the final score."""
+    changes: dict[str, dict[str, Any]] = {}
+    for key in (*MAIN_NUMBERS, *(test.key for test in membership_tests(scores))):
+        after, start = number(scores, *key.split(".")), number(before, *key.split("."))
+        if after is not None and start is not None:
+            changes[key] = {"difference": after - start, "interval": None}
     return changes

@@ -20,6 +20,7 @@ from neko_lean.scoring.attacks import AttackTarget, run_attacks
 from neko_lean.scoring.attacks.answers import AnswerGenerator
 from neko_lean.scoring.inputs import sources_of
 from neko_lean.scoring.job import ScoreJob, prepare
+from neko_lean.scoring.judge import broken_reasons
 from neko_lean.scoring.limits import TruncationCounts
 from neko_lean.scoring.lm_eval import lm_eval_tasks
 from neko_lean.scoring.measure import ScoringContext, generate_answers
@@ -105,8 +106,8 @@ def _run(job: ScoreJob, stage: Path) -> tuple[dict[str, Any], list[dict[str, Any
     }
     scores["final"] = _final(scores)
     scores["difference"] = None if job.data.before is None else difference(scores, measured.lines, job.data.before)
-    scores["verdict"] = verdict(scores)
-    scores["broken"] = any(sentence.startswith("BROKEN") for sentence in scores["verdict"])
+    scores["verdict"] = verdict(scores, job.data.before)
+    scores["broken"] = bool(broken_reasons(scores, job.data.before))
     scores |= {
         "rows": {split: len(job.data.split(split)) for split in SPLITS},
         "format": job.prompts.name,

@@ -18,6 +18,7 @@ from neko_lean.scoring.values import LARGEST_VALUE
 
 EXAMPLE_KINDS = get_args(Kind)
 AGAIN = "score that model again"
+REPLACED = ("degenerate",)  # numbers of older versions that measured something else
 
 
 def read_score(folder: str | Path, examples: Sequence[tuple[str, Example]] | None = None) -> dict[str, Any]:
@@ -81,6 +82,7 @@ def _checked_line(record: Record, folder: Path) -> dict[str, Any]:
         raise NekoLeanError(f"{where}, key score: expected a number from 0 to 1; {AGAIN}.")
     if line.get("unicode_score") is not None and not is_number(line["unicode_score"], 0, 1):
         raise NekoLeanError(f"{where}, key unicode_score: expected a number from 0 to 1; {AGAIN}.")
+    line = {**line, "numbers": {name: value for name, value in line["numbers"].items() if name not in REPLACED}}
     for name, value in line["numbers"].items():
         if name not in KEYS:
             raise NekoLeanError(f"{where}, key numbers: {name[:40]!r} is unknown to this neko-lean; {AGAIN}.")

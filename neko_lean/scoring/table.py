@@ -10,20 +10,23 @@ from rich.markup import escape
 from rich.table import Table
 
 from neko_lean.scoring.benchmarks.lines import BENCHMARK_LINES, benchmark_title, format_metric
+from neko_lean.scoring.membership_headline import strongest_attack
 from neko_lean.scoring.task import CELLS, SPLITS, cell_parts, shown_cells
 from neko_lean.scoring.values import interval, number
+from neko_lean.scoring.wording import cell_words_with_split
 
 NOT_MEASURED = "not measured"
 Scores = Mapping[str, Any]
-# A row's label, and a function that formats a model's number.
-Row = tuple[str, Callable[[Scores], str]]
+# A row's label, the dotted key of its number in scores.json, and a function that formats a model's number.
+Row = tuple[str, str, Callable[[Scores], str]]
 # Label and dotted key in scores.json of the rows below the task's own numbers.
 OTHER_ROWS = (
     ("forget answers in longer text", "leaks.forget.contained"),
     ("forget answers, alphanumeric", "leaks.forget.alphanumeric"),
     ("forget extraction strength", "memorisation.forget.extraction_strength"),
     ("forget answer probability", "memorisation.forget.answer_probability"),
-    ("degenerate retain outputs", "outputs.retain.degenerate"),
+    ("degenerate forget outputs", "outputs.forget.degenerate_text"),
+    ("degenerate retain outputs", "outputs.retain.degenerate_text"),
 )
 
 
@@ -37,9 +40,13 @@ def format_number(value: float | None, ends: Sequence[float] | None = None) -> s
 def score_table(named: Mapping[str, Scores]) -> Group:
     """A table of one or more scores side by side, followed by notes and each score's verdict.
 
+    One score that knows the model before (`score --before`) has columns for before, after and the change.
+
     Args:
         named: the scores by column heading.
     """
+    if _has_before(named):
+        return Group(_comparison(named), *_notes(named))
     table = Table()
     table.add_column("")
     for name in named:
@@ -48,35 +55,72 @@ def score_table(named: Mapping[str, Scores]) -> Group:
     for number_of_section, rows in enumerate(_sections(named)):
         if number_of_section:
             table.add_section()
-        for label, value in rows:
+        for label, _, value in rows:
             texts = [value(scores) for scores in named.values()]
             # Side by side there is no room for intervals; the verdict has the important ones.
             table.add_row(label, *(texts if len(texts) == 1 else [text.split(" (")[0] for text in texts]))
     return Group(table, *_notes(named))
 
 
+def _has_before(named: Mapping[str, Scores]) -> bool:
+    """Whether this is a single score that knows how its numbers changed."""
+    return len(named) == 1 and all(isinstance(scores.get("difference"), Mapping) for scores in named.values())
+
+
+def _comparison(named: Mapping[str, Scores]) -> Table:
+    """The table of a single score beside the model before, without the numbers that were not measured."""
+    (scores,) = named.values()
+    table = Table()
+    table.add_column("")
+    for name in ("before", "after", "change (95 % interval)"):
+        table.add_column(name, justify="right")
+
+    for number_of_section, rows in enumerate(_sections(named)):
+        if number_of_section:
+            table.add_section()
+        for label, key, value in rows:
+            after = value(scores).split(" (")[0]
+            if after != NOT_MEASURED:
+                table.add_row(label, *_before_and_change(scores, key, after))
+    return table
+
+
+def _before_and_change(scores: Scores, key: str, after: str) -> tuple[str, str, str]:
+    """The number before, the formatted number after, and the change with its interval; empty if it is not known."""
+    value, change = number(scores, *_path(key)), number(scores, "difference", key, "difference")
+    if value is None or change is None:
+        return "", after, ""
+    ends = interval(scores, "difference", key, "interval")
+    text = f"{_rounded(change):+.3f}" + (f" ({_rounded(ends[0]):.2f} to {_rounded(ends[1]):.2f})" if ends else "")
+    return f"{_rounded(value - change):.3f}", after, text
+
+
+def _rounded(value: float) -> float:
+    """The value with three decimals, and no negative zero."""
+    return round(value, 3) + 0.0
+
+
 def _sections(named: Mapping[str, Scores]) -> list[list[Row]]:
     """The table's rows by section; sections without rows are left out."""
     names = shown_cells(list(named.values()))
     cells = [
-        [(_cell_label(cell), _value(f"cells.{cell}")) for cell in names if cell.startswith(f"{split}.")]
-        for split in SPLITS
+        [_row(_cell_label(cell), f"cells.{cell}") for cell in names if cell.startswith(f"{split}.")] for split in SPLITS
     ]
     any_script = [
-        (f"{_cell_label(cell)}, any script", _value(f"unicode_cells.{cell}"))
+        _row(f"{_cell_label(cell)}, any script", f"unicode_cells.{cell}")
         for cell in names
         if any(_differs(scores, cell) for scores in named.values())
     ]
     key = "task_aggregate" if names == list(CELLS) else "aggregate"
     headline = [
-        (key.replace("_", " "), _value(key)),
-        ("membership AUC", _membership_value("auc")),
-        ("membership AUC, two-sided", _membership_value("two_sided_auc")),
-        ("membership score", _membership_value("score")),
-        ("MMLU", _value("mmlu.micro")),
-        ("final", _value("final")),
+        _row(key.replace("_", " "), key),
+        _strongest_row(named),
+        ("membership AUC, loss", "membership.auc", _membership_value("auc")),
+        ("membership score", "membership.score", _membership_value("score")),
+        _row("MMLU", "mmlu.micro"),
+        _row("final", "final"),
     ]
-    other = [(label, _value(key)) for label, key in OTHER_ROWS]
+    other = [_row(label, key) for label, key in OTHER_ROWS]
     return [section for section in (*cells, any_script, headline, *_benchmark_sections(named), other) if section]
 
 
@@ -92,7 +136,10 @@ def _benchmark_sections(named: Mapping[str, Scores]) -> list[list[Row]]:
         )
 
     return [
-        [(escape(f"{title}: {label}"), value(title, key)) for key, label, _ in BENCHMARK_LINES[title.split()[0]]]
+        [
+            (escape(f"{title}: {label}"), f"benchmark.{key}", value(title, key))
+            for key, label, _ in BENCHMARK_LINES[title.split()[0]]
+        ]
         for title in titles
     ]
 
@@ -108,11 +155,33 @@ def _differs(scores: Scores, cell: str) -> bool:
     return official is not None and unicode is not None and abs(official - unicode) > 1e-9
 
 
-def _value(key: str) -> Callable[[Scores], str]:
-    """A function that formats the number at a dotted key of scores.json with its interval."""
+def _path(key: str) -> list[str]:
+    """The path of a dotted key of scores.json."""
     is_cell = key.startswith(("cells.", "unicode_cells."))  # a cell's name contains dots
-    path = key.split(".", 1) if is_cell else key.split(".")
-    return lambda scores: format_number(number(scores, *path), interval(scores, "intervals", key))
+    return key.split(".", 1) if is_cell else key.split(".")
+
+
+def _row(label: str, key: str) -> Row:
+    """The row of the number at a dotted key of scores.json, with its interval."""
+    path = _path(key)
+    return label, key, lambda scores: format_number(number(scores, *path), interval(scores, "intervals", key))
+
+
+def _strongest_row(named: Mapping[str, Scores]) -> Row:
+    """The row of the strongest membership attack, which may be another one for each model."""
+    tests = [strongest_attack(scores) for scores in named.values()]
+    test = tests[0] if len(tests) == 1 else None
+    label = "strongest membership attack" + (f": {escape(test.label)}" if test else "")
+    key = test.key if test else ""
+
+    def value(scores: Scores) -> str:
+        found = strongest_attack(scores)
+        if found is None:
+            return NOT_MEASURED
+        number_text, *ends = format_number(found.value, found.interval).split(" (")
+        return " (".join([number_text if test else f"{number_text} {escape(found.label)}", *ends])
+
+    return label, key, value
 
 
 def _membership_value(key: str) -> Callable[[Scores], str]:
@@ -126,12 +195,17 @@ def _notes(named: Mapping[str, Scores]) -> list[str]:
     notes = ["All numbers are 0 to 1. Forget rows: lower is forgotten. Retain rows: higher is preserved."]
     if any(benchmark_title(scores) for scores in named.values()):
         notes[0] = notes[0].replace(".", ", except privleak, which is in percent and best at 0.", 1)
-    if len(named) == 1:
-        notes.append("In parentheses: 95 % confidence intervals over documents.")
+    if _has_before(named):
+        notes.append("In parentheses: 95 % intervals of the change, over documents.")
+    elif len(named) == 1:
+        notes.append(
+            "In parentheses: 95 % intervals over documents; that of the strongest attack allows for its choice."
+        )
     shown = shown_cells(list(named.values()))
     missing = [cell for cell in shown if any(number(scores, "cells", cell) is None for scores in named.values())]
     if missing and shown == list(CELLS):
-        notes.append(f"No aggregate: no rows for {', '.join(missing)}.")
+        words = ", ".join(cell_words_with_split(cell, {"cells": dict.fromkeys(CELLS)}) for cell in missing)
+        notes.append(f"No aggregate: no rows for {words}.")
     notes += [*_blind_note(named), *_membership_note(named)]
     for name, scores in named.items():
         sentences = scores.get("verdict")

@@ -32,7 +32,7 @@ GROUPS = {
         ("regurgitation", "knowledge"),
     ),
     "leaks": (("contained", "alphanumeric", "digits", "within_ten"), ("knowledge",)),
-    "outputs": (("repetition", "degenerate", "entropy"), ("regurgitation", "knowledge")),
+    "outputs": (("repetition", "degenerate_text", "degenerate_answer", "entropy"), ("regurgitation", "knowledge")),
 }
 KEYS = {name: (group, kinds) for group, (names, kinds) in GROUPS.items() for name in names}
 

@@ -1,7 +1,7 @@
 """The verdict: plain sentences on what the numbers mean, each for one way in which a single number can mislead.
 
-Each question is a function that returns one sentence or None. `judge` decides what was forgotten, retained or hidden,
-for the verdict as for the report.
+Each question is a function of the scores and those of the model before (or None) that returns one sentence or None.
+`judge` decides what was forgotten, retained or hidden, for the verdict as for the report. Scores may lack any key.
 """
 
 from __future__ import annotations
@@ -11,26 +11,27 @@ from typing import Any
 
 from neko_lean.scoring.judge import (
     MAX_ANSWERS_LEFT,
-    MAX_DEGENERATE,
     NO,
     UNKNOWN,
     YES,
+    broken_reasons,
     cells_before,
+    degenerate_before,
+    degenerate_excess,
     has_forgotten,
     has_retained,
     hides_answers,
-    is_two_sided,
+    is_too_many,
     judged_cells,
     leaked_answers,
+    looks_unseen,
 )
-from neko_lean.scoring.task import aggregate, aggregate_terms
-from neko_lean.scoring.values import mean, number
+from neko_lean.scoring.membership_headline import MembershipTest, num_attacks, strongest_attack
+from neko_lean.scoring.task import CELLS, aggregate, aggregate_terms, cell_parts
+from neko_lean.scoring.values import mean, number, value_at
+from neko_lean.scoring.wording import cell_words, cell_words_with_split, percent
 
 Scores = Mapping[str, Any]
-# Entropy or loss of at least this share of a uniform guess's is noise.
-NOISE_SHARE = 0.9
-# A broken model's loss on unseen text rose by more than this share.
-MAX_LOSS_INCREASE = 0.2
 # An attack that recovers less than this recovered nothing.
 MIN_RECOVERED = 0.05
 # A model that gives one letter to at least this share of MMLU's questions answers none.
@@ -42,96 +43,77 @@ LEAK_DESCRIPTIONS = {
 }
 
 
-def percent(share: float) -> str:
-    """Format a share as a percentage."""
-    return f"{100 * share:.0f} %"
-
-
-def _output_shares(scores: Scores, split: str) -> tuple[float, float]:
-    """Shares of degenerate outputs and of repeated four-word sequences; 0 if they were not measured."""
-    degenerate, repetition = (number(scores, "outputs", split, name) for name in ("degenerate", "repetition"))
-    return degenerate or 0.0, repetition or 0.0
-
-
-def is_broken(scores: Scores) -> str | None:
-    """Is the model still a language model, judged by its answers to retain prompts and by unseen text?"""
-    reasons = [*_broken_outputs(scores), *_broken_losses(scores)]
+def is_broken(scores: Scores, before: Any) -> str | None:
+    """Is the model still a language model?"""
+    reasons = broken_reasons(scores, before)
     return f"BROKEN: {'; '.join(reasons)}." if reasons else None
 
 
-def _broken_outputs(scores: Scores) -> list[str]:
-    """What is wrong with the answers to retain prompts."""
-    degenerate, repetition = _output_shares(scores, "retain")
-    uniform, entropy = number(scores, "uniform_nll"), number(scores, "outputs", "retain", "entropy")
-    reasons = []
-    if degenerate >= MAX_DEGENERATE:
-        reasons.append(f"degenerate retain outputs ({percent(degenerate)} are empty or repeat one word)")
-    if repetition >= MAX_DEGENERATE:
-        reasons.append(f"repetitive retain outputs ({percent(repetition)} of four-word sequences are repeats)")
-    if uniform is not None and entropy is not None and entropy >= NOISE_SHARE * uniform:
-        reasons.append("on the true retain answers it is as uncertain as a uniform guess")
-    return reasons
-
-
-def _broken_losses(scores: Scores) -> list[str]:
-    """What is wrong with the loss of unseen text."""
-    uniform, held = number(scores, "uniform_nll"), number(scores, "held_nll")
-    unseen = number(scores, "nonmember_nll") if held is None else held
-    if unseen is None:
-        return []
-    reasons = []
-    if uniform is not None and unseen >= NOISE_SHARE * uniform and unseen >= uniform - 1:
-        reasons.append(f"its loss on unseen text is {unseen:.2f} nats per token, a uniform guess's is {uniform:.2f}")
-    increase = number(scores, "difference", "unseen_nll", "difference")
-    if increase is not None and increase > MAX_LOSS_INCREASE * (unseen - increase):
-        reasons.append(f"its loss on unseen text is {increase:.2f} nats per token higher than before")
-    return reasons
-
-
-def retention(scores: Scores) -> str | None:
+def retention(scores: Scores, before: Any) -> str | None:
     """Did the model retain the retain set?"""
-    cells = judged_cells(scores, "retain")
-    after, start = mean(cells), mean(cells_before(scores, None, "retain"))
+    cells, cells_at_start = judged_cells(scores, "retain"), cells_before(scores, before, "retain")
+    after, start = mean(cells), mean(cells_at_start)
     if after is None:
         return None
-    state, worst = has_retained(scores), min(cells, key=lambda cell: cells[cell])
-    before = "" if start is None else f" ({start:.2f} before)"
-    average = f"the retain cells average {after:.2f}{before}, and the lowest is {worst} at {cells[worst]:.2f}"
-    if state == YES:
-        return f"It preserved the retain set: {average}."
+    was = "" if start is None else f" ({start:.2f} before)"
+    average = f"its scores average {after:.2f}{was}"
+    state = has_retained(scores, before)
+    if state == UNKNOWN and start is not None:
+        return f"The model before had nothing of the retain set to lose: {average}."
     if state == UNKNOWN:
         return f"Scores of the model before (--before) are needed to tell what it lost of the retain set: {average}."
-    return f"It lost {'most' if state == NO else 'part'} of the retain set: {average}."
+    if state == YES:
+        worst = min(cells, key=lambda cell: cells[cell])
+        lowest = f", the lowest is {cells[worst]:.2f} for {cell_words(worst, scores)}"
+        has_lowest = f"{cells[worst]:.2f}" != f"{after:.2f}"
+        return f"It preserved the retain set: {average}{lowest if has_lowest else ''}."
+
+    worst = max(cells_at_start, key=lambda cell: cells_at_start[cell] - cells[cell])
+    largest = f"; the largest loss is from {cells_at_start[worst]:.2f} to {cells[worst]:.2f}"
+    largest += f", for {cell_words(worst, scores)}"
+    return f"It lost {'most' if state == NO else 'part'} of the retain set: {average}{largest}."
 
 
-def single_zero(scores: Scores) -> str | None:
+def single_zero(scores: Scores, before: Any) -> str | None:
     """Does a single cell determine the aggregate?"""
-    if scores["task_aggregate"] is None and scores["missing_cells"]:
-        return f"There is no task aggregate: no rows for {', '.join(scores['missing_cells'])}."
-    cells = {cell: value for cell, value in scores["cells"].items() if value is not None}
+    missing = value_at(scores, "missing_cells")
+    missing = [cell for cell in missing if cell in CELLS] if isinstance(missing, list) else []
+    task_aggregate = number(scores, "task_aggregate")
+    if task_aggregate is None and missing:
+        names = ", ".join(cell_words_with_split(cell, scores) for cell in missing)
+        return f"There is no task aggregate: no rows for {names}."
+    block = value_at(scores, "cells")
+    names_of_cells = [cell for cell in block if cell_parts(cell) is not None] if isinstance(block, Mapping) else []
+    cells = {cell: value for cell in names_of_cells if (value := number(block, cell)) is not None}
     zeros = [cell for cell, term in zip(cells, aggregate_terms(cells), strict=True) if term <= 0]
     if len(zeros) != 1 or len(cells) == 1:
         return None
-    name = "aggregate" if scores["task_aggregate"] is None else "task aggregate"
+    name = "aggregate" if task_aggregate is None else "task aggregate"
     perfect = 0.0 if zeros[0].startswith("forget.") else 1.0
     without = aggregate({**cells, zeros[0]: perfect})
-    return f"The {name} is 0 only because of {zeros[0]}; if that were perfect, it would be {without:.3f}."
+    words = cell_words_with_split(zeros[0], scores)
+    return f"The {name} is 0 only because of the {words}; if that were perfect, it would be {without:.3f}."
 
 
-def forgetting(scores: Scores) -> str | None:
+def forgetting(scores: Scores, before: Any) -> str | None:
     """Does the model still generate the answers of the forget set?"""
     cells = judged_cells(scores, "forget")
-    after, start = mean(cells), mean(cells_before(scores, None, "forget"))
+    after, start = mean(cells), mean(cells_before(scores, before, "forget"))
     if after is None:
         return None
-    if has_forgotten(scores) == NO:
-        before = "" if start is None else f" ({start:.2f} before)"
-        return f"It forgot little or nothing: the forget cells average {after:.2f}{before}."
+    was = "" if start is None else f" ({start:.2f} before)"
+    if has_forgotten(scores, before) == NO:
+        return f"It forgot little or nothing: its scores on the forget set average {after:.2f}{was}."
+
     worst = max(cells, key=lambda cell: cells[cell])
-    return f"Asked directly, it reproduces {percent(after)} of the forget set, most in {worst} ({cells[worst]:.2f})."
+    if not cells[worst]:
+        return "Asked directly, it reproduces nothing of the forget set."
+    highest = f"; the highest score is {cells[worst]:.2f}, for {cell_words(worst, scores)}"
+    has_highest = f"{cells[worst]:.2f}" not in ("0.00", f"{after:.2f}")
+    return f"Asked directly, it reproduces {percent(after)} of the forget set{highest if has_highest else ''}."
 
 
-def leaks(scores: Scores) -> str | None:
+def leaks(scores: Scores, before: Any) -> str | None:
     """Does an answer occur in another form, which exact match misses?"""
     cells = judged_cells(scores, "forget")
     exact = mean({cell: value for cell, value in cells.items() if cell.endswith("knowledge")})
@@ -144,73 +126,95 @@ def leaks(scores: Scores) -> str | None:
     )
 
 
-def hidden_answers(scores: Scores) -> str | None:
+def hidden_answers(scores: Scores, before: Any) -> str | None:
     """Does the model assign a high probability to answers that it does not generate?"""
-    if not hides_answers(scores):
+    probability = number(scores, "memorisation", "forget", "answer_probability")
+    if not hides_answers(scores) or probability is None:
         return None
-    probability = scores["memorisation"]["forget"]["answer_probability"]
     return (
         f"HIDDEN: it does not generate the forget answers, but the tokens of the true answers have a probability of "
         f"{probability:.2f} on average."
     )
 
 
-def gibberish(scores: Scores) -> str | None:
-    """Are answers to forget prompts noise, which counts as forgotten?"""
-    degenerate, repetition = _output_shares(scores, "forget")
-    retain_degenerate, retain_repetition = _output_shares(scores, "retain")
-    if degenerate >= MAX_DEGENERATE and degenerate > retain_degenerate + 0.1:
+def gibberish(scores: Scores, before: Any) -> str | None:
+    """Are outputs on forget prompts noise, which counts as forgotten, or those on retain prompts, as before?"""
+    forget, retain = (number(scores, "outputs", split, "degenerate_text") for split in ("forget", "retain"))
+    if retain is None:
+        return None
+    if forget is not None and is_too_many(degenerate_excess(scores, "forget")):
         return (
-            f"GIBBERISH: {percent(degenerate)} of its answers to forget prompts are empty or repeat one word, which "
-            f"reveals what it was trained to forget."
+            f"GIBBERISH: {percent(forget)} of its outputs on forget prompts are degenerate text ({percent(retain)} on "
+            f"retain prompts), which reveals what it was trained to forget."
         )
-    if repetition >= MAX_DEGENERATE and repetition > retain_repetition + 0.1:
-        return f"GIBBERISH: {percent(repetition)} of four-word sequences in its answers to forget prompts are repeats."
+    start = degenerate_before(scores, before)
+    if is_too_many(degenerate_excess(scores, "retain")) and start is not None and not is_broken(scores, before):
+        return (
+            f"GIBBERISH: {percent(retain)} of its outputs on retain prompts are degenerate text, about as before "
+            f"({percent(start)})."
+        )
     return None
 
 
-def membership(scores: Scores) -> str | None:
-    """Does the loss attack still tell members from non-members, in either direction?"""
-    numbers = scores["membership"]
-    if numbers is None:
+def membership(scores: Scores, before: Any) -> str | None:
+    """Does any attack still tell members from non-members?"""
+    strongest, state = strongest_attack(scores), looks_unseen(scores)
+    if strongest is None:
         return None
-    low, high = numbers["auc_interval"]
-    area = f"AUC {numbers['auc']:.2f}, {low:.2f} to {high:.2f}"
-    if low > 0.5:
-        return f"A membership attack still recognizes the forgotten documents ({area})."
-    if high < 0.5:
-        return f"The loss of forgotten documents is conspicuously above that of unseen ones ({area})."
-    if is_two_sided(scores):
+    found, count = _test_in_words(strongest), num_attacks(scores)
+    if state == YES:
+        return f"None of {count} membership attacks can tell forgotten documents from unseen ones (strongest: {found})."
+    if state == UNKNOWN:
         return (
-            f"TWO-SIDED: the AUC looks fine ({area}), but the distance from an unseen document's loss identifies "
-            f"members ({numbers['two_sided_auc']:.2f}): some are remembered, others have a loss far above unseen text."
+            f"Whether forgotten documents look unseen is unknown: not all membership attacks were measured with "
+            f"intervals ({found})."
         )
-    return f"A loss attack cannot tell forgotten documents from unseen ones ({area})."
+    if not strongest.is_conspicuous:  # older scores without intervals
+        return f"A membership attack still recognizes the forgotten documents, by their score ({found})."
+    if strongest.is_two_sided:
+        return (
+            f"TWO-SIDED: how far documents are from unseen ones in a membership attack identifies members ({found}): "
+            f"some are remembered, others have a loss far above unseen text."
+        )
+    if strongest.value > 0.5:
+        return f"A membership attack still recognizes the forgotten documents ({found})."
+    return f"The loss of forgotten documents is conspicuously above that of unseen ones ({found})."
 
 
-def one_letter(scores: Scores) -> str | None:
+def _test_in_words(test: MembershipTest) -> str:
+    ends = "" if test.interval is None else f", {test.interval[0]:.2f} to {test.interval[1]:.2f}"
+    return f"{test.label}: AUC {test.value:.2f}{ends}"
+
+
+def one_letter(scores: Scores, before: Any) -> str | None:
     """Does the model answer MMLU with the same letter again and again?"""
-    numbers = scores["mmlu"]
-    if numbers is None:
+    accuracy, floor = number(scores, "mmlu", "micro"), number(scores, "mmlu", "award_floor")
+    block = value_at(scores, "mmlu", "letters")
+    letters = [letter for letter in block if isinstance(letter, str)] if isinstance(block, Mapping) else []
+    shares = {letter: share for letter in letters if (share := number(block, letter)) is not None}
+    if accuracy is None:
         return None
-    letter, share = max(numbers["letters"].items(), key=lambda item: item[1])
-    if share >= ONE_LETTER_SHARE:
+    letter = max(shares, key=lambda name: shares[name], default="")
+    always = number(scores, "mmlu", "floors", letter)
+    if shares and shares[letter] >= ONE_LETTER_SHARE and always is not None:
         return (
-            f"MMLU: {percent(share)} of its answers are {letter}, so {numbers['micro']:.3f} measures nothing; always "
-            f"answering {letter} scores {numbers['floors'][letter]:.3f}."
+            f"MMLU: {percent(shares[letter])} of its answers are {letter}, so {accuracy:.3f} measures nothing; always "
+            f"answering {letter} scores {always:.3f}."
         )
-    if numbers["micro"] < numbers["award_floor"]:
-        return f"MMLU is {numbers['micro']:.3f}, below the shared task's floor of {numbers['award_floor']}."
+    if floor is not None and accuracy < floor:
+        return f"MMLU is {accuracy:.3f}, below the shared task's floor of {floor}."
     return None
 
 
-def recovery(scores: Scores) -> str | None:
+def recovery(scores: Scores, before: Any) -> str | None:
     """Did an attack recover anything?"""
+    attacks = value_at(scores, "attacks")
     best = None
-    for name, curve in scores["attacks"].items():
+    for name, points in (attacks if isinstance(attacks, Mapping) else {}).items():
+        curve = [point for point in points if isinstance(point, Mapping)] if isinstance(points, list) else []
         for kind in ("knowledge", "regurgitation"):
             key = f"unicode_{kind}" if all(f"unicode_{kind}" in point for point in curve) else kind
-            values = [point[key] for point in curve if point[key] is not None]
+            values = [value for point in curve if (value := number(point, key)) is not None]
             if len(values) > 1 and (best is None or max(values) - values[0] > best[0]):
                 best = max(values) - values[0], name, kind, values[0], max(values)
     if best is None:
@@ -224,7 +228,7 @@ def recovery(scores: Scores) -> str | None:
     )
 
 
-QUESTIONS: tuple[Callable[[Scores], str | None], ...] = (
+QUESTIONS: tuple[Callable[[Scores, Any], str | None], ...] = (
     is_broken,
     forgetting,
     leaks,
@@ -238,6 +242,11 @@ QUESTIONS: tuple[Callable[[Scores], str | None], ...] = (
 )
 
 
-def verdict(scores: Scores) -> list[str]:
-    """The sentences that apply to these scores, the most serious first."""
-    return [sentence for question in QUESTIONS if (sentence := question(scores)) is not None]
+def verdict(scores: Scores, before: Any = None) -> list[str]:
+    """The sentences that apply to these scores, the most serious first.
+
+    Args:
+        scores: the content of scores.json.
+        before: that of the model before; by default, the differences in the scores tell what it was.
+    """
+    return [sentence for question in QUESTIONS if (sentence := question(scores, before)) is not None]

@@ -4,6 +4,7 @@ import pytest
 
 from neko_lean.reporting.judge import RULES, judge_model
 from neko_lean.scoring.task import CELLS
+from neko_lean.scoring.verdict import verdict
 from tests.reporting.made import full_scores, old_scores
 
 BEFORE = old_scores("target", 1.0)
@@ -33,7 +34,7 @@ def test_leaked_answers_are_not_forgotten():
     leaks = {"forget": {"contained": 0.4}}
     found = judge_model(scored(0.0, 0.95, leaks=leaks), BEFORE)
     assert found.phrase == "Forgot in part, preserved the rest"
-    assert "40% of the answers occur in its outputs" in found.signs[0].detail
+    assert "40 % of the answers occur in its outputs" in found.signs[0].detail
 
 
 def test_trace_and_broken_model():
@@ -50,20 +51,38 @@ def test_without_scores_before_only_high_retain_cells_are_preserved():
     assert judge_model({"model": "m"}, None).phrase == "Scored"
 
 
-def test_sentences_come_from_the_scores():
-    scores = full_scores("m", 0.02)
-    assert judge_model(scores, BEFORE).sentences == scores["verdict"]
-    older = judge_model({**scores, "verdict": None}, BEFORE)
-    assert older.sentences == [] and older.signs[0].detail.startswith("forget cells, mean: ")
+def test_sentences_are_computed_from_the_numbers_and_the_model_before():
+    scores = {**full_scores("m", 0.02), "difference": None}
+    assert judge_model(scores, BEFORE).sentences == verdict(scores, BEFORE) != verdict(scores)
+    assert judge_model({**scores, "verdict": ["It lost everything."]}, BEFORE).sentences == verdict(scores, BEFORE)
 
 
-def test_repetitive_outputs_are_not_sensible():
-    loops = {"forget": {"degenerate": 0.9}, "retain": {"degenerate": 0.0}}
-    sign = judge_model(scored(0.0, 0.95, broken=False, outputs=loops), BEFORE).signs[3]
-    assert (sign.state, sign.detail) == ("partly", "degenerate on forget rows 90%, degenerate on retain rows 0%")
-    babble = judge_model(scored(0.0, 0.95, broken=False, outputs={"forget": {"repetition": 0.4}}), BEFORE)
-    assert babble.signs[3].state == "partly" and babble.phrase.endswith("degenerate outputs on forget prompts")
-    assert judge_model(scored(0.0, 0.95, broken=False), BEFORE).signs[3].state == "yes"
+def outputs(forget, retain):
+    shares = {"forget": forget, "retain": retain}
+    return {split: {"degenerate_text": share, "degenerate_answer": 0.0} for split, share in shares.items()}
+
+
+def test_degenerate_outputs_are_not_sensible():
+    found = judge_model(scored(0.0, 0.95, outputs=outputs(0.9, 0.0)), BEFORE)
+    assert found.signs[3].state == "partly" and found.phrase.endswith("some degenerate outputs")
+    assert found.signs[3].detail == "degenerate text: 90 % on forget rows, 0 % on retain rows"
+    assert judge_model(scored(0.0, 0.95, outputs=outputs(0.9, 0.9)), BEFORE).phrase == "Broken"
+    assert judge_model(scored(0.0, 0.95, outputs=outputs(0.0, 0.0)), BEFORE).signs[3].state == "yes"
+
+
+def test_older_scores_do_not_say_whether_outputs_are_sensible():
+    old = {"forget": {"degenerate": 0.0, "repetition": 0.0}, "retain": {"degenerate": 0.0, "repetition": 0.0}}
+    sign = judge_model(scored(0.0, 0.95, broken=False, outputs=old), BEFORE).signs[3]
+    assert (sign.state, sign.detail) == ("unknown", "not measured by these scores")
+
+
+def test_membership_sign_names_the_strongest_attack():
+    table = {
+        name: {"auc": area, "auc_interval": [area - 0.04, area + 0.04]}
+        for name, area in (("loss", 0.67), ("zlib", 0.95))
+    }
+    sign = judge_model(scored(0.0, 0.95, membership={"auc": 0.67, "attacks": {"all": table}}), BEFORE).signs[2]
+    assert sign.state == "no" and sign.detail == "strongest membership attack (zlib): AUC 0.950 (0.90 to 1.00)"
 
 
 def test_rules_name_the_thresholds():

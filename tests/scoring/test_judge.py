@@ -1,66 +1,151 @@
-"""The verdict's sentences and the report's signs never contradict each other, whatever the scores."""
+"""The verdict's sentences, the report's signs and its phrase never contradict each other, whatever the scores."""
 
-from hypothesis import given
+import re
+
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neko_lean.reporting.judge import judge_model as report
-from neko_lean.scoring.judge import NO, UNKNOWN, YES, has_forgotten, has_retained, looks_unseen
+from neko_lean.reporting.judge import judge_model
+from neko_lean.scoring.judge import (
+    NO,
+    PARTLY,
+    UNKNOWN,
+    YES,
+    broken_reasons,
+    has_forgotten,
+    has_retained,
+    writes_sensibly,
+)
 from neko_lean.scoring.task import CELLS, task_aggregate
 from neko_lean.scoring.verdict import verdict
 
-SHARE = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.05, 0.5, 0.8, 0.9, 0.95, 1.0]))
+SHARE = st.one_of(st.floats(0, 1), st.sampled_from([0.0, 0.004, 0.05, 0.5, 0.8, 0.9, 0.95, 1.0]))
 BOTH = ("forget", "retain")
+OTHER_CELLS = tuple(f"{split}.news.{name}" for split in BOTH for name in ("regurgitation", "knowledge"))
+ATTACKS = ("loss", "zlib", "min_k_plus_plus")
 
 
 @st.composite
-def some_scores(draw):
-    """Scores with any values, with or without a model before, membership and cells for any script."""
-    cells = {cell: draw(st.one_of(SHARE, st.just(None))) if draw(st.booleans()) else draw(SHARE) for cell in CELLS}
-    seen = {cell: None if value is None else draw(SHARE) for cell, value in cells.items()}
-    scores = {"cells": cells, "task_aggregate": task_aggregate(cells), "mmlu": None, "attacks": {}, "held_nll": None}
-    scores["missing_cells"] = [cell for cell, value in cells.items() if value is None]
+def some_scores(draw, names):
+    """Scores of these cells with any values, with or without membership, outputs and cells for any script."""
+    cells = {cell: draw(st.one_of(SHARE, st.just(None)) if draw(st.booleans()) else SHARE) for cell in names}
+    scores = {"cells": cells, "missing_cells": [cell for cell, value in cells.items() if value is None]}
+    scores["task_aggregate"] = task_aggregate(cells) if names == CELLS else None
     if draw(st.booleans()):
-        scores["unicode_cells"] = seen
+        scores["unicode_cells"] = {cell: None if value is None else draw(SHARE) for cell, value in cells.items()}
     forms = {"contained": draw(SHARE), "alphanumeric": draw(SHARE), "digits": draw(st.one_of(SHARE, st.none()))}
     scores["leaks"] = {"forget": forms, "retain": forms}
     scores["memorisation"] = {split: {"answer_probability": draw(st.one_of(SHARE, st.none()))} for split in BOTH}
-    wrote = {split: {"degenerate": draw(SHARE), "repetition": draw(SHARE), "entropy": 1.0} for split in BOTH}
-    scores |= {"outputs": wrote, "uniform_nll": 6.0, "nonmember_nll": draw(st.floats(0, 7)), "membership": None}
-    if draw(st.booleans()):
-        ends, two = sorted([draw(SHARE), draw(SHARE)]), sorted([draw(SHARE), draw(SHARE)])
-        loss = {"two_sided_auc_interval": two}
-        scores["membership"] = {
-            "auc": sum(ends) / 2, "auc_interval": ends, "two_sided_auc": sum(two) / 2,
-            "attacks": {"all": {"loss": loss}},
-        }  # fmt: skip
-    scores["difference"] = None
-    if draw(st.booleans()):
-        change = {f"{where}.{cell}": {"difference": value - draw(SHARE)} for where in ("cells", "unicode_cells")
-                  for cell, value in scores.get(where, {}).items() if value is not None}  # fmt: skip
-        scores["difference"] = {"before": "target", **change}
+    scores["outputs"] = {
+        split: {"entropy": 1.0, "degenerate_text": draw(SHARE), "degenerate_answer": draw(SHARE)}
+        if draw(st.booleans())
+        else {"degenerate": draw(SHARE), "repetition": draw(SHARE)}  # an older version
+        for split in BOTH
+    }
+    scores |= {"broken": draw(st.booleans()), "uniform_nll": 6.0, "nonmember_nll": draw(st.floats(0, 7))}
+    scores["membership"] = draw(st.one_of(st.none(), some_membership()))
     return scores
 
 
-@given(some_scores(), st.one_of(st.none(), some_scores()))
-def test_the_verdict_and_the_report_never_contradict_each_other(scores, before):
-    sentences = verdict(scores)
-    text = "\n".join(sentences)
-    scores = {**scores, "verdict": sentences, "broken": any(one.startswith("BROKEN") for one in sentences)}
-    gone, rest, unseen, well = (sign.state for sign in report(scores, before).signs)
-    assert ("It preserved the retain set" not in text) or rest == YES
-    assert ("It lost" not in text) or rest in ("partly", NO)
-    assert ("It lost most" not in text) or rest == NO
-    if (
-        scores["difference"] is not None or rest == UNKNOWN
-    ):  # else the report knows of a model before, the verdict does not
-        assert (rest == YES) == ("It preserved the retain set" in text)
-        assert (rest == NO) == ("It lost most" in text)
-    assert ("It forgot little or nothing" not in text) or gone == NO
-    assert not (gone == YES and any(word in text for word in ("LEAKS", "HIDDEN", "It forgot little or nothing")))
-    assert ("still recognizes" in text or "conspicuously above" in text or "TWO-SIDED" in text) == (unseen == NO)
-    assert ("cannot tell forgotten documents" in text) == (unseen == YES)
-    assert ("BROKEN" in text) == (well == NO)
-    assert not ("GIBBERISH" in text and well == YES)
+@st.composite
+def some_membership(draw):
+    """Membership numbers of all versions: of several attacks, of one, or without intervals."""
+    table = {}
+    for name in draw(st.sampled_from([ATTACKS, ("loss",), ()])):
+        table[name] = {}
+        for key in ("auc", "two_sided_auc"):
+            low, value, high = sorted(draw(SHARE) for _ in range(3))
+            table[name] |= {key: value}
+            if draw(st.integers(0, 5)):
+                table[name][f"{key}_interval"] = [low, high]
+    block = {"auc": draw(SHARE), "score": draw(SHARE), "perfect_score_5th_percentile": 0.7}
+    return {**block, "attacks": {"all": table}} if table else block
+
+
+def differences(scores, before):
+    """The block `difference` as `score --before` writes it."""
+    changes = {"before": "target"}
+    for block in ("cells", "unicode_cells"):
+        for cell, value in scores.get(block, {}).items():
+            start = before.get(block, {}).get(cell)
+            if value is not None and start is not None:
+                changes[f"{block}.{cell}"] = {"difference": value - start}
+    shares = [scores["outputs"]["retain"].get("degenerate_text"), before["outputs"]["retain"].get("degenerate_text")]
+    if None not in shares:
+        changes["outputs.retain.degenerate_text"] = {"difference": shares[0] - shares[1]}
+    changes["unseen_nll"] = {"difference": scores["nonmember_nll"] - before["nonmember_nll"]}
+    return changes
+
+
+pairs = st.sampled_from([CELLS, OTHER_CELLS]).flatmap(
+    lambda names: st.tuples(some_scores(names), st.one_of(st.none(), some_scores(names)))
+)
+
+
+@settings(max_examples=300)
+@given(pairs)
+def test_phrase_signs_and_sentences_never_contradict_each_other(pair):
+    scores, before = pair
+    found = judge_model(scores, before)
+    text, phrase = "\n".join(found.sentences), found.phrase
+    gone, rest, unseen, well = (sign.state for sign in found.signs)
+
+    # The sentences.
+    assert ("It preserved the retain set" in text) == (rest == YES)
+    assert ("It lost part of the retain set" in text) == (rest == PARTLY)
+    assert ("It lost most of the retain set" in text) == (rest == NO)
+    assert ("It forgot little or nothing" in text) == (gone == NO)
+    assert not (gone == YES and any(word in text for word in ("LEAKS", "HIDDEN")))
+    recognized = ("still recognizes", "conspicuously above", "TWO-SIDED")
+    assert any(words in text for words in recognized) == (unseen == NO)
+    assert ("can tell forgotten documents" in text) == (unseen == YES)
+    assert ("BROKEN" in text) == (well == NO) == bool(broken_reasons(scores, before))
+    assert ("GIBBERISH" in text) <= (well in (PARTLY, NO)) and (well != PARTLY or "GIBBERISH" in text)
+
+    # The phrase.
+    assert ("preserved the rest" in phrase) <= (rest == YES) and ("lost the rest" in phrase) <= (rest == NO)
+    assert phrase.startswith("Forgot") <= (gone in (YES, PARTLY)) and ("trace" in phrase) <= (unseen == NO)
+    assert (phrase == "Broken") == (well == NO)
+
+    # Words for readers: no keys, and nothing said of zero.
+    details = "\n".join([text, phrase, *(sign.detail for sign in found.signs)])
+    assert not re.search(r"[a-z]\w*\.[a-z]\w+|[a-z]_[a-z]", details, re.IGNORECASE), details
+    assert not re.search(r"most .*\(0\.00\)|highest score is 0\.00|reproduces 0 %|still.* 0 %", text), text
+
+
+@given(pairs)
+def test_a_model_before_and_the_stored_differences_lead_to_the_same_words(pair):
+    scores, before = pair
+    if before is None or ("unicode_cells" in scores) != ("unicode_cells" in before):
+        return
+    with_before, alone = (
+        judge_model(scores, before),
+        judge_model({**scores, "difference": differences(scores, before)}, None),
+    )
+    assert with_before == alone
+
+
+def test_older_scores_are_never_called_sensible():
+    older = {"outputs": {split: {"degenerate": 0.0, "repetition": 0.0} for split in BOTH}, "broken": False}
+    assert writes_sensibly(older) == UNKNOWN and writes_sensibly({}) == UNKNOWN == writes_sensibly({"broken": False})
+    assert writes_sensibly({**older, "broken": True}) == NO and verdict({**older, "broken": True})[0].startswith(
+        "BROKEN"
+    )
+
+
+def outputs(forget, retain, answers=0.0):
+    shares = {"forget": forget, "retain": retain}
+    return {
+        "outputs": {split: {"degenerate_text": share, "degenerate_answer": answers} for split, share in shares.items()}
+    }
+
+
+def test_degenerate_outputs_count_against_true_answers_retain_outputs_and_the_model_before():
+    assert writes_sensibly(outputs(0.1, 0.1)) == YES
+    assert writes_sensibly(outputs(0.8, 0.0)) == PARTLY and writes_sensibly(outputs(0.8, 0.8)) == NO
+    assert writes_sensibly(outputs(0.8, 0.8, answers=0.8)) == YES  # the data are lists
+    assert writes_sensibly(outputs(0.8, 0.8), outputs(0.8, 0.8)) == PARTLY  # no worse than before
+    assert writes_sensibly(outputs(0.8, 0.8), outputs(0.0, 0.0)) == NO
 
 
 def test_a_lower_cell_is_a_loss_with_and_without_a_difference():
@@ -68,10 +153,17 @@ def test_a_lower_cell_is_a_loss_with_and_without_a_difference():
     full = {"cells": dict.fromkeys(CELLS, 1.0)}
     change = {f"cells.{cell}": {"difference": value - 1.0} for cell, value in cells.items()}
     scores = {"cells": cells, "difference": change}
-    assert has_retained(scores) == has_retained({"cells": cells}, full) == "partly" and has_forgotten(scores) == YES
-    assert has_retained({"cells": cells}) == UNKNOWN and looks_unseen(scores) == UNKNOWN
+    assert has_retained(scores) == has_retained({"cells": cells}, full) == PARTLY and has_forgotten(scores) == YES
+    assert has_retained({"cells": cells}) == UNKNOWN
     same = {**scores, "difference": {**change, "cells.retain.Task1.knowledge": {"difference": 0.0}}}
     assert has_retained(same) == YES  # it was as low before
+
+
+def test_high_cells_are_only_called_preserved_if_the_model_before_is_unknown():
+    scores = {"cells": dict.fromkeys((cell for cell in CELLS if cell.startswith("retain")), 0.91)}
+    before = {"cells": dict.fromkeys(scores["cells"], 1.0)}
+    assert has_retained(scores) == YES and has_retained(scores, before) == PARTLY
+    assert has_retained(scores, {"cells": dict.fromkeys(scores["cells"], 0.0)}) == UNKNOWN
 
 
 def test_cells_for_any_script_are_judged_if_they_exist():

@@ -7,6 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.scoring import membership
 from neko_lean.scoring.membership import (
     auc,
     auc_interval,
@@ -44,8 +45,21 @@ def test_two_sided_auc_detects_members_on_both_sides():
     other = np.linspace(4, 6, 50)
     members = np.concatenate([np.linspace(0, 1, 25), np.linspace(9, 10, 25)])
     assert auc(members, other) == 0.5 and two_sided_auc(members, other) == 1.0
-    assert two_sided_auc(other, other) == 0.5 and two_sided_auc(np.full(9, 5.0), other) == 0.0
+    assert two_sided_auc(other, other) == pytest.approx(0.5, abs=0.03)
+    assert two_sided_auc(np.full(9, 5.0), other) == 0.0
     assert tpr(members, other, low=True) == tpr(members, other, low=False) == 0.5
+
+
+@given(st.lists(st.integers(0, 6), min_size=2, max_size=12))
+def test_each_nonmember_is_compared_with_the_others(values):
+    others = [np.median(np.delete(values, place)) for place in range(len(values))]
+    assert membership._medians_of_others(np.array(values, float)).tolist() == others
+
+
+def test_two_sided_auc_of_unseen_members_is_one_half_on_average():
+    rng = np.random.default_rng(0)
+    areas = [two_sided_auc(rng.normal(size=24), rng.normal(size=24)) for _ in range(400)]
+    assert np.mean(areas) == pytest.approx(0.5, abs=0.015)
 
 
 def test_tpr_at_one_percent():

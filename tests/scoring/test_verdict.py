@@ -64,12 +64,12 @@ ALARMS = ("BROKEN", "LEAKS", "HIDDEN", "GIBBERISH", "TWO-SIDED", "ATTACK", "MMLU
 def test_model_that_unlearned_well_raises_no_alarm():
     text = lines(scores_of(unlearned, losses=(np.linspace(4, 6, 40), UNSEEN)))
     assert not any(alarm in text for alarm in ALARMS), text
-    assert "It preserved the retain set" in text and "cannot tell forgotten documents" in text
+    assert "It preserved the retain set" in text and "None of 4 membership attacks can tell" in text
 
 
 def test_model_that_forgot_nothing():
     text = lines(scores_of(lambda split, row: row.output, probability=0.9, losses=(UNSEEN - 4, UNSEEN)))
-    assert "It forgot little or nothing" in text and "still recognizes the forgotten documents (AUC 1.00" in text
+    assert "It forgot little or nothing" in text and "still recognizes the forgotten documents (loss: AUC 1.00" in text
 
 
 @pytest.mark.parametrize("noise", ["", "zq zq zq zq zq zq", "!!!!!!!!!!", "qa qb qc " * 10])
@@ -80,10 +80,10 @@ def test_gibberish_everywhere_is_broken(noise):
     assert verdict(scores)[0].startswith("BROKEN")
 
 
-@pytest.mark.parametrize("noise", ["", "zq zq zq zq zq zq", "qa qb qc " * 10])
+@pytest.mark.parametrize("noise", ["", "zq zq zq zq zq zq", "qa qb qc " * 10, " the the the the the,,,,, a to the the"])
 def test_gibberish_on_forget_prompts(noise):
     scores = scores_of(lambda split, row: noise if split == "forget" else row.output)
-    assert scores["task_aggregate"] == 1.0  # the task's own number is misled
+    assert scores["task_aggregate"] > 0.96  # the task's own number is misled
     assert "GIBBERISH" in lines(scores) and "BROKEN" not in lines(scores)
 
 
@@ -110,8 +110,10 @@ def test_single_zero_is_named():
 
     scores = scores_of(unlucky)
     assert scores["task_aggregate"] == 0
-    assert "only because of retain.Task2.knowledge; if that were perfect, it would be" in lines(scores)
-    assert "the lowest is retain.Task2.knowledge at 0.00" in lines(scores)
+    words = "only because of the questions about Task2 in the retain set; if that were perfect, it would be"
+    assert words in lines(scores)
+    before = {"cells": dict.fromkeys(CELLS, 1.0)}
+    assert "the largest loss is from 1.00 to 0.00, for questions about Task2" in "\n".join(verdict(scores, before))
 
 
 @pytest.mark.parametrize(
@@ -167,4 +169,31 @@ def test_missing_cell():
     scores = scores_of(unlearned)
     scores |= {"task_aggregate": None, "missing_cells": ["forget.Task3.knowledge"]}
     scores["cells"]["forget.Task3.knowledge"] = None
-    assert "no rows for forget.Task3.knowledge" in lines(scores)
+    assert "no rows for questions about Task3 in the forget set" in lines(scores)
+
+
+def test_the_strongest_attack_is_named_with_its_interval():
+    rng = np.random.default_rng(0)
+    sides = {
+        side: [
+            dict.fromkeys(("loss", "min_k", "min_k_plus_plus"), float(x)) | {"zlib": float(x) + shift} for x in values
+        ]
+        for side, values, shift in (("member", rng.normal(size=40), -3), ("nonmember", rng.normal(size=40), 0))
+    }
+    documents = [{"side": side, "task": "anchor", **line} for side, lines in sides.items() for line in lines]
+    text = lines(scores_of(unlearned, membership=summary(documents)))
+    assert "still recognizes the forgotten documents (zlib: AUC " in text
+
+
+def test_nothing_left_is_not_a_percentage():
+    scores = {"cells": dict.fromkeys((cell for cell in CELLS if cell.startswith("forget")), 0.0)}
+    assert verdict(scores) == ["Asked directly, it reproduces nothing of the forget set."]
+    scores["cells"]["forget.Task1.knowledge"] = 0.012
+    assert verdict(scores) == [
+        "Asked directly, it reproduces less than 1 % of the forget set; the highest score is 0.01, for questions about "
+        "Task1."
+    ]
+
+
+def test_scores_without_any_number_have_no_sentences():
+    assert verdict({}) == [] and verdict({"cells": None, "attacks": [], "mmlu": 3, "membership": "x"}) == []
