@@ -3,21 +3,22 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
-from neko_lean.cli.common import Json, Model, Revision, command, emit, pinned
-from neko_lean.distributed import is_main_process
-from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
-from neko_lean.terminal import print_table
+from neko_lean.cli.common import Json, Model, Revision, command, emit, pinned, planned_output
+from neko_lean.options import DATA, OUTPUT, OutputOptions, ScoreInputs, ScoreSettings
 
 
 @command
 def score(
     model: Model,
-    data: Annotated[Path, typer.Option(help="Folder that holds forget.* and retain.*.")],
-    out: Annotated[Path, typer.Option(help="Folder to write: scores.json, generations.jsonl, documents.jsonl.")],
+    data: Annotated[Path, typer.Option(help="Folder that holds forget.* and retain.*.", rich_help_panel=DATA)],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder to write: scores.json, generations.jsonl, documents.jsonl.", rich_help_panel=OUTPUT),
+    ],
     inputs: ScoreInputs,
     settings: ScoreSettings,
     run: OutputOptions,
@@ -34,13 +35,32 @@ def score(
 
     Forgotten, or only hidden? neko-lean score unlearned/ --data data/ --attack relearn --attack quantize --out scores/
     """
+    from neko_lean.distributed import is_main_process
     from neko_lean.scoring.run import score as write_score
     from neko_lean.scoring.table import score_table
+    from neko_lean.terminal import print_lines, print_table
 
     result = write_score(pinned(model, revision), data, out, inputs=inputs, settings=settings, run=run)
     if not is_main_process():
         return
     if json:
         emit({"out": str(out), **result})
-    elif not run.quiet:
+    elif run.quiet:
+        return
+    elif "dry_run" in result:
+        print_lines(*_planned(result))
+    else:
         print_table(score_table({"score": result}))
+
+
+def _planned(result: dict[str, Any]) -> list[str]:
+    """What a dry run says."""
+    documents = sum(result["documents"].values())
+    extras = [*(f"--attack {name}" for name in result["attacks"]), *(f"--lm-eval {task}" for task in result["lm_eval"])]
+    return [
+        *planned_output(result),
+        f"  rows: {result['rows']['forget']} forget, {result['rows']['retain']} retain; {documents} documents, "
+        f"{result['mmlu_subjects']} MMLU subjects",
+        *([f"  also: {', '.join(extras)}"] if extras else []),
+        f"  at most {result['max_new_tokens']} new tokens per generation, in {result['dtype']} on {result['device']}",
+    ]

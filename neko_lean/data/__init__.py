@@ -8,6 +8,7 @@ from neko_lean.data.documents import ANCHOR_TASK, Document, read_anchor, read_do
 from neko_lean.data.example_types import TASKS, EncodedExample, Example, Message
 from neko_lean.data.examples import Rows, count_lost_answers, describe_rows, read_rows, require_folder
 from neko_lean.data.files import Record, is_file, read_text
+from neko_lean.data.hub import require_hub_package
 from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.parquet_files import read_parquet
 from neko_lean.data.prompts import PromptFormat, check_format_name, find_format, is_recorded_format
@@ -56,6 +57,7 @@ __all__ = [
     "read_text",
     "refusals",
     "require_folder",
+    "require_hub_package",
     "special_tokens",
     "truncation_summary",
     "with_prompt",

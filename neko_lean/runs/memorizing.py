@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from neko_lean.checkpoints import rows_digest
+from neko_lean.checkpoints import check_run_folder, rows_digest
 from neko_lean.data import (
     describe_rows,
     encode,
@@ -26,7 +26,6 @@ from neko_lean.models import (
     load_model,
     load_tokenizer,
     model_config,
-    model_folder,
     model_name,
     new_model,
     pick_device,
@@ -37,10 +36,12 @@ from neko_lean.models import (
     weights_fingerprint,
 )
 from neko_lean.options import RunOptions
-from neko_lean.outputs import claim_folder
 from neko_lean.recipe import forgets, load_recipe
+from neko_lean.runs.dry_run import plan_training
 from neko_lean.runs.training_run import (
     TrainingJob,
+    check_extras,
+    claim_before_download,
     finished_before,
     identity_of,
     raise_failure,
@@ -78,7 +79,7 @@ def memorize(
         run: columns of the data, device, seed, saving, and how to treat an existing output.
 
     Returns:
-        The contents of run.json.
+        The contents of run.json; of a dry run, what `plan_training` returns.
 
     Raises:
         NekoLeanError, Interrupted: as for `unlearn`.
@@ -92,9 +93,9 @@ def memorize(
             f"forget_objective nor a substitute; use recipe memorize."
         )
     require_folder(data, "--data", sets, split)
-    folder, device = model_folder(model), pick_device(run.device)
-    inputs = [folder, data, recipe_file(recipe)]
-    output = claim_folder(out, "saved", inputs, overwrite=run.overwrite, resume=run.resume)
+    check_extras(chosen)
+    device = pick_device(run.device)
+    output, folder = claim_before_download(out, model, [data, recipe_file(recipe)], run)
 
     # Examples.
     tokenizer = load_tokenizer(folder)
@@ -127,6 +128,10 @@ def memorize(
     identity = identity_of("memorize", chosen, run.seed, device, parts)
     if (result := finished_before(output, identity, run)) is not None:
         return result
+
+    if run.dry_run:
+        check_run_folder(output, identity, resume=run.resume)
+        return plan_training(folder, output, TrainingExamples(retain=examples), chosen, device, run.seed)
 
     with work_folder(output, identity, run) as (work, signals):
         job = TrainingJob(make_student, tokenizer, TrainingExamples(retain=examples), None, chosen, device, run)

@@ -19,9 +19,11 @@ from neko_lean.data import (
     read_documents,
     read_rows,
     require_folder,
+    require_hub_package,
     with_prompt,
 )
 from neko_lean.errors import NekoLeanError
+from neko_lean.extras import require_extra
 from neko_lean.models import check_seed, quantization_method
 from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import Output, claim_file, claim_folder
@@ -88,7 +90,10 @@ def check_settings(inputs: ScoreInputs, settings: ScoreSettings) -> None:
             raise NekoLeanError(f"--{name} must be at least 1, got {value}.")
     if settings.shots is not None and inputs.mmlu is None:
         raise NekoLeanError("--shots has no effect without --mmlu: give both or neither.")
+    if settings.lm_eval:
+        require_extra("lm_eval", "lm-eval", "--lm-eval")
     check_attacks(settings)
+    require_hub_package(inputs.mia)
     if settings.seed is not None:
         check_seed(settings.seed)
 
@@ -186,10 +191,10 @@ def _check_paraphrases(data: ScoreData, inputs: ScoreInputs, settings: ScoreSett
 
 
 def claim_outputs(
-    folder: Path, data: str | Path, out: str | Path, inputs: ScoreInputs, run: OutputOptions
+    model: str | Path, data: str | Path, out: str | Path, inputs: ScoreInputs, run: OutputOptions
 ) -> tuple[Output, Output | None]:
     """Check that the outputs may be written; returns that of the score, and that of --official if it was given."""
-    sources = [folder, data, inputs.mia, inputs.held, inputs.reference, inputs.paraphrases, inputs.mmlu]
+    sources = [model, data, inputs.mia, inputs.held, inputs.reference, inputs.paraphrases, inputs.mmlu]
     sources += [inputs.before, inputs.gold]
     output = claim_folder(out, "partial", sources, overwrite=run.overwrite, resume=run.resume)
     if inputs.official is None:
