@@ -150,7 +150,8 @@ def cache_teacher(
     identity, vocab_size = identify(folder, tokenizer), teacher.head.shape[0]
     cache = replace(cache, format=prompts.name)
     plan = validate_plan(_plan_manifest(model_name(model), identity, vocab_size, cache, examples, jobs))
-    log_line(truncation_summary(examples.all, limit), run.quiet)
+    if summary := truncation_summary(examples.all, limit):
+        log_line(summary, run.quiet)
     if warning := position_warning(examples.all, limit, cache.max_length):
         log_line(warning)
 
@@ -178,7 +179,8 @@ def _dry_run(
     plan = _plan_manifest(name, identify(folder, tokenizer), vocab_size, named, examples, jobs)
     if run.resume and not cache.self_generated:
         refuse_other_plan(output, plan)
-    log_line(truncation_summary(examples.all, limit), run.quiet)
+    if summary := truncation_summary(examples.all, limit):
+        log_line(summary, run.quiet)
     if warning := position_warning(examples.all, limit, cache.max_length):
         log_line(warning)
     return plan

@@ -113,8 +113,8 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
                 raise NekoLeanError("--quiet and --verbose contradict each other; leave one of them out.")
             with _libraries_silenced(not verbose, hub_bars=not kwargs.get("quiet")):
                 result = function(**collect_flags(function, kwargs))
-            if verbose:
-                _print_time(time.monotonic() - start)
+                if verbose:
+                    _print_time(time.monotonic() - start)
             return result
         except NekoLeanError as error:
             _print_error(str(error))

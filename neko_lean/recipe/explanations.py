@@ -47,7 +47,7 @@ EXPLANATIONS = {
     "eval_every": "Steps between evaluations on a fixed sample; 0 makes none.",
     "eval_rows": "Most examples of each set in that sample.",
     "patience": "Evaluations without improvement before the run stops early; 0 never stops early.",
-    "choose": "Which weights are written: the 'last' step's, or those of the best evaluation by 'loss' or 'quality'.",
+    "choose": "Weights to write: the 'last' step's, or those of the best evaluation by 'loss' or 'quality'.",
     # Memory and speed
     "dtype": "Dtype of the weights: 'bfloat16' (with stochastic rounding) or 'float32'.",
     "backward": "'layerwise' needs least memory, 'checkpointed' works for any model, 'plain' keeps all activations.",

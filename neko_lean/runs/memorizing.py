@@ -106,7 +106,8 @@ def memorize(
     examples = encode(all_rows, tokenizer, prompts, max_length, append_eos=chosen.append_eos, windows=True)
     for name in sets:
         log_line(describe_rows(rows[name], name), run.quiet)
-    log_line(truncation_summary(examples, max_length), run.quiet)
+    if summary := truncation_summary(examples, max_length):
+        log_line(summary, run.quiet)
     if warning := position_warning(examples, max_length, chosen.max_length):
         log_line(warning)
 
