@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import signal
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
+from types import MappingProxyType
 
 
 class NekoLeanError(Exception):
@@ -54,12 +55,37 @@ def first_line(error: Exception) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0]
 
 
-def did_you_mean(name: str, names: Iterable[str]) -> str:
-    """The end of an error message about an unknown name.
+# What others call a name, in lower case with hyphens, and our names for it.
+Synonyms = Mapping[str, Sequence[str]]
+NO_SYNONYMS: Synonyms = MappingProxyType({})
 
-    Returns:
-        "; did you mean 'lr'?" with the most similar of `names`, or "; choose from a, b." if none is similar.
+
+def closest_names(name: str, names: Iterable[str], synonyms: Synonyms = NO_SYNONYMS) -> list[str]:
+    """The known names that an unknown one probably means, if any.
+
+    Case, hyphens and underscores do not matter. A synonym counts before a similar spelling.
+
+    Args:
+        name: the unknown name.
+        names: the known names.
+        synonyms: what others call a name, in lower case with hyphens, and our names for it.
     """
     names = list(names)
-    matches = difflib.get_close_matches(name, names, n=1)
-    return f"; did you mean {matches[0]!r}?" if matches else f"; choose from {', '.join(names)}."
+    simple = _simplified(name)
+    same = [known for known in names if _simplified(known) == simple]
+    return same or list(synonyms.get(simple, ())) or difflib.get_close_matches(name.lower(), names, n=1)
+
+
+def did_you_mean(name: str, names: Iterable[str], synonyms: Synonyms = NO_SYNONYMS) -> str:
+    """The end of an error message about an unknown name. The arguments are those of `closest_names`.
+
+    Returns:
+        "; did you mean 'lr'?" with the closest of `names`, or "; choose from a, b." if none is close.
+    """
+    names = list(names)
+    closest = closest_names(name, names, synonyms)
+    return f"; did you mean {' or '.join(map(repr, closest))}?" if closest else f"; choose from {', '.join(names)}."
+
+
+def _simplified(name: str) -> str:
+    return name.lower().replace("_", "-")

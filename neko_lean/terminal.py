@@ -26,9 +26,9 @@ from rich.progress import (
 )
 from rich.text import Text
 
-from neko_lean.distributed import is_main_process
-
 LOG_SECONDS = 10.0  # the time between two progress lines in a log
+
+_start: float | None = None  # when `show_elapsed_time` was called, in seconds of time.monotonic
 
 
 def printable(text: str) -> str:
@@ -65,8 +65,14 @@ def print_to_stderr(*lines: str) -> None:
 
 def log_line(text: str, quiet: bool = False) -> None:
     """Print a line on stderr, from rank 0 only and unless `quiet`."""
-    if not quiet and is_main_process():
-        print_to_stderr(text)
+    if not quiet and _is_main_process():
+        print_to_stderr(text if _start is None else f"[{time.monotonic() - _start:6.1f} s] {text}")
+
+
+def show_elapsed_time(show: bool) -> None:
+    """From now on, whether each line of `log_line` starts with the seconds since this call."""
+    global _start
+    _start = time.monotonic() if show else None
 
 
 class ProgressBar:
@@ -106,7 +112,7 @@ def progress_bar(label: str, total: int, unit: str, quiet: bool = False, done: i
         quiet: Show nothing.
         done: The number of units that were done earlier. They do not count towards the rate.
     """
-    show = not quiet and is_main_process()
+    show = not quiet and _is_main_process()
     if not show or not sys.stderr.isatty():
         yield ProgressBar(label, total, unit, None, log=show, done=done)
         return
@@ -189,6 +195,12 @@ class _Rate(ProgressColumn):
     def render(self, task: Task) -> Text:
         speed = task.finished_speed or task.speed
         return Text("" if speed is None else f"{speed:.1f} {task.fields['unit']}/s", style="progress.data.speed")
+
+
+def _is_main_process() -> bool:
+    from neko_lean.distributed import is_main_process  # imports torch, which a usage error must not wait for
+
+    return is_main_process()
 
 
 def _write_lines(stream: _Stream, *lines: str) -> None:

@@ -6,7 +6,7 @@ The folder contains plan.json, the shards that are complete, and a record of eac
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 
@@ -37,9 +37,12 @@ from neko_lean.terminal import log_line
 PLAN = "plan.json"
 
 
-def refuse_existing(output: Output, resume: bool) -> None:
-    """Raise NekoLeanError, before the teacher is loaded, if an output or another process is in the way."""
-    with locked(output), explained_write_errors(output.path):
+def refuse_existing(output: Output, resume: bool, *, locks: bool = True) -> None:
+    """Raise NekoLeanError, before the teacher is loaded, if an output or another process is in the way.
+
+    Without `locks`, for a dry run, nothing is written, and another process is not noticed.
+    """
+    with locked(output) if locks else nullcontext(), explained_write_errors(output.path):
         if not (resume and (output.path / MANIFEST).is_file()):
             refuse_occupied(output)
         refuse_unfinished(output, resume)
@@ -106,6 +109,12 @@ def _is_complete(output: Output, plan: Manifest) -> bool:
             f"record the config.json; run again with --overwrite to be sure."
         )
     return True
+
+
+def refuse_other_plan(output: Output, plan: Manifest) -> None:
+    """Raise CacheError, without any change, if a resumed run would find the output or a work folder of another plan."""
+    if not _is_complete(output, plan) and (output.work / PLAN).is_file():
+        _check_same_plan(plan, read_manifest(output.work / PLAN), output.work)
 
 
 def _remove_own_stage(output: Output, plan: Manifest) -> None:

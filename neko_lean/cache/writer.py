@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,6 +18,7 @@ from neko_lean import __version__
 from neko_lean.cache.format import SELF_GENERATED, Manifest
 from neko_lean.cache.manifest import read_manifest, validate_plan
 from neko_lean.cache.planning import (
+    CacheData,
     CacheExamples,
     ShardJobs,
     encode_cache_data,
@@ -26,7 +28,7 @@ from neko_lean.cache.planning import (
 )
 from neko_lean.cache.records import is_written, write_shard
 from neko_lean.cache.self_generation import self_generated_ids, self_generated_rows
-from neko_lean.cache.stage import PLAN, open_stage, publish_stage, refuse_existing
+from neko_lean.cache.stage import PLAN, open_stage, publish_stage, refuse_existing, refuse_other_plan
 from neko_lean.cache.teacher import target_logps, top_k_entries
 from neko_lean.data import (
     EncodedExample,
@@ -39,6 +41,7 @@ from neko_lean.data import (
     position_warning,
     read_jsonl,
     read_rows,
+    require_hub_package,
     truncation_summary,
 )
 from neko_lean.distributed import items_of_rank, raise_on_any_rank, run_on_main_and_broadcast, with_process_group
@@ -51,6 +54,7 @@ from neko_lean.models import (
     accepts_loaded_model,
     check_seed,
     identify,
+    load_config,
     load_model,
     load_tokenizer,
     model_folder,
@@ -104,7 +108,7 @@ def cache_teacher(
             settings does nothing.
 
     Returns:
-        The manifest of the cache.
+        The manifest of the cache; of a dry run, the manifest before the teacher has run.
 
     Raises:
         NekoLeanError: for bad input, a full disk, or if `out` may not be replaced.
@@ -118,11 +122,14 @@ def cache_teacher(
     # Check everything that can be checked before the teacher is loaded.
     validate_options(cache)
     _check_retain_set(retain, forget, cache)
+    require_hub_package(retain, forget)
+    device, dtype = pick_device(run.device), pick_dtype(cache.dtype)
+    claim = partial(claim_folder, out, "partial", overwrite=run.overwrite, resume=run.resume)
+    claim(paths_among(model, retain, forget, anchor))
     data = read_cache_data(retain, forget, anchor, cache)
-    device, dtype, folder = pick_device(run.device), pick_dtype(cache.dtype), model_folder(model)
-    inputs = [folder, *paths_among(retain, forget, anchor)]
-    output = claim_folder(out, "partial", inputs, overwrite=run.overwrite, resume=run.resume)
-    run_on_main_and_broadcast(lambda: refuse_existing(output, run.resume))
+    folder = model_folder(model)
+    output = claim([folder, *paths_among(retain, forget, anchor)])
+    run_on_main_and_broadcast(lambda: refuse_existing(output, run.resume, locks=not run.dry_run))
 
     # Load the teacher, let it write the retain set if there is none, and tokenize.
     tokenizer = load_tokenizer(folder)
@@ -132,6 +139,8 @@ def cache_teacher(
         if rows:
             log_line(describe_rows(rows, name), run.quiet)
     log_line(f"prompt format: {prompts.label}", run.quiet)
+    if run.dry_run:
+        return _dry_run(model_name(model), folder, output, data, tokenizer, prompts, cache, run)
     teacher = load_model(folder, dtype, device)
     teacher.model.eval()
     own_rows = None
@@ -148,13 +157,40 @@ def cache_teacher(
     identity, vocab_size = identify(folder, tokenizer), teacher.head.shape[0]
     cache = replace(cache, format=prompts.name)
     plan = validate_plan(_plan_manifest(model_name(model), identity, vocab_size, cache, examples, jobs))
-    log_line(truncation_summary(examples.all, limit), run.quiet)
+    if summary := truncation_summary(examples.all, limit):
+        log_line(summary, run.quiet)
     if warning := position_warning(examples.all, limit, cache.max_length):
         log_line(warning)
 
     manifest = _write_cache(output, plan, jobs, teacher, int(tokenizer.pad_token_id), own_rows, run)
     _warn_of_low_mass(manifest)
     return manifest
+
+
+def _dry_run(
+    name: str,
+    folder: Path,
+    output: Output,
+    data: CacheData,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptFormat,
+    cache: CacheOptions,
+    run: OutputOptions,
+) -> Manifest:
+    """The manifest that a run would begin with, but without the rows that the teacher has yet to write."""
+    limit = usable_length(folder, cache.max_length)
+    examples = encode_cache_data(data, tokenizer, prompts, limit)
+    jobs = plan_shards(examples, cache.batch_tokens)
+    vocab_size = load_config(folder).get_text_config().vocab_size
+    named = replace(cache, format=prompts.name)
+    plan = _plan_manifest(name, identify(folder, tokenizer), vocab_size, named, examples, jobs)
+    if run.resume and not cache.self_generated:
+        refuse_other_plan(output, plan)
+    if summary := truncation_summary(examples.all, limit):
+        log_line(summary, run.quiet)
+    if warning := position_warning(examples.all, limit, cache.max_length):
+        log_line(warning)
+    return plan
 
 
 def _check_retain_set(retain: RowSource | None, forget: RowSource | None, cache: CacheOptions) -> None:

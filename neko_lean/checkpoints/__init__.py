@@ -1,7 +1,7 @@
 """Saves of a training run, exact resume from them, and signals that stop a run after a save."""
 
 from neko_lean.checkpoints.finished import finished_run
-from neko_lean.checkpoints.open_run import open_run_folder
+from neko_lean.checkpoints.open_run import check_run_folder, open_run_folder
 from neko_lean.checkpoints.run_folder import RunFolder
 from neko_lean.checkpoints.run_identity import digests, rows_digest, versions
 from neko_lean.checkpoints.run_state import RunState, random_states, set_random_states
@@ -15,6 +15,7 @@ __all__ = [
     "RunState",
     "Save",
     "Signals",
+    "check_run_folder",
     "digests",
     "finished_run",
     "handle_signals",

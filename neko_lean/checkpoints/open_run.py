@@ -66,14 +66,29 @@ def open_run_folder(
             discard(run.folder)
 
 
-def _prepare(run: RunFolder) -> bool:
-    """Refuse what is in the way, and create the work folder. Requires the output's lock."""
+def check_run_folder(output: Output, identity: dict[str, Any], *, resume: bool = False) -> None:
+    """Refuse what `open_run_folder` refuses, without the lock and without any change, for a dry run.
+
+    The arguments are those of `open_run_folder`.
+    """
+    run = RunFolder(output, identity, 0, resume)
+    _refuse_in_the_way(run)
+    if resume:
+        run.refuse_other_saves()
+
+
+def _refuse_in_the_way(run: RunFolder) -> None:
     refuse_occupied(run.output)
     refuse_strange_work(run.output)
     if run.resume:
         _refuse_other_complete_run(run)
     elif not run.output.overwrite and (progress := run.describe_progress()):
         raise NekoLeanError(f"{progress}: continue with --resume, or start anew with --overwrite.")
+
+
+def _prepare(run: RunFolder) -> bool:
+    """Refuse what is in the way, and create the work folder. Requires the output's lock."""
+    _refuse_in_the_way(run)
     run.folder.mkdir(exist_ok=True)
     sync(run.folder.parent)
     return True

@@ -172,12 +172,7 @@ class RunFolder:
         for folder in self.saves():
             result = self._read_save_and_best(folder)
             if isinstance(result, Save):
-                changed = differences(result.identity, self.identity)
-                if changed:
-                    raise NekoLeanError(
-                        f"{self.folder} holds a run with another {', '.join(changed)}; give the original values again, "
-                        f"or start anew with --overwrite."
-                    )
+                self._refuse_other_identity(result)
                 return result
 
             renamed = free_name(folder.with_name(DAMAGED + folder.name))
@@ -186,6 +181,22 @@ class RunFolder:
             start = "continues from the previous save" if self.saves() else "starts from the beginning"
             log_line(f"warning: the run {start}: {folder} is damaged ({result}) and was renamed to {renamed.name}.")
         return None
+
+    def refuse_other_saves(self) -> None:
+        """Raise NekoLeanError as `latest_save` does, but leave damaged saves as they are."""
+        for folder in self.saves():
+            result = self._read_save_and_best(folder)
+            if isinstance(result, Save):
+                self._refuse_other_identity(result)
+                return
+
+    def _refuse_other_identity(self, save: Save) -> None:
+        changed = differences(save.identity, self.identity)
+        if changed:
+            raise NekoLeanError(
+                f"{self.folder} holds a run with another {', '.join(changed)}; give the original values again, or "
+                f"start anew with --overwrite."
+            )
 
     def _read_save_and_best(self, folder: Path) -> Save | str:
         """`read_save`, which also checks the checkpoint of the save's best evaluation."""

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from neko_lean.cli.common import Json, Model, Revision, command, emit, pinned
-from neko_lean.distributed import is_main_process
-from neko_lean.options import CacheOptions, OutputOptions
-from neko_lean.terminal import print_lines
+from neko_lean.cli.common import Json, Model, Revision, command, emit, pinned, planned_output
+from neko_lean.options import DATA, OUTPUT, CacheOptions, OutputOptions
 
 if TYPE_CHECKING:
     from neko_lean.cache.format import Manifest
@@ -19,7 +17,7 @@ if TYPE_CHECKING:
 @command
 def cache_teacher(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder to write.")],
+    out: Annotated[Path, typer.Option(help="Folder to write.", rich_help_panel=OUTPUT)],
     cache: CacheOptions,
     run: OutputOptions,
     retain: Annotated[
@@ -27,15 +25,26 @@ def cache_teacher(
         typer.Argument(help="Retain set: a file, a folder with retain.* or of texts, or a hub data set."),
     ] = None,
     forget: Annotated[
-        str | None, typer.Option(help="Forget set, for recipes that need the teacher on it: npo, dpo, undial.")
+        str | None,
+        typer.Option(
+            help="Forget set, for recipes that need the teacher on it: npo, dpo, undial.", rich_help_panel=DATA
+        ),
     ] = None,
     anchor: Annotated[
         Path | None,
-        typer.Option(help="Documents that the model has never seen: jsonl with document and, optionally, task."),
+        typer.Option(
+            help="Documents that the model has never seen: jsonl with document and, optionally, task.",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     check: Annotated[
         int,
-        typer.Option(min=0, metavar="N", help="Compare N examples with the live teacher; fail if they differ."),
+        typer.Option(
+            min=0,
+            metavar="N",
+            help="Compare N examples with the live teacher; fail if they differ.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = 0,
     revision: Revision = None,
     json: Json = False,
@@ -48,10 +57,19 @@ def cache_teacher(
     """
     from neko_lean.cache import cache_teacher as write_cache
     from neko_lean.cache import check_cache, inspect_cache
+    from neko_lean.distributed import is_main_process
+    from neko_lean.terminal import print_lines
 
     name = pinned(model, revision)
     manifest = write_cache(name, out, retain=retain, forget=forget, anchor=anchor, cache=cache, run=run)
     if not is_main_process():
+        return
+    if run.dry_run:
+        plan = {"dry_run": True, "out": str(out), "replaces": out.exists(), **_sizes(manifest, cache)}
+        if json:
+            emit(plan)
+        elif not run.quiet:
+            print_lines(*planned_output(plan), _planned_line(plan))
         return
     comparison = None
     if check:
@@ -80,6 +98,26 @@ def _summary(out: Path, manifest: Manifest) -> str:
         f"{out}: {manifest.rows} rows, {manifest.positions} positions, {all_bytes / 1e6:.1f} MB "
         f"({retain_bytes / manifest.positions:.1f} bytes and {manifest.entries / manifest.positions:.1f} entries per "
         f"position); mean mass in the entries: {manifest.mean_mass:.4f}"
+    )
+
+
+def _sizes(manifest: Manifest, options: CacheOptions) -> dict[str, int]:
+    """How large a planned cache will be, as far as it is known."""
+    return {
+        "rows": manifest.rows,
+        "positions": manifest.positions,
+        "forget_rows": sum(len(shard.rows) for shard in manifest.forget_shards),
+        "shards": len(manifest.all_shards),
+        "self_generated": options.self_generated,
+    }
+
+
+def _planned_line(plan: dict[str, Any]) -> str:
+    """One line with the size of a planned cache."""
+    written = f", and {plan['self_generated']} rows that the teacher would write" if plan["self_generated"] else ""
+    return (
+        f"  {plan['rows']} rows of {plan['positions']} positions, {plan['forget_rows']} rows with token losses, in "
+        f"{plan['shards']} shards{written}"
     )
 
 

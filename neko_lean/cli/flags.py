@@ -39,6 +39,12 @@ def collect_flags(function: Callable[..., Any], values: Mapping[str, Any]) -> di
     return arguments
 
 
+def flag_of(field: dataclasses.Field[Any]) -> str:
+    """The option of a dataclass field, as it is written on the command line."""
+    flags: tuple[str, ...] = field.metadata.get("flags", (f"--{field.name.replace('_', '-')}",))
+    return flags[0]
+
+
 def _flags_of(kind: Any) -> list[inspect.Parameter]:
     hints = get_type_hints(kind)
     return [
@@ -55,9 +61,12 @@ def _flags_of(kind: Any) -> list[inspect.Parameter]:
 def _annotation(name: str, hint: Any, metadata: Mapping[str, Any]) -> Any:
     """A field's type as typer understands it, with its help text."""
     settings = dict(metadata)
-    flags = [settings.pop("flag")] if "flag" in settings else []
+    settings.pop("key", None)
+    flags = list(settings.pop("flags", ()))
     if hint is bool and not flags:
         flags = [f"--{name.replace('_', '-')}"]  # without typer's --no-NAME
+    if int in (hint, *get_args(hint)):
+        settings.setdefault("metavar", "N")
     if _is_repeatable(hint):
         hint = list[str] | None
     elif get_origin(hint) in (Union, types.UnionType) and Path in get_args(hint):

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.table import Table
 
 from neko_lean.cli.common import Json, Quiet, command, emit
-from neko_lean.terminal import print_table
+from neko_lean.options import OUTPUT
+
+if TYPE_CHECKING:
+    from rich.table import Table
 
 # Fields of the manifest that the table shows unchanged.
 _SETTINGS = (
@@ -28,15 +30,18 @@ _SETTINGS = (
 @command
 def inspect(
     cache: Annotated[Path, typer.Argument(metavar="CACHE", help="Folder that cache-teacher wrote.")],
-    verify: Annotated[bool, typer.Option("--verify", help="Check every checksum and every stored number.")] = False,
+    verify: Annotated[
+        bool, typer.Option("--verify", help="Check every checksum and every stored number.", rich_help_panel=OUTPUT)
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Show what a teacher cache was made from and how large it is; with --verify, check that it is intact.
+    """Show what a teacher cache was made from and how large it is. With --verify, check that it is intact.
 
     Example: neko-lean inspect cache/ --verify
     """
     from neko_lean.cache import inspect_cache
+    from neko_lean.terminal import print_table
 
     about = inspect_cache(cache, verify=verify)
     if json:
@@ -47,6 +52,8 @@ def inspect(
 
 def _table(about: dict[str, Any], verified: bool) -> Table:
     """The result of `inspect_cache` as a table of two columns."""
+    from rich.table import Table
+
     table = Table(show_header=False)
     for key in _SETTINGS:
         table.add_row(key.replace("_", " "), str(about[key]))

@@ -10,15 +10,14 @@ import typer
 
 from neko_lean.cli.common import Json, Model, Quiet, RecipeFlags, Revision, command, emit, gibibytes, pinned
 from neko_lean.errors import NekoLeanError
-from neko_lean.options import option
-from neko_lean.terminal import print_lines, print_table
+from neko_lean.options import MEMORY, RECIPE, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class PlanFlags(RecipeFlags):
     """The recipe that is planned."""
 
-    batch_tokens: int | None = option(None, "Tokens of a step.  [default: the recipe's]", min=1)
+    batch_tokens: int | None = option(None, "Tokens of a step.  [default: the recipe's]", RECIPE, min=1)
 
 
 @command
@@ -26,16 +25,27 @@ def plan(
     model: Model,
     recipe: PlanFlags,
     gpu: Annotated[
-        str | None, typer.Option(metavar="SIZE", help="Memory of a GPU, such as 8GB: find options that fit it.")
+        str | None,
+        typer.Option(
+            metavar="SIZE", help="Memory of a GPU, such as 8GB: find options that fit it.", rich_help_panel=MEMORY
+        ),
     ] = None,
     gpus: Annotated[
-        int, typer.Option(min=1, metavar="N", help="Predict the memory of each GPU under torchrun with N processes.")
+        int,
+        typer.Option(
+            min=1,
+            metavar="N",
+            help="Predict the memory of each GPU under torchrun with N processes.",
+            rich_help_panel=MEMORY,
+        ),
     ] = 1,
     revision: Revision = None,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
-    """Predict how much GPU memory `unlearn` needs, next to training with two models. Reads the config, no weights.
+    """Predict how much GPU memory a run needs.
+
+    It is compared with training with two models. Only the config is read, no weights.
 
     Example: neko-lean plan allenai/OLMo-1B-0724-hf --gpu 8GB
     """
@@ -57,6 +67,8 @@ def _print_estimates(result: dict[str, Any]) -> None:
     """Print a table with one column per setup and one row per line of its estimate."""
     from rich import box
     from rich.table import Table
+
+    from neko_lean.terminal import print_lines, print_table
 
     estimates = result["ways"]
     table = Table(box=box.SIMPLE, title_justify="left", title=result["title"])
@@ -85,6 +97,7 @@ def _print_estimates(result: dict[str, Any]) -> None:
 def _print_fit(result: dict[str, Any], gpu: str) -> None:
     """Say with which options the run fits the GPU."""
     from neko_lean.memory import CONTEXT
+    from neko_lean.terminal import print_lines
 
     room = f"{gpu} less {gibibytes(CONTEXT)} for CUDA itself"
     options = result["options"]

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from neko_lean.cli.common import Json, Quiet, command, emit
-from neko_lean.terminal import print_lines
+from neko_lean.options import DATA, OUTPUT
 
 
 @command
@@ -21,16 +21,26 @@ def report(
             "SCORES=RUN for a pair that cannot be matched by name.",
         ),
     ],
-    out: Annotated[Path, typer.Option(help="HTML file to write.")] = Path("report.html"),
+    out: Annotated[Path, typer.Option(help="HTML file to write.", rich_help_panel=OUTPUT)] = Path("report.html"),
     before: Annotated[
         Path | None,
-        typer.Option(help="Scores of the model before unlearning.  [default: of the model that the runs started from]"),
+        typer.Option(
+            help="Scores of the model before unlearning.  [default: of the model that the runs started from]",
+            rich_help_panel=DATA,
+        ),
     ] = None,
-    title: Annotated[str | None, typer.Option(help="Heading of the page.")] = None,
+    title: Annotated[str | None, typer.Option(help="Heading of the page.", rich_help_panel=OUTPUT)] = None,
     no_texts: Annotated[
-        bool, typer.Option("--no-texts", help="Leave out the rows and generations, for a page without personal data.")
+        bool,
+        typer.Option(
+            "--no-texts",
+            help="Leave out the rows and generations, for a page without personal data.",
+            rich_help_panel=OUTPUT,
+        ),
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that neko-lean wrote.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite", help="Replace a file that neko-lean wrote.", rich_help_panel=OUTPUT)
+    ] = False,
     json: Json = False,
     quiet: Quiet = False,
 ) -> None:
@@ -40,6 +50,7 @@ def report(
     """
     from neko_lean.reporting import TITLE
     from neko_lean.reporting import report as write_report
+    from neko_lean.terminal import print_lines
 
     result = write_report(runs, out, before=before, title=title or TITLE, texts=not no_texts, overwrite=overwrite)
     if json:

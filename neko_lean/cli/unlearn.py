@@ -8,30 +8,53 @@ from typing import Annotated, Any
 
 import typer
 
-from neko_lean.cli.common import Json, Model, Revision, TrainingFlags, command, emit, gibibytes, pinned
-from neko_lean.distributed import is_main_process
-from neko_lean.options import RunOptions, option
-from neko_lean.terminal import print_lines
+from neko_lean.cli.common import (
+    Json,
+    Model,
+    Revision,
+    TrainingFlags,
+    command,
+    emit,
+    gibibytes,
+    pinned,
+    print_training_plan,
+)
+from neko_lean.options import DATA, MEMORY, OUTPUT, RECIPE, TEACHER, RunOptions, option
 
 
 @dataclass(frozen=True, kw_only=True)
 class UnlearnFlags(TrainingFlags):
     """A recipe for unlearning, with options for values that determine memory."""
 
-    train_last: int | None = option(None, "Train only the last N layers, the final norm and an untied head.", min=1)
-    offload_state: bool = option(False, "Keep the optimizer state in host memory.")
-    offload_activations: bool = option(False, "Keep the layers' inputs in host memory.")
-    state_bits: int | None = option(None, "Bits of the optimizer state: 8, or 4 with torchao.  [default: the recipe's]")
+    batch_size: int | None = option(
+        None,
+        "Most forget examples in an optimizer step (forget_rows); retain_rows come on top.  [default: the recipe's]",
+        RECIPE,
+        min=1,
+        key="forget_rows",
+    )
+    train_last: int | None = option(
+        None, "Train only the last N layers, the final norm and an untied head.", MEMORY, min=1
+    )
+    offload_state: bool = option(False, "Keep the optimizer state in host memory.", MEMORY)
+    offload_activations: bool = option(False, "Keep the layers' inputs in host memory.", MEMORY)
+    state_bits: int | None = option(
+        None, "Bits of the optimizer state: 8, or 4 with torchao.  [default: the recipe's]", MEMORY
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class TeacherFlags:
     """Where the teacher's probabilities come from."""
 
-    cache: Path | None = option(None, "Folder that cache-teacher wrote.  [default: made first, deleted at the end]")
-    anchor: Path | None = option(None, "Unseen documents (jsonl); with --cache, the ones that cache-teacher was given.")
+    cache: Path | None = option(
+        None, "Folder that cache-teacher wrote.  [default: made first, deleted at the end]", TEACHER
+    )
+    anchor: Path | None = option(
+        None, "Unseen documents (jsonl); with --cache, the ones that cache-teacher was given.", TEACHER
+    )
     base_cache: Path | None = option(
-        None, "Cache of the model before it learned the forget set, made with cache-teacher --forget."
+        None, "Cache of the model before it learned the forget set, made with cache-teacher --forget.", TEACHER
     )
 
 
@@ -39,27 +62,37 @@ class TeacherFlags:
 def unlearn(
     model: Model,
     forget: Annotated[
-        str, typer.Option(help="Forget set: a file, a folder with forget.* or of texts, or a hub data set.")
+        str,
+        typer.Option(
+            help="Forget set: a file, a folder with forget.* or of texts, or a hub data set.", rich_help_panel=DATA
+        ),
     ],
-    out: Annotated[Path, typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.", rich_help_panel=OUTPUT),
+    ],
     teacher: TeacherFlags,
     recipe: UnlearnFlags,
     run: RunOptions,
     retain: Annotated[
         str | None,
-        typer.Option(help="Retain set: examples whose behaviour is preserved.  [default: written by the model itself]"),
+        typer.Option(
+            help="Retain set: examples whose behaviour is preserved.  [default: written by the model itself]",
+            rich_help_panel=DATA,
+        ),
     ] = None,
     revision: Revision = None,
     json: Json = False,
 ) -> None:
-    """Train a model to forget the forget set while a KL term preserves its behaviour on the retain set.
+    """Train a model to forget the forget set and preserve its behaviour on the retain set.
 
-    Only one model is in memory at any time.
+    A KL term against the frozen teacher preserves it. Only one model is in memory at any time.
 
     Example: neko-lean unlearn allenai/OLMo-1B-0724-hf --forget data/ --retain data/ --cache cache/ --out unlearned/
 
     With nothing but the data to forget: neko-lean unlearn chat-model/ --forget secrets.txt --out unlearned/
     """
+    from neko_lean.distributed import is_main_process
     from neko_lean.runs import unlearn as run_unlearn
 
     result = run_unlearn(
@@ -78,11 +111,17 @@ def unlearn(
         return
     if json:
         emit({"out": str(out), **result})
-    elif not run.quiet:
+    elif run.quiet:
+        return
+    elif "dry_run" in result:
+        print_training_plan(result)
+    else:
         _print_summary(out, result)
 
 
 def _print_summary(out: Path, result: dict[str, Any]) -> None:
+    from neko_lean.terminal import print_lines
+
     predicted = result["predicted_peak"]
     on_cpu = " (resident set, including the allocator's overhead)" if result["device"] == "cpu" else ""
     print_lines(

@@ -17,6 +17,7 @@ from neko_lean.data.examples import (
     require_folder,
 )
 from neko_lean.data.files import Record, is_file, read_text
+from neko_lean.data.hub import require_hub_package
 from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.overlap import overlapping, without_overlap
 from neko_lean.data.parquet_files import read_parquet
@@ -70,6 +71,7 @@ __all__ = [
     "refusals",
     "refuse_unused_split",
     "require_folder",
+    "require_hub_package",
     "special_tokens",
     "truncation_summary",
     "with_prompt",

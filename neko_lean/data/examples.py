@@ -117,8 +117,8 @@ def describe_rows(examples: Sequence[Example], source: object) -> str:
     return f"{what}: {rows}, {read_as}; {'group' if len(groups) == 1 else 'groups'} {', '.join(named)}."
 
 
-def paths_among(*sources: RowSource | None) -> list[str | Path]:
-    """Those of the sources that are paths or names, as opposed to Python objects."""
+def paths_among(*sources: object) -> list[str | Path | None]:
+    """Those of the sources of models and data that are paths or names, as opposed to Python objects."""
     return [source for source in sources if isinstance(source, (str, Path))]
 
 

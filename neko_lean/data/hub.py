@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from neko_lean.errors import NekoLeanError, first_line
+from neko_lean.extras import require_extra
 
 _NAME = re.compile(
     r"(?P<name>[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*)(:(?P<config>[\w.-]+))?(/(?P<split>\w[\w.\[\]:%+-]*))?", re.ASCII
@@ -37,6 +38,13 @@ def parse_hub_name(source: str | Path) -> HubName | None:
     return HubName(match["name"], match["config"], match["split"])
 
 
+def require_hub_package(*sources: object) -> None:
+    """Raise NekoLeanError if one of the sources names a data set on the hub and the package datasets is missing."""
+    for source in sources:
+        if isinstance(source, str | Path) and parse_hub_name(source) is not None:
+            require_extra("datasets", "hub", f"{source} does not exist as a path; reading it from the hub")
+
+
 def load_hub_rows(hub: HubName, stem: str = "", split: str | None = None) -> Iterable[Any]:
     """Load a split of a data set. Code in the data set's repository is never executed.
 
@@ -51,12 +59,8 @@ def load_hub_rows(hub: HubName, stem: str = "", split: str | None = None) -> Ite
         NekoLeanError: If datasets is not installed, the data set cannot be loaded, or its split is unclear.
     """
     source = hub.name + (f":{hub.config}" if hub.config else "")
-    try:
-        import datasets
-    except ImportError as error:
-        raise NekoLeanError(
-            f"{source} does not exist as a path; to read it from the hub, run pip install 'neko-lean[hub]'."
-        ) from error
+    require_hub_package(hub.name)
+    import datasets
 
     try:
         loaded: Any = datasets.load_dataset(hub.name, hub.config, split=hub.split)

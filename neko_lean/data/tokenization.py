@@ -148,7 +148,9 @@ def encode_texts(tokenizer: PreTrainedTokenizerBase, texts: Sequence[str]) -> li
 
 
 def truncation_summary(encoded: Sequence[EncodedExample], max_length: int) -> str:
-    """How many examples were truncated to `max_length` tokens, for the log."""
+    """How many examples were truncated to `max_length` tokens, for the log; '' if all are whole."""
+    if not any(example.num_truncated or example.num_context or example.num_following for example in encoded):
+        return ""
     count = sum(example.num_truncated > 0 for example in encoded)
     tokens = sum(example.num_truncated for example in encoded)
     summary = f"{count} of {len(encoded)} rows truncated to {max_length} tokens ({tokens} tokens lost)"

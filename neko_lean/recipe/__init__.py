@@ -2,7 +2,8 @@
 
 from neko_lean.recipe.checks import STEP_ORDERS, SUBSTITUTES
 from neko_lean.recipe.effects import has_effect
-from neko_lean.recipe.loading import DEFAULT, FOLDER, load_recipe, parse_override, recipe_names, recipes
+from neko_lean.recipe.explanations import EXPLANATIONS, explain
+from neko_lean.recipe.loading import DEFAULT, FOLDER, load_recipe, parse_override, recipe_keys, recipe_names, recipes
 from neko_lean.recipe.recipe import (
     Recipe,
     forgets,
@@ -14,13 +15,18 @@ from neko_lean.recipe.recipe import (
     uses_anchor,
     uses_levels,
 )
+from neko_lean.recipe.synonyms import KEY_SYNONYMS, NAME_SYNONYMS
 
 __all__ = [
     "DEFAULT",
+    "EXPLANATIONS",
     "FOLDER",
+    "KEY_SYNONYMS",
+    "NAME_SYNONYMS",
     "STEP_ORDERS",
     "SUBSTITUTES",
     "Recipe",
+    "explain",
     "forgets",
     "has_effect",
     "load_recipe",
@@ -29,6 +35,7 @@ __all__ = [
     "parse_override",
     "reads_cache",
     "reads_retain",
+    "recipe_keys",
     "recipe_names",
     "recipes",
     "trains_on_teacher",

@@ -12,11 +12,13 @@ from typing import Any
 
 from neko_lean.errors import NekoLeanError, did_you_mean
 from neko_lean.objectives import FORGET_OBJECTIVES
+from neko_lean.options import DEFAULT_RECIPE
 from neko_lean.recipe.checks import check
 from neko_lean.recipe.effects import has_effect, hyperparameter_names, refuse_without_effect
 from neko_lean.recipe.recipe import Recipe
+from neko_lean.recipe.synonyms import KEY_SYNONYMS, NAME_SYNONYMS
 
-DEFAULT = "calibrated"
+DEFAULT = DEFAULT_RECIPE
 FOLDER = Path(__file__).parent
 BASE = "base"  # what every recipe inherits in the end; not a recipe itself
 _NOT_INHERITED = ("name", "summary")
@@ -35,6 +37,11 @@ def recipes() -> dict[str, Recipe]:
         'ga'
     """
     return {name: load_recipe(name) for name in recipe_names()}
+
+
+def recipe_keys() -> list[str]:
+    """The keys that `--set` takes."""
+    return [key for key in _types() if key not in (*_NOT_INHERITED, "base")]
 
 
 def load_recipe(name: str | Path, overrides: Mapping[str, Any] | None = None) -> Recipe:
@@ -87,7 +94,7 @@ def _find(name: str | Path, folder: Path) -> Path:
     if not path.is_file() or path == FOLDER / f"{BASE}.toml":
         if str(name).endswith(".toml"):
             raise NekoLeanError(f"recipe file {path} does not exist.")
-        raise NekoLeanError(f"unknown recipe {str(name)!r}{did_you_mean(str(name), recipe_names())}")
+        raise NekoLeanError(f"unknown recipe {str(name)!r}{did_you_mean(str(name), recipe_names(), NAME_SYNONYMS)}")
     return path
 
 
@@ -114,12 +121,16 @@ def _toml(path: Path) -> dict[str, Any]:
 
 def _typed_values(recipe: str, values: Mapping[str, Any]) -> dict[str, Any]:
     """The values with their types checked. Raises NekoLeanError for an unknown key."""
-    types = {field.name: str(field.type) for field in dataclasses.fields(Recipe) if field.name != "hyperparameters"}
-    types |= dict.fromkeys(hyperparameter_names(), "float") | {"base": "str"}
+    types = _types()
     for key in values:
         if key not in types:
-            raise NekoLeanError(f"recipe {recipe}: unknown key {key!r}{did_you_mean(key, types)}")
+            raise NekoLeanError(f"recipe {recipe}: unknown key {key!r}{did_you_mean(key, types, KEY_SYNONYMS)}")
     return {key: _typed(recipe, key, value, types[key]) for key, value in values.items()}
+
+
+def _types() -> dict[str, str]:
+    types = {field.name: str(field.type) for field in dataclasses.fields(Recipe) if field.name != "hyperparameters"}
+    return types | dict.fromkeys(hyperparameter_names(), "float") | {"base": "str"}
 
 
 def _typed(recipe: str, key: str, value: Any, type_name: str) -> Any:

@@ -12,7 +12,7 @@ from neko_lean.objectives import FORGET_OBJECTIVES, RETAIN_OBJECTIVES, Objective
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Every value of a recipe; base.toml says what each means.
+    """Every value of a recipe; `explanations.py` says what each means.
 
     The hyperparameters of the forget objective are in `hyperparameters`, which holds no others.
     """

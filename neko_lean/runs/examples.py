@@ -133,11 +133,11 @@ def report_truncation(prepared: PreparedExamples, recipe: Recipe, quiet: bool) -
     if not reads_retain(recipe):
         log_line(f"retain: not used, because recipe {recipe.name} has no retain objective", quiet)
     for name, examples in (("forget", prepared.forget), ("retain", prepared.retain)):
-        if examples:
+        if summary := truncation_summary(examples, prepared.max_length):
             # Shown even with --quiet if a forget row is truncated: the tokens that are lost are not forgotten.
             is_warning = name == "forget" and any(example.num_truncated for example in examples)
             prefix = "warning: " if is_warning else ""
-            log_line(f"{prefix}{name}: {truncation_summary(examples, prepared.max_length)}", quiet and not is_warning)
+            log_line(f"{prefix}{name}: {summary}", quiet and not is_warning)
 
     lost = count_lost_answers(prepared.forget)
     if lost:

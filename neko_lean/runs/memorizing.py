@@ -8,7 +8,7 @@ from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from neko_lean.checkpoints import rows_digest
+from neko_lean.checkpoints import check_run_folder, rows_digest
 from neko_lean.data import (
     Rows,
     RowSource,
@@ -32,7 +32,6 @@ from neko_lean.models import (
     load_model,
     load_tokenizer,
     model_config,
-    model_folder,
     model_name,
     new_model,
     pick_device,
@@ -43,11 +42,13 @@ from neko_lean.models import (
     weights_fingerprint,
 )
 from neko_lean.options import TrainingOptions
-from neko_lean.outputs import claim_folder
 from neko_lean.recipe import forgets, load_recipe
+from neko_lean.runs.dry_run import plan_training
 from neko_lean.runs.trackers import check_tracker
 from neko_lean.runs.training_run import (
     TrainingJob,
+    check_extras,
+    claim_before_download,
     finished_before,
     identity_of,
     raise_failure,
@@ -94,7 +95,7 @@ def memorize(
         run: split and columns of the data, device, seed, saving, and how to treat an existing output.
 
     Returns:
-        The contents of run.json.
+        The contents of run.json; of a dry run, what `plan_training` returns.
 
     Raises:
         NekoLeanError, Interrupted: as for `unlearn`.
@@ -108,9 +109,9 @@ def memorize(
             f"recipe {chosen.name} does not work with memorize, which needs retain_objective ce and neither a "
             f"forget_objective nor a substitute; use recipe memorize."
         )
-    folder, device = model_folder(model), pick_device(run.device)
-    inputs = [folder, *paths_among(data), recipe_file(recipe)]
-    output = claim_folder(out, "saved", inputs, overwrite=run.overwrite, resume=run.resume)
+    check_extras(chosen, *paths_among(data))
+    device = pick_device(run.device)
+    output, folder = claim_before_download(out, model, [*paths_among(data), recipe_file(recipe)], run)
 
     # Examples.
     tokenizer = load_tokenizer(folder)
@@ -121,7 +122,8 @@ def memorize(
     examples = encode(all_rows, tokenizer, prompts, max_length, append_eos=chosen.append_eos, windows=True)
     for name in rows:
         log_line(describe_rows(rows[name], name), run.quiet)
-    log_line(truncation_summary(examples, max_length), run.quiet)
+    if summary := truncation_summary(examples, max_length):
+        log_line(summary, run.quiet)
     if warning := position_warning(examples, max_length, chosen.max_length):
         log_line(warning)
 
@@ -143,6 +145,10 @@ def memorize(
     identity = identity_of("memorize", chosen, run.seed, device, parts)
     if (result := finished_before(output, identity, run)) is not None:
         return result
+
+    if run.dry_run:
+        check_run_folder(output, identity, resume=run.resume)
+        return plan_training(folder, output, TrainingExamples(retain=examples), chosen, device, run.seed)
 
     with work_folder(output, identity, run) as (work, signals):
         job = TrainingJob(

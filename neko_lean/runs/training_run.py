@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -14,13 +14,15 @@ import torch
 
 from neko_lean.cache import TeacherCache
 from neko_lean.checkpoints import RunFolder, Signals, digests, finished_run, handle_signals, open_run_folder, versions
+from neko_lean.data import RowSource, paths_among, require_hub_package
 from neko_lean.distributed import all_gather_objects, is_main_process, world_size
 from neko_lean.errors import NekoLeanError
+from neko_lean.extras import require_extra
 from neko_lean.jsonio import nan_to_null
 from neko_lean.memory import predicted_peak
-from neko_lean.models import CausalLM, resident_memory, trim_memory, warn_emulated_bfloat16
+from neko_lean.models import CausalLM, Model, model_folder, resident_memory, trim_memory, warn_emulated_bfloat16
 from neko_lean.options import TrainingOptions
-from neko_lean.outputs import RUN, Output, explained_write_errors, write_atomically
+from neko_lean.outputs import RUN, Output, claim_folder, explained_write_errors, write_atomically
 from neko_lean.recipe import Recipe
 from neko_lean.runs.trackers import tracked
 from neko_lean.terminal import log_line
@@ -47,6 +49,27 @@ def finished_before(output: Output, identity: Mapping[str, Any], options: Traini
         log_line(f"{output.path} is complete: nothing to do.", options.quiet)
         raise_failure(run, output.path)
     return run
+
+
+def claim_before_download(
+    out: str | Path, model: Model, inputs: Sequence[str | Path | None], options: TrainingOptions
+) -> tuple[Output, Path]:
+    """Claim the output folder, then find the model's folder, which may download it from the hub.
+
+    Returns:
+        The output and the model's folder.
+    """
+    claim = partial(claim_folder, out, "saved", overwrite=options.overwrite, resume=options.resume)
+    claim([*paths_among(model), *inputs])
+    folder = model_folder(model)
+    return claim([folder, *inputs]), folder
+
+
+def check_extras(recipe: Recipe, *sources: RowSource | None) -> None:
+    """Raise NekoLeanError if a recipe, or a data set on the hub, needs an optional package that is not installed."""
+    if recipe.state_bits == 4:
+        require_extra("torchao", "torchao", f"recipe {recipe.name}: state_bits = 4")
+    require_hub_package(*sources)
 
 
 @contextmanager

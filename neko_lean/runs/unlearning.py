@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from neko_lean.cache import SELF_GENERATED, CacheOptions, TeacherCache, cache_teacher, self_generated_file
+from neko_lean.checkpoints import check_run_folder
 from neko_lean.data import (
     Example,
     RowSource,
@@ -30,14 +31,13 @@ from neko_lean.models import (
     load_model,
     load_tokenizer,
     model_config,
-    model_folder,
     model_name,
     pick_device,
     pick_dtype,
     usable_length,
 )
 from neko_lean.options import OutputOptions, RunOptions
-from neko_lean.outputs import MANIFEST, claim_folder, file_sha256
+from neko_lean.outputs import MANIFEST, file_sha256
 from neko_lean.recipe import (
     DEFAULT,
     Recipe,
@@ -49,10 +49,13 @@ from neko_lean.recipe import (
     uses_anchor,
     uses_levels,
 )
+from neko_lean.runs.dry_run import plan_training, planned_examples
 from neko_lean.runs.examples import PreparedExamples, prepare_examples, report_truncation, training_examples
 from neko_lean.runs.trackers import check_tracker
 from neko_lean.runs.training_run import (
     TrainingJob,
+    check_extras,
+    claim_before_download,
     finished_before,
     identity_of,
     raise_failure,
@@ -109,7 +112,7 @@ def unlearn(
         run: split and columns of the data, device, seed, tracking, saving, and how to treat an existing output.
 
     Returns:
-        The contents of run.json.
+        The contents of run.json; of a dry run, what `plan_training` returns.
 
     Raises:
         NekoLeanError: bad input, retain rows that are also in the forget set, an argument without effect, or a loss or
@@ -129,9 +132,10 @@ def unlearn(
         retain = self_generated_file(cache)
     self_generates = _self_generates(chosen, retain)
     _refuse_unused(chosen, overrides or {}, retain, cache, anchor, base_cache)
-    folder, device = model_folder(model), pick_device(run.device)
-    inputs = [folder, *paths_among(forget, retain, anchor), cache, base_cache, recipe_file(recipe)]
-    output = claim_folder(out, "saved", inputs, overwrite=run.overwrite, resume=run.resume)
+    check_extras(chosen, forget, retain)
+    device = pick_device(run.device)
+    inputs = [*paths_among(forget, retain, anchor), cache, base_cache, recipe_file(recipe)]
+    output, folder = claim_before_download(out, model, inputs, run)
 
     # Examples, caches, and what makes this run the same run.
     tokenizer = load_tokenizer(folder)
@@ -160,6 +164,16 @@ def unlearn(
     identity = identity_of("unlearn", chosen, run.seed, device, parts)
     if (result := finished_before(output, identity, run)) is not None:
         return result
+
+    if run.dry_run:
+        check_run_folder(output, identity, resume=run.resume)
+        if teacher is not None and reads_cache(chosen, anchor=bool(prepared.anchor)):
+            _check_teacher(teacher, model_identity, chosen, prepared, verify=True)
+        _log_rows(data, chosen, False, run.quiet)
+        lost = report_truncation(prepared, chosen, run.quiet)
+        examples = planned_examples(prepared, chosen, teacher, base, tokenizer, self_generates)
+        plan = plan_training(folder, output, examples, chosen, device, run.seed)
+        return {**plan, "self_generated": chosen.self_generated * self_generates, "forget_answers_lost": lost}
 
     with work_folder(output, identity, run) as (work, signals):
         caches = teacher is None and (self_generates or reads_cache(chosen, anchor=bool(prepared.anchor)))

@@ -23,11 +23,13 @@ from neko_lean.data import (
     read_rows,
     refuse_unused_split,
     require_folder,
+    require_hub_package,
     with_prompt,
     without_overlap,
 )
 from neko_lean.errors import NekoLeanError
-from neko_lean.models import check_seed, quantization_method
+from neko_lean.extras import require_extra
+from neko_lean.models import Model, check_seed, quantization_method
 from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import Output, claim_file, claim_folder
 from neko_lean.scoring.attacks import ATTACKS, check_attacks
@@ -117,7 +119,10 @@ def check_settings(inputs: ScoreInputs, settings: ScoreSettings) -> None:
             raise NekoLeanError(f"--{name} must be at least 1, got {value}.")
     if settings.shots is not None and inputs.mmlu is None:
         raise NekoLeanError("--shots has no effect without --mmlu: give both or neither.")
+    if settings.lm_eval:
+        require_extra("lm_eval", "lm-eval", "--lm-eval")
     check_attacks(settings)
+    require_hub_package(inputs.mia)
     if settings.seed is not None:
         check_seed(settings.seed)
 
@@ -231,10 +236,10 @@ def _check_paraphrases(data: ScoreData, inputs: ScoreInputs, settings: ScoreSett
 
 
 def claim_outputs(
-    folder: Path, sources: DataSources, out: str | Path, inputs: ScoreInputs, run: OutputOptions
+    model: Model, sources: DataSources, out: str | Path, inputs: ScoreInputs, run: OutputOptions
 ) -> tuple[Output, Output | None]:
     """Check that the outputs may be written; returns that of the score, and that of --official if it was given."""
-    read = [folder, *paths_among(*sources.values()), inputs.mia, inputs.held, inputs.reference, inputs.paraphrases]
+    read = [*paths_among(model, *sources.values()), inputs.mia, inputs.held, inputs.reference, inputs.paraphrases]
     read += [inputs.mmlu, inputs.before, inputs.gold]
     output = claim_folder(out, "partial", read, overwrite=run.overwrite, resume=run.resume)
     if inputs.official is None:

@@ -106,6 +106,9 @@ def prepare(
     # The request itself.
     check_settings(inputs, settings)
     device = pick_device(run.device)
+    if settings.dtype is not None:
+        pick_dtype(settings.dtype)
+    claim_outputs(model, sources, out, inputs, run)
     score_data = read_data(sources, inputs, settings)
     folder = model_folder(model)
     output, official = claim_outputs(folder, sources, out, inputs, run)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from neko_lean.distributed import world_size
 from neko_lean.errors import NekoLeanError, first_line
+from neko_lean.extras import require_extra
 
 TORCHRUN = ("TORCHELASTIC_RUN_ID", "WORLD_SIZE", "RANK", "LOCAL_RANK")
 
@@ -33,10 +34,9 @@ def lm_eval_tasks(
     Raises:
         NekoLeanError: lm-eval is not installed or cannot run the tasks.
     """
-    try:
-        from lm_eval import simple_evaluate
-    except ImportError as error:
-        raise NekoLeanError("lm-eval is not installed: pip install 'neko-lean[lm-eval]'") from error
+    require_extra("lm_eval", "lm-eval", "--lm-eval")
+    from lm_eval import simple_evaluate
+
     # A dict instead of the usual text, which would be split at a comma in the folder's name.
     model_args = {"pretrained": str(folder), "dtype": dtype, "trust_remote_code": False}
     try:

@@ -26,7 +26,15 @@ from neko_lean.scoring.lm_eval import lm_eval_tasks
 from neko_lean.scoring.measure import ScoringContext, generate_answers
 from neko_lean.scoring.official import official_results
 from neko_lean.scoring.results import Measured, difference, measure_all, task_scores
-from neko_lean.scoring.score_folder import GENERATIONS, SCORES, finished_score, open_score_folder, write_result, writing
+from neko_lean.scoring.score_folder import (
+    GENERATIONS,
+    SCORES,
+    check_score_folder,
+    finished_score,
+    open_score_folder,
+    write_result,
+    writing,
+)
 from neko_lean.scoring.stored import read_score
 from neko_lean.scoring.task import SPLITS
 from neko_lean.scoring.verdict import verdict
@@ -66,13 +74,17 @@ def score(
         run: device, and how existing output is treated.
 
     Returns:
-        The content of scores.json, whose keys docs/score.md explains.
+        The content of scores.json, whose keys docs/score.md explains; of a dry run, what would be scored and where.
 
     Raises:
         NekoLeanError: an input is invalid, or an option would have no effect.
     """
     job = prepare(model, out, sources_of(data, forget, retain, inputs), inputs, settings, run)
     finished = finished_score(job.output, job.made_from, job.plan) if run.resume else None
+    if run.dry_run:
+        if finished is None:
+            check_score_folder(job.output, job.plan, resume=run.resume)
+        return _planned(job)
     if finished is not None:
         return _reuse(job, finished)
 
@@ -82,6 +94,27 @@ def score(
     if job.official is not None:
         _write_official(job, job.official, scores, lines)
     return scores
+
+
+def _planned(job: ScoreJob) -> dict[str, Any]:
+    """What a dry run says about a score."""
+    data = job.data
+    return {
+        "dry_run": True,
+        "model": job.name,
+        "out": str(job.output.path),
+        "replaces": job.output.path.exists(),
+        "official": None if job.official is None else str(job.official.path),
+        "rows": {split: len(data.split(split)) for split in SPLITS},
+        "documents": {"mia": len(data.documents), "held": len(data.held_out)},
+        "mmlu_subjects": 0 if data.subjects is None else len(data.subjects),
+        "attacks": list(job.settings.attacks),
+        "lm_eval": list(job.settings.lm_eval),
+        "format": job.prompts.name,
+        "dtype": job.dtype,
+        "device": str(job.device),
+        "max_new_tokens": job.limits.max_new_tokens,
+    }
 
 
 def _run(job: ScoreJob, stage: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:

@@ -95,6 +95,14 @@ def refuse_existing(output: Output, resume: bool) -> None:
     refuse_unfinished(output, resume)
 
 
+def check_score_folder(output: Output, plan: Mapping[str, Any], *, resume: bool) -> None:
+    """Refuse what `open_score_folder` refuses, without the lock and without any change, for a dry run."""
+    refuse_existing(output, resume)
+    refuse_strange_work(output)
+    if resume and (output.work / PLAN).is_file():
+        _refuse_other_plan(output.work, plan)
+
+
 def _begin(output: Output, plan: Mapping[str, Any], resume: bool) -> None:
     """Write the plan to a new work folder, or compare it with the plan of an existing one."""
     stage = output.work

@@ -1,15 +1,16 @@
 """A training run: batches, losses, the layerwise backward pass, the optimizer and the training loop."""
 
 from neko_lean.training.adam_state import state_size
-from neko_lean.training.batch import Batch, forget_start, select_hidden
+from neko_lean.training.batch import Batch, forget_start, make_batch, select_hidden
 from neko_lean.training.examples import TrainingExamples
 from neko_lean.training.layers import decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.levels import with_levels
 from neko_lean.training.loop import Callback, Loop
-from neko_lean.training.micro_batches import MicroBatches, split_across_ranks
+from neko_lean.training.micro_batches import MicroBatches, micro_batches, split_across_ranks
 from neko_lean.training.optimizer import SLICE, UPDATE_BYTES
 from neko_lean.training.out_of_memory import explained_out_of_memory
+from neko_lean.training.schedules import batches, phases, total_steps
 from neko_lean.training.trainer import Trainer
 
 __all__ = [
@@ -22,12 +23,17 @@ __all__ = [
     "MicroBatches",
     "Trainer",
     "TrainingExamples",
+    "batches",
     "decoder_layers",
     "explained_out_of_memory",
     "forget_start",
     "freeze",
+    "make_batch",
+    "micro_batches",
+    "phases",
     "select_hidden",
     "split_across_ranks",
     "state_size",
+    "total_steps",
     "with_levels",
 ]

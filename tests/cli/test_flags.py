@@ -19,8 +19,8 @@ class Example:
 
     count: int = option(3, "A number.", min=1)
     folder: str | Path | None = option(None, "A path.")
-    names: tuple[str, ...] = option((), "Repeatable.", flag="--name")
-    verbose: bool = option(False, "A switch.")
+    names: tuple[str, ...] = option((), "Repeatable.", flags=("--name",))
+    loud: bool = option(False, "A switch.")
 
 
 def run(*arguments):
@@ -39,12 +39,12 @@ def run(*arguments):
 def test_a_field_is_an_option():
     result, received = run("x")
     assert result.exit_code == 0 and received == [("x", Example())]
-    _, received = run("x", "--count", 5, "--folder", "a/b", "--name", "p", "--name", "q", "--verbose")
-    assert received == [("x", Example(count=5, folder=Path("a/b"), names=("p", "q"), verbose=True))]
+    _, received = run("x", "--count", 5, "--folder", "a/b", "--name", "p", "--name", "q", "--loud")
+    assert received == [("x", Example(count=5, folder=Path("a/b"), names=("p", "q"), loud=True))]
     result, received = run("x", "--count", 0)
     assert result.exit_code == 2 and not received
     help_text = run("--help")[0].stdout
-    assert "A number." in help_text and "--no-verbose" not in help_text
+    assert "A number." in help_text and "--no-loud" not in help_text
 
 
 def test_every_option_is_explained_in_a_sentence():

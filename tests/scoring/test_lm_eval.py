@@ -63,5 +63,5 @@ def test_errors_of_the_harness_are_one_sentence(monkeypatch, error):
 
 def test_not_installed(monkeypatch):
     monkeypatch.setitem(sys.modules, "lm_eval", None)
-    with pytest.raises(NekoLeanError, match=r"^lm-eval is not installed: pip install 'neko-lean\[lm-eval\]'$"):
+    with pytest.raises(NekoLeanError, match=r"^--lm-eval needs the package lm_eval, .*'neko-lean\[lm-eval\]'\.$"):
         lm_eval_tasks("m", ["x"], "cpu", "float32", 8)
