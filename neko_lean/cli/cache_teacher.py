@@ -17,9 +17,7 @@ if TYPE_CHECKING:
 @command
 def cache_teacher(
     model: Model,
-    out: Annotated[Path, typer.Option(help="Folder to write.", rich_help_panel=OUTPUT)],
-    cache: CacheOptions,
-    run: OutputOptions,
+    *,
     retain: Annotated[
         str | None,
         typer.Argument(help="Retain set: a file, a folder with retain.* or of texts, or a hub data set."),
@@ -37,6 +35,9 @@ def cache_teacher(
             rich_help_panel=DATA,
         ),
     ] = None,
+    out: Annotated[Path, typer.Option(help="Folder to write.", rich_help_panel=OUTPUT)],
+    cache: CacheOptions,
+    run: OutputOptions,
     check: Annotated[
         int,
         typer.Option(

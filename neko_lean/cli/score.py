@@ -14,13 +14,7 @@ from neko_lean.options import DATA, OUTPUT, OutputOptions, ScoreInputs, ScoreSet
 @command
 def score(
     model: Model,
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder to write: scores.json, generations.jsonl, documents.jsonl.", rich_help_panel=OUTPUT),
-    ],
-    inputs: ScoreInputs,
-    settings: ScoreSettings,
-    run: OutputOptions,
+    *,
     data: Annotated[
         Path | None, typer.Option(help="Folder that holds forget.* and retain.*.", rich_help_panel=DATA)
     ] = None,
@@ -30,6 +24,13 @@ def score(
     retain: Annotated[
         str | None, typer.Option(help="Instead of --data: the retain set, as for unlearn.", rich_help_panel=DATA)
     ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder to write: scores.json, generations.jsonl, documents.jsonl.", rich_help_panel=OUTPUT),
+    ],
+    inputs: ScoreInputs,
+    settings: ScoreSettings,
+    run: OutputOptions,
     revision: Revision = None,
     json: Json = False,
 ) -> None:

@@ -61,19 +61,13 @@ class TeacherFlags:
 @command
 def unlearn(
     model: Model,
+    *,
     forget: Annotated[
         str,
         typer.Option(
             help="Forget set: a file, a folder with forget.* or of texts, or a hub data set.", rich_help_panel=DATA
         ),
     ],
-    out: Annotated[
-        Path,
-        typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.", rich_help_panel=OUTPUT),
-    ],
-    teacher: TeacherFlags,
-    recipe: UnlearnFlags,
-    run: RunOptions,
     retain: Annotated[
         str | None,
         typer.Option(
@@ -81,6 +75,13 @@ def unlearn(
             rich_help_panel=DATA,
         ),
     ] = None,
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.", rich_help_panel=OUTPUT),
+    ],
+    teacher: TeacherFlags,
+    recipe: UnlearnFlags,
+    run: RunOptions,
     revision: Revision = None,
     json: Json = False,
 ) -> None:

@@ -5,11 +5,12 @@ from __future__ import annotations
 import json
 import time
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from neko_lean.cache import CacheOptions, cache_teacher
-from neko_lean.data import read_rows, require_folder
+from neko_lean.data import read_anchor, read_rows, require_folder
 from neko_lean.demo.base_model import write_base
 from neko_lean.demo.real_data import copy_rows
 from neko_lean.demo.world import build_world, write_world
@@ -138,7 +139,9 @@ def _memorize(work: _Demo) -> None:
     forget, retain = read_rows(work.data, "forget"), read_rows(work.data, "retain")
     log_line(f"world: {len(forget)} forget rows, {len(retain)} retain rows", work.options.quiet)
     base, target = work.stage / "base", work.stage / "target"
-    write_base(base, [*forget, *retain])
+    # A tokenizer that has only seen the members' texts would need fewer tokens for them, which membership attacks notice.
+    unseen = [work.data / name for name in ("anchor.jsonl", "mia/nonmember.jsonl")]
+    write_base(base, [*forget, *retain, *chain.from_iterable(read_anchor(file) for file in unseen if file.is_file())])
     memorize(base, target, data=work.data, overrides={**MEMORIZE, **work.dtype}, run=work.run)
     work.scores["before"] = _score(work, target, "scores-before", None)
     work.files += ["target", "scores-before"]
