@@ -50,6 +50,16 @@ class RecipeFlags:
 
 
 @dataclass(frozen=True, kw_only=True)
+class MemoryFlags(RecipeFlags):
+    """A recipe, with options for values that determine memory."""
+
+    train_last: int | None = option(None, "Train only the last N layers, the final norm and an untied head.", min=1)
+    offload_state: bool = option(False, "Keep the optimizer state in host memory.")
+    offload_activations: bool = option(False, "Keep the layers' inputs in host memory.")
+    state_bits: int | None = option(None, "Bits of the optimizer state: 8, or 4 with torchao.  [default: the recipe's]")
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainingFlags(RecipeFlags):
     """A recipe for training, with options for values that are often changed."""
 

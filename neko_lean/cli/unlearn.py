@@ -8,20 +8,15 @@ from typing import Annotated, Any
 
 import typer
 
-from neko_lean.cli.common import Json, Model, Revision, TrainingFlags, command, emit, gibibytes, pinned
+from neko_lean.cli.common import Json, MemoryFlags, Model, Revision, TrainingFlags, command, emit, gibibytes, pinned
 from neko_lean.distributed import is_main_process
 from neko_lean.options import RunOptions, option
 from neko_lean.terminal import print_lines
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnlearnFlags(TrainingFlags):
-    """A recipe for unlearning, with options for values that determine memory."""
-
-    train_last: int | None = option(None, "Train only the last N layers, the final norm and an untied head.", min=1)
-    offload_state: bool = option(False, "Keep the optimizer state in host memory.")
-    offload_activations: bool = option(False, "Keep the layers' inputs in host memory.")
-    state_bits: int | None = option(None, "Bits of the optimizer state: 8, or 4 with torchao.  [default: the recipe's]")
+class UnlearnFlags(MemoryFlags, TrainingFlags):
+    """A recipe for unlearning, with options for values that are often changed or determine memory."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,6 +1,6 @@
 """A training run: batches, losses, the layerwise backward pass, the optimizer and the training loop."""
 
-from neko_lean.training.adam_state import state_size
+from neko_lean.training.adam_state import new_state
 from neko_lean.training.batch import Batch, forget_start, select_hidden
 from neko_lean.training.examples import TrainingExamples
 from neko_lean.training.layers import decoder_layers, freeze
@@ -25,8 +25,8 @@ __all__ = [
     "explained_out_of_memory",
     "forget_start",
     "freeze",
+    "new_state",
     "select_hidden",
     "split_across_ranks",
-    "state_size",
     "with_levels",
 ]
