@@ -27,7 +27,9 @@ def plan(
     recipe: PlanFlags,
     gpu: Annotated[
         str | None,
-        typer.Option(metavar="SIZE", help="Memory of a GPU, such as 8GB, or a card, such as 'RTX 4090': find what fits."),
+        typer.Option(
+            metavar="SIZE", help="Memory of a GPU, such as 8GB, or a card, such as 'RTX 4090': find what fits."
+        ),
     ] = None,
     gpus: Annotated[
         int, typer.Option(min=1, metavar="N", help="Predict the memory of each GPU under torchrun with N processes.")

@@ -1,4 +1,4 @@
-"""`neko-lean plan` as a function: the memory a recipe needs, where it lies, and the options with which it fits a GPU."""
+"""`neko-lean plan` as a function: what memory a recipe needs, where, and the options with which it fits a GPU."""
 
 from __future__ import annotations
 
@@ -172,7 +172,7 @@ def _fitting_options(
 def _largest_train_last(
     folder: Path, recipe: Recipe, gpu_bytes: int, gpus: int
 ) -> tuple[int | None, MemoryEstimate | None]:
-    """The largest `train_last` with which a recipe fits a GPU, and its estimate; None twice if it does not fit at all."""
+    """The largest `train_last` with which a recipe fits a GPU, and its estimate; None twice if none fits."""
 
     def estimate(last: int) -> MemoryEstimate | None:
         memory = _largest_step_memory(folder, dataclasses.replace(recipe, train_last=last), gpus)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
 from neko_lean.memory.estimate import GRADIENTS
-from neko_lean.memory.live_tensors import Block, Event, LiveTensors
+from neko_lean.memory.live_tensors import Block, LiveTensors
 
 
 @dataclass(frozen=True)
@@ -210,8 +210,8 @@ class _Repeat(torch.autograd.Function):
                 ctx.blocks[number] = block
 
         made = _repeat(recording, recording.backward, ctx.blocks, call, tensors)
-        for index, block in recording.grads.items():
-            parameters[index].grad = made[block]
+        for index, number in recording.grads.items():
+            parameters[index].grad = made[number]
         live.label([made[block] for block in recording.grads.values()], GRADIENTS)
         call.hidden = None
         ctx.arguments.clear()
@@ -334,8 +334,8 @@ def _record(call: _Call) -> _Recording | None:
     freed_in_forward = {block for block, sign in recorded[:forward_events] if sign < 0}
     if seen["out"] is None or any(block is None for block in grads.values()):
         return None
-    for index in grads.values():
-        blocks[numbers[index]].kind = GRADIENTS
+    for grad in grads.values():
+        blocks[numbers[grad]].kind = GRADIENTS
     numbered = [(numbers[block], sign) for block, sign in recorded]
     return _Recording(
         forward=numbered[:forward_events],

@@ -53,8 +53,11 @@ class MatmulParameters:
 
 
 def step_flops(parameters: MatmulParameters, tokens: int, recipe: Recipe) -> int:
-    """Floating-point operations of a step: 2 for each parameter and token in the forward pass, 4 for each trained one in
-    the backward pass, and 2 for what is computed again there. Attention scores are not counted; of experts, all are."""
+    """Floating-point operations of a step.
+
+    Each token takes 2 for each parameter in the forward pass, 4 for each trained one in the backward pass, and 2 for
+    what is computed again there. Attention scores are not counted, and all experts are.
+    """
     again = 0 if recipe.backward == "plain" else 2
     return tokens * (2 * parameters.total + (4 + again) * parameters.trained)
 
