@@ -6,13 +6,15 @@ import inspect
 import re
 
 import pytest
-from transformers import OlmoConfig
+from transformers import AutoModelForCausalLM, OlmoConfig
 from typer.testing import CliRunner
 
 from neko_lean.cli import app
-from neko_lean.memory import plan
+from neko_lean.errors import NekoLeanError
+from neko_lean.memory import fake_step, plan, prediction
 from neko_lean.memory.estimate import CONTEXT
 from neko_lean.memory.plan import plan_run
+from neko_lean.models import CHUNK_ELEMENTS, load_config
 from neko_lean.recipe import Recipe, load_recipe, parse_override
 from neko_lean.training import out_of_memory
 from tests.memory.configs import MIDDLE, OLMO_1B
@@ -55,7 +57,7 @@ def test_every_suggested_option_exists(one_layer, without_baselines):
 
 def test_every_option_in_out_of_memory_messages_exists():
     text = inspect.getsource(out_of_memory) + inspect.getsource(plan_command)
-    named = set(re.findall(r"--[a-z][a-z-]+", text)) - {"--gpu", "--batch-tokens"}
+    named = set(re.findall(r"--[a-z][a-z-]+", text)) - {"--gpu", "--gpus", "--batch-tokens"}
     assert named <= command_options("memorize")
     for key in re.findall(r"--set (\w+)=", text):
         assert key in {field.name for field in dataclasses.fields(Recipe)}
@@ -79,9 +81,59 @@ def test_each_rank_holds_its_share(tmp_path, without_baselines):
     estimates = {gpus: plan_run(tmp_path, "neko", {}, None, gpus)["ways"]["neko-lean"] for gpus in (1, 2, 4)}
     for gpus in (2, 4):
         lines = estimates[gpus]["lines"]
-        for name in ("student weights", "Adam state", "layer inputs"):
+        for name in ("student weights", "Adam state"):
             assert lines[name] == pytest.approx(estimates[1]["lines"][name] / gpus, rel=1e-3), name
+        assert lines["layer inputs"] < 1.2 * estimates[1]["lines"]["layer inputs"] / gpus
         assert lines["gathered from other ranks"] == 2 * OLMO_1B.vocab_size * OLMO_1B.hidden_size * 2
     # The goal is 0.6 of a single process, plus the head's chunk.
-    assert estimates[2]["peak"] < 0.6 * estimates[1]["peak"] + estimates[1]["lines"]["logits of a chunk"]
+    assert estimates[2]["peak"] < 0.6 * estimates[1]["peak"] + 8 * CHUNK_ELEMENTS
     assert estimates[4]["peak"] < estimates[2]["peak"]
+
+
+@pytest.mark.parametrize("name", ["neko", "graddiff", "memorize"])
+@pytest.mark.parametrize("backward", ["layerwise", "checkpointed"])
+def test_the_lines_add_up_to_the_peak(one_layer, without_baselines, name, backward):
+    """To the byte, for all combinations of options that move memory."""
+    changes = [{"offload_state": True}, {"state_bits": 4}, {"train_last": 1}, {"micro_tokens": 512}]
+    changes += [{"offload_activations": True}] if backward == "layerwise" else []
+    for change in changes:
+        estimate = plan_run(one_layer, name, {"backward": backward, **change}, None)["ways"]["neko-lean"]
+        assert estimate["peak"] == sum(estimate["lines"].values()) > 0
+        assert estimate["host"] == sum(estimate["host_lines"].values())
+        assert (estimate["host"] > 0) == any(key.startswith("offload") for key in change)
+
+
+def test_a_gpu_that_cannot_hold_the_weights_gets_no_advice(tmp_path, without_baselines):
+    OLMO_1B.save_pretrained(tmp_path)
+    planned = plan_run(tmp_path, "neko", {}, 2 * 2**30)
+    assert planned["options"] is None and planned["fits"] is None
+    assert "bfloat16 weights alone are 2.38 GiB" in planned["reason"] and "no option" in planned["reason"]
+
+
+def test_layers_that_cannot_run_alone_are_planned_as_they_train(one_layer, without_baselines, monkeypatch):
+    def refuse(lm):
+        raise NekoLeanError("the layers of this family pass on more than their hidden states.")
+
+    monkeypatch.setattr(fake_step, "decoder_layers", refuse)
+    monkeypatch.setattr(prediction, "decoder_layers", refuse)
+    for gpus in (1, 2):
+        planned = plan_run(one_layer, "neko", {}, None, gpus)
+        assert planned["backward"] == "checkpointed" and planned["gpus"] == 1
+        assert ("2 GPUs" in planned["fallback"]) == (gpus == 2) and "layer by layer" in planned["fallback"]
+
+
+def test_the_plan_tells_the_time_of_a_step_and_the_size_of_the_cache(one_layer, without_baselines):
+    planned = plan_run(one_layer, "neko", {}, None)
+    per_position = 12 + 64 * (2 + 2)
+    assert planned["cache"]["bytes"] == 1000 * 128 * per_position
+    step = planned["step"]
+    assert step["tokens"] == 64 * 128
+    parameters = sum(p.numel() for p in AutoModelForCausalLM.from_config(load_config(one_layer)).parameters())
+    assert step["flops"] == 8 * (parameters - 3000 * 128) * step["tokens"]  # the untied embedding is a lookup
+    assert step["seconds"]["H100"] == pytest.approx(step["flops"] / (0.4 * 989e12))
+    assert plan_run(one_layer, "memorize", {}, None)["cache"] is None
+
+
+@pytest.mark.parametrize(("text", "size"), [("8GB", 8), ("7.5 GiB", 7.5), ("RTX 4090", 24), ("a100 80gb", 80)])
+def test_a_gpu_is_a_size_or_a_card(text, size):
+    assert plan_command._gpu_bytes(text) == size * 2**30
