@@ -79,7 +79,7 @@ def unlearn(
 
 def _print_summary(out: Path, result: dict[str, Any]) -> None:
     predicted = result["predicted_peak"]
-    on_cpu = " (resident set, including the allocator's overhead)" if result["device"] == "cpu" else ""
+    on_cpu = " (growth of the resident set, including the allocator's overhead)" if result["device"] == "cpu" else ""
     print_lines(
         f"{out}: {result['ended']}; weights of step {result['weights_of_step']}; "
         f"{result['wall_seconds']:.0f} s, {result['padding']:.1%} padding",
