@@ -191,9 +191,9 @@ def speed(teacher: CausalLM, examples: list[EncodedExample], rounds: int = 5) ->
     the loaded teacher: the resident set, and live tensors, compared with those of the backbone alone.
     """
     batches = teacher_batches(examples, 8192)
-    before = peak_memory(CPU)["process"]
+    before = peak_memory(CPU)
     top_k_entries(teacher, batches[-1], 0, 64, 0.999)
-    grown = peak_memory(CPU)["process"] - before
+    grown = peak_memory(CPU) - before
     with LiveTensors() as backbone:
         hidden_states(teacher, batches[-1], 0)
     with LiveTensors() as live:

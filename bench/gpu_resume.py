@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any
 
 STEPS = 24
-TIMES = ("wait_seconds", "seconds", "peak_memory")
+TIMES = ("wait_seconds", "seconds", "measured_peak")
 SHORT = {"max_steps": STEPS, "max_length": 512, "forget_rows": 8, "retain_rows": 8, "lr": 1e-4}
 # Each job: a recipe and the values that it changes.
 JOBS: dict[str, tuple[str, dict[str, Any]]] = {

@@ -20,6 +20,7 @@ __version__ = "0.1.0"
 if TYPE_CHECKING:
     from neko_lean.cache import CacheOptions, cache_teacher
     from neko_lean.errors import Interrupted, NekoLeanError
+    from neko_lean.memory import plan
     from neko_lean.options import OutputOptions, RunOptions, ScoreInputs, ScoreSettings, TrainingOptions
     from neko_lean.recipe import Recipe, recipes
     from neko_lean.reporting import report
@@ -38,6 +39,7 @@ __all__ = [
     "TrainingOptions",
     "cache_teacher",
     "memorize",
+    "plan",
     "recipes",
     "report",
     "score",
@@ -56,6 +58,7 @@ _MODULE_OF = {
     "TrainingOptions": "neko_lean.options",
     "cache_teacher": "neko_lean.cache",
     "memorize": "neko_lean.runs",
+    "plan": "neko_lean.memory",
     "recipes": "neko_lean.recipe",
     "report": "neko_lean.reporting",
     "score": "neko_lean.scoring",

@@ -46,8 +46,8 @@ class RunState:
     wall: float = 0.0
     """Seconds that the run has taken."""
 
-    peak: dict[str, int] = field(default_factory=dict)
-    """Peak memory in bytes, as `models.peak_memory` returns it."""
+    measured_peak: int = 0
+    """Peak memory of the run in bytes, above what was in use before it."""
 
     largest: list[list[int]] = field(default_factory=list)
     """`[rows, length]` of each micro-batch of the step with the most positions."""

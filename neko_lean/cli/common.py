@@ -21,7 +21,7 @@ import typer
 
 from neko_lean.cli.flags import collect_flags, flag_of, signature_with_flags
 from neko_lean.errors import Interrupted, NekoLeanError, first_line
-from neko_lean.options import DATA, DEFAULT_RECIPE, MESSAGES, RECIPE, option
+from neko_lean.options import DATA, DEFAULT_RECIPE, MEMORY, MESSAGES, RECIPE, option
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="Checkpoint folder, or hub name (owner/name).")]
 Revision = Annotated[
@@ -69,6 +69,27 @@ class RecipeFlags:
                 )
             values[key], origins[key] = value, origin
         return values
+
+
+@dataclass(frozen=True, kw_only=True)
+class MemoryFlags(RecipeFlags):
+    """A recipe, with options for values that determine memory."""
+
+    batch_size: int | None = option(
+        None,
+        "Most forget examples in an optimizer step (forget_rows); retain_rows come on top.  [default: the recipe's]",
+        RECIPE,
+        min=1,
+        key="forget_rows",
+    )
+    train_last: int | None = option(
+        None, "Train only the last N layers, the final norm and an untied head.", MEMORY, min=1
+    )
+    offload_state: bool = option(False, "Keep the optimizer state in host memory.", MEMORY)
+    offload_activations: bool = option(False, "Keep the layers' inputs in host memory.", MEMORY)
+    state_bits: int | None = option(
+        None, "Bits of the optimizer state: 8, or 4 with torchao.  [default: the recipe's]", MEMORY
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import re
 from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
 
-from neko_lean.cli.common import Json, Model, Quiet, RecipeFlags, Revision, command, emit, gibibytes, pinned
-from neko_lean.errors import NekoLeanError
+from neko_lean.cli.common import Json, MemoryFlags, Model, Quiet, Revision, command, emit, gibibytes, pinned
 from neko_lean.options import MEMORY, RECIPE, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class PlanFlags(RecipeFlags):
+class PlanFlags(MemoryFlags):
     """The recipe that is planned."""
 
     batch_tokens: int | None = option(None, "Tokens of a step.  [default: the recipe's]", RECIPE, min=1)
@@ -27,7 +25,9 @@ def plan(
     gpu: Annotated[
         str | None,
         typer.Option(
-            metavar="SIZE", help="Memory of a GPU, such as 8GB: find options that fit it.", rich_help_panel=MEMORY
+            metavar="SIZE",
+            help="Memory of a GPU, such as 8GB, or a card, such as 'RTX 4090': find what fits.",
+            rich_help_panel=MEMORY,
         ),
     ] = None,
     gpus: Annotated[
@@ -49,49 +49,71 @@ def plan(
 
     Example: neko-lean plan allenai/OLMo-1B-0724-hf --gpu 8GB
     """
-    from neko_lean.memory import plan_run
+    from neko_lean.memory import plan as plan_memory
 
-    gpu_bytes = _parse_size(gpu) if gpu else None
-    result = plan_run(pinned(model, revision), recipe.recipe, recipe.overrides(), gpu_bytes, gpus)
+    name, overrides = pinned(model, revision), recipe.overrides()
+    result = plan_memory(name, recipe=recipe.recipe, overrides=overrides, gpu=gpu, gpus=gpus, quiet=quiet or json)
     if json:
         emit(result)
     elif not quiet:
-        if gpus > 1:
-            result["title"] += f"; neko-lean on each of {gpus} GPUs"
         _print_estimates(result)
+        _print_notes(result)
         if gpu is not None:
             _print_fit(result, gpu)
 
 
 def _print_estimates(result: dict[str, Any]) -> None:
-    """Print a table with one column per setup and one row per line of its estimate."""
+    """Print a table with one column per setup and one row per line of its estimate; the rows add up to the peak."""
     from rich import box
     from rich.table import Table
 
-    from neko_lean.terminal import print_lines, print_table
+    from neko_lean.memory import LINES
+    from neko_lean.terminal import print_table
 
     estimates = result["ways"]
-    table = Table(box=box.SIMPLE, title_justify="left", title=result["title"])
+    title = result["title"] + (f"; neko-lean on each of {result['gpus']} GPUs" if result["gpus"] > 1 else "")
+    table = Table(box=box.SIMPLE, title_justify="left", title=title)
     table.add_column("")
     for name in estimates:
         table.add_column(name, justify="right", max_width=22)
 
-    for line in dict.fromkeys(line for estimate in estimates.values() for line in estimate["lines"]):
-        cells = (estimate["lines"].get(line) for estimate in estimates.values())
-        table.add_row(line, *("" if cell is None else gibibytes(cell) for cell in cells))
+    for line in LINES:
+        cells = [estimate["lines"].get(line) for estimate in estimates.values()]
+        if any(cells):
+            table.add_row(line, *("" if cell is None else gibibytes(cell) for cell in cells))
 
     table.add_section()
     table.add_row("peak on the device", *(gibibytes(estimate["peak"]) for estimate in estimates.values()))
-    on_cpu = [
-        estimate["peak"] + estimate["host"] + estimate["cpu"] if estimate["cpu"] else None
-        for estimate in estimates.values()
-    ]
+    for line in result["ways"]["neko-lean"]["host_lines"]:
+        table.add_row(f"{line}, in host memory", gibibytes(estimates["neko-lean"]["host_lines"][line]))
+    on_cpu = [estimate["cpu_peak"] for estimate in estimates.values()]
     table.add_row("peak on a CPU instead", *("" if peak is None else gibibytes(peak) for peak in on_cpu))
     print_table(table)
-    print_lines(
+
+
+def _print_notes(result: dict[str, Any]) -> None:
+    """Say what the table does not: the fallback, host memory, the cache on disk, and the time of a step."""
+    from neko_lean.terminal import print_lines
+
+    step, cache = result["step"], result["cache"]
+    notes = [] if result["fallback"] is None else [result["fallback"]]
+    notes.append(
         "The peak on a CPU is the growth of the process's resident set, including allocator overhead and code loaded "
         "by the first step."
     )
+    if result["ways"]["neko-lean"]["host"]:
+        notes.append("Host memory is pinned; PyTorch rounds each tensor there up to a power of two bytes.")
+    if cache is not None:
+        notes.append(
+            f"Teacher cache on disk: at most {cache['bytes_per_position']} bytes per position, "
+            f"{gibibytes(cache['bytes'])} for {cache['rows']} full retain rows; {cache['measured']}."
+        )
+    seconds = ", ".join(f"{name} {value:.2g}" for name, value in step["seconds"].items())
+    notes.append(
+        f"Rough seconds a step: {seconds}. This is {step['flops'] / 1e12:.0f} TFLOP at {step['assumed_share']:.0%} of "
+        f"the card's dense bfloat16 peak, without attention scores, the update, and transfers to host memory."
+    )
+    print_lines(*notes)
 
 
 def _print_fit(result: dict[str, Any], gpu: str) -> None:
@@ -102,18 +124,10 @@ def _print_fit(result: dict[str, Any], gpu: str) -> None:
     room = f"{gpu} less {gibibytes(CONTEXT)} for CUDA itself"
     options = result["options"]
     if options is None:
-        print_lines(
-            f"No option makes it fit {room}: lower --set batch_tokens=N, or train fewer layers (--set train_last=N)."
-        )
+        print_lines(f"Does not fit {room}: {result['reason']}")
     elif options:
-        print_lines(f"Fits {room} with {' '.join(options)}: peak {gibibytes(result['fits']['peak'])}.")
+        fits = result["fits"]
+        host = f", and {gibibytes(fits['host'])} of pinned host memory" if fits["host"] else ""
+        print_lines(f"Fits {room} with {' '.join(options)}: peak {gibibytes(fits['peak'])}{host}.")
     else:
         print_lines(f"Fits {room} without further options.")
-
-
-def _parse_size(text: str) -> int:
-    """Bytes of a size such as 8GB or 7.5 GiB."""
-    match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*(?:GB|GiB|G)?\s*", text, re.IGNORECASE)
-    if match is None or not float(match[1]):
-        raise NekoLeanError(f"--gpu {text!r} is not a size; write it like 8GB.")
-    return int(float(match[1]) * 2**30)

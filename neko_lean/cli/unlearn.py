@@ -10,6 +10,7 @@ import typer
 
 from neko_lean.cli.common import (
     Json,
+    MemoryFlags,
     Model,
     Revision,
     TrainingFlags,
@@ -19,28 +20,12 @@ from neko_lean.cli.common import (
     pinned,
     print_training_plan,
 )
-from neko_lean.options import DATA, MEMORY, OUTPUT, RECIPE, TEACHER, RunOptions, option
+from neko_lean.options import DATA, OUTPUT, TEACHER, RunOptions, option
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnlearnFlags(TrainingFlags):
-    """A recipe for unlearning, with options for values that determine memory."""
-
-    batch_size: int | None = option(
-        None,
-        "Most forget examples in an optimizer step (forget_rows); retain_rows come on top.  [default: the recipe's]",
-        RECIPE,
-        min=1,
-        key="forget_rows",
-    )
-    train_last: int | None = option(
-        None, "Train only the last N layers, the final norm and an untied head.", MEMORY, min=1
-    )
-    offload_state: bool = option(False, "Keep the optimizer state in host memory.", MEMORY)
-    offload_activations: bool = option(False, "Keep the layers' inputs in host memory.", MEMORY)
-    state_bits: int | None = option(
-        None, "Bits of the optimizer state: 8, or 4 with torchao.  [default: the recipe's]", MEMORY
-    )
+class UnlearnFlags(MemoryFlags, TrainingFlags):
+    """A recipe for unlearning, with options for values that are often changed or determine memory."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -124,7 +109,7 @@ def _print_summary(out: Path, result: dict[str, Any]) -> None:
     from neko_lean.terminal import print_lines
 
     predicted = result["predicted_peak"]
-    on_cpu = " (resident set, including the allocator's overhead)" if result["device"] == "cpu" else ""
+    on_cpu = " (growth of the resident set, including the allocator's overhead)" if result["device"] == "cpu" else ""
     print_lines(
         f"{out}: {result['ended']}; weights of step {result['weights_of_step']}; "
         f"{result['wall_seconds']:.0f} s, {result['padding']:.1%} padding",

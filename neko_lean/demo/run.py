@@ -139,7 +139,7 @@ def _memorize(work: _Demo) -> None:
     forget, retain = read_rows(work.data, "forget"), read_rows(work.data, "retain")
     log_line(f"world: {len(forget)} forget rows, {len(retain)} retain rows", work.options.quiet)
     base, target = work.stage / "base", work.stage / "target"
-    # A tokenizer that has only seen the members' texts would need fewer tokens for them, which membership attacks notice.
+    # A tokenizer that has only seen the members' texts would need fewer tokens for them, and so tell them apart.
     unseen = [work.data / name for name in ("anchor.jsonl", "mia/nonmember.jsonl")]
     write_base(base, [*forget, *retain, *chain.from_iterable(read_anchor(file) for file in unseen if file.is_file())])
     memorize(base, target, data=work.data, overrides={**MEMORIZE, **work.dtype}, run=work.run)

@@ -1,12 +1,15 @@
-"""What a prediction returns: the bytes that a training step holds on the device and in host memory."""
+"""What a prediction returns: the bytes that a training step holds on the device and in host memory, by purpose."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+
+from neko_lean.memory.step_time import MatmulParameters
 
 # cuBLAS and cuBLASLt workspaces as PyTorch allocates them on a Hopper GPU, 32 MiB each. They are smaller on other GPUs.
 WORKSPACES = 2**26
@@ -18,11 +21,17 @@ CONTEXT = 600 * 2**20 + WORKSPACES
 # Measured as the growth of the process, beyond the weights, when it loads a model of 5 MiB and takes its first step.
 FIRST_USE = 25 * 2**20
 
-# Names of the lines of a prediction that others refer to.
+# Names of the lines of an estimate.
 STUDENT = "student weights"
+TEACHER = "teacher weights"
 ADAM_STATE = "Adam state"
 GATHERED = "gathered from other ranks"
-TRANSIENT = "peak of all but weights and state"
+LAYER_INPUTS = "layer inputs"
+GRADIENTS = "gradients"
+LOGITS = "logits of a chunk"
+UPDATE = "working memory of the update"
+ACTIVATIONS = "activations"
+LINES = (STUDENT, TEACHER, ADAM_STATE, GATHERED, LAYER_INPUTS, GRADIENTS, LOGITS, UPDATE, ACTIVATIONS)
 
 
 @dataclass(frozen=True)
@@ -30,42 +39,90 @@ class MemoryEstimate:
     """Bytes that a training step needs."""
 
     lines: dict[str, int]
-    """Bytes by purpose, on the device and in host memory together."""
+    """Bytes on the device at the moment of the peak, by purpose. They add up to the peak."""
 
-    peak: int
-    """Peak on the device."""
+    host_lines: dict[str, int]
+    """Bytes of pinned host memory that offloading uses, by purpose."""
 
-    host: int
-    """Host memory that offloading uses."""
+    cpu_peak: int | None
+    """Growth of the resident set if the step runs on a CPU; None if that is not predicted."""
 
-    cpu: int = 0
-    """On a CPU: bytes beyond the tensors that kernels and the allocator add to the resident set."""
+    @property
+    def peak(self) -> int:
+        """Peak bytes on the device."""
+        return sum(self.lines.values())
+
+    @property
+    def host(self) -> int:
+        """Bytes of pinned host memory."""
+        return sum(self.host_lines.values())
 
     def peak_on(self, device: torch.device) -> int:
         """Peak bytes on `device`: what PyTorch allocates on a GPU, or the growth of the resident set on a CPU."""
-        return self.peak + (self.host + self.cpu if device.type == "cpu" else WORKSPACES)
+        if device.type == "cpu" and self.cpu_peak is not None:
+            return self.cpu_peak
+        return self.peak + WORKSPACES
+
+    def as_json(self) -> dict[str, Any]:
+        """All values by name."""
+        return {
+            "lines": self.lines,
+            "peak": self.peak,
+            "host_lines": self.host_lines,
+            "host": self.host,
+            "cpu_peak": self.cpu_peak,
+        }
 
 
 @dataclass(frozen=True)
 class StepMemory:
     """Bytes of one step before the choice of what to offload."""
 
-    lines: dict[str, int]
-    """Bytes by purpose, with everything on the device."""
+    weights: int
+    adam_state: int
+    gathered: int
+    """Weights that a rank has gathered from the others when it needs most."""
 
-    offloadable: int
-    """Bytes of layer inputs that `offload_activations` moves to host memory."""
+    transient: dict[str, int]
+    """Everything else at the moment of its peak, by purpose."""
 
-    cpu: int
+    transient_without_inputs: dict[str, int]
+    """The same at the moment when everything except the layers' inputs peaks."""
+
+    inputs_in_transit: int
+    """Layer inputs on the device if they are offloaded: the one in use and the next one."""
+
+    pinned_state: int
+    """Adam's state in pinned host memory."""
+
+    pinned_inputs: int
+    """The layers' inputs in pinned host memory."""
+
+    cpu_peak: int
     """As in `MemoryEstimate`."""
+
+    matmul: MatmulParameters
+    """Parameters that a step multiplies with, from which its time follows."""
 
     def estimate(self, offload_state: bool, offload_activations: bool) -> MemoryEstimate:
         """The estimate with these two offloading options."""
-        host = (self.lines[ADAM_STATE] if offload_state else 0) + (self.offloadable if offload_activations else 0)
-        total = sum(self.lines.get(name, 0) for name in (STUDENT, ADAM_STATE, GATHERED, TRANSIENT))
-        return MemoryEstimate(self.lines, total - host, host, self.cpu)
+        lines = {STUDENT: self.weights, ADAM_STATE: self.adam_state, GATHERED: self.gathered, **self.transient}
+        host = {}
+        if offload_activations:
+            lines = {name: count for name, count in lines.items() if name not in self.transient}
+            lines |= {**self.transient_without_inputs, LAYER_INPUTS: self.inputs_in_transit}
+            host[LAYER_INPUTS] = self.pinned_inputs
+        if offload_state:
+            del lines[ADAM_STATE]
+            host[ADAM_STATE] = self.pinned_state
+        return MemoryEstimate({name: lines[name] for name in LINES if lines.get(name)}, host, self.cpu_peak)
 
 
 def tensor_bytes(tensors: Iterable[Tensor]) -> int:
     """Total size of tensors in bytes."""
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def pinned_bytes(sizes: Iterable[int]) -> int:
+    """Bytes that allocations of these sizes take in pinned host memory: PyTorch rounds each up to a power of two."""
+    return sum(1 << (size - 1).bit_length() for size in sizes if size)

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +14,9 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.memory.estimate import tensor_bytes
+from neko_lean.memory.estimate import GRADIENTS, LAYER_INPUTS, LOGITS, UPDATE, tensor_bytes
 from neko_lean.memory.live_tensors import LiveTensors
+from neko_lean.memory.repeated_layers import each_kind_once, repeat_layers
 from neko_lean.models import (
     CHUNK_ELEMENTS,
     CausalLM,
@@ -63,51 +65,72 @@ def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
     model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False).eval()
     reset_output_switches(model)
     try:
-        backbone = find_backbone(model)
+        with each_kind_once(model):
+            backbone = find_backbone(model)
     except NekoLeanError as error:
         raise NekoLeanError(f"memory cannot be predicted from the config alone in {dtype}: {error}") from error
     return CausalLM(model, backbone, softcap=config_softcap(model_config))
 
 
-def fake_step(lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTensors) -> int:
+def find_layers(lm: CausalLM) -> nn.ModuleList:
+    """The model's decoder layers, as `decoder_layers` finds them. Raises NekoLeanError if they cannot be run alone."""
+    with each_kind_once(lm.model):
+        return decoder_layers(lm)
+
+
+def fake_step(lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTensors) -> list[int]:
     """Make the allocations of one training step.
 
     Args:
         lm: model from `fake_model`.
         recipe: its `backward` decides how the step runs.
         micro: micro-batches of the step.
-        live: counter that is active; it is told about scratch memory of CPU kernels.
+        live: counter that is active; it is told what each storage is for, and about scratch memory of CPU kernels.
 
-    Returns the bytes of the layer inputs that the step keeps.
+    Returns the bytes of each layer input that the step keeps, if it keeps them apart from other activations.
     """
 
     def update(parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
-            torch.empty(UPDATE_BYTES * min(SLICE, parameter.numel()), dtype=torch.uint8)
+            live.label([parameter.grad], GRADIENTS)
+            with live.of_kind(UPDATE):
+                torch.empty(UPDATE_BYTES * min(SLICE, parameter.numel()), dtype=torch.uint8)
             parameter.grad = None
 
     # Forward.
-    layer_pass, layer_inputs = None, 0
+    layer_pass = None
+    input_bytes: list[int] = []
     if recipe.backward == "layerwise":
-        layer_pass = LayerPass(lm, decoder_layers(lm))
+        layers = find_layers(lm)
+        repeat_layers(layers, live, holds_inputs=True)
+        layer_pass = LayerPass(lm, layers)
         hidden = layer_pass.forward(micro)  # [N, d]
-        layer_inputs = sum(tensor_bytes([call.hidden]) for calls in layer_pass.calls for call in calls)
+        for call in chain.from_iterable(layer_pass.calls):
+            live.label([call.hidden], LAYER_INPUTS)
+            input_bytes.append(tensor_bytes([call.hidden]))
+        del call
     else:
-        _prepare_autograd(lm, recipe, update)
+        for parameter in lm.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(update)
+        repeat_layers_if_possible(lm, live, checkpointed=recipe.backward == "checkpointed")
         hidden = select_hidden(lm, micro)  # [N, d]
 
     # Loss: `token_stats` looks at values, which fake tensors lack, so its buffers and gradients stand in for it.
     head = lm.model.get_output_embeddings().weight
     hidden_grad = torch.empty_like(hidden)
     if head.requires_grad:
-        head.grad = torch.empty_like(head)
+        with live.of_kind(GRADIENTS):
+            head.grad = torch.empty_like(head)
         if head.dtype == torch.bfloat16:
             # The last chunk's product adds to the head's gradient while its logits and their gradient are alive.
-            alive = torch.empty(chunk_bytes(lm, len(hidden)) * 6 // (4 * _chunk_buffers(lm)), dtype=torch.uint8)
+            with live.of_kind(LOGITS):
+                alive = torch.empty(chunk_bytes(lm, len(hidden)) * 6 // (4 * _chunk_buffers(lm)), dtype=torch.uint8)
             live.scratch(4 * head.numel())
             del alive
-    logits = chunk_bytes(lm, len(hidden)) // _chunk_buffers(lm)
-    buffers = [torch.empty(logits, dtype=torch.uint8) for _ in range(_chunk_buffers(lm))]
+    with live.of_kind(LOGITS):
+        logits = chunk_bytes(lm, len(hidden)) // _chunk_buffers(lm)
+        buffers = [torch.empty(logits, dtype=torch.uint8) for _ in range(_chunk_buffers(lm))]
     del buffers
     if head is not lm.embedding and layer_pass is None:
         update(head)
@@ -117,16 +140,19 @@ def fake_step(lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTenso
     del hidden, hidden_grad
     if layer_pass is not None:
         layer_pass.backward(update)
-    return layer_inputs
+    return input_bytes
 
 
-def _prepare_autograd(lm: CausalLM, recipe: Recipe, update: Callable[[nn.Parameter], None]) -> None:
-    """Checkpoint activations if the recipe says so, and update each parameter when autograd completes its gradient."""
-    if recipe.backward == "checkpointed":
+def repeat_layers_if_possible(lm: CausalLM, live: LiveTensors, *, checkpointed: bool) -> None:
+    """Checkpoint activations if asked to, and run each kind of layer once, unless layers pass on more than hidden
+    states."""
+    layers = None
+    with suppress(NekoLeanError):
+        layers = find_layers(lm)
+    if checkpointed:
         checkpoint_activations(lm.model)
-    for parameter in lm.model.parameters():
-        if parameter.requires_grad:
-            parameter.register_post_accumulate_grad_hook(update)
+    if layers is not None:
+        repeat_layers(layers, live, holds_inputs=False)
 
 
 def chunk_bytes(lm: CausalLM, positions: int) -> int:

@@ -11,23 +11,24 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from neko_lean.distributed import world_size
 from neko_lean.memory.estimate import (
-    ADAM_STATE,
     FIRST_USE,
-    GATHERED,
-    STUDENT,
-    TRANSIENT,
+    LAYER_INPUTS,
     MemoryEstimate,
     StepMemory,
+    pinned_bytes,
     tensor_bytes,
 )
-from neko_lean.memory.fake_step import chunk_bytes, fake_model, fake_step, fake_tensors
+from neko_lean.memory.fake_step import fake_model, fake_step, fake_tensors
 from neko_lean.memory.live_tensors import LiveTensors
+from neko_lean.memory.repeated_layers import each_kind_once
+from neko_lean.memory.step_time import MatmulParameters
 from neko_lean.models import CausalLM
 from neko_lean.recipe import Recipe
-from neko_lean.training import MicroBatches, decoder_layers, freeze, state_size
+from neko_lean.training import MicroBatches, decoder_layers, freeze, new_state
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -87,35 +88,45 @@ def step_memory(
     head_positions: Sequence[int] | None = None,
     ranks: int = 1,
 ) -> StepMemory:
-    """Memory of one step with everything on the device. The arguments are those of `predict`."""
+    """Memory of one step before the choice of what to offload. The arguments are those of `predict`."""
     positions = list(head_positions or [rows * length for rows, length in micro])
 
     # Run the step.
     with fake_tensors():
         lm = fake_model(config, getattr(torch, recipe.dtype))
-        freeze(lm, recipe.train_last, recipe.train_only)
+        with each_kind_once(lm.model):
+            freeze(lm, recipe.train_last, recipe.train_only)
+            gathered = _gathered_bytes(lm) if ranks > 1 else 0
         ids = [torch.zeros(shape, dtype=torch.int64) for shape in micro]  # [b, l] each
         index = [torch.zeros(count, dtype=torch.int64) for count in positions]  # [n] each
         with LiveTensors() as live:
-            layer_inputs = fake_step(lm, recipe, MicroBatches(ids, [None] * len(ids), index), live)
-        gathered = _gathered_bytes(lm) if ranks > 1 else 0
+            input_bytes = fake_step(lm, recipe, MicroBatches(ids, [None] * len(ids), index), live)
+        states = [tensor_bytes([tensor]) for tensor in _state_tensors(lm, recipe.state_bits, ranks)]
 
-    # Name what it held.
-    trainable = [parameter for parameter in lm.model.parameters() if parameter.requires_grad]
-    lines = {
-        STUDENT: tensor_bytes(lm.model.parameters()) // ranks,
-        "teacher weights": 0,
-        ADAM_STATE: sum(state_size(parameter.numel(), recipe.state_bits) for parameter in trainable) // ranks,
-        **({GATHERED: gathered} if ranks > 1 else {}),
-        "gradients, the largest alone": max(tensor_bytes([parameter]) for parameter in trainable),
-        "layer inputs": layer_inputs,
-        "logits of a chunk": chunk_bytes(lm, sum(positions)),
-        TRANSIENT: live.peak,
-    }
+    # Name what it held. Of the inputs in host memory, one is used on the device while the next one arrives.
+    weights = tensor_bytes(lm.model.parameters()) // ranks
+    return StepMemory(
+        weights=weights,
+        adam_state=sum(states),
+        gathered=gathered,
+        transient=live.peak_by_kind(),
+        transient_without_inputs=live.peak_by_kind(leave_out=[LAYER_INPUTS]),
+        inputs_in_transit=min(sum(input_bytes), 2 * max(input_bytes, default=0)),
+        pinned_state=pinned_bytes(states),
+        pinned_inputs=pinned_bytes(input_bytes),
+        cpu_peak=weights + sum(states) + gathered + live.resident + FIRST_USE,
+        matmul=MatmulParameters.of(lm),
+    )
 
-    # Of the inputs in host memory, one is used on the device while the next one arrives.
-    widest = max(rows * length for rows, length in micro) * lm.head.shape[1] * lm.head.element_size()
-    return StepMemory(lines, max(0, layer_inputs - 2 * widest), live.resident - live.peak + FIRST_USE)
+
+def _state_tensors(lm: CausalLM, bits: int, ranks: int) -> list[Tensor]:
+    """Adam's state of the trainable parameters on one rank. Call it within `fake_tensors()`."""
+    states = [
+        new_state(parameter.numel() // ranks, parameter.numel(), bits, torch.device("cpu"))
+        for parameter in lm.model.parameters()
+        if parameter.requires_grad
+    ]
+    return [tensor for state in states for tensor in state.tensors().values()]
 
 
 def _gathered_bytes(lm: CausalLM) -> int:

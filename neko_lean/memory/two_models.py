@@ -10,10 +10,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from neko_lean.memory.estimate import ADAM_STATE, STUDENT, TRANSIENT, MemoryEstimate, tensor_bytes
-from neko_lean.memory.fake_step import fake_model, fake_tensors
+from neko_lean.memory.estimate import (
+    ADAM_STATE,
+    GRADIENTS,
+    LINES,
+    STUDENT,
+    TEACHER,
+    UPDATE,
+    MemoryEstimate,
+    tensor_bytes,
+)
+from neko_lean.memory.fake_step import fake_model, fake_tensors, repeat_layers_if_possible
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.models import checkpoint_activations
 
 
 @dataclass(frozen=True)
@@ -45,24 +53,20 @@ def predict_two_models(config: Path, baseline: TwoModelBaseline, rows: int, leng
     """
     with fake_tensors():
         lm = fake_model(config, baseline.dtype)
-        teacher = fake_model(config, baseline.dtype)
-        if baseline.checkpointing:
-            checkpoint_activations(lm.model)
         ids = torch.zeros((rows, baseline.max_length or length), dtype=torch.int64)  # [B, L]
         with LiveTensors() as live:
-            two_model_loss(lm.model, teacher.model, (ids, ids), (ids, ids), 0.2).backward()
+            repeat_layers_if_possible(lm, live, checkpointed=baseline.checkpointing)
+            # The teacher runs without gradient, so the student's own weights can stand in for it.
+            two_model_loss(lm.model, lm.model, (ids, ids), (ids, ids), 0.2).backward()
+            live.label([parameter.grad for parameter in lm.model.parameters()], GRADIENTS)
 
     # All gradients are alive after backward, and AdamW's foreach form takes as much again for its denominators.
     weights = tensor_bytes(lm.model.parameters())
-    transient = max(live.peak, 2 * weights)
-    lines = {
-        STUDENT: weights,
-        "teacher weights": weights,
-        ADAM_STATE: 2 * weights,
-        "gradients, all": weights,
-        TRANSIENT: transient,
-    }
-    return MemoryEstimate(lines, 4 * weights + transient, 0)
+    transient = live.peak_by_kind()
+    if sum(transient.values()) < 2 * weights:
+        transient = {GRADIENTS: weights, UPDATE: weights}
+    lines = {STUDENT: weights, TEACHER: weights, ADAM_STATE: 2 * weights, **transient}
+    return MemoryEstimate({name: lines[name] for name in LINES if name in lines}, {}, None)
 
 
 def two_model_loss(

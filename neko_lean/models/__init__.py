@@ -26,7 +26,7 @@ from neko_lean.models.loading import (
     new_model,
     usable_length,
 )
-from neko_lean.models.memory_use import peak_memory, reset_peak_memory, resident_memory, trim_memory
+from neko_lean.models.memory_use import memory_in_use, peak_memory, reset_peak_memory, resident_memory, trim_memory
 from neko_lean.models.packing import supports_packing
 from neko_lean.models.positions import rescaling_length, stated_positions
 from neko_lean.models.predictions import next_token_logp, next_token_stats
@@ -60,6 +60,7 @@ __all__ = [
     "load_tokenizer",
     "local_shard",
     "logits",
+    "memory_in_use",
     "model_config",
     "model_folder",
     "model_name",

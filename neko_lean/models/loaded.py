@@ -23,18 +23,21 @@ R = TypeVar("R")
 
 
 def accepts_loaded_model(function: Callable[P, R]) -> Callable[P, R]:
-    """Decorator for a function with the parameters `model` and `tokenizer`, and perhaps `out`.
+    """Decorator for a function with the parameter `model`, and perhaps `tokenizer` and `out`.
 
     A loaded model is saved in a temporary folder next to `out`, which the function gets as `model` and which is removed
-    when it returns. So the function runs on the same files, checks and fingerprints as with a checkpoint.
+    when it returns. So the function runs on the same files, checks and fingerprints as with a checkpoint. Only the
+    config is saved for a function without `tokenizer`.
     """
     signature = inspect.signature(function)
+    config_only = "tokenizer" not in signature.parameters
 
     @functools.wraps(function)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         bound = signature.bind(*args, **kwargs)
         model, tokenizer = bound.arguments["model"], bound.arguments.pop("tokenizer", None)
-        with checkpoint_of(model, tokenizer, bound.arguments.get("out")) as bound.arguments["model"]:
+        out = bound.arguments.get("out")
+        with checkpoint_of(model, tokenizer, out, config_only=config_only) as bound.arguments["model"]:
             return function(*bound.args, **bound.kwargs)
 
     return wrapped
@@ -42,7 +45,11 @@ def accepts_loaded_model(function: Callable[P, R]) -> Callable[P, R]:
 
 @contextmanager
 def checkpoint_of(
-    model: str | Path | PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, out: str | Path | None = None
+    model: str | Path | PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase | None,
+    out: str | Path | None = None,
+    *,
+    config_only: bool = False,
 ) -> Iterator[str | Path]:
     """A path or a hub name as it is; a loaded model as a checkpoint folder, which exists while the block runs.
 
@@ -51,6 +58,7 @@ def checkpoint_of(
         tokenizer: the loaded model's tokenizer. A path or a hub name brings its own.
         out: the temporary folder is created next to this path, on a disk with space for a model; without it, in the
             system's folder for temporary files.
+        config_only: save the config alone, without weights and tokenizer.
 
     Raises:
         NekoLeanError: the model is of another type, it cannot be saved as safetensors, or the tokenizer is missing or
@@ -61,7 +69,7 @@ def checkpoint_of(
             raise NekoLeanError(f"tokenizer has no effect, because {model} brings its own; leave it out.")
         yield model
         return
-    if tokenizer is None:
+    if tokenizer is None and not config_only:
         raise NekoLeanError("a loaded model needs its tokenizer; pass tokenizer=, such as AutoTokenizer loads.")
     _check_type(model)
     temporary = Path(tempfile.gettempdir())
@@ -95,13 +103,16 @@ def _check_type(model: Any) -> None:
         )
 
 
-def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, folder: Path) -> Path:
-    """Save a checkpoint in a folder inside `folder` that has the model's name."""
+def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> Path:
+    """Save a checkpoint in a folder inside `folder` that has the model's name; only the config without a tokenizer."""
     name = Path(str(model.config.name_or_path or "")).name or type(model).__name__
     checkpoint = folder / name
     try:
-        model.save_pretrained(checkpoint)
-        tokenizer.save_pretrained(checkpoint)
+        if tokenizer is None:
+            model.config.save_pretrained(checkpoint)
+        else:
+            model.save_pretrained(checkpoint)
+            tokenizer.save_pretrained(checkpoint)
     except OSError:
         raise
     except Exception as error:  # transformers raises many types

@@ -1,4 +1,4 @@
-"""Memory in use: resident set and peaks of this process, and PyTorch's peaks on a GPU."""
+"""Memory in use and its peak: what PyTorch has allocated on a GPU, or the resident set of this process on a CPU."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 def reset_peak_memory(device: torch.device) -> None:
-    """Reset the peaks that `peak_memory` reports. The peak of the process can be reset on Linux only."""
+    """Reset the peak that `peak_memory` reports. That of the process can be reset on Linux only."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     with suppress(OSError):  # 5 resets the peak only, see proc_pid_clear_refs(5)
@@ -30,25 +30,27 @@ def trim_memory() -> None:
         ctypes.CDLL(None).malloc_trim(0)
 
 
+def memory_in_use(device: torch.device) -> int:
+    """Bytes in use now: what PyTorch has allocated on a GPU, or the resident set of this process on a CPU, including
+    mapped files (on systems that do not report it, its peak)."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_memory()
+
+
 def resident_memory() -> int:
     """Resident set of this process in bytes, including mapped files; on systems that do not report it, its peak."""
     try:
         return int(Path("/proc/self/statm").read_text().split()[1]) * resource.getpagesize()
     except OSError:
-        return peak_memory(torch.device("cpu"))["process"]
+        return _process_peak()
 
 
-def peak_memory(device: torch.device) -> dict[str, int]:
-    """Peaks in bytes since `reset_peak_memory`.
+def peak_memory(device: torch.device, before: int = 0) -> int:
+    """Largest `memory_in_use` since `reset_peak_memory`, above `before`, in bytes.
 
-    Returns:
-        'process' (resident set); on a GPU also 'allocated' and 'reserved' by PyTorch.
+    A run's peak memory is the one above what was in use before the run.
     """
-    peaks = {"process": _process_peak()}
-    if device.type == "cuda":
-        peaks["allocated"] = torch.cuda.max_memory_allocated(device)
-        peaks["reserved"] = torch.cuda.max_memory_reserved(device)
-    return peaks
+    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else _process_peak()
+    return peak - before
 
 
 def _process_peak() -> int:

@@ -125,11 +125,17 @@ def _logged(key: str) -> Callable[[dict[str, Any]], float | None]:
 
 
 def _peak_memory(line: dict[str, Any]) -> float | None:
-    peak = number(line, "peak_memory", "allocated") or number(line, "peak_memory", "process")
+    """GiB. Files of older versions have another quantity, under another name, and no curve."""
+    peak = number(line, "measured_peak")
     return None if peak is None else peak / 2**30
 
 
-PEAK_MEMORY = _Curve("Peak memory", "GiB so far; of the GPU by PyTorch, or of the process on a CPU", _peak_memory)
+PEAK_MEMORY = _Curve(
+    "Peak memory",
+    "so far, above what was in use before the run: allocated on the GPU, or the process's resident set on a CPU",
+    _peak_memory,
+    "GiB",
+)
 SAMPLE = "a fixed sample, in the recipe's own prompt format"  # which may differ from that of the scores
 EXACT = f"every token of the true answer is the most likely one; {SAMPLE}"
 LOGGED_CURVES = (

@@ -20,7 +20,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.extras import require_extra
 from neko_lean.jsonio import nan_to_null
 from neko_lean.memory import predicted_peak
-from neko_lean.models import CausalLM, Model, model_folder, resident_memory, trim_memory, warn_emulated_bfloat16
+from neko_lean.models import CausalLM, Model, memory_in_use, model_folder, trim_memory, warn_emulated_bfloat16
 from neko_lean.options import TrainingOptions
 from neko_lean.outputs import RUN, Output, claim_folder, explained_write_errors, write_atomically
 from neko_lean.recipe import Recipe
@@ -113,7 +113,7 @@ def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[st
         The contents of run.json.
     """
     trim_memory()
-    resident_before = resident_memory()
+    memory_before = memory_in_use(job.device)
     warn_emulated_bfloat16(job.recipe.dtype, job.device, job.options.quiet)
 
     # Ranks shard a student that is whole in host memory.
@@ -124,7 +124,7 @@ def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[st
     trainer = Trainer(student, pad_id, job.examples, job.teacher, job.recipe, job.device)
     del student
     initial_student = partial(job.make_student, torch.device("cpu"))
-    loop = Loop(trainer, job.tokenizer, work, signals, initial_student, job.options)
+    loop = Loop(trainer, job.tokenizer, work, signals, initial_student, job.options, memory_before)
 
     # From here a signal waits for the end of the step, and after the last step for the output.
     with signals.deferred():
@@ -133,7 +133,7 @@ def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[st
             callbacks = [callback for callback in (job.callback, tracker) if callback is not None]
             summary = loop.train(callbacks)
         run = {**about, **summary, "versions": versions(), "made_from": digests(work.identity)}
-        run |= _memory_of(loop, run["peak_memory"], resident_before)
+        run |= _memory_of(loop, run["measured_peak"])
         with work.output_folder() as stage:
             loop.write(stage)
             if is_main_process():
@@ -157,10 +157,10 @@ def raise_failure(run: Mapping[str, Any], out: Path) -> None:
         )
 
 
-def _memory_of(loop: Loop, peaks: Mapping[str, int], resident_before: int) -> dict[str, Any]:
+def _memory_of(loop: Loop, measured_peak: int) -> dict[str, Any]:
     """Predicted and measured peak memory, for run.json."""
     trainer, state = loop.trainer, loop.state
-    per_rank = all_gather_objects(peaks.get("allocated", peaks["process"] - resident_before))
+    per_rank = all_gather_objects(measured_peak)
     config = trainer.student.model.config
     return {
         "predicted_peak": predicted_peak(config, trainer.recipe, state.largest, state.wanted, loop.device),

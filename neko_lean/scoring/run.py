@@ -13,7 +13,7 @@ from neko_lean.data import RowSource
 from neko_lean.distributed import run_on_main_and_broadcast, with_process_group
 from neko_lean.errors import NekoLeanError
 from neko_lean.jsonio import jsonl_text, strict_json
-from neko_lean.models import Model, accepts_loaded_model, peak_memory
+from neko_lean.models import Model, accepts_loaded_model, memory_in_use, peak_memory, reset_peak_memory
 from neko_lean.options import OutputOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import Output, locked, publish_file
 from neko_lean.scoring.attacks import AttackTarget, run_attacks
@@ -120,6 +120,8 @@ def _planned(job: ScoreJob) -> dict[str, Any]:
 def _run(job: ScoreJob, stage: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
     """Compute scores.json and the lines of generations.jsonl."""
     truncated = TruncationCounts()
+    memory_before = memory_in_use(job.device)
+    reset_peak_memory(job.device)
     measured, target, attacks = _measure_and_attack(job, stage, truncated)
 
     # The model is out of memory now; these load it themselves, one at a time.
@@ -151,7 +153,7 @@ def _run(job: ScoreJob, stage: Path) -> tuple[dict[str, Any], list[dict[str, Any
         "versions": versions(),
         "made_from": job.made_from,
         "wall_seconds": time.monotonic() - job.started,
-        "peak_memory": peak_memory(job.device),
+        "peak_memory": peak_memory(job.device, memory_before),
     }
     return scores, measured.lines
 

@@ -1,6 +1,6 @@
 """A training run: batches, losses, the layerwise backward pass, the optimizer and the training loop."""
 
-from neko_lean.training.adam_state import state_size
+from neko_lean.training.adam_state import new_state
 from neko_lean.training.batch import Batch, forget_start, make_batch, select_hidden
 from neko_lean.training.examples import TrainingExamples
 from neko_lean.training.layers import decoder_layers, freeze
@@ -30,10 +30,10 @@ __all__ = [
     "freeze",
     "make_batch",
     "micro_batches",
+    "new_state",
     "phases",
     "select_hidden",
     "split_across_ranks",
-    "state_size",
     "total_steps",
     "with_levels",
 ]

@@ -24,13 +24,19 @@ class Checkpointer:
         work: the run's work folder, to which saves are written.
         load_original: loads the model as it was at the start of the run, on the CPU.
         options: `seed` and `quiet` are used.
+        memory_before: bytes that were in use before the student was loaded.
     """
 
     def __init__(
-        self, trainer: Trainer, work: RunFolder, load_original: Callable[[], CausalLM], options: TrainingOptions
+        self,
+        trainer: Trainer,
+        work: RunFolder,
+        load_original: Callable[[], CausalLM],
+        options: TrainingOptions,
+        memory_before: int,
     ) -> None:
         self.trainer, self.work, self.load_original = trainer, work, load_original
-        self.seed, self.quiet = options.seed, options.quiet
+        self.seed, self.quiet, self.memory_before = options.seed, options.quiet, memory_before
         self.device = trainer.student.device
         self.restored_save: Save | None = None  # the save that the run continues from
         self.start_time = 0.0  # on the monotonic clock, as if the run had never been interrupted
@@ -73,7 +79,7 @@ class Checkpointer:
         """Write a save."""
         state = self.trainer.state
         state.wall = self.seconds()
-        state.peak = self.peak_memory()
+        state.measured_peak = self.measured_peak()
         tensors = {f"optimizer.{name}": tensor for name, tensor in optimizer.state_dict().items()}
         tensors |= {f"random.{name}": tensor for name, tensor in random_states(self.device).items()}
         self.work.save(state, self.trainer.trainable, tensors)
@@ -82,7 +88,6 @@ class Checkpointer:
         """Seconds that the run has taken, including the time before an interruption."""
         return time.monotonic() - self.start_time
 
-    def peak_memory(self) -> dict[str, int]:
-        """Peak memory of the run in bytes, including the time before an interruption."""
-        current, before = peak_memory(self.device), self.trainer.state.peak
-        return {key: max(value, before.get(key, 0)) for key, value in current.items()}
+    def measured_peak(self) -> int:
+        """Peak memory of the run in bytes, above what was in use before it; an interruption does not reset it."""
+        return max(peak_memory(self.device, self.memory_before), self.trainer.state.measured_peak)

@@ -31,7 +31,7 @@ from neko_lean.checkpoints import (
 from neko_lean.distributed import all_reduce_max, is_main_process
 from neko_lean.errors import Interrupted, NekoLeanError, NonFiniteError, PartialStepError
 from neko_lean.jsonio import nan_to_null
-from neko_lean.models import CausalLM, peak_memory, reset_peak_memory, save_checkpoint
+from neko_lean.models import CausalLM, reset_peak_memory, save_checkpoint
 from neko_lean.options import TrainingOptions
 from neko_lean.outputs import MANIFEST, no_follow
 from neko_lean.recipe import Recipe
@@ -72,6 +72,7 @@ class Loop:
         signals: signals that ask for the end of the run.
         load_original: loads the model as it was at the start of the run, on the CPU.
         options: `seed` and `quiet` are used.
+        memory_before: bytes that were in use before the student was loaded; peak memory is what comes on top.
 
     Raises NekoLeanError if the recipe makes no step of these examples.
     """
@@ -84,9 +85,10 @@ class Loop:
         signals: Signals,
         load_original: Callable[[], CausalLM],
         options: TrainingOptions,
+        memory_before: int,
     ) -> None:
         self.trainer, self.tokenizer, self.work, self.signals = trainer, tokenizer, work, signals
-        self.checkpointer = Checkpointer(trainer, work, load_original, options)
+        self.checkpointer = Checkpointer(trainer, work, load_original, options, memory_before)
         self.seed, self.quiet = options.seed, options.quiet
         self.device = trainer.student.device
 
@@ -156,7 +158,7 @@ class Loop:
             "padding": 1 - state.tokens / max(1, state.positions),
             "wall_seconds": self.checkpointer.seconds(),
             "wait_seconds": state.waited,
-            "peak_memory": self.checkpointer.peak_memory(),
+            "measured_peak": self.checkpointer.measured_peak(),
             "device": str(self.device),
         }
 
@@ -280,7 +282,7 @@ class Loop:
         # Log.
         line["wait_seconds"] = waited
         line["seconds"] = time.monotonic() - start
-        line["peak_memory"] = peak_memory(self.device)
+        line["measured_peak"] = self.checkpointer.measured_peak()
         metrics.write(json.dumps(nan_to_null(line), allow_nan=False) + "\n")
         metrics.flush()
         for callback in self.callbacks:

@@ -12,7 +12,7 @@ from neko_lean.training import loop
 from tests.helpers import SMALL
 
 EVALUATED = {**SMALL, "eval_every": 2, "choose": "quality"}
-TIMES = ("wait_seconds", "seconds", "peak_memory")
+TIMES = ("wait_seconds", "seconds", "measured_peak")
 
 
 class Killed(BaseException):

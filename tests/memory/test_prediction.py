@@ -32,7 +32,7 @@ def test_a_prediction_for_a_cpu_includes_the_heads_gradient_in_float32():
         estimate = predict(wide, load_recipe("graddiff", {"dtype": dtype}), [(4, 128)])
         extra[dtype] = estimate.peak_on(cpu) - estimate.peak_on(gpu)
         assert estimate.peak_on(gpu) == estimate.peak + WORKSPACES
-        assert estimate.peak_on(cpu) == estimate.peak + estimate.cpu and estimate.cpu >= FIRST_USE
+        assert estimate.peak_on(cpu) == estimate.cpu_peak >= estimate.peak + FIRST_USE
     assert extra["bfloat16"] > extra["float32"]
     offloaded = predict(MIDDLE, load_recipe("neko", {"offload_state": True}), [(4, 128)])
     plain = predict(MIDDLE, load_recipe("neko"), [(4, 128)])
@@ -41,12 +41,12 @@ def test_a_prediction_for_a_cpu_includes_the_heads_gradient_in_float32():
 
 def test_the_process_peak_can_be_reset_and_is_not_the_parents():
     block = torch.ones(2**26)  # 256 MiB
-    before = peak_memory(torch.device("cpu"))["process"]
+    before = peak_memory(torch.device("cpu"))
     assert before >= block.nbytes
     del block
     trim_memory()
     reset_peak_memory(torch.device("cpu"))
-    after = peak_memory(torch.device("cpu"))["process"]
+    after = peak_memory(torch.device("cpu"))
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("this system cannot reset a process's peak")
     assert after < before - 2**27 and after >= resident_memory() - 2**24
@@ -97,10 +97,9 @@ def test_the_prediction_equals_what_the_real_step_allocates(change):
     recipe = load_recipe("neko", change)
     micro = [(8, 128)] * 3 if recipe.backward == "layerwise" else [(24, 128)]
     estimate = predict(MIDDLE, recipe, micro)
-    transient = estimate.lines["peak of all but weights and state"]
+    transient = estimate.peak - estimate.lines["student weights"] - estimate.lines["Adam state"]
     assert transient == pytest.approx(real_step(recipe, micro), rel=0.1)
-    assert estimate.peak == estimate.lines["student weights"] + estimate.lines["Adam state"] + transient
-    assert estimate.host == 0
+    assert estimate.peak == sum(estimate.lines.values()) and estimate.host == 0
 
 
 def test_olmo_1b_peaks_within_a_quarter_above_weights_and_state():
@@ -114,7 +113,7 @@ def test_olmo_1b_peaks_within_a_quarter_above_weights_and_state():
     assert estimate.peak < 1.25 * floor
     lean = predict(OLMO_1B, dataclasses.replace(recipe, offload_state=True, offload_activations=True), micro)
     assert lean.peak < 1.6 * estimate.lines["student weights"]
-    assert lean.peak + lean.host == pytest.approx(estimate.peak, rel=0.02)
+    assert lean.host > estimate.lines["Adam state"]  # pinned memory is rounded up
 
 
 def test_each_option_saves_what_it_should():
@@ -126,7 +125,7 @@ def test_each_option_saves_what_it_should():
 
     plain = estimate()
     assert estimate(offload_state=True).peak == plain.peak - plain.lines["Adam state"]
-    assert estimate(offload_state=True).host == plain.lines["Adam state"]
+    assert plain.lines["Adam state"] <= estimate(offload_state=True).host <= 2 * plain.lines["Adam state"]
     assert estimate(offload_activations=True).peak < plain.peak - 0.3 * plain.lines["layer inputs"]
     assert estimate(state_bits=4).lines["Adam state"] < 0.55 * plain.lines["Adam state"]
     last = estimate(train_last=1)

@@ -15,8 +15,9 @@ def test_a_baseline_holds_two_models():
         assert estimate.lines["student weights"] == estimate.lines["teacher weights"] == size * parameters
         assert estimate.lines["Adam state"] == 2 * size * parameters
         # The float32 logits of 32 examples are alive at least three times.
-        assert estimate.lines["peak of all but weights and state"] > 3 * 32 * 128 * 3000 * 4
+        assert estimate.peak - 4 * size * parameters > 3 * 32 * 128 * 3000 * 4
+        assert estimate.peak == sum(estimate.lines.values())
 
 
 def test_a_baseline_has_no_estimate_for_a_cpu():
-    assert predict_two_models(MIDDLE, LEAN_BASELINE, 4, 128).cpu == 0
+    assert predict_two_models(MIDDLE, LEAN_BASELINE, 4, 128).cpu_peak is None

@@ -34,7 +34,7 @@ def test_the_output_is_a_complete_checkpoint_with_its_history(world, unlearned):
     assert written == json.loads(json.dumps(run))
     assert written["recipe"]["lr"] == 1e-3 and written["recipe"]["name"] == "neko"
     assert {"torch", "transformers", "bitsandbytes", "neko-lean"} <= set(written["versions"])
-    assert written["peak_memory"]["process"] > 2**20 and written["wall_seconds"] > 0
+    assert written["measured_peak"] > 0 and written["wall_seconds"] > 0
     assert written["ended"] == "all steps taken" and written["weights_of_step"] == 6
     lines = metrics(out)
     assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
