@@ -41,7 +41,7 @@ def option(default: Any, help: str, panel: str = OTHER, **typer: Any) -> Any:
 
 
 COLUMNS_HELP = "Columns of the data, if their names are not recognised: prompt=q,answer=a,group=topic."
-SPLIT_HELP = "In a folder, read forget_SPLIT.* and retain_SPLIT.*, such as train, or a split of TOFU, such as forget10."
+SPLIT_HELP = "In a folder, read forget_SPLIT.* and retain_SPLIT.*, or a split of TOFU, such as forget10."
 OVERLAP_HELP = "Leave out what is also in the forget set, instead of refusing it."
 
 
@@ -136,7 +136,7 @@ class CacheOptions:
         min=0, metavar="N",
     )  # fmt: skip
     seed: int = option(0, "Random seed for --self-generated.", DATA)
-    max_length: int = option(512, "Truncate examples to this many tokens.", DATA)
+    max_length: int = option(512, "Truncate examples to this many tokens.", MEMORY)
     batch_tokens: int = option(8192, "Positions per forward pass, padding included.", MEMORY)
     dtype: str = option("bfloat16", "Dtype that the teacher runs in: bfloat16 or float32.", MEMORY)
     stored_dtype: str = option("float16", "Dtype of the stored probabilities: float16 or float32.", TEACHER)

@@ -9,7 +9,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "neko_lean"
 ORDER = [
-    "errors", "options", "jsonio", "distributed", "terminal", "outputs", "data", "models", "cache", "objectives",
+    "errors", "extras", "options", "jsonio", "distributed", "terminal", "outputs", "data", "models", "cache", "objectives",
     "recipe", "checkpoints", "training", "memory", "runs", "scoring", "reporting", "demo", "cli",
 ]  # fmt: skip
 
