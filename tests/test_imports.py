@@ -9,8 +9,8 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "neko_lean"
 ORDER = [
-    "errors", "extras", "options", "jsonio", "distributed", "terminal", "outputs", "data", "models", "cache", "objectives",
-    "recipe", "checkpoints", "training", "memory", "runs", "scoring", "reporting", "demo", "cli",
+    "errors", "extras", "options", "jsonio", "distributed", "terminal", "outputs", "data", "models", "cache",
+    "objectives", "recipe", "checkpoints", "training", "memory", "runs", "scoring", "reporting", "demo", "cli",
 ]  # fmt: skip
 
 

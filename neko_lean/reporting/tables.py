@@ -13,15 +13,13 @@ from neko_lean.reporting.table import (
     Group,
     Line,
     Table,
-    auc_cell,
     change_note,
     make_line,
     make_table,
-    number_cell,
     number_column,
 )
 from neko_lean.reporting.values import NOT_MEASURED, format_interval, format_number, objects, text
-from neko_lean.scoring import CELLS, SPLITS, difference_key, interval, number, shown_cells
+from neko_lean.scoring import CELLS, SPLITS, difference_key, interval, number, shown_cells, strongest_attack
 from neko_lean.scoring.names import cell_content, cell_name, cell_noun
 
 # Key in scores.json, name, and meaning of each line.
@@ -63,13 +61,13 @@ def headline(models: Sequence[Model]) -> Table | None:
     floor = max((number(model.scores, "mmlu", "award_floor") or 0.0 for model in models), default=0.0)
     aggregate = make_line(models, *_aggregate_line(models))
     membership = "1 if the loss does not tell forgotten documents from unseen ones" + _perfect_model(models)
-    auc = "of the loss attack; 0.5: indistinguishable, 1: remembered, 0: conspicuously avoided"
+    auc = "AUC; 0.5: indistinguishable, 1: remembered, 0: conspicuously avoided; the interval allows for all attacks"
     mmlu = "accuracy on multiple-choice questions" + (f"; the shared task's floor was {floor:g}" if floor else "")
     final = "mean of task aggregate, membership score and MMLU"
     lines = [
         aggregate,
         make_line(models, "Membership score", membership, number_column("membership", "score")),
-        make_line(models, "Membership AUC", auc, _membership_cell),
+        make_line(models, "Strongest membership attack", auc, _strongest_attack_cell),
         make_line(models, "MMLU", mmlu, number_column("mmlu", "micro")),
         make_line(models, "Final", final, number_column("final")),
     ]
@@ -88,10 +86,13 @@ def _has_lume_cells(models: Sequence[Model]) -> bool:
     return shown_cells([model.scores for model in models]) == list(CELLS)
 
 
-def _membership_cell(model: Model) -> Cell:
-    """The AUC with its interval, the two-sided AUC, and the change from before."""
-    area, with_change = auc_cell(model, "membership"), number_cell(model, "membership", "auc")
-    return Cell(with_change.value, list(dict.fromkeys([*area.small, *with_change.small])), with_change.missing)
+def _strongest_attack_cell(model: Model) -> Cell:
+    """The AUC of the strongest attack, which attack it is, its interval, and the change from before."""
+    test = strongest_attack(model.scores)
+    if test is None:
+        return Cell(NOT_MEASURED, missing=True)
+    small = [test.label, format_interval(test.interval), change_note(model, test.key)]
+    return Cell(format_number(test.value), [line for line in small if line])
 
 
 def _perfect_model(models: Sequence[Model]) -> str:

@@ -21,6 +21,7 @@ def attack(area: float) -> dict[str, Any]:
         "auc": area,
         "auc_interval": around(area, 0.1),
         "two_sided_auc": 0.5,
+        "two_sided_auc_interval": around(0.5, 0.1),
         "tpr_members_low": 0.02,
         "tpr_members_high": 0.01,
     }
@@ -54,7 +55,14 @@ def full_scores(model: str, left: float, seed: int = 0) -> dict[str, Any]:
     leaks = {"contained": left, "alphanumeric": left, "digits": None, "within_ten": near(left + 0.1)}
     known = {"extraction_strength": left, "exact_memorisation": near(left + 0.1), "answer_probability": left}
     known |= {"truth_ratio": None, "answer_rank": 3.0 if left > 0.5 else 812.0}
-    wrote = {"repetition": 0.05, "degenerate": 0.0, "entropy": 4.1, "rouge_f1": left, "length_ratio": 1.02}
+    wrote = {
+        "repetition": 0.05,
+        "degenerate_text": 0.0,
+        "degenerate_answer": 0.0,
+        "entropy": 4.1,
+        "rouge_f1": left,
+        "length_ratio": 1.02,
+    }
     scores = {
         "model": model,
         "rows": {"forget": 36, "retain": 36},

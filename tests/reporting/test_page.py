@@ -139,6 +139,14 @@ def test_no_internal_keys_outside_folds(demo, tmp_path):
         assert not re.findall(r"\b[a-z]+_[a-z]+\b", words)
 
 
+def test_the_headline_names_the_strongest_membership_attack():
+    scores = full_scores("x", 0.4)
+    scores["membership"]["attacks"]["all"]["zlib"] = {"auc": 0.97, "auc_interval": [0.9, 1.0]}
+    table = tables.headline([Model(0, "x", scores, {}, [])])
+    (line,) = [line for group in table.groups for line in group.lines if line.name == "Strongest membership attack"]
+    assert line.cells[0].value == "0.970" and line.cells[0].small[0] == "zlib"
+
+
 def spoil(value, replacements):
     """Replace each value in turn by one of another type."""
     if isinstance(value, dict):
