@@ -9,9 +9,8 @@ from neko_lean.scoring.membership_headline import MembershipTest, membership_tes
 from neko_lean.scoring.run import score
 from neko_lean.scoring.table import score_table
 from neko_lean.scoring.task import CELLS, KINDS, SPLITS, cell_parts, shown_cells
-from neko_lean.scoring.values import Interval, interval, mean, number, value_at
+from neko_lean.scoring.values import Interval, interval, mean, number, percent, value_at
 from neko_lean.scoring.verdict import verdict
-from neko_lean.scoring.wording import cell_words, percent
 
 __all__ = [
     "ATTACKS",
@@ -29,7 +28,6 @@ __all__ = [
     "ScoreInputs",
     "ScoreSettings",
     "cell_parts",
-    "cell_words",
     "cells_before",
     "difference_key",
     "interval",

@@ -11,9 +11,9 @@ from rich.table import Table
 
 from neko_lean.scoring.benchmarks.lines import BENCHMARK_LINES, benchmark_title, format_metric
 from neko_lean.scoring.membership_headline import strongest_attack
+from neko_lean.scoring.names import cell_name
 from neko_lean.scoring.task import CELLS, SPLITS, cell_parts, shown_cells
 from neko_lean.scoring.values import interval, number
-from neko_lean.scoring.wording import cell_words_with_split
 
 NOT_MEASURED = "not measured"
 Scores = Mapping[str, Any]
@@ -204,7 +204,7 @@ def _notes(named: Mapping[str, Scores]) -> list[str]:
     shown = shown_cells(list(named.values()))
     missing = [cell for cell in shown if any(number(scores, "cells", cell) is None for scores in named.values())]
     if missing and shown == list(CELLS):
-        words = ", ".join(cell_words_with_split(cell, {"cells": dict.fromkeys(CELLS)}) for cell in missing)
+        words = ", ".join(cell_name(cell) for cell in missing)
         notes.append(f"No aggregate: no rows for {words}.")
     notes += [*_blind_note(named), *_membership_note(named)]
     for name, scores in named.items():

@@ -49,3 +49,8 @@ def mean(values: Mapping[str, float]) -> float | None:
 def harmonic_mean(values: Sequence[float]) -> float:
     """Harmonic mean of one or more values; 0 if any of them is 0 or negative."""
     return len(values) / sum(1 / value for value in values) if min(values) > 0 else 0.0
+
+
+def percent(share: float) -> str:
+    """Format a share as a percentage, without rounding a small one to zero."""
+    return "less than 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"

@@ -27,9 +27,9 @@ from neko_lean.scoring.judge import (
     looks_unseen,
 )
 from neko_lean.scoring.membership_headline import MembershipTest, num_attacks, strongest_attack
+from neko_lean.scoring.names import cell_content, cell_name
 from neko_lean.scoring.task import CELLS, aggregate, aggregate_terms, cell_parts
-from neko_lean.scoring.values import mean, number, value_at
-from neko_lean.scoring.wording import cell_words, cell_words_with_split, percent
+from neko_lean.scoring.values import mean, number, percent, value_at
 
 Scores = Mapping[str, Any]
 # An attack that recovers less than this recovered nothing.
@@ -64,13 +64,13 @@ def retention(scores: Scores, before: Any) -> str | None:
         return f"Scores of the model before (--before) are needed to tell what it lost of the retain set: {average}."
     if state == YES:
         worst = min(cells, key=lambda cell: cells[cell])
-        lowest = f", the lowest is {cells[worst]:.2f} for {cell_words(worst, scores)}"
+        lowest = f", the lowest is {cells[worst]:.2f} for {cell_content(worst)}"
         has_lowest = f"{cells[worst]:.2f}" != f"{after:.2f}"
         return f"It preserved the retain set: {average}{lowest if has_lowest else ''}."
 
     worst = max(cells_at_start, key=lambda cell: cells_at_start[cell] - cells[cell])
     largest = f"; the largest loss is from {cells_at_start[worst]:.2f} to {cells[worst]:.2f}"
-    largest += f", for {cell_words(worst, scores)}"
+    largest += f", for {cell_content(worst)}"
     return f"It lost {'most' if state == NO else 'part'} of the retain set: {average}{largest}."
 
 
@@ -80,7 +80,7 @@ def single_zero(scores: Scores, before: Any) -> str | None:
     missing = [cell for cell in missing if cell in CELLS] if isinstance(missing, list) else []
     task_aggregate = number(scores, "task_aggregate")
     if task_aggregate is None and missing:
-        names = ", ".join(cell_words_with_split(cell, scores) for cell in missing)
+        names = ", ".join(cell_name(cell) for cell in missing)
         return f"There is no task aggregate: no rows for {names}."
     block = value_at(scores, "cells")
     names_of_cells = [cell for cell in block if cell_parts(cell) is not None] if isinstance(block, Mapping) else []
@@ -91,7 +91,7 @@ def single_zero(scores: Scores, before: Any) -> str | None:
     name = "aggregate" if task_aggregate is None else "task aggregate"
     perfect = 0.0 if zeros[0].startswith("forget.") else 1.0
     without = aggregate({**cells, zeros[0]: perfect})
-    words = cell_words_with_split(zeros[0], scores)
+    words = cell_name(zeros[0])
     return f"The {name} is 0 only because of the {words}; if that were perfect, it would be {without:.3f}."
 
 
@@ -108,7 +108,7 @@ def forgetting(scores: Scores, before: Any) -> str | None:
     worst = max(cells, key=lambda cell: cells[cell])
     if not cells[worst]:
         return "Asked directly, it reproduces nothing of the forget set."
-    highest = f"; the highest score is {cells[worst]:.2f}, for {cell_words(worst, scores)}"
+    highest = f"; the highest score is {cells[worst]:.2f}, for {cell_content(worst)}"
     has_highest = f"{cells[worst]:.2f}" not in ("0.00", f"{after:.2f}")
     return f"Asked directly, it reproduces {percent(after)} of the forget set{highest if has_highest else ''}."
 

@@ -203,7 +203,7 @@ def test_membership_tables_of_all_groups():
 def test_single_zero_and_table():
     scores = scores_of(lines_of(half))
     sentence = single_zero(scores, None)
-    words = "questions with long answers about authors v1.0 in the forget set"
+    words = "texts of authors v1.0 (forget set)"
     assert sentence.startswith(f"The aggregate is 0 only because of the {words}; if that were")
     forgotten = scores_of(lines_of(lambda split, row: row.output if split == "retain" else "no"))
     assert single_zero(forgotten, None) is None

@@ -189,7 +189,7 @@ def test_missing_inputs_are_reported_as_not_measured(world, model, tmp_path):
     assert scores["membership"] is None and scores["task_aggregate"] is None
     assert scores["missing_cells"] == ["forget.Task3.regurgitation", "forget.Task3.knowledge"]
     text = table_text(scores)
-    assert text.count("not measured") == 8 and "Task3 in the forget set" in text.replace("\n", " ")
+    assert text.count("not measured") == 8 and "Task3 (forget set)" in text.replace("\n", " ")
 
 
 def test_invalid_input_writes_nothing(world, model, tmp_path):

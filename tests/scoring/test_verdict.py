@@ -110,7 +110,7 @@ def test_single_zero_is_named():
 
     scores = scores_of(unlucky)
     assert scores["task_aggregate"] == 0
-    words = "only because of the questions about Task2 in the retain set; if that were perfect, it would be"
+    words = "only because of the questions about Task2 (retain set); if that were perfect, it would be"
     assert words in lines(scores)
     before = {"cells": dict.fromkeys(CELLS, 1.0)}
     assert "the largest loss is from 1.00 to 0.00, for questions about Task2" in "\n".join(verdict(scores, before))
@@ -169,7 +169,7 @@ def test_missing_cell():
     scores = scores_of(unlearned)
     scores |= {"task_aggregate": None, "missing_cells": ["forget.Task3.knowledge"]}
     scores["cells"]["forget.Task3.knowledge"] = None
-    assert "no rows for questions about Task3 in the forget set" in lines(scores)
+    assert "no rows for questions about Task3 (forget set)" in lines(scores)
 
 
 def test_the_strongest_attack_is_named_with_its_interval():
