@@ -38,7 +38,8 @@ class TeacherCache:
     def __init__(self, folder: str | Path) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
-            raise CacheError(f"{self.folder} does not exist: make it with cache-teacher.")
+            problem = "is not a folder" if self.folder.exists() else "does not exist"
+            raise CacheError(f"{self.folder} {problem}; expected a teacher cache: make it with cache-teacher.")
         self.manifest = read_manifest(self.folder / MANIFEST)
         self._shards = ShardReader(self.folder, self.manifest)
         self._retain = locate_rows(self.manifest.shards)

@@ -26,9 +26,21 @@ COMMANDS = {
     "demo": "Run all commands on a small made-up world, with nothing to download.",
 }
 
+# A system message may be empty, and the devices that exist are named where a device is chosen.
+_MAY_BE_EMPTY = ("--system", "--device")
+
 
 class Command(TyperCommand):
     """A command whose help lists its options in named groups, as plain text in any terminal or file."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> Any:
+        """Parse the command's arguments. An empty one is refused: as a path it would mean the current folder."""
+        for before, arg in zip(["", *args], args, strict=False):
+            option, equals, value = arg.partition("=") if arg.startswith("--") else (before, "=", arg)
+            if equals and not value and option not in _MAY_BE_EMPTY and not ctx.resilient_parsing:
+                name = option if option.startswith("-") else "an argument"
+                ctx.fail(f"{name} is empty; expected a value: check the shell variable that it comes from")
+        return super().parse_args(ctx, args)
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one section per group, in the order of PANELS."""

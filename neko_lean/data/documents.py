@@ -51,7 +51,9 @@ def read_documents(path: RowSource, hint: str) -> list[Document]:
     """
     records = list(_records(path, hint))
     if not records:
-        raise NekoLeanError(f"{path if isinstance(path, (str, Path)) else 'the data'} contains no documents.")
+        raise NekoLeanError(
+            f"{path if isinstance(path, (str, Path)) else 'the data'} contains no documents; expected at least one."
+        )
 
     column = next((name for name in _TEXT_COLUMNS if any(name in values for _, values in records)), _TEXT_COLUMNS[0])
     return [_document(record, column) for record in records]

@@ -13,7 +13,7 @@ from neko_lean.data.files import Record
 from neko_lean.data.hub import load_hub_rows, parse_hub_name
 from neko_lean.data.python_rows import read_python_rows
 from neko_lean.data.rows import build_examples
-from neko_lean.data.sources import SUFFIXES, find_data_file, read_path
+from neko_lean.data.sources import SUFFIXES, describe_unread, find_data_file, read_path
 from neko_lean.errors import NekoLeanError
 
 __all__ = [
@@ -47,11 +47,13 @@ class Rows(list[Example]):
 
     Attributes:
         layout: The name of the layout that was recognised, such as "question/answer".
+        unread: What is next to the texts of a folder and was not read, as a clause for a message.
     """
 
-    def __init__(self, examples: Iterable[Example], layout: str) -> None:
+    def __init__(self, examples: Iterable[Example], layout: str, unread: str = "") -> None:
         super().__init__(examples)
         self.layout = layout
+        self.unread = unread
 
 
 def read_rows(
@@ -88,11 +90,11 @@ def read_rows(
     columns = parse_columns(columns) if isinstance(columns, str) else columns
     records, name = _read_records(path, stem, split, columns)
     if not records:
-        raise NekoLeanError(f"{name} contains no rows.")
+        raise NekoLeanError(f"{name} contains no rows; expected at least one.")
 
     layout = recognise(records, columns)
     examples = build_examples(records, layout)
-    return Rows(examples, _layout_name(layout, examples))
+    return Rows(examples, _layout_name(layout, examples), "" if split else describe_unread(path, stem))
 
 
 def describe_rows(examples: Sequence[Example], source: object) -> str:
@@ -114,7 +116,8 @@ def describe_rows(examples: Sequence[Example], source: object) -> str:
     rows = "1 row" if len(examples) == 1 else f"{len(examples)} rows"
     read_as = f"{layout} -> {kinds}" if layout else kinds
     what = source if isinstance(source, str) else "data"
-    return f"{what}: {rows}, {read_as}; {'group' if len(groups) == 1 else 'groups'} {', '.join(named)}."
+    unread = f"; {examples.unread}" if isinstance(examples, Rows) and examples.unread else ""
+    return f"{what}: {rows}, {read_as}; {'group' if len(groups) == 1 else 'groups'} {', '.join(named)}{unread}."
 
 
 def paths_among(*sources: object) -> list[str | Path | None]:

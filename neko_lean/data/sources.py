@@ -11,7 +11,7 @@ from neko_lean.data.files import Record, is_file, shorten_name
 from neko_lean.data.json_files import read_json
 from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.parquet_files import read_parquet
-from neko_lean.data.text_files import TEXT_SUFFIXES, read_text_document, read_text_folder, text_files
+from neko_lean.data.text_files import TEXT_SUFFIXES, other_files, read_text_document, read_text_folder, text_files
 from neko_lean.errors import NekoLeanError
 
 TABLE_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv", ".tsv")
@@ -151,6 +151,25 @@ def _find_in_folder(folder: Path, name: str) -> Path | None:
             if is_file(file):
                 return file
     return None
+
+
+def describe_unread(source: object, stem: str) -> str:
+    """What is next to the texts of a folder and is not read, as a clause for a message; "" if there is nothing.
+
+    Args:
+        source: the data set, as for `read_rows`.
+        stem: the name of the file that would be read in place of the texts.
+    """
+    if not isinstance(source, (str, Path)):
+        return ""
+    folder = Path(source)
+    if not folder.is_dir() or _find_in_folder(folder, stem) is not None or not holds_only_texts(folder):
+        return ""
+    names = [shorten_name(name) for name in other_files(folder)]
+    if not names:
+        return ""
+    listed = f"{', '.join(names[:_MAX_LISTED])}{' and others' if len(names) > _MAX_LISTED else ''}"
+    return f"{len(names)} not read, because only .txt and .md files directly in the folder are: {listed}"
 
 
 def holds_only_texts(folder: Path) -> bool:

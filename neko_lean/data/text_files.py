@@ -36,6 +36,14 @@ def text_files(folder: Path) -> list[Path]:
     return sorted(file for file in files if not file.name.startswith("."))
 
 
+def other_files(folder: Path) -> list[str]:
+    """The names of what else is in a folder of texts and is not read, sorted; a subfolder's name ends with a slash.
+    Hidden files are not listed."""
+    read = text_files(folder)
+    others = [path for path in folder.iterdir() if path not in read and not path.name.startswith(".")]
+    return sorted(f"{path.name}/" if path.is_dir() else path.name for path in others)
+
+
 def read_text_folder(folder: Path) -> Iterator[Record]:
     """Yield one row per text file of a folder, with the columns `id` and `text`.
 

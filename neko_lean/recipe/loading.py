@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from neko_lean.errors import NekoLeanError, did_you_mean
+from neko_lean.errors import NekoLeanError, closest_names, did_you_mean
 from neko_lean.objectives import FORGET_OBJECTIVES
 from neko_lean.options import DEFAULT_RECIPE
 from neko_lean.recipe.checks import check
@@ -93,7 +93,9 @@ def _find(name: str | Path, folder: Path) -> Path:
     path = folder / name if str(name).endswith(".toml") else FOLDER / f"{name}.toml"
     if not path.is_file() or path == FOLDER / f"{BASE}.toml":
         if str(name).endswith(".toml"):
-            raise NekoLeanError(f"recipe file {path} does not exist.")
+            meant = closest_names(path.stem, recipe_names())
+            shipped = f"; the shipped recipe is named {meant[0]}, without .toml" if meant else ""
+            raise NekoLeanError(f"recipe file {path} does not exist{shipped}; expected a file, or a shipped recipe.")
         raise NekoLeanError(f"unknown recipe {str(name)!r}{did_you_mean(str(name), recipe_names(), NAME_SYNONYMS)}")
     return path
 
@@ -138,7 +140,8 @@ def _typed(recipe: str, key: str, value: Any, type_name: str) -> Any:
     if type_name == "float" and is_integer and abs(value) <= sys.float_info.max:
         value = float(value)
     if type(value).__name__ != type_name:
-        raise NekoLeanError(f"recipe {recipe}: {key} must be of type {type_name}, got {str(value)[:60]!r}.")
+        expected = "true or false" if type_name == "bool" else f"of type {type_name}"
+        raise NekoLeanError(f"recipe {recipe}: {key} must be {expected}, got {str(value)[:60]!r}.")
     if isinstance(value, float) and not math.isfinite(value):
         raise NekoLeanError(f"recipe {recipe}: {key} must be finite, got {value}.")
     return value

@@ -20,13 +20,22 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.extras import require_extra
 from neko_lean.jsonio import nan_to_null
 from neko_lean.memory import predicted_peak
-from neko_lean.models import CausalLM, Model, memory_in_use, model_folder, trim_memory, warn_emulated_bfloat16
+from neko_lean.memory.fake_step import fake_model, fake_tensors
+from neko_lean.models import (
+    CausalLM,
+    Model,
+    memory_in_use,
+    model_folder,
+    pick_dtype,
+    trim_memory,
+    warn_emulated_bfloat16,
+)
 from neko_lean.options import TrainingOptions
 from neko_lean.outputs import RUN, Output, claim_folder, explained_write_errors, write_atomically
 from neko_lean.recipe import Recipe
 from neko_lean.runs.trackers import tracked
 from neko_lean.terminal import log_line
-from neko_lean.training import Callback, Loop, Trainer, TrainingExamples, explained_out_of_memory
+from neko_lean.training import Callback, Loop, Trainer, TrainingExamples, explained_out_of_memory, freeze
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -70,6 +79,19 @@ def check_extras(recipe: Recipe, *sources: RowSource | None) -> None:
     if recipe.state_bits == 4:
         require_extra("torchao", "torchao", f"recipe {recipe.name}: state_bits = 4")
     require_hub_package(*sources)
+
+
+def check_trained_layers(folder: Path, recipe: Recipe) -> None:
+    """Raise NekoLeanError if the model has no parameters that a recipe is to train, before the teacher is cached."""
+    if not recipe.train_last and not recipe.train_only:
+        return
+    try:
+        with fake_tensors():
+            freeze(fake_model(folder, pick_dtype(recipe.dtype)), recipe.train_last, recipe.train_only)
+    except NekoLeanError:
+        raise
+    except Exception:  # raised by the model's own code, which may still run on real tensors
+        return
 
 
 @contextmanager

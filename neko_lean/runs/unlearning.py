@@ -55,6 +55,7 @@ from neko_lean.runs.trackers import check_tracker
 from neko_lean.runs.training_run import (
     TrainingJob,
     check_extras,
+    check_trained_layers,
     claim_before_download,
     finished_before,
     identity_of,
@@ -136,6 +137,7 @@ def unlearn(
     device = pick_device(run.device)
     inputs = [*paths_among(forget, retain, anchor), cache, base_cache, recipe_file(recipe)]
     output, folder = claim_before_download(out, model, inputs, run)
+    check_trained_layers(folder, chosen)
 
     # Examples, caches, and what makes this run the same run.
     tokenizer = load_tokenizer(folder)

@@ -68,8 +68,9 @@ def sources_of(
     if inputs.benchmark is not None:
         raise NekoLeanError(f"--benchmark {inputs.benchmark} needs --data, the folder with its files.")
     if forget is None or retain is None:
+        missing = "--data is" if forget is retain is None else "--forget is" if forget is None else "--retain is"
         raise NekoLeanError(
-            "the data are missing: give --data FOLDER with forget.* and retain.*, or --forget and --retain."
+            f"{missing} missing: give --data FOLDER with forget.* and retain.*, or both --forget and --retain."
         )
     refuse_unused_split(inputs.split, forget, retain)
     return {"forget": forget, "retain": retain}

@@ -73,7 +73,9 @@ def freeze(lm: CausalLM, train_last: int = 0, train_only: str = "") -> None:
     if train_last:
         layers = decoder_layers(lm)
         if train_last > len(layers):
-            raise NekoLeanError(f"train_last is {train_last}, but the model has only {len(layers)} layers.")
+            raise NekoLeanError(
+                f"train_last is {train_last}, but the model has only {len(layers)} layers; choose 1 to {len(layers)}."
+            )
         modules = [*layers[len(layers) - train_last :], *_modules_after(lm, layers)]
         if lm.head is not lm.embedding:
             modules.append(lm.model.get_output_embeddings())

@@ -2,7 +2,7 @@
 
 import pytest
 
-from neko_lean.data.examples import read_rows
+from neko_lean.data.examples import describe_rows, read_rows
 from neko_lean.errors import NekoLeanError
 from tests.data.data_files import assert_refused
 
@@ -17,6 +17,20 @@ def test_a_folder_of_texts_is_read_in_order_of_the_names(tmp_path):
     ]
     (tmp_path / "forget.txt").write_text("Forget this.")
     assert [example.id for example in read_rows(tmp_path, "forget")] == ["forget.txt"]
+
+
+def test_what_a_folder_of_texts_leaves_out_is_named(tmp_path):
+    (tmp_path / "a.txt").write_text("In a.txt.")
+    (tmp_path / ".hidden.docx").touch()
+    assert describe_rows(read_rows(tmp_path, "forget"), "forget").endswith("group 'all'.")
+    (tmp_path / "b.docx").touch()
+    (tmp_path / "older").mkdir()
+    sentence = describe_rows(read_rows(tmp_path, "forget"), "forget")
+    assert sentence.endswith(
+        "; 2 not read, because only .txt and .md files directly in the folder are: b.docx, older/."
+    )
+    (tmp_path / "forget.txt").write_text("Forget this.")
+    assert "not read" not in describe_rows(read_rows(tmp_path, "forget"), "forget")
 
 
 def test_a_readme_among_tables_is_not_a_data_set(tmp_path):

@@ -124,9 +124,7 @@ def check_attacks(settings: ScoreSettings) -> None:
     """Raise NekoLeanError for an unknown attack, and for an option whose attack was not requested."""
     for name in settings.attacks:
         if name not in ATTACKS:
-            raise NekoLeanError(
-                f"unknown attack {name!r}, expected one of {', '.join(ATTACKS)}{did_you_mean(name, ATTACKS)}"
-            )
+            raise NekoLeanError(f"unknown attack {name!r}{did_you_mean(name, ATTACKS)}")
     for registered in ATTACKS.values():
         for option in registered.options:
             if getattr(settings, option) is not None and registered.name not in settings.attacks:

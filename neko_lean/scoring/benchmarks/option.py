@@ -76,9 +76,7 @@ def check_benchmark(inputs: ScoreInputs, settings: ScoreSettings) -> None:
         return
 
     if name not in BENCHMARKS:
-        raise NekoLeanError(
-            f"unknown benchmark {name!r}{did_you_mean(name, BENCHMARKS)}; expected one of {', '.join(BENCHMARKS)}."
-        )
+        raise NekoLeanError(f"unknown benchmark {name!r}{did_you_mean(name, BENCHMARKS)}")
     if name == "tofu" and inputs.tofu_split is None:
         raise NekoLeanError(f"--benchmark tofu needs --tofu-split, one of {', '.join(TOFU_SPLITS)}.")
     if name != "tofu" and inputs.tofu_split is not None:

@@ -29,7 +29,7 @@ def benchmark_rows(folder: Path, names: tuple[str, ...], benchmark: str) -> Iter
         count += 1
         yield record
     if not count:
-        raise NekoLeanError(f"{file} contains no rows.")
+        raise NekoLeanError(f"{file} contains no rows; expected at least one.")
 
 
 def text_of(record: Record, column: str) -> str:

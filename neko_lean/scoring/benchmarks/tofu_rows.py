@@ -66,9 +66,7 @@ def read_tofu(folder: str | Path, split: str) -> TofuRows:
         NekoLeanError: the split is unknown, or a file is missing, empty or invalid.
     """
     if split not in TOFU_SPLITS:
-        raise NekoLeanError(
-            f"unknown TOFU split {split!r}{did_you_mean(split, TOFU_SPLITS)}; expected one of {', '.join(TOFU_SPLITS)}."
-        )
+        raise NekoLeanError(f"unknown TOFU split {split!r}{did_you_mean(split, TOFU_SPLITS)}")
     folder = Path(folder)
     holdout = split.replace("forget", "holdout")
     return TofuRows(
