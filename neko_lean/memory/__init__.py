@@ -1,6 +1,6 @@
 """Predict the peak memory of a run from a model's config, and compare it with training next to a live teacher."""
 
-from neko_lean.memory.estimate import CONTEXT, LINES, MemoryEstimate
+from neko_lean.memory.estimate import CONTEXT, LINES, PREDICTABLE_CPU_PEAK, MemoryEstimate
 from neko_lean.memory.planning import plan
 from neko_lean.memory.prediction import predict, predicted_peak
 from neko_lean.memory.step_time import GPUS
@@ -10,6 +10,7 @@ __all__ = [
     "CONTEXT",
     "GPUS",
     "LINES",
+    "PREDICTABLE_CPU_PEAK",
     "TWO_MODEL_BASELINES",
     "MemoryEstimate",
     "TwoModelBaseline",

@@ -102,7 +102,7 @@ def _plan(
     }
     if gpu_bytes is not None:
         options, fits = _fitting_options(folder, recipe, memory, gpu_bytes, gpus)
-        reason = None if options is not None else _reason(memory, recipe, gpu_bytes)
+        reason = None if options is not None else _reason(folder, memory, recipe, gpu_bytes, gpus)
         result |= {"options": options, "fits": fits and fits.as_json(), "reason": reason}
     return result
 
@@ -221,7 +221,7 @@ def _largest_train_last(
     return best, fits
 
 
-def _reason(memory: StepMemory, recipe: Recipe, gpu_bytes: int) -> str:
+def _reason(folder: Path, memory: StepMemory, recipe: Recipe, gpu_bytes: int, gpus: int) -> str:
     """Why no options make a run fit, in one sentence."""
     room, needed = gpu_bytes - CONTEXT, memory.weights + memory.gathered
     if needed > room:
@@ -231,9 +231,21 @@ def _reason(memory: StepMemory, recipe: Recipe, gpu_bytes: int) -> str:
             f"CUDA's own {CONTEXT / 2**30:.2f} GiB: no option of a fine-tune makes it fit; use a smaller model or more "
             f"GPU memory."
         )
-    smallest = memory.estimate(True, recipe.backward == "layerwise").peak
+    smallest = _smallest_peak(folder, memory, recipe, gpus)
     return (
-        f"{recipe.dtype} weights are {memory.weights / 2**30:.2f} GiB, and even with everything offloaded a step peaks "
-        f"at {smallest / 2**30:.2f} GiB of the {room / 2**30:.2f} GiB that are left beside CUDA's own "
+        f"{recipe.dtype} weights are {memory.weights / 2**30:.2f} GiB, and even with all options of a fine-tune a step "
+        f"peaks at {smallest / 2**30:.2f} GiB of the {room / 2**30:.2f} GiB that are left beside CUDA's own "
         f"{CONTEXT / 2**30:.2f} GiB; lower max_length (--set max_length=N) or use more GPU memory."
     )
+
+
+def _smallest_peak(folder: Path, memory: StepMemory, recipe: Recipe, gpus: int) -> int:
+    """The smallest peak that the options which `plan` tries can reach; `memory` is that of the unchanged recipe."""
+    layerwise = recipe.backward == "layerwise"
+    peaks = [memory.estimate(True, layerwise).peak]
+    smaller = min(SMALL_MICRO_TOKENS, recipe.micro_tokens) if layerwise else recipe.micro_tokens
+    for train_last in (recipe.train_last, 1):
+        changed = dataclasses.replace(recipe, micro_tokens=smaller, train_last=train_last)
+        with suppress(NekoLeanError):  # a family without a list of layers has no last layers
+            peaks.append(_largest_step_memory(folder, changed, gpus).estimate(True, layerwise).peak)
+    return min(peaks)

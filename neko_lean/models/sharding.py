@@ -14,7 +14,6 @@ from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
@@ -37,6 +36,8 @@ def save_checkpoint(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: Pa
     writes."""
     state_dict = None
     if world_size() > 1:
+        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # takes seconds
+
         options = StateDictOptions(full_state_dict=True, cpu_offload=True)
         state_dict = get_model_state_dict(lm.model, options=options)
     if is_main_process():

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import bitsandbytes.functional as bnb
 import torch
 from torch import Tensor
 
@@ -27,6 +26,8 @@ class AdamSettings:
 
 def adam_8bit_update(settings: AdamSettings, device: torch.device) -> AdamUpdate:
     """bitsandbytes' update: blockwise for 8-bit state, the 32-bit one for float32 state."""
+    import bitsandbytes.functional as bnb  # takes seconds, and `plan` needs the optimizer's state but no update
+
     (beta1, beta2), eps, weight_decay = settings.betas, settings.eps, settings.weight_decay
     signed = bnb.create_dynamic_map(signed=True).to(device)
     unsigned = bnb.create_dynamic_map(signed=False).to(device)

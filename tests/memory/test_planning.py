@@ -110,6 +110,13 @@ def test_a_gpu_that_cannot_hold_the_weights_gets_no_advice(tmp_path, without_bas
     assert "bfloat16 weights alone are 2.38 GiB" in planned["reason"] and "no option" in planned["reason"]
 
 
+def test_the_smallest_peak_is_one_that_options_reach(one_layer, without_baselines):
+    options = {"micro_tokens": 512, "offload_state": True, "offload_activations": True, "train_last": 1}
+    smallest = plan(one_layer, recipe="neko", overrides=options)["ways"]["neko-lean"]["peak"]
+    planned = plan(one_layer, recipe="neko", gpu=CONTEXT + smallest - 1)
+    assert planned["options"] is None and f"peaks at {smallest / 2**30:.2f} GiB" in planned["reason"]
+
+
 def test_layers_that_cannot_run_alone_are_planned_as_they_train(one_layer, without_baselines, monkeypatch):
     def refuse(lm):
         raise NekoLeanError("the layers of this family pass on more than their hidden states.")

@@ -7,7 +7,7 @@ import pytest
 import torch
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from neko_lean.memory.estimate import FIRST_USE, WORKSPACES
+from neko_lean.memory.estimate import FIRST_USE, PREDICTABLE_CPU_PEAK, WORKSPACES
 from neko_lean.memory.largest_step import largest_step
 from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.memory.prediction import predict
@@ -19,6 +19,7 @@ from neko_lean.training.layers import decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.micro_batches import MicroBatches
 from neko_lean.training.optimizer import InBackwardAdam8bit
+from tests.helpers import SMALL
 from tests.memory.configs import MIDDLE, OLMO_1B
 
 GIB = 2**30
@@ -50,6 +51,12 @@ def test_the_process_peak_can_be_reset_and_is_not_the_parents():
     if not Path("/proc/self/clear_refs").exists():
         pytest.skip("this system cannot reset a process's peak")
     assert after < before - 2**27 and after >= resident_memory() - 2**24
+
+
+def test_a_tiny_model_on_a_cpu_peaks_within_the_stated_distance_of_the_prediction(unlearn, tmp_path, no_gpu):
+    run = unlearn(tmp_path / "out", {**SMALL, "max_steps": 3})
+    assert run["device"] == "cpu" and FIRST_USE < run["predicted_peak"] < PREDICTABLE_CPU_PEAK
+    assert abs(run["measured_peak"] - run["predicted_peak"]) < 100 * 2**20
 
 
 def real_step(recipe, micro):
