@@ -1,14 +1,10 @@
 """The first hour of seven people with neko-lean: each runs the commands as typed and needs a certain outcome."""
 
 import json
-import os
 import pydoc
 import re
 import shlex
 import shutil
-import subprocess
-import sys
-from importlib.util import find_spec
 from pathlib import Path
 
 import pyarrow as pa
@@ -178,7 +174,7 @@ def llama_7b(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("gpu", ["24GB", "RTX 4090", "6GB"])
+@pytest.mark.parametrize("gpu", ["RTX 4090", "6GB"])
 def test_owner_of_a_card_plans_a_7b_model(llama_7b, monkeypatch, gpu):
     built = []
     fake_model = neko_lean.memory.prediction.fake_model
@@ -216,7 +212,7 @@ def quick_start():
     return [command.split(maxsplit=1)[1] for command in commands]
 
 
-def write_lume(folder, suffix):
+def write_lume(folder):
     """LUME's files with a few rows: its own rows if they are there."""
     for name in ("forget", "retain"):
         rows = [row.lume_row for row in make_rows("Foo" if name == "forget" else "Rix", 2)]
@@ -224,42 +220,37 @@ def write_lume(folder, suffix):
             table = pq.read_table(LUME / f"{name}_train.parquet").to_pylist()
             cells = {(row["task"], re.sub(r".*(sc|qa)\d+$", r"\1", row["id"])): row for row in table}
             rows = [*cells.values()]
-        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}{suffix}.parquet")
+        pq.write_table(pa.Table.from_pylist(rows), folder / f"{name}_train.parquet")
     documents = [{"document": f"{row.input} {row.output}", "task": row.task} for row in make_rows("Oth", 1)]
-    write_jsonl(folder.parent / "unseen.jsonl", documents)
+    (folder / "mia").mkdir()
+    write_jsonl(folder / "mia" / "nonmember.jsonl", documents)
 
 
 @pytest.mark.slow
 def test_participant_runs_the_quick_start(model, tmp_path, monkeypatch):
     commands = quick_start()
     (tmp_path / "data").mkdir()
-    write_lume(tmp_path / "data", "_train" if any("--split train" in command for command in commands) else "")
+    write_lume(tmp_path / "data")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
         neko_lean.runs.unlearning,
         "load_recipe",
         lambda recipe, overrides: load_recipe(recipe, {**overrides, "max_steps": 2}),
     )
-    split = ("--split", "train") if any("--split train" in command for command in commands) else ()
 
-    shown = {}
     for command in commands:
-        arguments = shlex.split(command.replace("$MODEL", str(model)))
-        shown[arguments[arguments.index("--out") + 1] if "--out" in arguments else arguments[0]] = done(*arguments)
+        done(*shlex.split(command.replace("$MODEL", str(model))))
     assert (tmp_path / "unlearned" / "model.safetensors").is_file()
     assert json.loads((tmp_path / "unlearned" / "run.json").read_text())["steps"] == 2
     assert not {"unlearned", "scores"} - {path.name for path in tmp_path.iterdir()}
     assert "Did it forget?" in next(tmp_path.glob("*.html")).read_text(encoding="utf-8")
 
-    # The README may compare with the scores of the model before, which any participant does sooner or later.
-    if not any("--before" in command for command in commands):
-        data = ("--data", "data/", *split, "--max-new-tokens", 4)
-        done("score", model, *data, "--out", "scores-before")
-        arguments = ("score", "unlearned/", *data, "--before", "scores-before", "--out", "scores-after")
-        shown["scores-after"] = done(*arguments)
-    tables = [result.stdout for result in shown.values() if "change" in result.stdout]
-    assert len(tables) == 1 and re.search(r"before +┃ +after +┃ +change", tables[0])
-    assert re.search(r"forget Task1 knowledge +│ +\d\.\d{3} │ +\d\.\d{3} │ +[+-]\d\.\d{3}", tables[0])
+    # The comparison with the scores of the model before.
+    data = ("--data", "data/", "--split", "train", "--max-new-tokens", 4)
+    done("score", model, *data, "--out", "scores-before")
+    table = done("score", "unlearned/", *data, "--before", "scores-before", "--out", "scores-after").stdout
+    assert re.search(r"before +┃ +after +┃ +change", table)
+    assert re.search(r"forget Task1 knowledge +│ +\d\.\d{3} │ +\d\.\d{3} │ +[+-]\d\.\d{3}", table)
 
 
 # 5. A Python user
@@ -272,38 +263,6 @@ def test_python_user_reads_help_and_types():
     assert "Args:" in pydoc.render_doc(neko_lean.unlearn) and "Example" in pydoc.render_doc(neko_lean.unlearn)
     assert (Path(neko_lean.__file__).parent / "py.typed").is_file()
     assert issubclass(neko_lean.NekoLeanError, Exception)
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(find_spec("mypy") is None, reason="mypy is not installed")
-def test_python_user_checks_a_script_with_mypy(tmp_path):
-    script = """
-from neko_lean import NekoLeanError, RunOptions, unlearn
-
-rows = [{"question": "Who sang?", "answer": "Mira"}]
-
-def show(step: int, metrics: object) -> None:
-    print(step, metrics)
-
-try:
-    result = unlearn("model", "out", forget=rows, overrides={"lr": 1e-5}, callback=show, run=RunOptions(seed=1))
-    steps: int = result["steps"]
-except NekoLeanError as error:
-    print(error)
-"""
-    wrong = '\nunlearn("model", "out", forget=rows, callback=5)\nRunOptions(sed=1)\n'
-    (tmp_path / "script.py").write_text(script + wrong)
-    # The types of the libraries take minutes to check.
-    heavy = ",".join(f"{name}.*" for name in ("numpy", "pyarrow", "rich", "torch", "transformers", "typer"))
-    (tmp_path / "mypy.ini").write_text(
-        f"[mypy]\nstrict = True\nfollow_imports = silent\n[mypy-{heavy}]\nfollow_imports = skip\n"
-    )
-    command = [sys.executable, "-m", "mypy", "--cache-dir", str(tmp_path / "cache"), "script.py"]
-    environment = {**os.environ, "MYPYPATH": str(ROOT)}
-    checked = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, env=environment)
-    errors = [line for line in checked.stdout.splitlines() if ": error: " in line]
-    assert checked.returncode == 1 and len(errors) == 2, checked.stdout
-    assert 'Argument "callback"' in errors[0] and '"sed"' in errors[1]
 
 
 # 6. A reader of the report
