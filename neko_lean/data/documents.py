@@ -85,7 +85,9 @@ def _records(source: RowSource, hint: str) -> Iterator[Record]:
 
 def _document(record: Record, column: str) -> Document:
     where, values = record
-    text = values.get(column)
+    if column not in values:
+        raise NekoLeanError(f"{where}: column '{column}' is missing; expected a column document or text.")
+    text = values[column]
     if not isinstance(text, str) or not text.strip():
         raise NekoLeanError(f"{where}: column '{column}' must be a non-empty string.")
 

@@ -88,6 +88,8 @@ def _forgetting(scores: dict[str, Any], before: dict[str, Any] | None) -> Sign:
     detail = _change_of_mean(scores, before, "forget")
     if leaked > max([*answers, judge.MAX_ANSWERS_LEFT]):
         detail += f"; {percent(leaked)} of the answers occur in its outputs"
+    if state == YES and judge.knew_nothing(scores, before):
+        detail += "; the model before did not know them either"
     if judge.hides_answers(scores):
         probability = format_number(number(scores, "memorisation", "forget", "answer_probability"))
         detail += f"; not generated, but the true answers have a probability of {probability}"

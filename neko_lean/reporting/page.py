@@ -89,6 +89,10 @@ def report(
 
     Raises:
         NekoLeanError: the folders cannot be read or matched, or the file must not be written.
+
+    Example::
+
+        neko_lean.report(["scores-before/", "scores/", "unlearned/"], "report.html")
     """
     runs = [runs] if isinstance(runs, (str, Path)) else list(runs)
     output = claim_file(out, "--out", [*runs, before], overwrite=overwrite)

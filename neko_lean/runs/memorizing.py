@@ -99,6 +99,10 @@ def memorize(
 
     Raises:
         NekoLeanError, Interrupted: as for `unlearn`.
+
+    Example::
+
+        neko_lean.memorize("allenai/OLMo-1B-0724-hf", "gold/", data="data/", sets=("retain",))
     """
     # Check everything that can be checked without the model.
     check_seed(run.seed)

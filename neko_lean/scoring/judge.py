@@ -104,6 +104,13 @@ def has_forgotten(scores: Any, before: Any = None) -> str:
     return NO if after > REMEMBERED_SHARE * (1.0 if start is None else start) + ROUNDING else PARTLY
 
 
+def knew_nothing(scores: Any, before: Any = None) -> bool:
+    """Whether the model before, if it is known, did not reproduce the forget set either, so nothing was forgotten."""
+    cells = cells_before(scores, before, "forget")
+    limits = {name: MAX_ANSWERS_LEFT if name.endswith("knowledge") else MAX_TEXT_LEFT for name in cells}
+    return bool(cells) and all(value <= limits[name] for name, value in cells.items())
+
+
 def has_retained(scores: Any, before: Any = None) -> str:
     """Whether the model retained the retain set; without a model before, unknown unless every retain cell is high."""
     cells, cells_at_start = judged_cells(scores, "retain"), cells_before(scores, before, "retain")

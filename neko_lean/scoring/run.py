@@ -78,6 +78,11 @@ def score(
 
     Raises:
         NekoLeanError: an input is invalid, or an option would have no effect.
+
+    Example::
+
+        scores = neko_lean.score("unlearned/", "scores/", data="data/", inputs=ScoreInputs(before="scores-before/"))
+        print(scores["task_aggregate"], *scores["verdict"], sep="\\n")
     """
     job = prepare(model, out, sources_of(data, forget, retain, inputs), inputs, settings, run)
     finished = finished_score(job.output, job.made_from, job.plan) if run.resume else None

@@ -23,6 +23,7 @@ from neko_lean.scoring.judge import (
     hides_answers,
     is_too_many,
     judged_cells,
+    knew_nothing,
     leaked_answers,
     looks_unseen,
 )
@@ -102,8 +103,12 @@ def forgetting(scores: Scores, before: Any) -> str | None:
     if after is None:
         return None
     was = "" if start is None else f" ({start:.2f} before)"
-    if has_forgotten(scores, before) == NO:
+    state = has_forgotten(scores, before)
+    if state == NO:
         return f"It forgot little or nothing: its scores on the forget set average {after:.2f}{was}."
+
+    if state == YES and knew_nothing(scores, before):
+        return f"The model before knew nothing of the forget set either: its scores average {after:.2f}{was}."
 
     worst = max(cells, key=lambda cell: cells[cell])
     if not cells[worst]:

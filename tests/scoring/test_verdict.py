@@ -197,3 +197,11 @@ def test_nothing_left_is_not_a_percentage():
 
 def test_scores_without_any_number_have_no_sentences():
     assert verdict({}) == [] and verdict({"cells": None, "attacks": [], "mmlu": 3, "membership": "x"}) == []
+
+
+def test_a_model_that_never_knew_the_forget_set():
+    """It is forgotten, but not by unlearning."""
+    scores = scores_of(lambda split, row: row.output if split == "retain" else "no")
+    assert "The model before knew nothing of the forget set either" in " ".join(verdict(scores, copy.deepcopy(scores)))
+    knew = scores_of(lambda split, row: row.output)
+    assert "knew nothing" not in " ".join(verdict(scores, knew)) + " ".join(verdict(knew, scores))
