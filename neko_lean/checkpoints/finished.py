@@ -24,7 +24,7 @@ from neko_lean.outputs import (
 )
 
 
-def finished_run(output: Output, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished_run(output: Output, identity: Mapping[str, Any], *, dry_run: bool = False) -> dict[str, Any] | None:
     """Find the finished output of exactly this run.
 
     The output may be in its place, or complete in the work folder, from where it is moved to its place. What the run
@@ -33,19 +33,21 @@ def finished_run(output: Output, identity: Mapping[str, Any]) -> dict[str, Any] 
     Args:
         output: a claimed output.
         identity: inputs that determine the run's final weights.
+        dry_run: move and remove nothing.
 
     Returns the content of run.json, or None if the run is not finished.
 
     Raises NekoLeanError if another process is writing the output, or if it cannot be moved.
     """
-    return run_on_main_and_broadcast(lambda: _finish(output, identity))
+    return run_on_main_and_broadcast(lambda: _finish(output, identity, dry_run))
 
 
-def _finish(output: Output, identity: Mapping[str, Any]) -> dict[str, Any] | None:
+def _finish(output: Output, identity: Mapping[str, Any], dry_run: bool) -> dict[str, Any] | None:
     """`finished_run` on the main process."""
     complete = output.work / COMPLETE
-    if _read_run_of(output.path, identity) is None and _read_run_of(complete, identity) is None:
-        return None
+    found = _read_run_of(output.path, identity) or _read_run_of(complete, identity)
+    if found is None or dry_run:
+        return found
 
     with locked(output), explained_write_errors(output.path):
         restore_interrupted(output)

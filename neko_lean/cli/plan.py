@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
 import typer
@@ -16,6 +16,15 @@ class PlanFlags(MemoryFlags):
     """The recipe that is planned."""
 
     batch_tokens: int | None = option(None, "Tokens of a step.  [default: the recipe's]", RECIPE, min=1)
+
+    def overrides(self) -> dict[str, Any]:
+        """The values that were given, by key of the recipe. For a recipe of `memorize`, which has no forget examples,
+        `--batch-size` means its retain_rows, as there."""
+        from neko_lean.recipe import forgets, load_recipe
+
+        if self.batch_size is None or forgets(load_recipe(self.recipe)):
+            return super().overrides()
+        return replace(self, batch_size=None, set=(*self.set, f"retain_rows={self.batch_size}")).overrides()
 
 
 @command

@@ -91,10 +91,7 @@ def _key(text: str) -> str:
 def _contained_in(parts: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[int, int]]:
     """Pairs (index of the part, index of the text) where the text contains the part, for parts of _WINDOW characters
     or more."""
-    by_hash: dict[int, list[int]] = {}
-    for number, part in enumerate(parts):
-        if len(part) >= _WINDOW:
-            by_hash.setdefault(int(_window_hashes(part[:_WINDOW])[0]), []).append(number)
+    by_hash = _by_rarest_window(parts)
     if not by_hash:
         return
 
@@ -107,6 +104,29 @@ def _contained_in(parts: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[
         owners = np.searchsorted(ends, places, side="right")
         for owner, match in dict.fromkeys(zip(owners.tolist(), hashes[places].tolist(), strict=True)):
             yield from ((number, first + owner) for number in by_hash[match] if parts[number] in group[owner])
+
+
+def _by_rarest_window(parts: Sequence[str]) -> dict[int, list[int]]:
+    """The indices of the parts of _WINDOW characters or more, by the hash of the part's window that the fewest share.
+
+    With another window, such as the first, a system message that starts every part would make each of them a candidate
+    in every text.
+    """
+    windows = {number: _covering_hashes(part) for number, part in enumerate(parts) if len(part) >= _WINDOW}
+    if not windows:
+        return {}
+    distinct, counts = np.unique(np.concatenate(list(windows.values())), return_counts=True)
+    by_hash: dict[int, list[int]] = {}
+    for number, hashes in windows.items():
+        rarest = counts[np.searchsorted(distinct, hashes)].argmin()
+        by_hash.setdefault(int(hashes[rarest]), []).append(number)
+    return by_hash
+
+
+def _covering_hashes(text: str) -> np.ndarray:
+    """Hashes of the windows that cover a text of n >= _WINDOW characters: [ceil(n / _WINDOW)] uint64."""
+    hashes = _window_hashes(text)
+    return hashes[[*range(0, len(hashes) - 1, _WINDOW), len(hashes) - 1]]
 
 
 def _groups(texts: Sequence[str]) -> Iterator[tuple[int, list[str]]]:

@@ -105,7 +105,8 @@ def _check_type(model: Any) -> None:
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> Path:
     """Save a checkpoint in a folder inside `folder` that has the model's name; only the config without a tokenizer."""
-    name = Path(str(model.config.name_or_path or "")).name or type(model).__name__
+    # Resolved, because a model that was loaded from ".." would be saved outside of `folder`.
+    name = Path(str(model.config.name_or_path or "/")).resolve().name or type(model).__name__
     checkpoint = folder / name
     try:
         if tokenizer is None:

@@ -11,12 +11,14 @@ import importlib
 import os
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 from neko_lean.distributed import is_main_process
 from neko_lean.errors import NekoLeanError, did_you_mean, first_line
+from neko_lean.terminal import log_line
 from neko_lean.training import Callback
 
 PROJECT = "neko-lean"
@@ -39,6 +41,8 @@ def check_tracker(name: str | None) -> None:
 def tracked(name: str | None, run_name: str, config: Mapping[str, Any]) -> Iterator[Callback | None]:
     """The callback of a tracker, while the block runs; None without a tracker, and on all but the main process.
 
+    A tracker that fails later, for example without a network, does not end the run: it gets no further metrics.
+
     Args:
         name: "trackio", "wandb", "tensorboard" or None.
         run_name: name of the run in the tracker. A resumed run continues the tracker's run of this name, if the tracker
@@ -56,13 +60,30 @@ def tracked(name: str | None, run_name: str, config: Mapping[str, Any]) -> Itera
     except Exception as error:  # the trackers raise many types
         raise NekoLeanError(f"--log-to {name} cannot be started ({first_line(error)}).") from error
 
+    failed = False
+
     def callback(step: int, metrics: Mapping[str, Any]) -> None:
-        log(step, flat_metrics(metrics))
+        nonlocal failed
+        if not failed:
+            failed = not _succeeds(name, partial(log, step, flat_metrics(metrics)))
 
     try:
         yield callback
     finally:
-        finish()
+        _succeeds(name, finish)
+
+
+def _succeeds(name: str, call: Callable[[], None]) -> bool:
+    """Call a tracker. A failure is only a warning, because the trained model is worth more than its curves."""
+    try:
+        call()
+    except Exception as error:  # the trackers raise many types
+        log_line(
+            f"warning: the metrics in {name} are incomplete, because it failed ({first_line(error)}); metrics.jsonl "
+            f"holds them all."
+        )
+        return False
+    return True
 
 
 def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:

@@ -53,7 +53,7 @@ def identity_of(
 
 def finished_before(output: Output, identity: Mapping[str, Any], options: TrainingOptions) -> dict[str, Any] | None:
     """What run.json says if `--resume` finds this very run complete; None otherwise."""
-    run = finished_run(output, identity) if options.resume else None
+    run = finished_run(output, identity, dry_run=options.dry_run) if options.resume else None
     if run is not None:
         log_line(f"{output.path} is complete: nothing to do.", options.quiet)
         raise_failure(run, output.path)

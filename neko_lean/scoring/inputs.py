@@ -156,7 +156,7 @@ def read_data(sources: DataSources, inputs: ScoreInputs, settings: ScoreSettings
 
 def _read_splits(sources: DataSources, inputs: ScoreInputs) -> Mapping[str, Sequence[Example]]:
     """The rows of forget set and retain set, without retain rows that are also in the forget set."""
-    if sources["forget"] is sources["retain"]:
+    if sources["forget"] is sources["retain"] and isinstance(sources["forget"], (str, Path)):
         require_folder(sources["forget"], "--data", SPLITS, inputs.split)
     rows = {split: read_rows(sources[split], split, inputs.split, columns=inputs.columns) for split in SPLITS}
     return {**rows, "retain": without_overlap(rows["forget"], rows["retain"], "retain", drop=inputs.drop_overlap)}

@@ -85,7 +85,8 @@ def score(
         print(scores["task_aggregate"], *scores["verdict"], sep="\\n")
     """
     job = prepare(model, out, sources_of(data, forget, retain, inputs), inputs, settings, run)
-    finished = finished_score(job.output, job.made_from, job.plan) if run.resume else None
+    dry_run = run.dry_run
+    finished = finished_score(job.output, job.made_from, job.plan, dry_run=dry_run) if run.resume else None
     if run.dry_run:
         if finished is None:
             check_score_folder(job.output, job.plan, resume=run.resume)

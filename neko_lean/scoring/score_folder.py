@@ -170,19 +170,22 @@ def write_result(stage: Path, scores: str, lines: str) -> None:
     write_atomically(stage / SCORES, scores)
 
 
-def finished_score(output: Output, made_from: str, plan: Mapping[str, Any]) -> dict[str, Any] | None:
+def finished_score(
+    output: Output, made_from: str, plan: Mapping[str, Any], *, dry_run: bool = False
+) -> dict[str, Any] | None:
     """The scores of this very run if it is already complete, at the output or still in the work folder.
 
     A complete work folder is moved to the output. The work folder of an unfinished run with the same plan is removed;
-    that of another run is kept.
+    that of another run is kept. A dry run moves and removes nothing.
 
     Raises:
         NekoLeanError: another process is writing the output, or the move fails.
     """
 
     def find() -> dict[str, Any] | None:
-        if _scores(output.path, made_from) is None and _scores(output.work, made_from) is None:
-            return None
+        found = _scores(output.path, made_from) or _scores(output.work, made_from)
+        if found is None or dry_run:
+            return found
         with locked(output), explained_write_errors(output.path):
             restore_interrupted(output)
             if _scores(output.path, made_from) is None:

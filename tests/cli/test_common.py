@@ -18,6 +18,7 @@ import neko_lean.scoring.inputs
 import neko_lean.scoring.job
 from neko_lean.cli import app
 from neko_lean.cli.memorize import MemorizeFlags
+from neko_lean.cli.plan import PlanFlags
 from neko_lean.cli.unlearn import UnlearnFlags
 from neko_lean.errors import NekoLeanError
 from neko_lean.recipe import load_recipe
@@ -72,6 +73,13 @@ def test_the_options_reach_the_recipe(world, model, tmp_path):
 def test_two_values_of_a_key_are_refused(flags, words):
     with pytest.raises(NekoLeanError, match=re.escape(words)):
         flags.overrides()
+
+
+def test_the_batch_size_that_is_planned_is_the_one_of_the_recipes_command():
+    assert PlanFlags(batch_size=2).overrides() == {"forget_rows": 2}
+    assert PlanFlags(recipe="memorize", batch_size=2, state_bits=8).overrides() == {"retain_rows": 2, "state_bits": 8}
+    with pytest.raises(NekoLeanError, match="key retain_rows has two values"):
+        PlanFlags(recipe="memorize", batch_size=2, set=("retain_rows=3",)).overrides()
 
 
 # Checks before any work
@@ -175,7 +183,7 @@ def test_stderr_holds_only_lines_of_neko_lean_and_each_once(world, model, cache,
         name: value for name, value in os.environ.items() if not name.startswith(("TRANSFORMERS_", "PYTHONW"))
     }
     expected = re.compile(
-        r"(forget|retain): \d+ rows, |prompt format: |\S+ holds no weights: |warning: (steps will be slow|every token|"
+        r"(forget|retain): \d+ rows, |prompt format: |metrics of each step: |\S+ holds no weights: |warning: (steps will be slow|every token|"
         r"without --anchor|score: |the official scores|verdict)|(cache-teacher|unlearn|memorize): \d+/"
     )
     few = ("--max-steps", 2, "--batch-size", 4)

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neko_lean.data.example_types import Example
-from neko_lean.data.overlap import _key, _window_hashes, overlapping, without_overlap
+from neko_lean.data.overlap import _by_rarest_window, _key, _window_hashes, overlapping, without_overlap
 from neko_lean.errors import NekoLeanError
 from tests.helpers import make_rows
 
@@ -82,3 +82,10 @@ def test_an_error_with_the_count_or_the_rest(capsys):
     assert without_overlap(forget, retain, "retain", drop=False) == retain
     with pytest.raises(NekoLeanError, match="all 4 retain rows"):
         without_overlap(forget, mixed[12:], "retain", drop=True)
+
+
+def test_texts_with_the_same_system_message_are_searched_for_by_what_sets_them_apart():
+    system = "You are a helpful assistant who answers in one sentence. " * 3
+    texts = [_key(f"{system} Who is the singer number {n}? {'It is Mira. ' * (n % 3)}") for n in range(20)]
+    assert sorted(_by_rarest_window(texts).values()) == [[n] for n in range(20)]
+    assert overlapping(texts[:10], texts[5:]) == list(range(5))

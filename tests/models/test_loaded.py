@@ -68,3 +68,13 @@ def test_a_model_that_cannot_be_saved(loaded, tmp_path, monkeypatch):
     ):
         pass
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_model_loaded_from_the_folder_above_is_saved_in_the_temporary_folder(loaded, tmp_path, monkeypatch):
+    (tmp_path / "letters" / "runs").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "letters" / "runs")
+    for name, saved_as in (("..", "letters"), (".", "runs"), ("/", "OlmoForCausalLM"), ("", "OlmoForCausalLM")):
+        loaded[0].config.name_or_path = name
+        with checkpoint_of(*loaded, "out") as checkpoint:
+            assert checkpoint.name == saved_as and list(Path().iterdir()) == [Path(checkpoint.parent.name)]
+    assert list(Path().iterdir()) == []

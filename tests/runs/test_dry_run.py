@@ -1,6 +1,7 @@
 """Dry runs: the numbers are those of the run itself, the same input is refused, and nothing is written."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -97,3 +98,21 @@ def test_an_unfinished_run_is_in_the_way_of_a_dry_run_too(world, model, tmp_path
     result = call(*words)
     assert result.exit_code == 2 and "continue with --resume, or start anew with --overwrite" in result.stderr
     assert call(*words, "--overwrite").exit_code == 0 and save.is_dir()
+
+
+def test_a_dry_run_leaves_a_finished_run_where_it_is(world, model, cache, tmp_path):
+    unlearn = ("unlearn", model, "--forget", world, "--retain", world, "--recipe", "neko", "--cache", cache)
+    for words, work in (
+        ((*unlearn, "--max-steps", 1, "--set", "dtype=float32"), tmp_path / ".out.saved" / "complete"),
+        (("score", model, "--data", world, "--max-new-tokens", 2), tmp_path / ".out.partial"),
+    ):
+        out = tmp_path / "out"
+        assert call(*words, "--out", out).exit_code == 0
+        work.parent.mkdir(exist_ok=True)
+        out.rename(work)  # where an interruption before the last move leaves the output
+        before = files(tmp_path)
+        result = call(*words, "--out", out, "--resume", "--dry-run")
+        assert result.exit_code == 0, result.output
+        assert files(tmp_path) == before
+        assert call(*words, "--out", out, "--resume").exit_code == 0 and not work.exists()
+        shutil.rmtree(out)

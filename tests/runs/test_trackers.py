@@ -99,3 +99,17 @@ def test_refused(monkeypatch):
 
 def test_only_numbers():
     assert flat_metrics({"a": 1, "b": True, "c": None, "d": {"e": 2.0, "f": "x"}}) == {"a": 1, "d/e": 2.0}
+
+
+def test_a_tracker_that_fails_later_does_not_end_the_run(tracker, capsys):
+    def log(metrics, step):
+        tracker.calls.append(step)
+        raise OSError("no network")
+
+    tracker.log, tracker.finish = log, lambda: 1 / 0
+    with tracked(tracker.__name__, "out", {}) as callback:
+        callback(1, {"loss": 0.5})
+        callback(2, {"loss": 0.4})
+    assert tracker.calls[1:] == [1]
+    warnings = capsys.readouterr().err
+    assert "are incomplete, because it failed (no network)" in warnings and "division by zero" in warnings

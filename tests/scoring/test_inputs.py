@@ -90,6 +90,12 @@ def test_sources():
             sources_of(*arguments)
 
 
+def test_rows_given_for_both_sets_are_named_as_such():
+    rows = [{"question": "Who sings?", "answer": "Mira Tern."}]
+    with pytest.raises(NekoLeanError, match="1 of 1 retain rows are also in the forget set"):
+        read_data(sources_of(None, rows, rows, ScoreInputs()), ScoreInputs(), ScoreSettings())
+
+
 def test_the_same_text_on_two_sides(data, tmp_path):
     row = {"q": "retain: Where did Foo walk?", "a": "wood Foo"}
     (data / "forget.jsonl").write_text(json.dumps(row))
