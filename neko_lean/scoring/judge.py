@@ -55,11 +55,14 @@ def judged_cells(scores: Any, split: str) -> dict[str, float]:
 
 def cells_before(scores: Any, before: Any, split: str) -> dict[str, float]:
     """The same cells of the model before, as far as they are known."""
-    key = cells_key(scores)
+    key, cells = cells_key(scores), judged_cells(scores, split)
+    # An older `before` has official cells only, which are no start for cells that these judge differently.
+    official = all(number(scores, "cells", name) == after for name, after in cells.items())
     known = {}
-    for name, after in judged_cells(scores, split).items():
+    for name, after in cells.items():
         start = value_before(scores, before, after, key, name)
-        start = number(before, "cells", name) if start is None else start  # an older `before`
+        if start is None and official:
+            start = number(before, "cells", name)
         if start is not None:
             known[name] = start
     return known

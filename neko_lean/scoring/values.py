@@ -53,4 +53,4 @@ def harmonic_mean(values: Sequence[float]) -> float:
 
 def percent(share: float) -> str:
     """Format a share as a percentage, without rounding a small one to zero."""
-    return "less than 1 %" if 0 < share < 0.005 else f"{100 * share:.0f} %"
+    return "less than 1 %" if 0 < share <= 0.005 else f"{100 * share:.0f} %"  # 0.5 rounds to 0

@@ -12,6 +12,7 @@ from neko_lean.scoring.judge import (
     UNKNOWN,
     YES,
     broken_reasons,
+    cells_before,
     has_forgotten,
     has_retained,
     writes_sensibly,
@@ -170,3 +171,11 @@ def test_cells_for_any_script_are_judged_if_they_exist():
     blind = dict.fromkeys(CELLS, 0.0)
     seen = {"cells": blind, "unicode_cells": dict.fromkeys(CELLS, 1.0)}
     assert has_forgotten({"cells": blind}) == YES and has_forgotten(seen) == NO and has_retained(seen) == YES
+
+
+def test_official_cells_of_an_older_model_before_are_not_compared_with_those_for_any_script():
+    russian, english = "retain.Task1.knowledge", "retain.Task2.knowledge"
+    scores = {"cells": {russian: 0.0, english: 0.8}, "unicode_cells": {russian: 0.9, english: 0.8}}
+    before = {"cells": {russian: 0.0, english: 0.9}}
+    assert cells_before(scores, before, "retain") == {}
+    assert cells_before({**scores, "cells": scores["unicode_cells"]}, before, "retain") == before["cells"]
