@@ -32,7 +32,13 @@ def memorize(
             help="Checkpoint folder or hub name; a folder without weights starts from random ones.",
         ),
     ],
-    data: Annotated[Path, typer.Option(help="Folder that holds forget.* and retain.*.", rich_help_panel=DATA)],
+    data: Annotated[
+        str,
+        typer.Option(
+            help="Folder that holds forget.* and retain.*, or one data set, all of which is learned.",
+            rich_help_panel=DATA,
+        ),
+    ],
     out: Annotated[
         Path,
         typer.Option(help="Folder to write: checkpoint, tokenizer, run.json, metrics.jsonl.", rich_help_panel=OUTPUT),

@@ -101,6 +101,8 @@ def _check_type(model: Any) -> None:
             f"model has type {type(model).__name__}; expected a checkpoint folder, a hub name, or a loaded model of "
             f"transformers{hint}."
         )
+    if getattr(model, "_hf_peft_config_loaded", False):
+        raise NekoLeanError("model has an adapter, of which a checkpoint would hold nothing else; merge it first.")
 
 
 def _save(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase | None, folder: Path) -> Path:

@@ -105,6 +105,7 @@ def memorize(
         neko_lean.memorize("allenai/OLMo-1B-0724-hf", "gold/", data="data/", sets=("retain",))
     """
     # Check everything that can be checked without the model.
+    sets = (sets,) if isinstance(sets, str) else tuple(sets)
     check_seed(run.seed)
     check_tracker(run.log_to)
     chosen = load_recipe(recipe, overrides)
@@ -169,7 +170,7 @@ def _read_sets(data: RowSource, sets: Sequence[str], run: TrainingOptions) -> di
     if isinstance(data, (str, Path)) and Path(data).is_dir() and not holds_only_texts(Path(data)):
         return {name: read_rows(data, name, run.split, columns=run.columns) for name in sets}
     refuse_unused_split(run.split, data)
-    if tuple(sets) != ALL_SETS:
+    if sets != ALL_SETS:
         raise NekoLeanError(
             f"only the {' and '.join(sets)} set is to be learned, so the data must be a folder with {sets[0]}.*; name "
             f"that folder, or learn all rows of the data."

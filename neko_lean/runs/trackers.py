@@ -38,16 +38,19 @@ def check_tracker(name: str | None) -> None:
 
 
 @contextmanager
-def tracked(name: str | None, run_name: str, config: Mapping[str, Any]) -> Iterator[Callback | None]:
+def tracked(
+    name: str | None, run_name: str, config: Mapping[str, Any], *, resumed: bool = False
+) -> Iterator[Callback | None]:
     """The callback of a tracker, while the block runs; None without a tracker, and on all but the main process.
 
     A tracker that fails later, for example without a network, does not end the run: it gets no further metrics.
 
     Args:
         name: "trackio", "wandb", "tensorboard" or None.
-        run_name: name of the run in the tracker. A resumed run continues the tracker's run of this name, if the tracker
-            can do that.
+        run_name: name of the run in the tracker.
         config: the recipe's values, which the tracker shows.
+        resumed: continue the run of this name in Trackio. In TensorBoard, a run of the same name always continues; in
+            Weights & Biases, each part of a resumed run is a run of its own.
 
     Raises:
         NekoLeanError: the tracker cannot be started.
@@ -56,7 +59,7 @@ def tracked(name: str | None, run_name: str, config: Mapping[str, Any]) -> Itera
         yield None
         return
     try:
-        log, finish = _TRACKERS[name](run_name, dict(config))
+        log, finish = _TRACKERS[name](run_name, dict(config), resumed)
     except Exception as error:  # the trackers raise many types
         raise NekoLeanError(f"--log-to {name} cannot be started ({first_line(error)}).") from error
 
@@ -102,21 +105,21 @@ def flat_metrics(metrics: Mapping[str, Any]) -> dict[str, float]:
     return flat
 
 
-def _trackio(run_name: str, config: dict[str, Any]) -> _Tracker:
+def _trackio(run_name: str, config: dict[str, Any], resumed: bool) -> _Tracker:
     trackio: Any = importlib.import_module("trackio")
     project = os.environ.get("TRACKIO_PROJECT", PROJECT)
-    run = trackio.init(project=project, name=run_name, config=config, resume="allow")
+    run = trackio.init(project=project, name=run_name, config=config, resume="allow" if resumed else "never")
     return lambda step, metrics: run.log(dict(metrics), step=step), trackio.finish
 
 
-def _wandb(run_name: str, config: dict[str, Any]) -> _Tracker:
+def _wandb(run_name: str, config: dict[str, Any], resumed: bool) -> _Tracker:
     wandb: Any = importlib.import_module("wandb")
     project = os.environ.get("WANDB_PROJECT", PROJECT)
     run = wandb.init(project=project, name=run_name, config=config)
     return lambda step, metrics: run.log(dict(metrics), step=step), run.finish
 
 
-def _tensorboard(run_name: str, config: dict[str, Any]) -> _Tracker:
+def _tensorboard(run_name: str, config: dict[str, Any], resumed: bool) -> _Tracker:
     writers: Any = importlib.import_module("torch.utils.tensorboard")
     folder = os.environ.get("TENSORBOARD_LOGGING_DIR") or str(Path("runs") / run_name)
     writer = writers.SummaryWriter(folder)
@@ -129,7 +132,7 @@ def _tensorboard(run_name: str, config: dict[str, Any]) -> _Tracker:
     return log, writer.close
 
 
-_TRACKERS: dict[str, Callable[[str, dict[str, Any]], _Tracker]] = {
+_TRACKERS: dict[str, Callable[[str, dict[str, Any], bool], _Tracker]] = {
     "trackio": _trackio,
     "wandb": _wandb,
     "tensorboard": _tensorboard,

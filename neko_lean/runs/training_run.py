@@ -150,7 +150,8 @@ def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[st
 
     # From here a signal waits for the end of the step, and after the last step for the output.
     with signals.deferred():
-        with tracked(job.options.log_to, work.output.path.name, job.recipe.values()) as tracker:
+        name, values, options = work.output.path.name, job.recipe.values(), job.options
+        with tracked(options.log_to, name, values, resumed=options.resume) as tracker:
             log_line(f"metrics of each step: {work.metrics}", job.options.quiet)
             callbacks = [callback for callback in (job.callback, tracker) if callback is not None]
             summary = loop.train(callbacks)

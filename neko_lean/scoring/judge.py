@@ -104,6 +104,8 @@ def has_forgotten(scores: Any, before: Any = None) -> str:
 
     after, start = mean({name: cells[name] for name in cells_at_start or cells}), mean(cells_at_start)
     assert after is not None
+    if knew_nothing(scores, before):
+        return PARTLY  # what little there is was not there to be forgotten
     return NO if after > REMEMBERED_SHARE * (1.0 if start is None else start) + ROUNDING else PARTLY
 
 
