@@ -42,6 +42,7 @@ def test_metrics_of_a_step(tracker, monkeypatch):
     with tracked(tracker.__name__, "out", {"lr": 0.1}) as callback:
         callback(3, {"step": 3, "loss": 0.5, "note": "x", "peak_memory": {"process": 7}})
     (_, options), logged, end = tracker.calls
+    assert options.get("resume", "never") == "never"
     assert options["project"] == "letters" and options["name"] == "out" and options["config"] == {"lr": 0.1}
     assert logged == (3, {"loss": 0.5, "peak_memory/process": 7}) and end == "finish"
 
