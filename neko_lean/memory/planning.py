@@ -227,14 +227,14 @@ def _reason(folder: Path, memory: StepMemory, recipe: Recipe, gpu_bytes: int, gp
     if needed > room:
         what = "weights alone" if not memory.gathered else "a rank's weights and what it gathers"
         return (
-            f"{recipe.dtype} {what} are {needed / 2**30:.2f} GiB and {max(0, room) / 2**30:.2f} GiB are left beside "
-            f"CUDA's own {CONTEXT / 2**30:.2f} GiB: no option of a fine-tune makes it fit; use a smaller model or more "
-            f"GPU memory."
+            f"{recipe.dtype} {what} are {needed / 2**30:.2f} GiB, but only {max(0, room) / 2**30:.2f} GiB are free "
+            f"once CUDA has taken {CONTEXT / 2**30:.2f} GiB: no option of a fine-tune makes it fit; use a smaller model "
+            f"or more GPU memory."
         )
     smallest = _smallest_peak(folder, memory, recipe, gpus)
     return (
         f"{recipe.dtype} weights are {memory.weights / 2**30:.2f} GiB, and even with all options of a fine-tune a step "
-        f"peaks at {smallest / 2**30:.2f} GiB of the {room / 2**30:.2f} GiB that are left beside CUDA's own "
+        f"peaks at {smallest / 2**30:.2f} GiB, but only {room / 2**30:.2f} GiB are free once CUDA has taken "
         f"{CONTEXT / 2**30:.2f} GiB; lower max_length (--set max_length=N) or use more GPU memory."
     )
 

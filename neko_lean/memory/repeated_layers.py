@@ -253,7 +253,7 @@ def _repeat(
 
 
 class _Source(torch.autograd.Function):
-    """The layer's input in a recording. It is no leaf, so that autograd frees it as early as in a whole model."""
+    """The layer's input in a recording. It is not a leaf, so autograd frees it as early as in a whole model."""
 
     @staticmethod
     def forward(ctx: Any, anchor: Tensor, like: _Like, seen: dict[str, Block | None], live: Any) -> Tensor:

@@ -50,7 +50,7 @@ def tracked(
         run_name: name of the run in the tracker.
         config: the recipe's values, which the tracker shows.
         resumed: continue the run of this name in Trackio. In TensorBoard, a run of the same name always continues; in
-            Weights & Biases, each part of a resumed run is a run of its own.
+            Weights & Biases, each part of a resumed run is a separate run.
 
     Raises:
         NekoLeanError: the tracker cannot be started.

@@ -1,6 +1,6 @@
 """Whether a text is degenerate: empty, unreadable, a loop, or fragments strung together.
 
-The judgement uses the text alone. The loss under the scored model is no evidence, because a collapsed model finds its
+The judgement uses the text alone. The loss under the scored model proves nothing, because a collapsed model finds its
 own loops likely, and a score does not have the checkpoint of the model before. A text of different rare words in a
 meaningless order is therefore not detected. Pure functions on texts in any script.
 """

@@ -170,7 +170,7 @@ def is_too_many(excess: float | None) -> bool:
 
 
 def broken_reasons(scores: Any, before: Any = None) -> list[str]:
-    """Why the model is no language model any more, judged by its outputs on retain prompts and by unseen text."""
+    """Why the model is broken as a language model, judged by its outputs on retain prompts and by unseen text."""
     reasons = []
     share, start = number(scores, "outputs", "retain", "degenerate_text"), degenerate_before(scores, before)
     worse = start is None or share is None or is_too_many(share - start)

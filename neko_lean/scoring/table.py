@@ -68,7 +68,7 @@ def _has_before(named: Mapping[str, Scores]) -> bool:
 
 
 def _comparison(named: Mapping[str, Scores]) -> Table:
-    """The table of a single score beside the model before, without the numbers that were not measured."""
+    """The table of a single score next to that of the model before, without the numbers that were not measured."""
     (scores,) = named.values()
     table = Table()
     table.add_column("")
