@@ -228,8 +228,8 @@ def _reason(folder: Path, memory: StepMemory, recipe: Recipe, gpu_bytes: int, gp
         what = "weights alone" if not memory.gathered else "a rank's weights and what it gathers"
         return (
             f"{recipe.dtype} {what} are {needed / 2**30:.2f} GiB, but only {max(0, room) / 2**30:.2f} GiB are free "
-            f"once CUDA has taken {CONTEXT / 2**30:.2f} GiB: no option of a fine-tune makes it fit; use a smaller model "
-            f"or more GPU memory."
+            f"once CUDA has taken {CONTEXT / 2**30:.2f} GiB: no option of a fine-tune makes it fit; use a smaller "
+            f"model or more GPU memory."
         )
     smallest = _smallest_peak(folder, memory, recipe, gpus)
     return (
