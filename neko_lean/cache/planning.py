@@ -71,7 +71,7 @@ def read_cache_data(
         forget=read(forget, "forget") if forget is not None else [],
     )
     if options.drop_overlap and forget is None:
-        raise NekoLeanError("--drop-overlap has no effect without --forget; give the forget set, or leave it out.")
+        raise NekoLeanError("--drop-overlap has no effect without --forget; pass the forget set or remove it.")
     return replace(
         data,
         retain=without_overlap(data.forget, data.retain, "retain", drop=options.drop_overlap),

@@ -20,9 +20,7 @@ class PrivateTexts:
     """
 
     def __init__(self, forget: Sequence[Example]) -> None:
-        self._sequences = {
-            sequence for example in forget for sequence in _sequences(_words(f"{example.input} {example.output}"))
-        }
+        self._sequences = {sequence for example in forget for sequence in _sequences(_words(example.text))}
         answers = [_words(example.output) for example in forget]
         self._answers = {f" {' '.join(answer)} " for answer in answers if _is_telling(answer)}
 

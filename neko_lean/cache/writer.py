@@ -37,12 +37,11 @@ from neko_lean.data import (
     RowSource,
     describe_rows,
     find_format,
+    log_truncation,
     paths_among,
-    position_warning,
     read_jsonl,
     read_rows,
     require_hub_package,
-    truncation_summary,
 )
 from neko_lean.distributed import items_of_rank, raise_on_any_rank, run_on_main_and_broadcast, with_process_group
 from neko_lean.errors import NekoLeanError
@@ -157,10 +156,7 @@ def cache_teacher(
     identity, vocab_size = identify(folder, tokenizer), teacher.head.shape[0]
     cache = replace(cache, format=prompts.name)
     plan = validate_plan(_plan_manifest(model_name(model), identity, vocab_size, cache, examples, jobs))
-    if summary := truncation_summary(examples.all, limit):
-        log_line(summary, run.quiet)
-    if warning := position_warning(examples.all, limit, cache.max_length):
-        log_line(warning)
+    log_truncation(examples.all, limit, cache.max_length, run.quiet)
 
     manifest = _write_cache(output, plan, jobs, teacher, int(tokenizer.pad_token_id), own_rows, run)
     _warn_of_low_mass(manifest)
@@ -186,10 +182,7 @@ def _dry_run(
     plan = _plan_manifest(name, identify(folder, tokenizer), vocab_size, named, examples, jobs)
     if run.resume and not cache.self_generated:
         refuse_other_plan(output, plan)
-    if summary := truncation_summary(examples.all, limit):
-        log_line(summary, run.quiet)
-    if warning := position_warning(examples.all, limit, cache.max_length):
-        log_line(warning)
+    log_truncation(examples.all, limit, cache.max_length, run.quiet)
     return plan
 
 
@@ -200,9 +193,7 @@ def _check_retain_set(retain: RowSource | None, forget: RowSource | None, cache:
             "RETAIN is missing: give the rows to preserve, or --self-generated N to let the teacher write them."
         )
     if retain is not None and cache.self_generated:
-        raise NekoLeanError(
-            "--self-generated has no effect on a cache of a given retain set; leave one of the two out."
-        )
+        raise NekoLeanError("--self-generated has no effect if a retain set is given; remove one of the two.")
     if cache.seed and not cache.self_generated:
         raise NekoLeanError("--seed has no effect without --self-generated; leave it out.")
 

@@ -103,7 +103,7 @@ def _summary(out: Path, manifest: Manifest) -> str:
 
 
 def _sizes(manifest: Manifest, options: CacheOptions) -> dict[str, int]:
-    """How large a planned cache will be, as far as it is known."""
+    """The size of a planned cache; what only the teacher's output determines is missing."""
     return {
         "rows": manifest.rows,
         "positions": manifest.positions,

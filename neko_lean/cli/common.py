@@ -51,7 +51,7 @@ class RecipeFlags:
     set: tuple[str, ...] = option((), "Replace a value of the recipe; repeatable.", RECIPE, metavar="KEY=VALUE")
 
     def overrides(self) -> dict[str, Any]:
-        """The values that were given, by key of the recipe. Raises NekoLeanError for two different values of a key."""
+        """The given recipe values, by key. Raises NekoLeanError for two different values of a key."""
         from neko_lean.recipe import parse_override
 
         given = [(f"--set {text}", *parse_override(text)) for text in self.set]
@@ -108,7 +108,7 @@ class TrainingFlags(RecipeFlags):
     )
 
     def overrides(self) -> dict[str, Any]:
-        """The values that were given, by key of the recipe. `--epochs` has no effect next to the recipe's max_steps."""
+        """The given recipe values, by key. `--epochs` replaces the recipe's max_steps, which would otherwise decide."""
         values = super().overrides()
         return {"max_steps": 0, **values} if self.epochs is not None else values
 
@@ -125,7 +125,7 @@ def command(function: Callable[..., Any]) -> Callable[..., Any]:
         start = time.monotonic()
         try:
             if verbose and kwargs.get("quiet"):
-                raise NekoLeanError("--quiet and --verbose contradict each other; leave one of them out.")
+                raise NekoLeanError("--quiet and --verbose contradict each other; remove one of them.")
             with _libraries_silenced(not verbose, hub_bars=not kwargs.get("quiet")):
                 result = function(**collect_flags(function, kwargs))
                 if verbose:

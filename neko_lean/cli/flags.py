@@ -40,7 +40,7 @@ def collect_flags(function: Callable[..., Any], values: Mapping[str, Any]) -> di
 
 
 def flag_of(field: dataclasses.Field[Any]) -> str:
-    """The option of a dataclass field, as it is written on the command line."""
+    """The command-line option of a dataclass field, such as --batch-size."""
     flags: tuple[str, ...] = field.metadata.get("flags", (f"--{field.name.replace('_', '-')}",))
     return flags[0]
 

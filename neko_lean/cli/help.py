@@ -13,7 +13,7 @@ from typer.core import TyperCommand, TyperGroup
 
 from neko_lean.options import PANELS
 
-# Each command's summary, which is also the first sentence of its own help. `neko-lean --help` imports no command.
+# Each command's summary, which repeats the first sentence of its help, so that `neko-lean --help` imports no command.
 COMMANDS = {
     "cache-teacher": "Run the teacher once over the retain set and store its top-k probabilities.",
     "inspect": "Show what a teacher cache was made from and how large it is.",

@@ -18,7 +18,7 @@ class PlanFlags(MemoryFlags):
     batch_tokens: int | None = option(None, "Tokens of a step.  [default: the recipe's]", RECIPE, min=1)
 
     def overrides(self) -> dict[str, Any]:
-        """The values that were given, by key of the recipe. For a recipe of `memorize`, which has no forget examples,
+        """The given recipe values, by key. For a recipe of `memorize`, which has no forget examples,
         `--batch-size` means its retain_rows, as there."""
         from neko_lean.recipe import forgets, load_recipe
 

@@ -26,7 +26,14 @@ from neko_lean.data.scripts import fold, words
 from neko_lean.data.sources import SUFFIXES, holds_only_texts
 from neko_lean.data.special_tokens import special_tokens
 from neko_lean.data.substitutes import random_answers, refusals
-from neko_lean.data.tokenization import encode, encode_prompts, encode_texts, position_warning, truncation_summary
+from neko_lean.data.tokenization import (
+    encode,
+    encode_prompts,
+    encode_texts,
+    log_truncation,
+    position_warning,
+    truncation_summary,
+)
 
 __all__ = [
     "ANCHOR_TASK",
@@ -53,6 +60,7 @@ __all__ = [
     "is_file",
     "is_recorded_format",
     "length_batches",
+    "log_truncation",
     "overlapping",
     "pad",
     "paired_batches",

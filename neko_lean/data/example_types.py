@@ -59,6 +59,11 @@ class Example:
             object.__setattr__(self, "document", match["document"] if match else self.id)
 
     @property
+    def text(self) -> str:
+        """The whole text: prompt and answer, joined by a space."""
+        return f"{self.input} {self.output}" if self.input else self.output
+
+    @property
     def lume_row(self) -> dict[str, str]:
         """The example's columns in LUME's layout."""
         return {column: getattr(self, column) for column in COLUMNS}

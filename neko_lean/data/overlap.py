@@ -60,7 +60,7 @@ def without_overlap(forget: Sequence[Example], others: list[Example], name: str,
     Raises:
         NekoLeanError: If the sets overlap and `drop` is off, or nothing is left.
     """
-    common = overlapping(map(_text, forget), list(map(_text, others)))
+    common = overlapping([example.text for example in forget], [example.text for example in others])
     if not common:
         return others
     count = f"{len(common)} of {len(others)} {name} rows"
@@ -77,10 +77,6 @@ def without_overlap(forget: Sequence[Example], others: list[Example], name: str,
     dropped = set(common)
     kept = [example for index, example in enumerate(others) if index not in dropped]
     return Rows(kept, others.layout) if isinstance(others, Rows) else kept
-
-
-def _text(example: Example) -> str:
-    return f"{example.input} {example.output}"
 
 
 def _key(text: str) -> str:

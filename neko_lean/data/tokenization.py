@@ -10,6 +10,7 @@ from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.data.prompts import PromptFormat, find_format
 from neko_lean.data.special_tokens import added_tokens, ids_without_special_tokens, remove_suffix
 from neko_lean.errors import NekoLeanError
+from neko_lean.terminal import log_line
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -176,6 +177,14 @@ def position_warning(encoded: Sequence[EncodedExample], limit: int, max_length: 
         return None
     summary = truncation_summary(encoded, limit)
     return f"warning: {summary}: the model has only {limit} positions, fewer than the requested {max_length}"
+
+
+def log_truncation(encoded: Sequence[EncodedExample], limit: int, max_length: int, quiet: bool) -> None:
+    """Log `truncation_summary` unless `quiet`, and `position_warning` in any case. The arguments are theirs."""
+    if summary := truncation_summary(encoded, limit):
+        log_line(summary, quiet)
+    if warning := position_warning(encoded, limit, max_length):
+        log_line(warning)
 
 
 def _continuation_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:

@@ -105,17 +105,13 @@ def anchor_documents(rows: Sequence[Example], per_task: int | None = None) -> li
     each task, or all."""
     documents = [row for row in rows if row.kind == "completion"]
     by_task = [[row for row in documents if row.task == task][:per_task] for task in TASKS]
-    return [
-        {"document": f"{row.input} {row.output}", "task": row.task} for rows_of_task in by_task for row in rows_of_task
-    ]
+    return [{"document": row.text, "task": row.task} for rows_of_task in by_task for row in rows_of_task]
 
 
 def task3_documents(rows: Sequence[Example]) -> list[dict[str, str]]:
     """Whole texts of the Task3 documents in these rows, as `--mia` reads them."""
     return [
-        {"id": row.document, "document": f"{row.input} {row.output}"}
-        for row in rows
-        if row.task == "Task3" and row.kind == "completion"
+        {"id": row.document, "document": row.text} for row in rows if row.task == "Task3" and row.kind == "completion"
     ]
 
 

@@ -16,11 +16,10 @@ from neko_lean.data import (
     encode,
     find_format,
     holds_only_texts,
+    log_truncation,
     paths_among,
-    position_warning,
     read_rows,
     refuse_unused_split,
-    truncation_summary,
 )
 from neko_lean.distributed import with_process_group
 from neko_lean.errors import NekoLeanError
@@ -114,7 +113,7 @@ def memorize(
             f"recipe {chosen.name} does not work with memorize, which needs retain_objective ce and neither a "
             f"forget_objective nor a substitute; use recipe memorize."
         )
-    check_extras(chosen, *paths_among(data))
+    check_extras(chosen, data)
     device = pick_device(run.device)
     output, folder = claim_before_download(out, model, [*paths_among(data), recipe_file(recipe)], run)
 
@@ -127,10 +126,7 @@ def memorize(
     examples = encode(all_rows, tokenizer, prompts, max_length, append_eos=chosen.append_eos, windows=True)
     for name in rows:
         log_line(describe_rows(rows[name], name), run.quiet)
-    if summary := truncation_summary(examples, max_length):
-        log_line(summary, run.quiet)
-    if warning := position_warning(examples, max_length, chosen.max_length):
-        log_line(warning)
+    log_truncation(examples, max_length, chosen.max_length, run.quiet)
 
     # The model: its weights, or random ones that follow from config.json and the seed.
     is_trained = holds_weights(folder)

@@ -129,7 +129,9 @@ def unlearn(
     check_tracker(run.log_to)
     chosen = load_recipe(recipe, overrides)
     refuse_unused_split(run.split, forget, retain)
-    if retain is None and cache is not None and reads_retain(chosen):
+    from_cache = retain is None and cache is not None and reads_retain(chosen)
+    if from_cache:
+        assert cache is not None
         retain = self_generated_file(cache)
     self_generates = _self_generates(chosen, retain)
     _refuse_unused(chosen, overrides or {}, retain, cache, anchor, base_cache)
@@ -142,7 +144,8 @@ def unlearn(
     # Examples, caches, and what makes this run the same run.
     tokenizer = load_tokenizer(folder)
     max_length = usable_length(folder, chosen.max_length)
-    data = _read_data(forget, retain, anchor, run)
+    # The rows that a teacher wrote have their own columns.
+    data = _read_data(forget, retain, anchor, run, retain_columns=None if from_cache else run.columns)
     prepare = partial(
         prepare_examples,
         data.forget,
@@ -218,15 +221,19 @@ class _Data:
     descriptions: dict[str, str]
 
 
-def _read_data(forget: RowSource, retain: RowSource | None, anchor: RowSource | None, run: RunOptions) -> _Data:
+def _read_data(
+    forget: RowSource,
+    retain: RowSource | None,
+    anchor: RowSource | None,
+    run: RunOptions,
+    retain_columns: str | None,
+) -> _Data:
     """Read the data sets of a run, and refuse or leave out what is in the forget set and elsewhere."""
     forget_rows = read_rows(forget, "forget", run.split, columns=run.columns)
     descriptions = {"forget": describe_rows(forget_rows, "forget")}
     retain_rows: list[Example] | None = None
     if retain is not None:
-        # The rows that a teacher wrote have columns that are always recognised.
-        own = isinstance(retain, Path) and retain.name == SELF_GENERATED
-        rows = read_rows(retain) if own else read_rows(retain, "retain", run.split, columns=run.columns)
+        rows = read_rows(retain, "retain", run.split, columns=retain_columns)
         descriptions["retain"] = describe_rows(rows, "retain")
         retain_rows = without_overlap(forget_rows, rows, "retain", drop=run.drop_overlap)
     anchor_rows = [] if anchor is None else read_anchor(anchor)

@@ -71,7 +71,7 @@ def reference_losses(
     losses = {}
     for encoded in encode([*members, *read_anchor(nonmembers)], tokenizer, "plain", limit):
         example = encoded.example
-        text = f"{example.input} {example.output}" if example.input else example.output
+        text = example.text
         if teacher.has_target_logp(encoded):
             losses[text] = encoded.input_ids, float(-teacher.target_logp(encoded).mean())
 

@@ -178,7 +178,7 @@ def _membership_documents(path: Path, forget: Sequence[Example], columns: str | 
         sides = {side: read_documents(membership_path(path, side), MIA_FILES) for side in SIDES}
     else:
         sides = {
-            side: [Document(f"{row.input} {row.output}".strip(), row.task) for row in rows]
+            side: [Document(row.text.strip(), row.task) for row in rows]
             for side, rows in zip(SIDES, (forget, read_rows(path, columns=columns)), strict=True)
         }
     both = overlapping(*([document.text for document in sides[side]] for side in SIDES))
@@ -193,7 +193,7 @@ def _membership_documents(path: Path, forget: Sequence[Example], columns: str | 
 
 def _refuse_trained(held_out: Sequence[Document], rows: Mapping[str, Sequence[Example]], inputs: ScoreInputs) -> None:
     """Raise NekoLeanError if a held-out document is a row of the data."""
-    trained = [f"{row.input} {row.output}" for examples in rows.values() for row in examples]
+    trained = [row.text for examples in rows.values() for row in examples]
     common = overlapping(trained, [document.text for document in held_out])
     if common:
         raise NekoLeanError(
