@@ -11,6 +11,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import pytest
 import torch
+from hypothesis import HealthCheck, settings
 
 import neko_lean
 from neko_lean.demo.base_model import write_base
@@ -18,6 +19,11 @@ from neko_lean.jsonio import write_jsonl
 from tests.helpers import SMALL, flat, make_cache, make_rows, random_model, write_rows
 
 torch.set_num_threads(2)
+# The same examples in every run, and no limit that a slow machine misses. `--hypothesis-profile default` tries others.
+settings.register_profile(
+    "suite", deadline=None, derandomize=True, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large]
+)
+settings.load_profile("suite")
 
 
 @pytest.fixture(autouse=True)

@@ -36,7 +36,8 @@ NOISE_SHARE = 0.9
 # Broken: the loss on unseen text rose by more than this share.
 MAX_LOSS_INCREASE = 0.2
 LEAK_FORMS = ("contained", "alphanumeric", "digits")
-ROUNDING = 1e-9  # a value computed from a difference may be off by this much
+DIGITS = 9  # a value computed from a difference may be off in later decimal places
+ROUNDING = 10**-DIGITS
 
 
 def cells_key(scores: Any) -> str:
@@ -69,9 +70,14 @@ def cells_before(scores: Any, before: Any, split: str) -> dict[str, float]:
 
 
 def value_before(scores: Any, before: Any, after: float, *path: str) -> float | None:
-    """The value before of the number at a path, from `before` or else from the difference in the scores."""
+    """The value before of the number at a path, from `before` or else from the difference in the scores.
+
+    Both are rounded alike, so that the words, in which 0.0125 may become 0.012 or 0.013, do not depend on the source.
+    """
     start, change = number(before, *path), number(scores, "difference", ".".join(path), "difference")
-    return after - change if start is None and change is not None else start
+    if start is None and change is not None:
+        start = after - change
+    return None if start is None else round(start, DIGITS)
 
 
 def leaked_answers(scores: Any) -> tuple[float, str]:
@@ -209,9 +215,9 @@ def _losses_of_both(scores: Any, before: Any, unseen: float) -> tuple[float | No
     for name in ("held_nll", "nonmember_nll"):
         after, start = number(scores, name), number(before, name)
         if after is not None and start is not None:
-            return after, start
+            return after, round(start, DIGITS)
     change = number(scores, "difference", "unseen_nll", "difference")
-    return (None, None) if change is None else (unseen, unseen - change)
+    return (None, None) if change is None else (unseen, round(unseen - change, DIGITS))
 
 
 def writes_sensibly(scores: Any, before: Any = None) -> str:

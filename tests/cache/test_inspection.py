@@ -33,7 +33,7 @@ def test_the_numbers_match_the_stored_arrays(confident):
 
 
 @given(position=st.floats(0, 1, exclude_max=True), flip=st.integers(1, 255))
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 @pytest.mark.parametrize(
     "name", ["manifest.json", "shard-00000-of-00001.safetensors", "forget-00000-of-00001.safetensors"]
 )

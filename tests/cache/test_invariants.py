@@ -368,7 +368,7 @@ NUMBERS = [0, 1, -1, 2, 7, 2**15, 60000, 2**31, 2**62, 1e-9, -1e-9, -3.5, float(
 
 @pytest.mark.slow
 @given(data=st.data())
-@settings(deadline=None, max_examples=150, suppress_health_check=list(HealthCheck))
+@settings(max_examples=150, suppress_health_check=list(HealthCheck))
 def test_changed_numbers_never_cause_a_non_finite_loss(good, world, model, anchor, tmp_path_factory, data):
     """Reading raises CacheError, or every example has a finite KL and finite log-probabilities."""
     folder = shutil.copytree(good, tmp_path_factory.mktemp("fuzz") / "cache")

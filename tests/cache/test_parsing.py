@@ -5,7 +5,7 @@ import json
 import shutil
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from tests.cache.reading import read_everything
@@ -27,7 +27,7 @@ def paths(value, at=()):
 
 @pytest.mark.slow
 @given(data=st.data())
-@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120)
 def test_malformed_manifests(small, tmp_path_factory, data):
     folder, manifest, examples = small
     changed = copy.deepcopy(manifest)

@@ -6,7 +6,7 @@ import sys
 
 import numpy as np
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file, save_file
 
@@ -24,7 +24,7 @@ SHARD = "shard-00000-of-00001.safetensors"
 
 @pytest.mark.slow
 @given(data=st.data())
-@settings(deadline=None, max_examples=120, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=120)
 def test_malformed_shards(small, tmp_path_factory, data):
     folder, _, examples = small
     damaged = tmp_path_factory.mktemp("fuzz") / "c"

@@ -20,7 +20,6 @@ from tests.helpers import LUME
     max_rows=st.integers(1, 40),
     max_tokens=st.integers(1, 4000),
 )
-@settings(deadline=None)
 def test_every_example_is_in_one_batch_and_no_batch_is_too_large(lengths, max_rows, max_tokens):
     limits = {"max_rows": max_rows, "max_tokens": max_tokens}
     by_length = length_batches(lengths, **limits)
@@ -38,7 +37,7 @@ def test_every_example_is_in_one_batch_and_no_batch_is_too_large(lengths, max_ro
     retain=st.lists(st.integers(1, 300), max_size=40),
     max_tokens=st.integers(300, 4000),
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_steps_keep_to_the_token_budget_and_omit_no_example(forget, retain, max_tokens):
     options = {"forget_rows": 8, "retain_rows": 4, "max_tokens": max_tokens, "rng": random.Random(0)}
     if not forget and not retain:

@@ -176,7 +176,7 @@ cells = st.one_of(scalars, st.lists(st.one_of(scalars, st.sampled_from(CHAT)), m
 records = st.lists(st.dictionaries(names, cells, max_size=5), max_size=4)
 
 
-@settings(deadline=None, derandomize=True, max_examples=300)
+@settings(max_examples=300)
 @given(rows=records)
 def test_random_records_are_read_or_refused_in_one_sentence(rows):
     try:

@@ -45,7 +45,7 @@ edit_lists = st.lists(
     st.tuples(st.floats(0, 1), st.integers(0, 4), st.one_of(st.binary(max_size=4), st.sampled_from(SNIPPETS))),
     max_size=5,
 )
-quick = settings(deadline=None, derandomize=True, max_examples=100, suppress_health_check=list(HealthCheck))
+quick = settings(max_examples=100, suppress_health_check=list(HealthCheck))
 
 
 def assert_read_or_refused(path):

@@ -11,7 +11,7 @@ from neko_lean.training.batch import forget_start
 TOKENIZER = ByT5Tokenizer()
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(length=st.integers(1, 400), max_length=st.integers(1, 80))
 def test_every_token_of_a_document_gets_one_forget_loss(length, max_length):
     text = "".join(chr(97 + i % 26) for i in range(length))

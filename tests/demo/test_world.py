@@ -40,7 +40,7 @@ def test_the_seed_decides(made):
 
 
 @given(st.integers(0, 1000))
-@settings(deadline=None, max_examples=10)
+@settings(max_examples=10)
 def test_no_two_sets_share_a_document_a_question_or_a_name(seed):
     made = build_world(seed)
     ids, prompts, names = set(), set(), set()

@@ -114,6 +114,17 @@ def test_phrase_signs_and_sentences_never_contradict_each_other(pair):
     assert not re.search(r"most .*\(0\.00\)|highest score is 0\.00|reproduces 0 %|still.* 0 %", text), text
 
 
+def test_a_stored_difference_rounds_to_the_same_words():
+    # The mean before is 0.0125; 0.5 - (0.5 - 0.05) is a little less than 0.05.
+    names = [f"forget.Task{task}.regurgitation" for task in (1, 2, 3, 4)]
+    before = {"cells": dict(zip(names, (0.0, 0.0, 0.05, 0.0), strict=True))}
+    scores = {"cells": dict(zip(names, (0.0, 0.0, 0.5, 0.0), strict=True))}
+    changes = {f"cells.{name}": {"difference": scores["cells"][name] - before["cells"][name]} for name in names}
+    with_before, alone = judge_model(scores, before), judge_model({**scores, "difference": changes}, None)
+    assert with_before == alone and "mean: 0.013 →" in alone.signs[0].detail
+
+
+@settings(max_examples=1000)
 @given(pairs)
 def test_a_model_before_and_the_stored_differences_lead_to_the_same_words(pair):
     scores, before = pair

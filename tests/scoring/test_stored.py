@@ -65,9 +65,7 @@ def changed(value, path, other):
 
 
 @pytest.mark.slow
-@settings(
-    max_examples=60, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow]
-)
+@settings(max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.data())
 def test_any_change_is_refused_or_can_be_used(scored, tmp_path, data):
     out, rows, scores, lines = scored

@@ -1,14 +1,13 @@
 """Stochastic rounding to bfloat16."""
 
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from neko_lean.training.rounding import round_stochastically
 
 
 @given(value=st.floats(-(2.0**100), 2.0**100, width=32), seed=st.integers(0, 1000))
-@settings(deadline=None)
 def test_a_value_is_rounded_to_a_neighbour(value, seed):
     exact = torch.full((64,), value, dtype=torch.float32)
     rounded = round_stochastically(exact, torch.Generator().manual_seed(seed)).float()
