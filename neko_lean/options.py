@@ -74,6 +74,9 @@ class TrainingOptions(OutputOptions):
     log_to: str | None = option(
         None, "Also send the metrics of each step to trackio, wandb or tensorboard.", OUTPUT, metavar="TRACKER"
     )
+    save_adapter: bool = option(
+        False, "With --lora-rank, also write the adapter, in the folder adapter of the output, for PEFT.", OUTPUT
+    )
     save_every: int = option(
         0,
         "Save every N steps, so that --resume can continue; 0 saves only when Ctrl-C, SIGTERM or SIGHUP stops the run.",

@@ -5,12 +5,13 @@ from neko_lean.checkpoints.open_run import check_run_folder, open_run_folder
 from neko_lean.checkpoints.run_folder import RunFolder
 from neko_lean.checkpoints.run_identity import digests, rows_digest, versions
 from neko_lean.checkpoints.run_state import RunState, random_states, set_random_states
-from neko_lean.checkpoints.saves import METRICS, Save, link_tree
+from neko_lean.checkpoints.saves import METRICS, Save
 from neko_lean.checkpoints.signals import Signals, handle_signals
-from neko_lean.checkpoints.tensors import load_weights
+from neko_lean.checkpoints.tensors import WEIGHTS, load_weights, stored_tensors
 
 __all__ = [
     "METRICS",
+    "WEIGHTS",
     "RunFolder",
     "RunState",
     "Save",
@@ -19,11 +20,11 @@ __all__ = [
     "digests",
     "finished_run",
     "handle_signals",
-    "link_tree",
     "load_weights",
     "open_run_folder",
     "random_states",
     "rows_digest",
     "set_random_states",
+    "stored_tensors",
     "versions",
 ]

@@ -116,7 +116,7 @@ def _remove_leftovers(run: RunFolder) -> None:
 
     with explained_write_errors(run.output.path):
         empty_folder(run.folder, keep)
-    run.remove_old_checkpoints(run.resume_from.state.best_step if run.resume_from else 0)
+    run.remove_old_weights(run.resume_from.state.best_step if run.resume_from else 0)
 
 
 def _keep_or_discard(run: RunFolder, error: BaseException) -> None:

@@ -1,7 +1,7 @@
 """The folder `.NAME.saved` in which a run lives until its output is complete.
 
-It holds the last saves of the run, the checkpoints of their best evaluations, metrics.jsonl, the teacher cache if the
-run makes its own, and at the end the output: `output` while it is being written, `complete` once it is on disk.
+It holds the last saves of the run, the trainable weights at their best evaluations, metrics.jsonl, the teacher cache if
+the run makes its own, and at the end the output: `output` while it is being written, `complete` once it is on disk.
 """
 
 from __future__ import annotations
@@ -13,22 +13,19 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import Tensor
 
 from neko_lean.checkpoints.run_identity import differences, versions
 from neko_lean.checkpoints.run_state import RunState
-from neko_lean.checkpoints.saves import METRICS, Save, best_step, read_save, write_folder, write_save
+from neko_lean.checkpoints.saves import METRICS, Save, best_step, read_save, write_ranks, write_save
 from neko_lean.checkpoints.sealing import find_damage, seal
+from neko_lean.checkpoints.tensors import WEIGHTS, write_tensors
 from neko_lean.distributed import is_main_process, rank, run_on_main_and_broadcast
 from neko_lean.errors import NekoLeanError
-from neko_lean.models import CausalLM, save_checkpoint
 from neko_lean.outputs import Output, explained_write_errors, publish, remove_tree, sync_tree
 from neko_lean.terminal import log_line
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
 
 SAVES_TO_KEEP = 2  # the last save, and the one before it in case the last is damaged
 STAGE = "output"  # the output while it is being written
@@ -75,8 +72,8 @@ class RunFolder:
         """The run's own teacher cache."""
         return self.folder / "cache"
 
-    def best_checkpoint(self, step: int) -> Path:
-        """The checkpoint of the evaluation after `step`."""
+    def best_weights(self, step: int) -> Path:
+        """Folder of the trainable weights at the evaluation after `step`."""
         return self.folder / f"best-{step:08d}"
 
     def saves(self) -> list[Path]:
@@ -95,7 +92,7 @@ class RunFolder:
         """
         if state.best_step and is_main_process():
             with explained_write_errors(self.folder):
-                seal(self.best_checkpoint(state.best_step))
+                seal(self.best_weights(state.best_step))
 
         header = {"identity": self.identity, "versions": versions()}
         write_save(self.folder / f"step-{state.step:08d}", weights, tensors, header, state, self.metrics)
@@ -103,26 +100,20 @@ class RunFolder:
         if is_main_process():
             for old in self.saves()[SAVES_TO_KEEP:]:
                 shutil.rmtree(old, ignore_errors=True)
-            self.remove_old_checkpoints(state.best_step)
+            self.remove_old_weights(state.best_step)
 
-    def save_best_checkpoint(self, step: int, model: CausalLM, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Write the checkpoint of the evaluation after `step`, and remove older ones that no save needs.
+    def save_best(self, step: int, weights: Mapping[str, Tensor]) -> None:
+        """Write the trainable `weights` at the evaluation after `step`, and remove older ones that no save needs.
 
-        All ranks call this.
+        All ranks call this; each writes its part.
         """
-
-        def fill(folder: Path) -> None:
-            save_checkpoint(model, tokenizer, folder)
-
+        write_ranks(self.best_weights(step), lambda folder: write_tensors(folder, WEIGHTS, weights))
         if is_main_process():
-            write_folder(self.best_checkpoint(step), fill)
-            self.remove_old_checkpoints(step)
-        else:
-            fill(self.best_checkpoint(step))
+            self.remove_old_weights(step)
 
-    def remove_old_checkpoints(self, step: int) -> None:
-        """Remove the checkpoints of all evaluations except that of `step` and the best ones of the saves."""
-        needed = {self.best_checkpoint(step), *(self.best_checkpoint(best_step(save)) for save in self.saves())}
+    def remove_old_weights(self, step: int) -> None:
+        """Remove the weights of all evaluations except those of `step` and the best ones of the saves."""
+        needed = {self.best_weights(step), *(self.best_weights(best_step(save)) for save in self.saves())}
         for path in self.folder.glob("best-*"):
             if path not in needed:
                 shutil.rmtree(path, ignore_errors=True)
@@ -199,12 +190,12 @@ class RunFolder:
             )
 
     def _read_save_and_best(self, folder: Path) -> Save | str:
-        """`read_save`, which also checks the checkpoint of the save's best evaluation."""
+        """`read_save`, which also checks the weights of the save's best evaluation."""
         result = read_save(folder)
         if isinstance(result, Save) and result.state.best_step:
-            damage = find_damage(self.best_checkpoint(result.state.best_step))
+            damage = find_damage(self.best_weights(result.state.best_step))
             if damage is not None:
-                return f"in its best checkpoint, {damage}"
+                return f"in the weights of its best evaluation, {damage}"
         return result
 
     def describe_progress(self) -> str | None:

@@ -11,9 +11,8 @@ manifest.json                   size and SHA-256 of each of these files, and its
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +21,12 @@ from torch import Tensor
 
 from neko_lean.checkpoints.run_state import RunState
 from neko_lean.checkpoints.sealing import MALFORMED, find_damage, seal, was_changed
-from neko_lean.checkpoints.tensors import StoredTensors, rank_stem, write_tensors
+from neko_lean.checkpoints.tensors import WEIGHTS, StoredTensors, stored_tensors, write_tensors
 from neko_lean.distributed import is_main_process, raise_on_any_rank, run_on_main_and_broadcast
 from neko_lean.errors import NekoLeanError, first_line
 from neko_lean.outputs import explained_write_errors, remove_tree, sync
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 STATE = "state.json"
 METRICS = "metrics.jsonl"
 
@@ -50,7 +49,7 @@ class Save:
             stem: "weights" or "state".
             prefix: "random." or "optimizer." for a part of the state.
         """
-        return StoredTensors(sorted(self.folder.glob(f"{rank_stem(stem)}-*.safetensors")), prefix)
+        return stored_tensors(self.folder, stem, prefix)
 
 
 def write_save(
@@ -75,24 +74,44 @@ def write_save(
     """
 
     def write_rank_tensors(folder: Path) -> None:
-        write_tensors(folder, "weights", weights)
+        write_tensors(folder, WEIGHTS, weights)
         write_tensors(folder, "state", tensors)
+
+    def finish(folder: Path) -> None:
+        content = {"format_version": FORMAT_VERSION, **header, "state": asdict(state)}
+        (folder / STATE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+        shutil.copyfile(metrics, folder / METRICS)
+        seal(folder)
+
+    write_ranks(target, write_rank_tensors, finish)
+    if is_main_process():
+        sync(target.parent)
+    run_on_main_and_broadcast(lambda: None)  # wait until the save is complete
+
+
+def write_ranks(
+    target: Path, write: Callable[[Path], None], finish: Callable[[Path], None] = lambda folder: None
+) -> None:
+    """Create a folder atomically to which all ranks write. All ranks call this.
+
+    Args:
+        target: the folder.
+        write: writes one rank's part to the folder that it is given.
+        finish: writes the rest, on the main process, once every rank has written its part.
+
+    Raises NekoLeanError if it cannot be written.
+    """
 
     def fill(folder: Path) -> None:
         run_on_main_and_broadcast(lambda: None)  # wait until the folder exists
-        raise_on_any_rank(explained_write_errors(target)(lambda: write_rank_tensors(folder)))
+        raise_on_any_rank(explained_write_errors(target)(lambda: write(folder)))
         if is_main_process():
-            content = {"format_version": FORMAT_VERSION, **header, "state": asdict(state)}
-            (folder / STATE).write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-            shutil.copyfile(metrics, folder / METRICS)
-            seal(folder)
+            finish(folder)
 
     if is_main_process():
         write_folder(target, fill)
-        sync(target.parent)
     else:
         fill(_temporary(target))
-    run_on_main_and_broadcast(lambda: None)  # wait until the save is complete
 
 
 def write_folder(target: Path, fill: Callable[[Path], None]) -> None:
@@ -158,20 +177,3 @@ def best_step(folder: Path) -> int:
         return int(json.loads((folder / STATE).read_text(encoding="utf-8"))["state"]["best_step"])
     except (OSError, *MALFORMED):
         return 0
-
-
-def link_tree(source: Path, target: Path, ignore: Iterable[str] = ()) -> None:
-    """Add the files of `source` to `target`, by hard links if the file system supports them, otherwise by copies.
-
-    Args:
-        source, target: folders.
-        ignore: name patterns of files to leave out.
-    """
-
-    def link(file: str, new: str) -> None:
-        try:
-            os.link(file, new)
-        except OSError:
-            shutil.copy2(file, new)
-
-    shutil.copytree(source, target, copy_function=link, dirs_exist_ok=True, ignore=shutil.ignore_patterns(*ignore))

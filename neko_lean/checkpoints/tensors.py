@@ -14,6 +14,8 @@ from torch import Tensor
 from neko_lean.distributed import rank, world_size
 from neko_lean.models import local_shard
 
+WEIGHTS = "weights"  # stem of the files of trainable parameters
+
 # Most bytes of tensors per file. A copy of no more than these has to leave the GPU at a time.
 FILE_BYTES = 2**29
 
@@ -63,6 +65,11 @@ def write_tensors(folder: Path, stem: str, tensors: Mapping[str, Tensor]) -> Non
 
     for number, content in enumerate(files):
         save_file(content, folder / f"{rank_stem(stem)}-{number:03d}.safetensors")
+
+
+def stored_tensors(folder: Path, stem: str, prefix: str = "") -> StoredTensors:
+    """This rank's tensors in the files of a stem, as `write_tensors` wrote them; see `StoredTensors` for `prefix`."""
+    return StoredTensors(sorted(folder.glob(f"{rank_stem(stem)}-*.safetensors")), prefix)
 
 
 @torch.no_grad()

@@ -85,6 +85,12 @@ class MemoryFlags(RecipeFlags):
     train_last: int | None = option(
         None, "Train only the last N layers, the final norm and an untied head.", MEMORY, min=1
     )
+    lora_rank: int | None = option(
+        None, "Train LoRA adapters of this rank instead of the weights; needs neko-lean[lora].", MEMORY, min=1
+    )
+    quantize_base: str | None = option(
+        None, "With --lora-rank, store the frozen weights in 4 or 8 bits: nf4 or int8.", MEMORY, metavar="FORMAT"
+    )
     offload_state: bool = option(False, "Keep the optimizer state in host memory.", MEMORY)
     offload_activations: bool = option(False, "Keep the layers' inputs in host memory.", MEMORY)
     state_bits: int | None = option(

@@ -28,7 +28,7 @@ from neko_lean.memory.repeated_layers import each_kind_once
 from neko_lean.memory.step_time import MatmulParameters
 from neko_lean.models import CausalLM
 from neko_lean.recipe import Recipe
-from neko_lean.training import MicroBatches, decoder_layers, freeze, new_state
+from neko_lean.training import MicroBatches, decoder_layers, freeze, new_state, prepare_student
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -94,6 +94,7 @@ def step_memory(
     # Run the step.
     with fake_tensors():
         lm = fake_model(config, getattr(torch, recipe.dtype))
+        prepare_student(lm, recipe, torch.device("cpu"))
         with each_kind_once(lm.model):
             freeze(lm, recipe.train_last, recipe.train_only)
             gathered = _gathered_bytes(lm) if ranks > 1 else 0

@@ -1,5 +1,6 @@
 """Causal language models: load and check a checkpoint, split it into backbone and head, fingerprint it."""
 
+from neko_lean.models.adapters import add_adapters, has_adapters
 from neko_lean.models.causal_lm import CausalLM, as_causal_lm, checkpoint_activations, position_limit
 from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.devices import check_seed, has_bfloat16, pick_device, pick_dtype, warn_emulated_bfloat16
@@ -31,6 +32,7 @@ from neko_lean.models.packing import supports_packing
 from neko_lean.models.positions import rescaling_length, stated_positions
 from neko_lean.models.predictions import next_token_logp, next_token_stats
 from neko_lean.models.quantized import quantization_method
+from neko_lean.models.quantized_base import quantize_base
 from neko_lean.models.sharding import ShardedModel, local_shard, save_checkpoint
 from neko_lean.models.trust import is_inside, read_config
 from neko_lean.models.vocabulary import refuse_unknown_examples, refuse_unknown_ids
@@ -43,6 +45,7 @@ __all__ = [
     "ModelIdentity",
     "ShardedModel",
     "accepts_loaded_model",
+    "add_adapters",
     "as_causal_lm",
     "check_seed",
     "checkpoint_activations",
@@ -51,6 +54,7 @@ __all__ = [
     "eos_token_ids",
     "find_backbone",
     "greedy_tokens",
+    "has_adapters",
     "has_bfloat16",
     "holds_weights",
     "identify",
@@ -72,6 +76,7 @@ __all__ = [
     "pick_dtype",
     "position_limit",
     "quantization_method",
+    "quantize_base",
     "read_config",
     "refuse_non_finite_outputs",
     "refuse_unknown_examples",

@@ -19,11 +19,16 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from neko_lean.distributed import is_main_process, world_size
+from neko_lean.models.adapters import has_adapters, merged_weights, save_adapter
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.generation_config import save_model
+from neko_lean.models.quantized_base import dequantize_base
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+# Folder of a checkpoint that holds its adapters on their own.
+ADAPTER = "adapter"
 
 
 def local_shard(tensor: Tensor) -> Tensor:
@@ -31,18 +36,40 @@ def local_shard(tensor: Tensor) -> Tensor:
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
 
 
-def save_checkpoint(lm: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path) -> None:
-    """Save model and tokenizer into a folder. All ranks must call it; the main process gathers the weights and
-    writes."""
-    state_dict = None
-    if world_size() > 1:
-        from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # takes seconds
+def save_checkpoint(
+    lm: CausalLM, tokenizer: PreTrainedTokenizerBase, folder: Path, adapter_of: str | None = None
+) -> None:
+    """Save model and tokenizer into a folder. All ranks must call it; the main process gathers the weights and writes.
 
-        options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-        state_dict = get_model_state_dict(lm.model, options=options)
+    Adapters are merged in place, and a quantised base is dequantised, so a model with adapters must not run again.
+
+    Args:
+        lm: the model.
+        tokenizer: its tokenizer.
+        folder: the folder to write to.
+        adapter_of: if given, the adapters are also saved, in the folder `adapter`, as those of the model of this name.
+    """
+    adapted = has_adapters(lm)
+    if adapted:
+        dequantize_base(lm, torch.device("cpu"))
+    weights = _whole_weights(lm) if world_size() > 1 or adapted else None
     if is_main_process():
-        save_model(lm.model, lambda: lm.model.save_pretrained(folder, state_dict=state_dict), folder)
+        if weights is not None and adapter_of is not None:
+            save_adapter(lm, weights, adapter_of, folder / ADAPTER)
+        if weights is not None and adapted:
+            weights = merged_weights(lm, weights)
+        save_model(lm.model, lambda: lm.model.save_pretrained(folder, state_dict=weights), folder)
         tokenizer.save_pretrained(folder)
+
+
+def _whole_weights(lm: CausalLM) -> dict[str, Tensor]:
+    """All weights by name; with several ranks, gathered in host memory on the main process."""
+    if world_size() == 1:
+        return lm.model.state_dict()
+    from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # takes seconds
+
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    return cast("dict[str, Tensor]", get_model_state_dict(lm.model, options=options))
 
 
 class ShardedModel:

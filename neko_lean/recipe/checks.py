@@ -10,6 +10,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.objectives import FORGET_OBJECTIVES, REDUCTIONS, RETAIN_OBJECTIVES
 from neko_lean.recipe.recipe import Recipe, forgets, needs_teacher, trains_on_teacher
 
+QUANTIZATIONS = ("nf4", "int8")
 STEP_ORDERS = ("together", "alternating", "chunks")
 SUBSTITUTES = ("none", "refusal", "random")
 _POSITIVE = (
@@ -46,6 +47,7 @@ def _check_choices(recipe: Recipe) -> None:
         "schedule": ("linear", "constant"),
         "dtype": ("bfloat16", "float32"),
         "backward": ("layerwise", "checkpointed", "plain"),
+        "quantize_base": ("none", *QUANTIZATIONS),
         "forget_span": ("answers", "all", "documents"),
         "substitute": SUBSTITUTES,
         "order": STEP_ORDERS,

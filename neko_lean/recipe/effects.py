@@ -31,6 +31,9 @@ CONDITIONS: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "chunk_rows": (lambda r: r.order == "chunks", "order 'chunks'"),
     "substitute_weight": (lambda r: r.substitute != "none", "a substitute"),
     "epochs": (lambda r: not r.max_steps or r.order == "chunks", "max_steps = 0, or order 'chunks'"),
+    "lora_alpha": (lambda r: bool(r.lora_rank), "lora_rank > 0"),
+    "lora_targets": (lambda r: bool(r.lora_rank), "lora_rank > 0"),
+    "quantize_base": (lambda r: bool(r.lora_rank), "lora_rank > 0, because a quantised weight cannot be trained"),
     "eval_rows": (lambda r: bool(r.eval_every), "eval_every > 0"),
     "patience": (lambda r: bool(r.eval_every), "eval_every > 0"),
 }

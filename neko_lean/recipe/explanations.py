@@ -42,6 +42,10 @@ EXPLANATIONS = {
     "epochs": "Passes over the larger set, with max_steps 0; passes over each chunk, with order 'chunks'.",
     "train_last": "Train only the last N layers, the final norm and an untied head; 0 trains all parameters.",
     "train_only": "Train only the parameters whose names match this regular expression.",
+    "lora_rank": "Rank of LoRA adapters, which are trained instead of the weights; 0 trains the weights.",
+    "lora_alpha": "An adapter's product is multiplied by lora_alpha / lora_rank; 0 stands for twice the rank.",
+    "lora_targets": "Layers that get an adapter: 'auto' for every linear layer but the head, or q_proj,v_proj,...",
+    "quantize_base": "Store the frozen linear layers in 4 bits ('nf4') or 8 ('int8'); 'none' does not.",
     "dropout": "Train with the dropout of the model's config; not with backward 'layerwise'.",
     # Evaluation
     "eval_every": "Steps between evaluations on a fixed sample; 0 makes none.",

@@ -55,6 +55,10 @@ class Recipe:
     epochs: float
     train_last: int
     train_only: str
+    lora_rank: int
+    lora_alpha: float
+    lora_targets: str
+    quantize_base: str
     dropout: bool
 
     eval_every: int

@@ -113,7 +113,7 @@ def memorize(
             f"recipe {chosen.name} does not work with memorize, which needs retain_objective ce and neither a "
             f"forget_objective nor a substitute; use recipe memorize."
         )
-    check_extras(chosen, data)
+    check_extras(chosen, run, data)
     device = pick_device(run.device)
     output, folder = claim_before_download(out, model, [*paths_among(data), recipe_file(recipe)], run)
 
@@ -153,7 +153,7 @@ def memorize(
 
     with work_folder(output, identity, run) as (work, signals):
         job = TrainingJob(
-            make_student, tokenizer, TrainingExamples(retain=examples), None, chosen, device, run, callback
+            make_student, tokenizer, TrainingExamples(retain=examples), None, chosen, device, run, str(model), callback
         )
         about = {"command": "memorize", "model": model_name(model), "random_start": not is_trained}
         result = train(job, work, signals, {**about, "sets": list(rows)})

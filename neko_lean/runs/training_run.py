@@ -35,7 +35,15 @@ from neko_lean.outputs import RUN, Output, claim_folder, explained_write_errors,
 from neko_lean.recipe import Recipe
 from neko_lean.runs.trackers import tracked
 from neko_lean.terminal import log_line
-from neko_lean.training import Callback, Loop, Trainer, TrainingExamples, explained_out_of_memory, freeze
+from neko_lean.training import (
+    Callback,
+    Loop,
+    Trainer,
+    TrainingExamples,
+    explained_out_of_memory,
+    freeze,
+    prepare_student,
+)
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -74,20 +82,29 @@ def claim_before_download(
     return claim([folder, *inputs]), folder
 
 
-def check_extras(recipe: Recipe, *sources: RowSource | None) -> None:
-    """Raise NekoLeanError if a recipe, or a data set on the hub, needs an optional package that is not installed."""
+def check_extras(recipe: Recipe, options: TrainingOptions, *sources: RowSource | None) -> None:
+    """Raise NekoLeanError if a recipe, or a data set on the hub, needs an optional package that is not installed, or
+    if adapters are to be saved and the recipe trains none."""
+    if options.save_adapter and not recipe.lora_rank:
+        raise NekoLeanError(
+            "--save-adapter has no effect without --lora-rank, because only a run with adapters has one; leave it out."
+        )
     if recipe.state_bits == 4:
         require_extra("torchao", "torchao", f"recipe {recipe.name}: state_bits = 4")
+    if recipe.lora_rank:
+        require_extra("peft", "lora", f"recipe {recipe.name}: lora_rank = {recipe.lora_rank}")
     require_hub_package(*sources)
 
 
 def check_trained_layers(folder: Path, recipe: Recipe) -> None:
     """Raise NekoLeanError if the model has no parameters that a recipe is to train, before the teacher is cached."""
-    if not recipe.train_last and not recipe.train_only:
+    if not recipe.train_last and not recipe.train_only and not recipe.lora_rank:
         return
     try:
         with fake_tensors():
-            freeze(fake_model(folder, pick_dtype(recipe.dtype)), recipe.train_last, recipe.train_only)
+            student = fake_model(folder, pick_dtype(recipe.dtype))
+            prepare_student(student, recipe, torch.device("cpu"))
+            freeze(student, recipe.train_last, recipe.train_only)
     except NekoLeanError:
         raise
     except Exception:  # raised by the model's own code, which may still run on real tensors
@@ -119,6 +136,7 @@ class TrainingJob:
     recipe: Recipe
     device: torch.device
     options: TrainingOptions
+    base: str  # the model as the user named it
     callback: Callback | None = None  # called with each step and its metrics
 
 
@@ -138,14 +156,22 @@ def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[st
     memory_before = memory_in_use(job.device)
     warn_emulated_bfloat16(job.recipe.dtype, job.device, job.options.quiet)
 
-    # Ranks shard a student that is whole in host memory.
-    student = job.make_student(job.device if world_size() == 1 else torch.device("cpu"))
+    # Ranks shard a student that is whole in host memory, and layers are quantised on their way to the device.
+    recipe = job.recipe
+    in_host_memory = world_size() > 1 or recipe.quantize_base != "none"
+
+    def make_student(device: torch.device) -> CausalLM:
+        loaded = job.make_student(torch.device("cpu") if in_host_memory else device)
+        prepare_student(loaded, recipe, device, job.options.seed)
+        return loaded
+
+    student = make_student(job.device if world_size() == 1 else torch.device("cpu"))
     if job.teacher is not None:
         job.teacher.check_vocabulary(len(student.head))
     pad_id = int(job.tokenizer.pad_token_id)
     trainer = Trainer(student, pad_id, job.examples, job.teacher, job.recipe, job.device)
     del student
-    initial_student = partial(job.make_student, torch.device("cpu"))
+    initial_student = partial(make_student, torch.device("cpu"))
     loop = Loop(trainer, job.tokenizer, work, signals, initial_student, job.options, memory_before)
 
     # From here a signal waits for the end of the step, and after the last step for the output.
@@ -158,7 +184,7 @@ def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[st
         run = {**about, **summary, "versions": versions(), "made_from": digests(work.identity)}
         run |= _memory_of(loop, run["measured_peak"])
         with work.output_folder() as stage:
-            loop.write(stage)
+            loop.write(stage, job.base if job.options.save_adapter else None)
             if is_main_process():
                 # --overwrite recognizes a folder that this run wrote by these names.
                 run["files"] = sorted([*(path.name for path in stage.iterdir()), RUN])

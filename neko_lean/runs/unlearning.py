@@ -135,7 +135,7 @@ def unlearn(
         retain = self_generated_file(cache)
     self_generates = _self_generates(chosen, retain)
     _refuse_unused(chosen, overrides or {}, retain, cache, anchor, base_cache)
-    check_extras(chosen, forget, retain)
+    check_extras(chosen, run, forget, retain)
     device = pick_device(run.device)
     inputs = [*paths_among(forget, retain, anchor), cache, base_cache, recipe_file(recipe)]
     output, folder = claim_before_download(out, model, inputs, run)
@@ -195,7 +195,7 @@ def unlearn(
         lost = report_truncation(prepared, chosen, run.quiet)
 
         student = partial(load_model, folder, pick_dtype(chosen.dtype))
-        job = TrainingJob(student, tokenizer, examples, teacher, chosen, device, run, callback)
+        job = TrainingJob(student, tokenizer, examples, teacher, chosen, device, run, str(model), callback)
         about = {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost}
         about["self_generated"] = chosen.self_generated if self_generates else 0
         result = train(job, work, signals, about)

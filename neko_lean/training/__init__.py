@@ -3,7 +3,7 @@
 from neko_lean.training.adam_state import new_state
 from neko_lean.training.batch import Batch, forget_start, make_batch, select_hidden
 from neko_lean.training.examples import TrainingExamples
-from neko_lean.training.layers import decoder_layers, freeze
+from neko_lean.training.layers import decoder_layers, freeze, prepare_student
 from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.levels import with_levels
 from neko_lean.training.loop import Callback, Loop
@@ -32,6 +32,7 @@ __all__ = [
     "micro_batches",
     "new_state",
     "phases",
+    "prepare_student",
     "select_hidden",
     "split_across_ranks",
     "total_steps",

@@ -206,6 +206,8 @@ def _compared_parameters(lm: CausalLM) -> dict[str, nn.Parameter]:
     for name, parameter in lm.model.named_parameters():
         if not parameter.requires_grad or parameter is lm.embedding or parameter is lm.head:
             continue
+        if ".lora_A." in name:
+            continue  # its gradient is zero as long as lora_B is
         group = re.sub(r"(\.\d+)\..*", r"\1", name)  # model.layers.3.mlp.up_proj.weight -> model.layers.3
         if group not in smallest or parameter.numel() < smallest[group][1].numel():
             smallest[group] = name, parameter

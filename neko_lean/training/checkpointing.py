@@ -7,7 +7,16 @@ from collections.abc import Callable
 
 import torch
 
-from neko_lean.checkpoints import METRICS, RunFolder, RunState, Save, load_weights, random_states, set_random_states
+from neko_lean.checkpoints import (
+    METRICS,
+    WEIGHTS,
+    RunFolder,
+    RunState,
+    Save,
+    load_weights,
+    random_states,
+    set_random_states,
+)
 from neko_lean.models import CausalLM, peak_memory
 from neko_lean.options import TrainingOptions
 from neko_lean.outputs import write_in_place
@@ -50,7 +59,7 @@ class Checkpointer:
         # Weights, random generators and metrics.
         if save is not None:
             state = save.state
-            load_weights(self.trainer.trainable, save.tensors("weights"))
+            load_weights(self.trainer.trainable, save.tensors(WEIGHTS))
             set_random_states(save.tensors("state", "random."), self.device)
             write_in_place(self.work.metrics, (save.folder / METRICS).read_bytes())
         else:

@@ -10,8 +10,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
+from neko_lean.distributed import world_size
 from neko_lean.errors import NekoLeanError
-from neko_lean.models import CausalLM
+from neko_lean.models import CausalLM, add_adapters, quantize_base
+from neko_lean.recipe import Recipe
 
 
 def decoder_layers(lm: CausalLM) -> nn.ModuleList:
@@ -58,6 +60,25 @@ def compile_layers(layers: nn.ModuleList) -> None:
     """
     for layer in layers:
         layer.forward = torch.compile(layer.forward, dynamic=True)
+
+
+def prepare_student(lm: CausalLM, recipe: Recipe, device: torch.device, seed: int = 0) -> None:
+    """Make of a loaded model the student that a recipe trains: with adapters, and a quantised base, if it says so.
+
+    Args:
+        lm: the model, in host memory if its base is to be quantised.
+        recipe: the run's recipe.
+        device: where the student is to run.
+        seed: random seed of the adapters.
+
+    Raises NekoLeanError if the model cannot be quantised or adapted so.
+    """
+    if recipe.quantize_base != "none" and world_size() > 1:
+        raise NekoLeanError("quantize_base works only in a single process; leave it out under torchrun.")
+    if recipe.quantize_base != "none":
+        quantize_base(lm, recipe.quantize_base, device)
+    if recipe.lora_rank:
+        add_adapters(lm, recipe.lora_rank, recipe.lora_alpha or 2.0 * recipe.lora_rank, recipe.lora_targets, seed)
 
 
 def freeze(lm: CausalLM, train_last: int = 0, train_only: str = "") -> None:

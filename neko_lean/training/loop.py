@@ -18,22 +18,23 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
 
 import torch
+from torch import Tensor
 
 from neko_lean.checkpoints import (
     METRICS,
+    WEIGHTS,
     RunFolder,
     RunState,
-    Save,
     Signals,
-    link_tree,
     load_weights,
+    stored_tensors,
 )
 from neko_lean.distributed import all_reduce_max, is_main_process
 from neko_lean.errors import Interrupted, NekoLeanError, NonFiniteError, PartialStepError
 from neko_lean.jsonio import nan_to_null
 from neko_lean.models import CausalLM, reset_peak_memory, save_checkpoint
 from neko_lean.options import TrainingOptions
-from neko_lean.outputs import MANIFEST, no_follow
+from neko_lean.outputs import no_follow
 from neko_lean.recipe import Recipe
 from neko_lean.terminal import progress_bar
 from neko_lean.training.batch import Batch
@@ -68,7 +69,7 @@ class Loop:
     Args:
         trainer: takes the steps.
         tokenizer: saved with each checkpoint.
-        work: the run's work folder, with saves, the best evaluation's checkpoint and metrics.jsonl.
+        work: the run's work folder, with saves, the weights at the best evaluation, and metrics.jsonl.
         signals: signals that ask for the end of the run.
         load_original: loads the model as it was at the start of the run, on the CPU.
         options: `seed` and `quiet` are used.
@@ -97,7 +98,7 @@ class Loop:
         self.steps = total_steps(recipe, *self.lengths, self.seed)
         self.sample: StepIndices = evaluation_sample(recipe, *self.lengths, self.seed)
         self.callbacks: Sequence[Callback] = ()
-        self.result: Path | Save | None = None  # where the final weights are, if not in the student
+        self.result: tuple[int, Mapping[str, Tensor]] | None = None  # step and final weights, if not the student's
 
     @property
     def state(self) -> RunState:
@@ -134,17 +135,18 @@ class Loop:
         state = self.state
         early = state.step < self.steps or self.trainer.recipe.choose != "last"
         if early and state.best_step:
-            self.result = self.work.best_checkpoint(state.best_step)
+            self.result = state.best_step, stored_tensors(self.work.best_weights(state.best_step), WEIGHTS)
         elif failure:
-            self.result = self.work.latest_save()
-            if self.result is None:
+            save = self.work.latest_save()
+            if save is not None:
+                self.result = save.state.step, save.tensors(WEIGHTS)
+            else:
                 self.work.unrecoverable = True
                 raise NekoLeanError(f"{failure}; nothing was written: lower lr and run again.")
 
     def _summary(self, ended: str, failure: str | None) -> dict[str, Any]:
         """What run.json tells about the training."""
         state, examples = self.state, self.trainer.examples
-        result_step = self.result.state.step if isinstance(self.result, Save) else state.best_step
         return {
             "recipe": self.trainer.recipe.values(),
             "seed": self.seed,
@@ -152,7 +154,7 @@ class Loop:
             "retain_rows": len(examples.retain),
             "rows_truncated": sum(example.num_truncated > 0 for example in [*examples.forget, *examples.retain]),
             "steps": state.step,
-            "weights_of_step": result_step if self.result else state.step,
+            "weights_of_step": self.result[0] if self.result else state.step,
             "ended": ended,
             "failure": failure,
             "padding": 1 - state.tokens / max(1, state.positions),
@@ -162,15 +164,14 @@ class Loop:
             "device": str(self.device),
         }
 
-    def write(self, folder: Path) -> None:
-        """Write the final checkpoint and metrics.jsonl to `folder`. Call it after `train`, on all ranks."""
-        if isinstance(self.result, Path):
-            if is_main_process():
-                link_tree(self.result, folder, ignore=[MANIFEST])
-        else:
-            if self.result is not None:
-                load_weights(self.trainer.trainable, self.result.tensors("weights"))
-            save_checkpoint(self.trainer.student, self.tokenizer, folder)
+    def write(self, folder: Path, adapter_of: str | None = None) -> None:
+        """Write the final checkpoint and metrics.jsonl to `folder`. Call it after `train`, on all ranks.
+
+        With `adapter_of`, the name of the model that was trained, its adapters are written too.
+        """
+        if self.result is not None:
+            load_weights(self.trainer.trainable, self.result[1])
+        save_checkpoint(self.trainer.student, self.tokenizer, folder, adapter_of)
         if is_main_process():
             shutil.copyfile(self.work.metrics, folder / METRICS)
 
@@ -290,13 +291,13 @@ class Loop:
         return losses
 
     def _evaluate(self) -> dict[str, float]:
-        """Evaluate the fixed sample, and write a checkpoint if it is the best evaluation so far."""
+        """Evaluate the fixed sample, and store the weights if it is the best evaluation so far."""
         state = self.state
         values = self.trainer.evaluate(self.sample)
         score = values["eval_quality"] if self.trainer.recipe.choose == "quality" else -values["eval_loss"]
         if math.isfinite(score) and (state.best is None or score > state.best):
             state.best, state.best_step, state.worse = score, state.step, 0
-            self.work.save_best_checkpoint(state.step, self.trainer.student, self.tokenizer)
+            self.work.save_best(state.step, self.trainer.trainable)
         else:
             state.worse += 1
         return values

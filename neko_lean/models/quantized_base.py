@@ -1,0 +1,123 @@
+"""Keep the frozen weights of linear layers in 4 or 8 bits (QLoRA, arXiv 2305.14314), by bitsandbytes' quantisation.
+
+Only the storage is quantised: a layer dequantises its weight when it runs, in the forward pass and again in the
+backward pass, so gradients are exact for the dequantised weight. bitsandbytes' own 8-bit layer also rounds activations
+to 8 bits, which its gradients ignore.
+"""
+
+from __future__ import annotations
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from neko_lean.errors import NekoLeanError
+from neko_lean.models.causal_lm import CausalLM
+
+NF4_BLOCK = 64  # elements that share a scale, as where transformers loads a model in 4 bits
+
+
+class QuantizedLinear(nn.Linear):
+    """A linear layer whose frozen weight is quantised.
+
+    Args:
+        linear: the layer to replace.
+        quantization: "nf4" (4-bit normal floats with a scale per 64 elements) or "int8" (a scale per row).
+        device: where the quantised weight is stored.
+    """
+
+    def __init__(self, linear: nn.Linear, quantization: str, device: torch.device) -> None:
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.quantization, self.dtype = quantization, linear.weight.dtype
+        codes, scales = _quantize(linear.weight.detach().to(device), quantization)
+        # [out * in / 2, 1] uint8 and [out * in / 64] float32, or [out, in] int8 and [out] float32
+        self.weight, self.scales = nn.Parameter(codes, requires_grad=False), nn.Parameter(scales, requires_grad=False)
+        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
+        self.register_parameter("bias", bias)
+
+    def dequantized(self) -> Tensor:
+        """The weight [out, in] in the layer's original dtype."""
+        from bitsandbytes import functional as bnb
+
+        if self.quantization == "int8":
+            weight = bnb.int8_vectorwise_dequant(self.weight, self.scales).to(self.dtype)
+        else:
+            shape = (self.out_features, self.in_features)
+            weight = torch.ops.bitsandbytes.dequantize_4bit.default(
+                self.weight, self.scales, NF4_BLOCK, "nf4", shape, self.dtype
+            )
+        return cast(Tensor, weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The layer's output [..., out] for x [..., in]."""
+        out = cast(Tensor, _DequantizedProduct.apply(x, self))  # type: ignore[no-untyped-call]
+        return out if self.bias is None else out + self.bias
+
+
+class _DequantizedProduct(torch.autograd.Function):
+    """x @ weight.T, which dequantises the weight again in the backward pass instead of keeping it."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, layer: QuantizedLinear) -> Tensor:
+        ctx.layer = layer
+        return nn.functional.linear(x, layer.dequantized())
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad @ ctx.layer.dequantized(), None
+
+
+def quantize_base(lm: CausalLM, quantization: str, device: torch.device) -> None:
+    """Replace the linear layers of the backbone by quantised ones, and move the model to `device`.
+
+    Layers are quantised one by one, so a model that is loaded in host memory never has its plain weights on the device.
+    The embedding, the head, norms and everything else that is not a linear layer keep their dtype.
+
+    Args:
+        lm: the model, with plain weights in host memory.
+        quantization: "nf4" or "int8", as for QuantizedLinear.
+        device: where the model is to run.
+
+    Raises NekoLeanError if there is no linear layer, or its weights cannot be stored so.
+    """
+    linears = [
+        (parent, name, child)
+        for parent in lm.backbone.modules()
+        for name, child in parent.named_children()
+        if type(child) is nn.Linear
+    ]
+    if not linears:
+        raise NekoLeanError(
+            f"quantize_base finds no nn.Linear in the layers of {type(lm.model).__name__}; leave it out for this model."
+        )
+    for parent, name, linear in linears:
+        if quantization == "nf4" and linear.weight.numel() % NF4_BLOCK:
+            continue  # a tiny layer, which would save nothing
+        setattr(parent, name, QuantizedLinear(linear, quantization, device))
+    if lm.device != device:
+        nn.Module.to(lm.model, device)
+
+
+def dequantize_base(lm: CausalLM, device: torch.device) -> None:
+    """Undo `quantize_base`, one layer at a time: the dequantised weights are plain ones on `device`."""
+    for parent in list(lm.model.modules()):
+        for name, child in list(parent.named_children()):
+            if isinstance(child, QuantizedLinear):
+                linear = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
+                linear.weight = nn.Parameter(child.dequantized().to(device), requires_grad=False)
+                linear.register_parameter("bias", child.bias)
+                setattr(parent, name, linear)
+
+
+def _quantize(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
+    """Codes and scales of a weight [out, in]."""
+    from bitsandbytes import functional as bnb
+
+    if quantization == "int8":
+        # The kernel for GPUs reads float16, whose 11 bits of precision are ample for 8-bit codes.
+        codes, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
+        return codes, scales
+    codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(weight.contiguous(), NF4_BLOCK, "nf4", torch.uint8)
+    return codes, scales
