@@ -22,9 +22,9 @@ from neko_lean.distributed.ranks import as_single_process, is_main_process
 from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_tokenizer
 from neko_lean.models.sharding import ShardedModel
-from neko_lean.recipe import load_recipe
+from neko_lean.recipe import Recipe, load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
-from neko_lean.training.layers import decoder_layers
+from neko_lean.training.layers import decoder_layers, prepare_student
 from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 
@@ -38,14 +38,20 @@ RECIPES = [
     ("graddiff", {"micro_tokens": 10_000}),  # a single micro-batch, which is divided between the ranks
     ("neko", {"retain_objective": "none", "micro_tokens": 20}),
     ("mlp", {}),
+    ("neko", {"lora_rank": 3}),
 ]
 CPU = torch.device("cpu")
 
 
-def random_student(vocab_size: int, tied: bool):
+def random_student(vocab_size: int, tied: bool, recipe: Recipe):
     torch.manual_seed(1)
     config = LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=tied, attn_implementation="eager", **SHAPE)
-    return as_causal_lm(LlamaForCausalLM(config).double())
+    lm = as_causal_lm(LlamaForCausalLM(config).double())
+    prepare_student(lm, recipe, CPU)
+    for name, parameter in lm.model.named_parameters():
+        if ".lora_B." in name:
+            torch.nn.init.normal_(parameter)
+    return lm
 
 
 def largest_difference(root: Path, recipe_name: str, overrides: dict, tied: bool) -> float:
@@ -61,14 +67,14 @@ def largest_difference(root: Path, recipe_name: str, overrides: dict, tied: bool
 
     # A single process with plain autograd.
     with as_single_process():
-        plain = random_student(len(tokenizer), tied)
+        plain = random_student(len(tokenizer), tied, recipe)
         batch = make_batch(forget, retain, cache, recipe, 0, CPU, substitutes)
         plain_loss = batch_losses(select_hidden(plain, batch.micro), plain, batch, recipe)["loss"]
         plain_loss.backward()
         plain_gradients = {name: parameter.grad for name, parameter in plain.model.named_parameters()}
 
     # The sharded student, layer by layer.
-    sharded = random_student(len(tokenizer), tied)
+    sharded = random_student(len(tokenizer), tied, recipe)
     layers = decoder_layers(sharded)
     layer_pass = LayerPass(sharded, layers, shards=ShardedModel(sharded, layers, CPU))
     parameters = dict(sharded.model.named_parameters())
@@ -81,6 +87,8 @@ def largest_difference(root: Path, recipe_name: str, overrides: dict, tied: bool
 
         worst = max(worst, abs(loss.item() - plain_loss.item()))
         for name, parameter in parameters.items():
+            if not parameter.requires_grad:
+                continue
             expected = plain_gradients[name]
             difference = (parameter.grad.full_tensor() - expected).abs().max() / expected.abs().max()
             worst = max(worst, difference.item())

@@ -100,7 +100,7 @@ def save_adapter(lm: CausalLM, weights: Mapping[str, Tensor], base: str, folder:
         base: hub name or folder of the model without adapters, which the adapter's config names.
         folder: the folder to create.
     """
-    folder.mkdir()
+    folder.mkdir(parents=True)
     adapters = {
         f"base_model.model.{name.replace(f'.{_NAME}.', '.')}": weight.detach().cpu().contiguous()
         for name, weight in weights.items()
