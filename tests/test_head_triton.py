@@ -57,3 +57,14 @@ def test_values_and_gradients_are_those_of_the_package(kernels, dtype, k):
         assert one.isfinite().all(), name
         limit = 1e-5 if name in ("logp", "kl") else tolerance
         torch.testing.assert_close(one, other, rtol=limit, atol=limit * other.abs().max().item(), msg=name)
+
+
+@pytest.mark.cuda
+def test_full_blocks_on_a_gpu_give_the_values_of_the_package(gpu):
+    pytest.importorskip("triton")
+    module = importlib.import_module("bench.head_triton")
+    hidden, weight, target, *teacher = problem(torch.bfloat16, 64, gpu, rows=50, width=256, vocabulary=50304)
+    expected = values_and_gradients(token_stats, hidden, weight, target, *teacher)
+    actual = values_and_gradients(module.token_stats, hidden, weight, target, *teacher, kernels=module.TRITON)
+    for one, other, limit in zip(actual, expected, (1e-5, 1e-5, 2e-2, 2e-2), strict=True):
+        torch.testing.assert_close(one, other, rtol=limit, atol=limit * other.abs().max().item())
