@@ -14,6 +14,7 @@ which no time is left, is named with the reason. results.json, report.txt and re
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import queue
@@ -29,6 +30,7 @@ from typing import Any
 from gpu_report import write_report
 
 ROOT = Path(__file__).parents[1]
+WORKER = ROOT / "bench" / "gpu_worker.py"
 ANSWER = "@answer "  # what a line of a worker starts with that answers a request
 # Time limit of each section in seconds, most important section first. They mostly take a fraction of it.
 SECTIONS = {
@@ -52,17 +54,18 @@ SECTIONS = {
 }
 LEAST_SECONDS = 12  # a section is not started with less
 RESERVE = 5  # seconds for ending the last section
+DRY_RUN_FACTOR = 4  # limits of a dry run, on a CPU that may be busy
 SPARE_CORES = 8  # with fewer, a worker that starts while another measures would disturb it
 
 
 class Worker:
     """A process of gpu_worker.py. It imports what sections need before its first request."""
 
-    def __init__(self, log: Path, environment: dict[str, str]) -> None:
+    def __init__(self, log: Path, environment: dict[str, str], script: Path = WORKER) -> None:
         self.log = log
-        with log.open("a") as output:
+        with log.open("w") as output:
             self.process = subprocess.Popen(
-                [sys.executable, str(ROOT / "bench" / "gpu_worker.py")],
+                [sys.executable, str(script)],
                 stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=output, text=True, env=environment,
                 start_new_session=True,
             )  # fmt: skip
@@ -132,10 +135,11 @@ def environment(out: Path, dry_run: bool) -> dict[str, str]:
 
 def run_sections(options: argparse.Namespace, deadline: float, results: dict[str, Any]) -> None:
     """Run the sections that fit before `deadline`, and write the results after each."""
-    log, variables = options.out / "worker.log", environment(options.out, options.dry_run)
+    variables, numbers = environment(options.out, options.dry_run), itertools.count()
+    start = lambda: Worker(options.out / f"worker-{next(numbers)}.log", variables)  # noqa: E731
     keeps_spare = not options.dry_run and (os.cpu_count() or 1) >= SPARE_CORES
     names = [name for name in SECTIONS if name == "machine" or not options.only or name in options.only]
-    worker: Worker | None = Worker(log, variables)
+    worker: Worker | None = start()
     spare: Worker | None = None
     try:
         for number, name in enumerate(names):
@@ -144,11 +148,12 @@ def run_sections(options: argparse.Namespace, deadline: float, results: dict[str
                 results["left_out"][name] = "no time left"
                 continue
             if keeps_spare and number + 1 < len(names):
-                spare = Worker(log, variables)
-            worker = worker or Worker(log, variables)
+                spare = start()
+            worker = worker or start()
 
             print(f"[{left:4.0f} s left] {name} ...", flush=True)
-            result = worker.answer(request(name, min(SECTIONS[name], left), options))
+            limit = SECTIONS[name] * (DRY_RUN_FACTOR if options.dry_run else 1)
+            result = worker.answer(request(name, min(limit, left), options))
             record(name, result, results)
             write_report(results, options.out)
 

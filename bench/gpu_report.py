@@ -136,6 +136,8 @@ def note(name: str, result: dict[str, Any]) -> str:
         smaller = result.get("full", result)
         sizes = f"head in chunks of {smaller['head_chunk']}, micro_tokens {smaller['micro_tokens']}"
         notes.append(f"memory ran out, continued with {sizes}")
+    if result.get("limited_by") == "host memory":
+        notes.append("limited by host memory, not by the card")
     if result.get("packed"):
         notes.append("packed")
     return "; ".join(notes)

@@ -24,6 +24,7 @@ from gpu_setup import (
     random_lm,
 )
 from profile_step import known_peak, step_flops
+from transformers import OlmoForCausalLM
 
 from neko_lean.checkpoints import RunState
 from neko_lean.errors import NekoLeanError, PartialStepError, first_line
@@ -132,6 +133,8 @@ def run_steps(run: Run, steps: list[StepIndices], timed: int) -> dict[str, Any]:
 def utilisation(run: Run, indices: StepIndices, batch: Batch, seconds: float) -> dict[str, float | None]:
     """Model FLOPs of a step (see profile_step.py), and their share of the card's peak; None for an unknown card."""
     trainer = run.trainer
+    if is_quantized(trainer.recipe):  # step_flops counts plain linear layers only
+        return {"flops": None, "mfu": None}
     sets = (trainer.examples.forget, trainer.examples.retain)
     lengths = [len(examples[i]) for examples, chosen in zip(sets, indices, strict=True) for i in chosen]
     layers = trainer.layer_pass.layers if trainer.layer_pass else decoder_layers(trainer.student)
@@ -185,11 +188,18 @@ def largest_in_24_gb(setup: Setup, **changes: Any) -> dict[str, Any]:
     """The most layers of OLMo-7B's width that train on full rows with the allocator capped as on a 24 GB card."""
     recipe, limit = load_recipe("neko", changes), cap_allocator(setup)
     sizes = TOY if setup.toy else OLMO_7B
-    layers, reason = most_layers(sizes, recipe, limit, setup), ""
+    layers, limited_by = most_layers(sizes, recipe, limit, setup)
+    reason = ""
     for count in range(layers, max(0, layers - ATTEMPTS), -1):
         try:
             outcome = one_size(setup, {**sizes, "num_hidden_layers": count}, recipe)
-            return {**outcome, "layers": count, "predicted_layers": layers, "limit": limit}
+            return {
+                **outcome,
+                "layers": count,
+                "predicted_layers": layers,
+                "limit": limit,
+                "limited_by": limited_by,
+            }
         except (torch.OutOfMemoryError, NekoLeanError) as error:
             reason = first_line(error)
         gc.collect()
@@ -201,8 +211,32 @@ def largest_in_24_gb(setup: Setup, **changes: Any) -> dict[str, Any]:
 def one_size(setup: Setup, sizes: dict[str, int], recipe: Recipe) -> dict[str, Any]:
     """Steps on full rows of a model of this shape. In a function, so that its tensors are freed if it fails."""
     before = memory_in_use(setup.device)
-    run = Run.of(random_lm(setup, sizes), [], full_step(setup), recipe, before)
-    return run_steps(run, run.full, 1)
+    run = Run.of(make_student(setup, sizes, recipe), [], full_step(setup), recipe, before)
+    return {**run_steps(run, run.full, 1), "parameters": olmo_parameters(sizes)}
+
+
+def make_student(setup: Setup, sizes: dict[str, int], recipe: Recipe) -> CausalLM:
+    """A random model as the recipe trains it: with adapters on a quantised base, if it says so."""
+    if not is_quantized(recipe):
+        return random_lm(setup, sizes)
+    from neko_lean.training import prepare_student  # only versions with `quantize_base` have it
+
+    # Plain weights are quantised on their way from host memory, where all layers can share those of one.
+    host = dataclasses.replace(setup, device=torch.device("cpu"))
+    lm = random_lm(host, {**sizes, "num_hidden_layers": 1})
+    layers = lm.backbone.layers
+    for number in range(1, sizes["num_hidden_layers"]):
+        with torch.device("meta"):
+            layer = type(layers[0])(lm.model.config, number)
+        layer.load_state_dict(layers[0].state_dict(), assign=True)
+        layers.append(layer.eval())
+    lm.model.config.num_hidden_layers = len(layers)
+    prepare_student(lm, recipe, setup.device)
+    return lm
+
+
+def is_quantized(recipe: Recipe) -> bool:
+    return getattr(recipe, "quantize_base", "none") != "none"
 
 
 def cap_allocator(setup: Setup) -> int:
@@ -214,10 +248,13 @@ def cap_allocator(setup: Setup) -> int:
     return limit
 
 
-def most_layers(sizes: dict[str, int], recipe: Recipe, limit: int, setup: Setup) -> int:
-    """Layers with which the predicted peak and what is on the host fit. Both grow by the same amount per layer."""
+def most_layers(sizes: dict[str, int], recipe: Recipe, limit: int, setup: Setup) -> tuple[int, str]:
+    """Layers with which the predicted peak and what is on the host fit, and which of the two limits them.
+
+    Both grow by the same amount per layer.
+    """
     if setup.toy:
-        return sizes["num_hidden_layers"]
+        return sizes["num_hidden_layers"], "the toy size"
 
     def peaks(count: int) -> tuple[int, int]:
         config = olmo_config({**sizes, "num_hidden_layers": count})
@@ -228,7 +265,13 @@ def most_layers(sizes: dict[str, int], recipe: Recipe, limit: int, setup: Setup)
     (low, low_host), (high, high_host) = peaks(8), peaks(12)
     on_device = 8 + int((limit - low) / ((high - low) / 4))
     on_host = 8 + int((host - low_host) / ((high_host - low_host) / 4)) if high_host > low_host else on_device
-    return max(1, min(on_device, on_host))
+    return max(1, min(on_device, on_host)), "the card" if on_device <= on_host else "host memory"
+
+
+def olmo_parameters(sizes: dict[str, int]) -> int:
+    """Parameters of a model of this shape."""
+    with torch.device("meta"):
+        return sum(parameter.numel() for parameter in OlmoForCausalLM(olmo_config(sizes)).parameters())
 
 
 def available_host_memory() -> int:
