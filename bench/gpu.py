@@ -136,7 +136,10 @@ def environment(out: Path, dry_run: bool) -> dict[str, str]:
 def run_sections(options: argparse.Namespace, deadline: float, results: dict[str, Any]) -> None:
     """Run the sections that fit before `deadline`, and write the results after each."""
     variables, numbers = environment(options.out, options.dry_run), itertools.count()
-    start = lambda: Worker(options.out / f"worker-{next(numbers)}.log", variables)  # noqa: E731
+
+    def start() -> Worker:
+        return Worker(options.out / f"worker-{next(numbers)}.log", variables)
+
     keeps_spare = not options.dry_run and (os.cpu_count() or 1) >= SPARE_CORES
     names = [name for name in SECTIONS if name == "machine" or not options.only or name in options.only]
     worker: Worker | None = start()
@@ -155,7 +158,7 @@ def run_sections(options: argparse.Namespace, deadline: float, results: dict[str
             limit = SECTIONS[name] * (DRY_RUN_FACTOR if options.dry_run else 1)
             result = worker.answer(request(name, min(limit, left), options))
             record(name, result, results)
-            write_report(results, options.out)
+            report(results, options.out)
 
             # On a GPU every section gets a new process; a dry run saves the time of the imports.
             if not options.dry_run or worker.process.poll() is not None:
@@ -189,6 +192,14 @@ def record(name: str, result: dict[str, Any], results: dict[str, Any]) -> None:
     print(f"    {result['took']:.1f} s", flush=True)
 
 
+def report(results: dict[str, Any], out: Path) -> None:
+    """Write the report. A fault in it must not cost the sections that have not run yet; results.json comes first."""
+    try:
+        write_report(results, out)
+    except Exception as error:
+        print(f"    the report could not be written ({error!r}); results.json has everything", flush=True)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--lume", type=Path, help="folder with LUME's public splits; default: made-up rows")
@@ -210,7 +221,7 @@ def main() -> None:
         if failed:
             results["left_out"]["wheels"] = failed
     run_sections(options, deadline, results)
-    write_report(results, options.out)
+    report(results, options.out)
     print((options.out / "report.txt").read_text())
 
 

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import pytest
@@ -67,6 +68,24 @@ def test_a_worker_that_hangs_or_dies_is_named_and_the_next_one_works(bench, tmp_
     assert answer("hangs", 0.5) == {"error": "did not finish within 0 s"}
     assert answer("dies", 60) == {"error": "the process ended with exit code 9: the last words"}
     assert answer("works", 60) == {"did": "works"}
+
+
+@pytest.mark.slow
+def test_wheels_are_unpacked_without_an_index_and_those_that_do_not_fit_are_named(bench, tmp_path):
+    import gpu
+
+    folder, target = tmp_path / "wheels", tmp_path / "packages"
+    folder.mkdir()
+    with pytest.raises(SystemExit, match="holds no wheels"):
+        gpu.install_wheels(folder, target)
+    with zipfile.ZipFile(folder / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried.py", "VALUE = 7")
+        wheel.writestr("carried-1.0.dist-info/METADATA", "Metadata-Version: 2.1\nName: carried\nVersion: 1.0\n")
+        wheel.writestr("carried-1.0.dist-info/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr("carried-1.0.dist-info/RECORD", "")
+    (folder / "other-1.0-cp27-cp27m-win32.whl").touch()
+    assert gpu.install_wheels(folder, target) == "not installed: other-1.0-cp27-cp27m-win32.whl"
+    assert (target / "carried.py").read_text() == "VALUE = 7"
 
 
 def step_result(**changes):
