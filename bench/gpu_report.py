@@ -156,7 +156,7 @@ def head_rows(sections: dict[str, Any]) -> list[list[str]]:
     for loss in ("target", "target and KL"):
         for method, result in head.get(loss, {}).items():
             if "error" in result:
-                rows.append([loss, method, result["error"], "", "", "", "", ""])
+                rows.append([loss, method, result["error"][:70], "", "", "", "", ""])
                 continue
             chunks = result["extra_bytes"] / head["chunk_bytes"] if result["extra_bytes"] is not None else None
             errors = [f"{result['errors'][key]['largest']:.1e}" for key in ("loss", "grad_hidden", "grad_weight")]

@@ -244,7 +244,7 @@ def cap_allocator(setup: Setup) -> int:
     limit = CARD - CONTEXT
     if setup.device.type == "cuda":
         total = torch.cuda.get_device_properties(setup.device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total), setup.device)
+        torch.cuda.set_per_process_memory_fraction(min(1.0, limit / total))
     return limit
 
 

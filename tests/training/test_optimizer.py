@@ -173,7 +173,7 @@ def test_4bit_state_without_torchao_is_refused(monkeypatch):
 
 
 @pytest.mark.cuda
-@pytest.mark.parametrize("bits", [8, 4])
+@pytest.mark.parametrize("bits", [8, pytest.param(4, id="4 bits, compiled by torchao")])
 def test_state_in_pinned_memory_gives_the_same_bits_on_a_gpu(gpu, monkeypatch, bits):
     if bits == 4:
         pytest.importorskip("torchao")
