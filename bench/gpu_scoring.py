@@ -67,7 +67,9 @@ def run_cuda_tests(setup: Setup) -> dict[str, Any]:
             command = [sys.executable, "-m", "pytest", "-m", "cuda", "-k", chosen, "-vv", "--tb=line", *files]
             with suppress(subprocess.TimeoutExpired):
                 left = max(1, deadline - time.monotonic())
-                subprocess.run(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, timeout=left)
+                subprocess.run(
+                    command, cwd=ROOT, stdin=subprocess.DEVNULL, stdout=output, stderr=subprocess.STDOUT, timeout=left
+                )
                 continue
             finished = False
 

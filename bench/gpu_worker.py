@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from gpu import ANSWER
 from gpu_head import measure_head
 from gpu_scoring import describe_machine, run_cuda_tests, score_speed
 from gpu_setup import Setup
@@ -22,7 +23,6 @@ from gpu_training import largest_in_24_gb, qlora_in_24_gb, train, train_two_mode
 from neko_lean.errors import first_line
 from neko_lean.memory.two_models import LEAN_BASELINE, PUBLISHED_BASELINE
 
-ANSWER = "@answer "
 BOTH = {"offload_state": True, "offload_activations": True}
 
 SECTIONS: dict[str, Callable[..., dict[str, Any]]] = {
