@@ -69,16 +69,32 @@ def title(device: torch.device) -> str:
     return f"One step of 1.28 billion parameters, {n} forget and {n} retain examples of LUME; {device_name(device)}"
 
 
+# OLMo-1B-0724's shape.
+OLMO_1B = {
+    "vocab_size": 50304, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 16,
+    "num_attention_heads": 16,
+}  # fmt: skip
+
+
+def olmo_config(sizes: dict[str, int]) -> OlmoConfig:
+    """The config of an untied OLMo of this shape."""
+    return OlmoConfig(**sizes, tie_word_embeddings=False, pad_token_id=1, eos_token_id=0, bos_token_id=None)
+
+
 def random_olmo_1b() -> OlmoForCausalLM:
     """A model of OLMo-1B-0724's shape with random weights, in bfloat16."""
-    config = OlmoConfig(
-        vocab_size=50304, hidden_size=2048, intermediate_size=8192, num_hidden_layers=16, num_attention_heads=16,
-        tie_word_embeddings=False, pad_token_id=1, eos_token_id=0, bos_token_id=None,
-    )  # fmt: skip
-    torch.set_default_dtype(torch.bfloat16)
-    model = OlmoForCausalLM(config)
-    torch.set_default_dtype(torch.float32)
-    return model
+    return random_olmo(OLMO_1B, torch.bfloat16, torch.device("cpu"))
+
+
+def random_olmo(sizes: dict[str, int], dtype: torch.dtype, device: torch.device) -> OlmoForCausalLM:
+    """A model of this shape with random weights, drawn on `device`."""
+    default = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with device:
+            return OlmoForCausalLM(olmo_config(sizes))
+    finally:
+        torch.set_default_dtype(default)
 
 
 def prepare(work: Path, lume: Path, device: torch.device) -> None:
@@ -179,7 +195,7 @@ def two_models(work: Path, passes: int, device: torch.device, baseline: TwoModel
     def one_pass(number: int) -> float:
         start = clock(device)
         batches = [
-            _padded([example.input_ids for example in split], baseline, device) for split in examples[number % STEPS]
+            padded([example.input_ids for example in split], baseline, device) for split in examples[number % STEPS]
         ]
         two_model_loss(student, teacher, *batches, 0.2).backward()
         return clock(device) - start
@@ -202,9 +218,10 @@ def two_models(work: Path, passes: int, device: torch.device, baseline: TwoModel
     }
 
 
-def _padded(
+def padded(
     rows: list[list[int]], baseline: TwoModelBaseline, device: torch.device
 ) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [B, L] and mask [B, L] of rows, padded as the baseline does."""
     ids, mask = pad(rows, 1, device)
     missing = (baseline.max_length or 0) - ids.shape[1]
     if missing > 0:

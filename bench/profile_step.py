@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 from collections import defaultdict
 from collections.abc import Iterable
 from pathlib import Path
@@ -26,6 +27,7 @@ from torch import nn
 from torch.autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
+from neko_lean.memory import GPUS
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.devices import pick_device
 from neko_lean.models.loading import load_model
@@ -37,11 +39,9 @@ from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 from neko_lean.training.optimizer import InBackwardAdam8bit
 
-# Dense bfloat16 FLOP/s by the name that torch reports for the GPU; longer names first.
-PEAKS = {
-    "H100 PCIe": 756e12, "H100": 989e12, "H200": 989e12, "A100": 312e12, "L40S": 362e12, "L4": 121e12,
-    "RTX A6000": 155e12, "RTX 4090": 165e12, "RTX 3090": 71e12,
-}  # fmt: skip
+# Words of a card's name that do not change its peak.
+MAKE = {"NVIDIA", "GeForce", "Tesla"}
+FORMS = {"SXM4", "SXM5", "PCIE", "PCIe", "HBM3", "HBM3e", "40GB", "80GB"}
 # Groups of operators by parts of their names; the first match counts.
 GROUPS = {
     "8-bit update": ("bitsandbytes", "optimizer_update", "random", "bitwise"),
@@ -91,9 +91,19 @@ def measured_peak(device: torch.device, dtype: torch.dtype) -> float:
 
 
 def known_peak(device: torch.device) -> float | None:
-    """The GPU's dense bfloat16 peak from the table, or None."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    return next((peak for card, peak in PEAKS.items() if card in name), None)
+    """The GPU's dense bfloat16 peak in FLOP/s from the table of cards, or None."""
+    return card_peak(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+
+
+def card_peak(name: str) -> float | None:
+    """Dense bfloat16 FLOP/s of a card by the name that torch reports, such as 'NVIDIA A100-SXM4-80GB'; None if unknown.
+
+    A name with further words, such as Laptop or NVL, is another card.
+    """
+    words = set(re.split(r"[ -]", name)) - MAKE
+    cards = [card for card in GPUS if set(card.name.split()) <= words]
+    best = max(cards, key=lambda card: len(card.name.split()), default=None)
+    return best.flops if best is not None and words <= set(best.name.split()) | FORMS else None
 
 
 def take_step(

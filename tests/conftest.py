@@ -32,6 +32,18 @@ def bfloat16(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: True, raising=False)
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip tests marked cuda on a machine without a GPU."""
+    if item.get_closest_marker("cuda") is not None and not torch.cuda.is_available():
+        pytest.skip("needs a CUDA GPU")
+
+
+@pytest.fixture
+def gpu() -> torch.device:
+    """The first GPU, for tests marked cuda."""
+    return torch.device("cuda", 0)
+
+
 @pytest.fixture
 def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hide the GPUs, for tests that compare this process with another one that runs on the CPU."""

@@ -262,3 +262,15 @@ def test_a_second_signal_stops_at_once_and_leaves_intact_saves(unlearn, tmp_path
     unlearn(out, resume=True)
     unlearn(tmp_path / "whole")
     assert result(out) == result(tmp_path / "whole")
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("change", [{"offload_state": True}, {"backward": "plain", "dropout": True}])
+def test_a_run_on_a_gpu_that_is_killed_ends_in_the_same_bytes(unlearn, tmp_path, monkeypatch, change):
+    change = {**SMALL, **change}
+    unlearn(tmp_path / "whole", change, device="cuda")
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        kill_at(patch, 8)
+        unlearn(tmp_path / "killed", change, save_every=3, device="cuda")
+    unlearn(tmp_path / "killed", change, save_every=3, resume=True, device="cuda")
+    assert result(tmp_path / "killed") == result(tmp_path / "whole")

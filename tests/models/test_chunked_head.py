@@ -234,3 +234,31 @@ def test_rows_without_teacher_and_target_are_not_multiplied_by_the_weight(monkey
     assert (grad[[0, 4]] == 0).all() and (grad[[1, 2, 3, 5, 6]].abs().sum(1) > 0).all()
     stats = token_stats(hidden, weight, torch.full((N,), -1))
     assert all(torch.equal(x, torch.zeros(N, dtype=x.dtype)) for x in stats)
+
+
+@pytest.mark.cuda
+def test_logits_of_bfloat16_are_accumulated_and_returned_in_float32_on_a_gpu(gpu):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (torch.randn(n, 512, generator=generator).bfloat16() for n in (40, 1003))
+    actual = logits(hidden.to(gpu), weight.to(gpu))
+    assert actual.dtype == torch.float32
+    # Logits are about 20; rounded to bfloat16 they would be wrong by up to 0.06.
+    torch.testing.assert_close(actual.cpu().double(), hidden.double() @ weight.double().T, rtol=0, atol=1e-3)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_loss_and_gradients_on_a_gpu_equal_the_dense_ones(gpu, dtype):
+    hidden, weight, target, teacher = problem(0, dtype)
+    upstream = torch.randn(2, N, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    exact = [tensor.detach().double().requires_grad_() for tensor in (hidden, weight)]
+    reference = dense(*exact, target, teacher)
+    expected = [*reference, *torch.autograd.grad((torch.stack(reference) * upstream).sum(), exact)]
+
+    leaves = [tensor.detach().to(gpu).requires_grad_() for tensor in (hidden, weight)]
+    entries = [tensor.to(gpu) for tensor in top_k(teacher, V)]
+    stats = token_stats(*leaves, target.to(gpu), *entries, chunk=4)
+    actual = [*stats, *torch.autograd.grad((torch.stack(stats) * upstream.to(gpu)).sum(), leaves)]
+    for one, other, rounded in zip(actual, expected, (False, False, True, True), strict=True):
+        limit = 2e-2 if rounded and dtype == torch.bfloat16 else 1e-4
+        torch.testing.assert_close(one.cpu().double(), other, rtol=limit, atol=limit * other.abs().max().item())

@@ -5,6 +5,7 @@ import torch
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.devices import pick_device, pick_dtype, warn_emulated_bfloat16
+from neko_lean.models.memory_use import memory_in_use, peak_memory, reset_peak_memory
 
 CPU = torch.device("cpu")
 
@@ -32,3 +33,15 @@ def test_unknown_devices_and_dtypes_and_missing_gpus_are_refused(monkeypatch):
         NekoLeanError, match="device 'cuda:2' does not exist; the last GPU that PyTorch finds is cuda:1"
     ):
         pick_device("cuda:2")
+
+
+@pytest.mark.cuda
+def test_a_gpu_is_picked_and_its_memory_measured(gpu):
+    assert pick_device() == pick_device("cuda") == torch.device("cuda") and pick_device("cuda:0") == gpu
+    torch.cuda.empty_cache()  # a larger cached block would count as a whole
+    before = memory_in_use(gpu)
+    reset_peak_memory(gpu)
+    large = torch.empty(2**24, device=gpu)
+    assert memory_in_use(gpu) - before == large.numel() * 4
+    del large
+    assert memory_in_use(gpu) == before and peak_memory(gpu, before) == 2**26

@@ -73,3 +73,23 @@ def test_rotary_positions_may_start_anywhere():
     assert keeps_sequences_apart(lm)  # rotary positions are relative
     lm.model.config._attn_implementation = "no such kernel"
     assert not supports_packing(lm)
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_packed_rows_train_as_padded_ones_with_flex_attention_on_a_gpu(gpu):
+    """FlexAttention is compiled, forward and backward."""
+    lm = tiny("Llama", "flex_attention", torch.float32, hidden_size=64, intermediate_size=128)
+    lm.model.to(gpu)
+    assert supports_packing(lm)
+    sequences = [torch.randint(0, 96, (length,), device=gpu) for length in (37, 5, 64)]
+    position_ids = torch.cat([torch.arange(len(ids), device=gpu) for ids in sequences])[None]  # [1, 106]
+
+    def gradients(hidden):
+        return torch.autograd.grad(hidden.square().mean(), list(lm.backbone.parameters()))
+
+    packed = lm.hidden(torch.cat(sequences)[None], position_ids)[0]
+    apart = torch.cat([lm.hidden(ids[None])[0] for ids in sequences])
+    torch.testing.assert_close(packed, apart, rtol=1e-3, atol=1e-3)
+    for one, other in zip(gradients(packed), gradients(apart), strict=True):
+        assert (one - other).norm() <= 1e-2 * other.norm()

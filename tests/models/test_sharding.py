@@ -1,6 +1,7 @@
 """A student sharded over two processes: its gradients, its weights after training, and its checkpoints."""
 
 import json
+import os
 import signal
 
 import pytest
@@ -11,7 +12,7 @@ from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
 from neko_lean.runs import unlearn
 from neko_lean.training import optimizer as optim
-from tests import sharded
+from tests import nccl, sharded
 from tests.helpers import flat
 from tests.torchrun import torchrun
 
@@ -99,3 +100,12 @@ def test_other_backward_modes_are_refused(world, model, cache, tmp_path, monkeyp
             overrides={"backward": value},
             quiet=True,
         )
+
+
+@pytest.mark.cuda
+def test_one_rank_on_a_gpu_has_the_gradients_of_plain_autograd_over_nccl():
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES", "0")
+    ended = torchrun(script=nccl.__file__, ranks=1, CUDA_VISIBLE_DEVICES=visible.split(",")[0])
+    assert ended.returncode == 0, ended.stderr
+    outcome = json.loads(ended.stdout)
+    assert outcome["backend"] == "nccl" and outcome["difference"] < 1e-5, outcome

@@ -6,6 +6,7 @@ import random
 
 import pytest
 import torch
+from torch.utils._pytree import tree_leaves
 
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.writer import cache_teacher
@@ -363,3 +364,24 @@ def test_ranks_split_one_batch_and_its_loss(pieces, monkeypatch):
     whole = make_batch(rows["forget"][:4], rows["retain"][:5], cache, recipe, 1, CPU)
     together = batch_losses(select_hidden(lm, whole.micro), lm, whole, recipe)["loss"]
     torch.testing.assert_close(apart, together)
+
+
+@pytest.mark.cuda
+def test_a_batch_on_a_gpu_has_the_values_of_one_on_the_cpu(gpu, pieces):
+    _, _, rows, cache = pieces
+    for packed in (False, True):
+        on_cpu, on_gpu = (
+            make_batch(rows["forget"], rows["retain"], cache, load_recipe("neko"), 0, device, packed=packed)
+            for device in (CPU, gpu)
+        )
+        for field in dataclasses.fields(on_cpu):
+            for one, other in zip(
+                tree_leaves(getattr(on_cpu, field.name)), tree_leaves(getattr(on_gpu, field.name)), strict=True
+            ):
+                if isinstance(one, torch.Tensor):
+                    assert other.device == gpu and torch.equal(one, other.cpu()), field.name
+                elif not dataclasses.is_dataclass(one):
+                    assert one == other, field.name
+        for name in ("input_ids", "position_ids", "index"):
+            for one, other in zip(getattr(on_cpu.micro, name), getattr(on_gpu.micro, name), strict=True):
+                assert one is other is None or (other.device == gpu and torch.equal(one, other.cpu())), name

@@ -7,7 +7,8 @@ import torch
 
 from neko_lean.training import determinism
 from neko_lean.training.determinism import deterministic, deterministic_device
-from tests.helpers import tiny
+from tests.checkpoints.interrupted import result
+from tests.helpers import SMALL, model_weights, tiny
 
 GPU, CPU = torch.device("cuda"), torch.device("cpu")
 
@@ -96,3 +97,19 @@ def test_a_run_trains_in_that_mode(unlearn, tmp_path, monkeypatch):
     monkeypatch.setattr(trainer.Trainer, "_update", update)
     unlearn(tmp_path / "out")
     assert seen == [True] * 10 and not torch.are_deterministic_algorithms_enabled()
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("change", [{}, {"dtype": "float32"}, {"backward": "plain", "dropout": True}])
+def test_two_runs_on_a_gpu_end_in_the_same_bytes(unlearn, tmp_path, change):
+    for name in ("one", "two"):
+        unlearn(tmp_path / name, {**SMALL, **change}, device="cuda")
+    assert result(tmp_path / "one") == result(tmp_path / "two")
+
+
+@pytest.mark.cuda
+def test_offloading_changes_no_bit_on_a_gpu(unlearn, tmp_path):
+    unlearn(tmp_path / "whole", device="cuda")
+    unlearn(tmp_path / "offloaded", {**SMALL, "offload_state": True, "offload_activations": True}, device="cuda")
+    whole, offloaded = model_weights(tmp_path / "whole"), model_weights(tmp_path / "offloaded")
+    assert all(torch.equal(tensor, offloaded[name]) for name, tensor in whole.items())

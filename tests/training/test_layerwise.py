@@ -15,7 +15,8 @@ from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.recipe import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
-from neko_lean.training.layers import decoder_layers, freeze
+from neko_lean.training.determinism import deterministic
+from neko_lean.training.layers import compile_layers, decoder_layers, freeze
 from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.losses import batch_losses
 from neko_lean.training.micro_batches import MicroBatches
@@ -226,3 +227,53 @@ def test_more_examples_raise_the_peak_by_little_more_than_layer_inputs():
     inputs = 8 * 12 * 256 * 64 * 4  # bytes of eight more micro-batches' inputs
     one_layer_for_them_all = 8 * 256 * (3 * 256 + 4 * 64) * 4
     assert inputs <= many - few < 1.15 * inputs < inputs + one_layer_for_them_all
+
+
+@pytest.mark.cuda
+def test_layer_inputs_in_pinned_memory_give_the_same_gradients_on_a_gpu(gpu):
+    lm = tiny("Llama", hidden_size=256, intermediate_size=512, num_hidden_layers=4, max_position_embeddings=512)
+    lm.model.to(gpu, torch.bfloat16)
+    ids = [torch.randint(0, 96, (8, 512), device=gpu) for _ in range(4)]
+    micro = MicroBatches(ids, [None] * 4, [torch.arange(0, 4096, 3, device=gpu)] * 4)
+
+    def layerwise_gradients(offload):
+        layer_pass, grads = LayerPass(lm, decoder_layers(lm), offload=offload), {}
+
+        def keep_and_free(parameter):
+            if parameter.grad is not None:
+                grads[parameter] = parameter.grad.cpu()
+            parameter.grad = None
+
+        layer_pass.forward(micro).float().square().mean().backward()
+        inputs = [call.hidden for calls in layer_pass.calls for call in calls]
+        assert all(hidden.is_pinned() if offload else hidden.is_cuda for hidden in inputs) and len(inputs) == 16
+        layer_pass.backward(keep_and_free)
+        return grads
+
+    with deterministic(gpu):
+        on_gpu, offloaded = layerwise_gradients(False), layerwise_gradients(True)
+    assert on_gpu.keys() == offloaded.keys() and len(on_gpu) > 30
+    assert all(torch.equal(grad, offloaded[parameter]) for parameter, grad in on_gpu.items())
+
+
+@pytest.mark.cuda
+@pytest.mark.slow
+def test_compiled_layers_give_the_gradients_of_plain_ones_on_a_gpu(gpu):
+    lm = tiny("Llama", dtype=torch.float32, hidden_size=64, intermediate_size=128)
+    lm.model.to(gpu)
+    micro = [torch.randint(0, 96, shape, device=gpu) for shape in ((4, 20), (1, 33), (3, 12))]
+    index = [torch.arange(ids.numel(), device=gpu) for ids in micro]
+
+    def all_gradients():
+        layer_pass = LayerPass(lm, decoder_layers(lm))
+        layer_pass.forward(MicroBatches(micro, [None] * 3, index)).square().mean().backward()
+        layer_pass.backward(lambda parameter: None)
+        grads = gradients(lm)
+        lm.model.zero_grad()
+        return grads
+
+    plain = all_gradients()
+    compile_layers(decoder_layers(lm))
+    compiled = all_gradients()
+    for name, grad in plain.items():
+        assert (compiled[name] - grad).norm() <= 1e-4 * grad.norm(), name

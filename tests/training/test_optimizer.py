@@ -91,7 +91,7 @@ def train(parameters, steps, optimizer, seed):
     generator = torch.Generator().manual_seed(seed)
     for _ in range(steps):
         optimizer.begin_step(1e-2)
-        sum((p * torch.randn(p.shape, generator=generator)).sum() for p in parameters).backward()
+        sum((p * torch.randn(p.shape, generator=generator).to(p.device)).sum() for p in parameters).backward()
 
 
 @pytest.mark.parametrize("bits", [8, 4])
@@ -170,3 +170,51 @@ def test_4bit_state_without_torchao_is_refused(monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "torchao.optim.adam", None)
     with pytest.raises(NekoLeanError, match=r"neko-lean\[torchao\]"):
         attached([torch.nn.Parameter(torch.randn(10))], bits=4)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bits", [8, pytest.param(4, id="4 bits, compiled by torchao")])
+def test_state_in_pinned_memory_gives_the_same_bits_on_a_gpu(gpu, monkeypatch, bits):
+    if bits == 4:
+        pytest.importorskip("torchao")
+    monkeypatch.setattr(optim, "SLICE", 2**16)  # each slice is fetched while another one is in use
+    shapes = [(1000, 700), (40,), (512, 512)]
+
+    def weights_and_state(offload):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape).bfloat16().to(gpu)) for shape in shapes]
+        optimizer = attached(parameters, bits=bits, offload=offload, seed=5)
+        train(parameters, 5, optimizer, 1)
+        state = optimizer.state_dict()
+        assert all(t.is_pinned() == offload for name, t in state.items() if name.startswith("state."))
+        return [tensor.detach().cpu() for tensor in (*parameters, *state.values())]
+
+    on_gpu, in_host_memory = weights_and_state(False), weights_and_state(True)
+    assert all(torch.equal(one, other) for one, other in zip(on_gpu, in_host_memory, strict=True))
+
+
+@pytest.mark.cuda
+def test_the_8bit_update_on_a_gpu_is_that_of_the_cpu(gpu):
+    """The two kernels of bitsandbytes round the state's codes differently at most."""
+    shapes = [(100, 130), (64, 64), (40,), (5000,)]
+    ends = {}
+    for device in ("cpu", gpu):
+        torch.manual_seed(0)
+        parameters = [torch.nn.Parameter(torch.randn(shape).to(device)) for shape in shapes]
+        starts = [p.detach().cpu().clone() for p in parameters]
+        train(parameters, 5, attached(parameters, weight_decay=0.1), 1)
+        ends[str(device)] = [p.detach().cpu() for p in parameters]
+    for start, one, other in zip(starts, *ends.values(), strict=True):
+        assert (one - other).norm() < 0.01 * (one - start).norm()
+
+
+@pytest.mark.cuda
+def test_a_generator_on_a_gpu_is_saved_and_restored(gpu, tmp_path):
+    first = attached([torch.nn.Parameter(torch.ones(8192, device=gpu).bfloat16())], seed=5)
+    train(first.parameters.values(), 3, first, 1)
+    save_file(first.state_dict(), tmp_path / "state.safetensors")
+    second = attached([torch.nn.Parameter(p.detach().clone()) for p in first.parameters.values()], seed=9)
+    second.load_state_dict(load_file(tmp_path / "state.safetensors"))
+    for optimizer in (first, second):
+        train(optimizer.parameters.values(), 3, optimizer, 2)
+    assert torch.equal(first.parameters["p0"], second.parameters["p0"])

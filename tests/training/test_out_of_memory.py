@@ -5,12 +5,15 @@ import importlib
 import pytest
 import torch
 
+from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
+from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.recipe import load_recipe
 from neko_lean.training import layerwise, loop, trainer
+from neko_lean.training.examples import TrainingExamples
 from neko_lean.training.out_of_memory import MIN_HEAD_ROWS
 from tests.checkpoints.interrupted import EVALUATED, Killed, kill_at, metrics, result, steps_saved
-from tests.helpers import SMALL, model_weights
+from tests.helpers import SMALL, model_weights, tiny
 
 pytestmark = pytest.mark.slow  # each test is one or more whole runs
 
@@ -139,3 +142,45 @@ def test_out_of_memory_in_an_evaluation_or_while_loading(unlearn, tmp_path, monk
     with pytest.raises(NekoLeanError, match="does not hold the model and Adam's state"):
         unlearn(tmp_path / "no")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out"]
+
+
+@pytest.mark.cuda
+def test_a_step_continues_in_smaller_pieces_on_a_gpu_with_too_little_memory(gpu, capsys):
+    """The step gets 0.7 of what it reserves without a limit, most of it for the head's chunk of logits."""
+    lm = tiny("Llama", dtype=torch.float32, vocab_size=8192, max_position_embeddings=512)
+    lm.model.to(gpu)
+    lm = as_causal_lm(lm.model)
+    ids = torch.randint(3, 8192, (16, 512), generator=torch.Generator().manual_seed(0)).tolist()
+    examples = [EncodedExample(Example(f"r{n}", "a", "b", "t"), row, 1, 0) for n, row in enumerate(ids)]
+    changes = {"dtype": "float32", "retain_rows": 16, "micro_tokens": 1024, "max_length": 512}
+    recipe = load_recipe("memorize", changes)
+    start = {name: p.detach().clone() for name, p in lm.model.named_parameters()}
+
+    def take_step(share=None):
+        with torch.no_grad():
+            for name, p in lm.model.named_parameters():
+                p.copy_(start[name])
+        one = trainer.Trainer(lm, 0, TrainingExamples(retain=examples), None, recipe)
+        optimizer = one.new_optimizer(0)
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_reserved()
+        if share is not None:
+            limit = before + share * reserved
+            torch.cuda.set_per_process_memory_fraction(limit / torch.cuda.get_device_properties(gpu).total_memory)
+        indices = ((), range(16))
+        _, losses = one.step(optimizer, 1e-3, indices, one.batch(indices))
+        used = torch.cuda.max_memory_reserved() - before
+        return one, losses["loss"], [p.detach().cpu() for p in lm.model.parameters()], used
+
+    whole, loss, weights, reserved = take_step()
+    assert whole.state.head_chunk is None and not capsys.readouterr().err
+
+    try:
+        smaller, loss_in_pieces, weights_in_pieces, _ = take_step(0.7)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert smaller.state.head_chunk > 0 and "CUDA out of memory in step 1; retrying with" in capsys.readouterr().err
+    assert loss_in_pieces == pytest.approx(loss, rel=1e-4)
+    for one, other in zip(weights, weights_in_pieces, strict=True):
+        assert (one - other).abs().mean() < 1e-4  # a tenth of lr; Adam's first step moves every weight by lr

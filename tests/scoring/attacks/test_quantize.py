@@ -29,3 +29,18 @@ def test_round_trip_error_is_at_most_half_a_step(world, model, bits, error):
         else:
             assert torch.equal(new, old[name]), name  # embeddings, norms and the head are unchanged
     assert changed == 14
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("bits", [8, 4])
+def test_weights_quantized_on_a_gpu_are_those_of_the_cpu(gpu, world, model, bits):
+    """bitsandbytes' two kernels may choose the other neighbour of a weight that is halfway between two codes."""
+    on_cpu, on_gpu = (load_model(model, torch.float32, device) for device in (torch.device("cpu"), gpu))
+    before = {name: p.detach().clone() for name, p in on_cpu.model.named_parameters()}
+    for lm in (on_cpu, on_gpu):
+        round_trip(lm, bits)
+    found = dict(on_gpu.model.named_parameters())
+    assert any(not torch.equal(p, before[name]) for name, p in on_cpu.model.named_parameters())
+    for name, p in on_cpu.model.named_parameters():
+        differs = (found[name].cpu() - p).abs() > 1e-6 * p.abs().max()
+        assert differs.float().mean() < 1e-3, name
