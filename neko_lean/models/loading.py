@@ -44,12 +44,29 @@ def model_folder(model: Model, *, config_only: bool = False) -> Path:
     path = _as_path(model)
     if not path.is_dir():
         path = _download(str(model), config_only)
+    _refuse_adapter(path)
     if not (path / "config.json").is_file():
         refuse_gguf(path)
         raise NekoLeanError(f"{path} has no config.json; pass the folder of a Hugging Face checkpoint.")
     refuse_untrusted(path)
     refuse_quantized(path)
     return path
+
+
+def _refuse_adapter(path: Path) -> None:
+    """Raise NekoLeanError for a PEFT adapter. If it lies next to a model, transformers loads the model that the adapter
+    names instead of that one."""
+    if not (path / "adapter_config.json").is_file():
+        return
+    if (path / "config.json").is_file():
+        raise NekoLeanError(
+            f"{path} holds both a model and a PEFT adapter, and transformers would load the model that the adapter "
+            f"names; move adapter_config.json out of that folder."
+        )
+    raise NekoLeanError(
+        f"{path} holds a PEFT adapter without its model, but neko-lean needs a whole checkpoint; merge the adapter "
+        f"with PEFT's merge_and_unload and save that, or pass the output folder that holds this one."
+    )
 
 
 def _as_path(model: Model) -> Path:

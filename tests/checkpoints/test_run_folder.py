@@ -31,7 +31,7 @@ def test_a_damaged_save_is_detected_and_the_previous_one_used(unlearn, killed_ru
     save = saved(out) / "step-00000006"
     best = saved(out) / f"best-{best_step(save):08d}"
     alone = best.name != f"best-{best_step(save.with_name('step-00000003')):08d}"
-    harm(best / "model.safetensors" if file == "best" else save / file)
+    harm(best / "weights-000.safetensors" if file == "best" else save / file)
     unlearn(out, EVALUATED, resume=True, quiet=False)
     err = capsys.readouterr().err
     assert "the run continues from the previous save" in err and f"{save} is damaged (" in err
