@@ -127,9 +127,9 @@ def test_missing_and_surplus_experts_are_refused_in_one_line(tmp_path):
 def test_an_adapter_is_refused_alone_and_next_to_a_model(model, tmp_path):
     (tmp_path / "adapter").mkdir()
     (tmp_path / "adapter" / "adapter_config.json").write_text("{}")
-    with pytest.raises(NekoLeanError, match="adapter holds a PEFT adapter without its model, .* merge_and_unload"):
+    with pytest.raises(NekoLeanError, match=r"adapter holds a PEFT adapter without its model, .* merge_and_unload"):
         model_folder(tmp_path / "adapter")
     shutil.copytree(model, tmp_path / "both")
     (tmp_path / "both" / "adapter_config.json").write_text("{}")
-    with pytest.raises(NekoLeanError, match="both a model and a PEFT adapter, .* move adapter_config.json out"):
+    with pytest.raises(NekoLeanError, match=r"both a model and a PEFT adapter, .* move adapter_config.json out"):
         model_folder(tmp_path / "both")
