@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from neko_lean.models import CausalLM
+from neko_lean.models import CausalLM, QuantizedLinear, has_adapters
 from neko_lean.recipe import Recipe
 
 # Assumed share of a GPU's dense bfloat16 peak that a step reaches.
@@ -44,24 +44,36 @@ class MatmulParameters:
     """Numbers of parameters that hidden states are multiplied with: all but a lookup in the embedding."""
 
     total: int
+    passed: int
+    """Parameters through which a gradient passes. Layers below the first trained one run forward only."""
+
     trained: int
-    """Parameters with a gradient. Layers below the first trained one run forward only."""
+    """Parameters with a gradient of their own."""
 
     @classmethod
     def of(cls, lm: CausalLM) -> MatmulParameters:
         """Count those of a model. A tied embedding counts, as the head."""
-        counted = [p for p in lm.model.parameters() if p is not lm.embedding or lm.embedding is lm.head]
-        return cls(sum(p.numel() for p in counted), sum(p.numel() for p in counted if p.requires_grad))
+        lookup = None if lm.embedding is lm.head else lm.embedding
+        total = trained = 0
+        for module in lm.model.modules():
+            if isinstance(module, QuantizedLinear):  # whose parameter holds several weights in an element
+                total += module.in_features * module.out_features
+                continue
+            parameters = [p for p in module.parameters(recurse=False) if p is not lookup]
+            total += sum(p.numel() for p in parameters)
+            trained += sum(p.numel() for p in parameters if p.requires_grad)
+        return cls(total, total if has_adapters(lm) else trained, trained)
 
 
 def step_flops(parameters: MatmulParameters, tokens: int, recipe: Recipe) -> int:
     """Floating-point operations of a step.
 
-    Each token takes 2 for each parameter in the forward pass, 4 for each trained one in the backward pass, and 2 for
-    what is computed again there. Attention scores are not counted, and all experts are.
+    Each token takes 2 for each parameter in the forward pass, 2 for each one that its gradient passes through and 2 for
+    each trained one in the backward pass, and 2 for what is computed again there. Attention scores are not counted, and
+    all experts are.
     """
     again = 0 if recipe.backward == "plain" else 2
-    return tokens * (2 * parameters.total + (4 + again) * parameters.trained)
+    return tokens * (2 * parameters.total + (2 + again) * parameters.passed + 2 * parameters.trained)
 
 
 def step_seconds(flops: int, gpu: Gpu) -> float:
