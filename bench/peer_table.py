@@ -13,18 +13,14 @@ HEADS = ("", "peak GiB", "x neko-lean", "real tokens/s", "neko-lean's speed-up",
 
 
 def table(results: dict[str, Any]) -> list[str]:
-    """The lines of all tables, the comparisons with the best contender, the skipped, and the versions."""
+    """The lines of all tables, each with the comparison with the best contenders; the skipped; and the versions."""
     lines: list[str] = []
     for objective, runs in results["runs"].items():
         tokens = tokens_per_step(objective, results["tokens"])
         lines += [f"**{OBJECTIVES[objective]}**, {tokens} real tokens per step", ""]
         lines += ["| " + " | ".join(HEADS) + " |", "|---" + "|--:" * (len(HEADS) - 2) + "|---|"]
-        lines += [row(name, rounds, runs["neko-lean"], tokens) for name, rounds in runs.items()]
+        lines += [row(name, rounds, runs["neko-lean"], tokens, results["teacher"]) for name, rounds in runs.items()]
         lines += ["", best(runs), ""]
-    teacher = results["teacher"]
-    lines.append(
-        f"neko-lean's teacher cache, in a process before: {teacher.seconds:.1f} s, peak {gib(teacher.peak)} GiB."
-    )
     lines += [f"Skipped: {name}, because {reason}." for name, reason in results["skipped"].items() if reason]
     return [*lines, *versions(results["runs"])]
 
@@ -35,7 +31,7 @@ def tokens_per_step(objective: str, tokens: dict[str, int]) -> int:
     return sum(tokens[name] for name in sets.get(objective, tuple(tokens)))
 
 
-def row(name: str, rounds: Sequence[Run], ours: Sequence[Run], tokens: int) -> str:
+def row(name: str, rounds: Sequence[Run], ours: Sequence[Run], tokens: int, teacher: Run) -> str:
     """A contender's line: medians over rounds, and ratios within a round with their range."""
     if errors := [run.error for run in rounds if run.error]:
         return f"| {name} | failed: {errors[0]} |" + " |" * (len(HEADS) - 2)
@@ -43,7 +39,10 @@ def row(name: str, rounds: Sequence[Run], ours: Sequence[Run], tokens: int) -> s
     speed = f"{tokens / statistics.median(seconds(run) for run in rounds):.1f}"
     ratios = ["", ""] if rounds is ours else [spread(ratios_of(rounds, ours, value)) for value in (peak_of, seconds)]
     cannot = next(contender.cannot for contender in CONTENDERS if contender.name == name)
-    return f"| {name} | {peak} | {ratios[0]} | {speed} | {ratios[1]} | {reference_pass(rounds)} | {cannot} |"
+    reference = reference_pass(rounds)
+    if rounds is ours:
+        reference = f"{teacher.seconds:.1f} s, {gib(teacher.peak)} GiB"  # the teacher cache, in a process before
+    return f"| {name} | {peak} | {ratios[0]} | {speed} | {ratios[1]} | {reference} | {cannot} |"
 
 
 def seconds(run: Run) -> float:

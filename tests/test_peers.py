@@ -145,6 +145,7 @@ def test_ratios_are_taken_within_a_round(run_type, bench):
     }
     lines = "\n".join(table(results))
     assert "30 real tokens per step" in lines
+    assert "| neko-lean | 1.00 |  | 10.0 |  | 1.0 s, 1.00 GiB |" in lines
     assert "| open-unlearning, whole batch | 3.00 | 3.00 | 6.7 | 1.50 |" in lines
     assert "| open-unlearning, row by row | 0.50 | 0.50 | 1.5 | 7.50 (5.00 to 10.00) |" in lines
     assert "| two models, our code, torch AdamW | failed: out of memory |" in lines
