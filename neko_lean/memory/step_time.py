@@ -54,14 +54,10 @@ class MatmulParameters:
     def of(cls, lm: CausalLM) -> MatmulParameters:
         """Count those of a model. A tied embedding counts, as the head."""
         lookup = None if lm.embedding is lm.head else lm.embedding
-        total = trained = 0
-        for module in lm.model.modules():
-            if isinstance(module, QuantizedLinear):  # whose parameter holds several weights in an element
-                total += module.in_features * module.out_features
-                continue
-            parameters = [p for p in module.parameters(recurse=False) if p is not lookup]
-            total += sum(p.numel() for p in parameters)
-            trained += sum(p.numel() for p in parameters if p.requires_grad)
+        counted = [p for p in lm.model.parameters() if p is not lookup and p.is_floating_point()]
+        quantized = [module for module in lm.model.modules() if isinstance(module, QuantizedLinear)]
+        total = sum(p.numel() for p in counted) + sum(layer.in_features * layer.out_features for layer in quantized)
+        trained = sum(p.numel() for p in counted if p.requires_grad)
         return cls(total, total if has_adapters(lm) else trained, trained)
 
 

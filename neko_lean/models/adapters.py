@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import unset_fake_temporarily
+from torch.utils._python_dispatch import _disable_current_modes
 
 from neko_lean.errors import NekoLeanError, first_line
 from neko_lean.models.causal_lm import CausalLM
@@ -45,7 +45,7 @@ def add_adapters(lm: CausalLM, rank: int, alpha: float, targets: str, seed: int)
 
     config = _lora_config(rank, alpha, targets)
     # PEFT's modules start on the meta device, for which fake tensors, if they are active, are not needed.
-    with unset_fake_temporarily(), warnings.catch_warnings():
+    with _disable_current_modes(), warnings.catch_warnings():
         warnings.simplefilter("ignore")  # about fan_in_fan_out, which PEFT then sets itself
         try:
             inject_adapter_in_model(config, lm.model, _NAME, low_cpu_mem_usage=True)
