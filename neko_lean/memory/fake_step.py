@@ -2,90 +2,33 @@
 
 from __future__ import annotations
 
-import logging
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from itertools import chain
-from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch._subclasses.fake_tensor import FakeTensorMode
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.memory.estimate import GRADIENTS, LAYER_INPUTS, LOGITS, UPDATE, tensor_bytes
+from neko_lean.memory.fake_models import find_layers
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.memory.repeated_layers import each_kind_once, repeat_layers
-from neko_lean.models import (
-    CHUNK_ELEMENTS,
-    CausalLM,
-    checkpoint_activations,
-    config_softcap,
-    find_backbone,
-    load_config,
-    reset_output_switches,
-)
+from neko_lean.memory.repeated_layers import Recordings, repeat_layers
+from neko_lean.models import CHUNK_ELEMENTS, CausalLM, checkpoint_activations
 from neko_lean.recipe import Recipe
-from neko_lean.training import SLICE, UPDATE_BYTES, LayerPass, MicroBatches, decoder_layers, select_hidden
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from neko_lean.training import SLICE, UPDATE_BYTES, LayerPass, MicroBatches, select_hidden
 
 
-@contextmanager
-def fake_tensors() -> Iterator[None]:
-    """Within this context, new tensors have no storage.
-
-    PyTorch logs each operator that fake tensors do not support before it raises. That log is silenced, because the
-    exception is handled by the caller.
-    """
-    logger = logging.getLogger("torch._subclasses.fake_tensor")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL + 1)
-    try:
-        with FakeTensorMode():
-            yield
-    finally:
-        logger.setLevel(level)
-
-
-def fake_model(config: Path | PreTrainedConfig, dtype: torch.dtype) -> CausalLM:
-    """A model without storage. Call it within `fake_tensors()`.
-
-    Args:
-        config: the model's config, or a folder that holds its config.json.
-        dtype: dtype of the weights.
-
-    Raises NekoLeanError if the model's backbone and head cannot be told apart.
-    """
-    from transformers import AutoModelForCausalLM
-
-    model_config = load_config(config) if isinstance(config, Path) else config
-    model = AutoModelForCausalLM.from_config(model_config, dtype=dtype, trust_remote_code=False).eval()
-    reset_output_switches(model)
-    try:
-        with each_kind_once(model):
-            backbone = find_backbone(model)
-    except NekoLeanError as error:
-        raise NekoLeanError(f"memory cannot be predicted from the config alone in {dtype}: {error}") from error
-    return CausalLM(model, backbone, softcap=config_softcap(model_config))
-
-
-def find_layers(lm: CausalLM) -> nn.ModuleList:
-    """The model's decoder layers, as `decoder_layers` finds them. Raises NekoLeanError if they cannot be run alone."""
-    with each_kind_once(lm.model):
-        return decoder_layers(lm)
-
-
-def fake_step(lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTensors) -> list[int]:
+def fake_step(
+    lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTensors, recordings: Recordings
+) -> list[int]:
     """Make the allocations of one training step.
 
     Args:
-        lm: model from `fake_model`.
+        lm: model from `FakeModels.use`, to which the step adds hooks and gradients.
         recipe: its `backward` decides how the step runs.
         micro: micro-batches of the step.
         live: counter that is active; it is told what each storage is for, and about scratch memory of CPU kernels.
+        recordings: of the model's layers.
 
     Returns the bytes of each layer input that the step keeps, if it keeps them apart from other activations.
     """
@@ -93,16 +36,15 @@ def fake_step(lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTenso
     def update(parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
             live.label([parameter.grad], GRADIENTS)
-            with live.of_kind(UPDATE):
-                torch.empty(UPDATE_BYTES * min(SLICE, parameter.numel()), dtype=torch.uint8)
+            live.temporary(UPDATE_BYTES * min(SLICE, parameter.numel()), UPDATE)
             parameter.grad = None
 
     # Forward.
-    layer_pass = None
+    layer_pass, hooks = None, []
     input_bytes: list[int] = []
     if recipe.backward == "layerwise":
         layers = find_layers(lm)
-        repeat_layers(layers, live, holds_inputs=True)
+        repeat_layers(layers, live, recordings, holds_inputs=True)
         layer_pass = LayerPass(lm, layers)
         hidden = layer_pass.forward(micro)  # [N, d]
         for call in chain.from_iterable(layer_pass.calls):
@@ -112,8 +54,8 @@ def fake_step(lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTenso
     else:
         for parameter in lm.model.parameters():
             if parameter.requires_grad:
-                parameter.register_post_accumulate_grad_hook(update)
-        repeat_layers_if_possible(lm, live, checkpointed=recipe.backward == "checkpointed")
+                hooks.append(parameter.register_post_accumulate_grad_hook(update))
+        repeat_layers_if_possible(lm, live, recordings, checkpointed=recipe.backward == "checkpointed")
         hidden = select_hidden(lm, micro)  # [N, d]
 
     # Loss: `token_stats` looks at values, which fake tensors lack, so its buffers and gradients stand in for it.
@@ -140,10 +82,12 @@ def fake_step(lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTenso
     del hidden, hidden_grad
     if layer_pass is not None:
         layer_pass.backward(update)
+    for hook in hooks:
+        hook.remove()
     return input_bytes
 
 
-def repeat_layers_if_possible(lm: CausalLM, live: LiveTensors, *, checkpointed: bool) -> None:
+def repeat_layers_if_possible(lm: CausalLM, live: LiveTensors, recordings: Recordings, *, checkpointed: bool) -> None:
     """Checkpoint activations if asked to, and run each kind of layer once, unless layers pass on more than hidden
     states."""
     layers = None
@@ -152,7 +96,7 @@ def repeat_layers_if_possible(lm: CausalLM, live: LiveTensors, *, checkpointed: 
     if checkpointed:
         checkpoint_activations(lm.model)
     if layers is not None:
-        repeat_layers(layers, live, holds_inputs=False)
+        repeat_layers(layers, live, recordings, holds_inputs=False, checkpointed=checkpointed)
 
 
 def chunk_bytes(lm: CausalLM, positions: int) -> int:

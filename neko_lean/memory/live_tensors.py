@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from neko_lean.memory.estimate import ACTIVATIONS
+from neko_lean.memory.fake_tensors import tensors_in
 
 # glibc maps blocks of at least this size one by one and returns each to the system when it is freed. Smaller blocks
 # come from its heap, which stays resident (DEFAULT_MMAP_THRESHOLD_MAX in malloc.c on 64-bit systems).
@@ -58,6 +60,10 @@ class LiveTensors(TorchDispatchMode):
         self._suspended: list[list[Event]] = []  # events from outside of the recordings that are active
         self._freed_while_recording: list[Block] = []
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # nothing is compiled here, and the wrapper that skips it slows every operator
+
     @property
     def resident(self) -> int:
         """Peak of the resident set of a process on a CPU, as far as these tensors cause it.
@@ -65,12 +71,13 @@ class LiveTensors(TorchDispatchMode):
         The heap does not shrink during a step, so its peak and the peak of the mapped blocks add up, whenever each of
         them occurred. Scratch memory of kernels, which no tensor shows, is included.
         """
-        now, peak = {True: 0, False: 0}, {True: 0, False: 0}  # by whether the blocks are mapped
+        now, peak = [0, 0], [0, 0]  # of the heap and of mapped blocks
         for block, sign in self.events:
             mapped = block.bytes >= MMAP_THRESHOLD
             now[mapped] += sign * block.bytes
-            peak[mapped] = max(peak[mapped], now[mapped])
-        return sum(peak.values())
+            if now[mapped] > peak[mapped]:
+                peak[mapped] = now[mapped]
+        return sum(peak)
 
     def peak_by_kind(self, leave_out: Collection[str] = ()) -> dict[str, int]:
         """Bytes by kind at the moment of the peak; they add up to it.
@@ -78,23 +85,29 @@ class LiveTensors(TorchDispatchMode):
         Args:
             leave_out: kinds that do not count, so that the peak may be that of another moment.
         """
+        counted = [
+            (block, sign) for block, sign in self.events if block.kind != SCRATCH and block.kind not in leave_out
+        ]
+        totals = list(accumulate(sign * block.bytes for block, sign in counted))
+        peak = max(totals, default=0)
+        if peak <= 0:
+            return {}
         now: Counter[str] = Counter()
-        total = peak = 0
-        at_peak: dict[str, int] = {}
-        for block, sign in self.events:
-            if block.kind == SCRATCH or block.kind in leave_out:
-                continue
-            total += sign * block.bytes
+        for block, sign in counted[: totals.index(peak) + 1]:
             now[block.kind] += sign * block.bytes
-            if total > peak:
-                peak, at_peak = total, dict(now)
-        return {kind: count for kind, count in at_peak.items() if count}
+        return {kind: count for kind, count in now.items() if count}
 
     def scratch(self, count: int) -> None:
         """Count `count` bytes that a CPU kernel allocates and frees while everything else is alive."""
         if count:
             block = Block(count, SCRATCH)
             self.events += [(block, 1), (block, -1)]
+
+    def temporary(self, count: int, kind: str) -> None:
+        """Count `count` bytes of a kind that are allocated and freed while everything else is alive."""
+        block = Block(count, kind)
+        self.allocate(block)
+        self.free(block)
 
     @contextmanager
     def of_kind(self, kind: str) -> Iterator[None]:
@@ -134,8 +147,10 @@ class LiveTensors(TorchDispatchMode):
         """Count a block."""
         self.events.append((block, 1))
         self.now += block.bytes
-        self.peak = max(self.peak, self.now)
-        self.largest = max(self.largest, block.bytes)
+        if self.now > self.peak:
+            self.peak = self.now
+        if block.bytes > self.largest:
+            self.largest = block.bytes
 
     def free(self, block: Block) -> None:
         """Stop to count a block."""
@@ -145,11 +160,14 @@ class LiveTensors(TorchDispatchMode):
             self.now -= block.bytes
 
     def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        inputs = {_address(leaf) for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)}
-        out = operator(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            if isinstance(leaf, Tensor) and _address(leaf) not in inputs and _address(leaf) not in self._alive:
-                self._add(leaf)
+        if operator is torch.ops.prim.device.default and isinstance(args[0], FakeTensor):
+            return args[0].fake_device  # autograd asks for it several times for each operator
+        kwargs = kwargs or {}
+        out = operator(*args, **kwargs)
+        for tensor in tensors_in([out]):
+            address = _address(tensor)
+            if address not in self._alive and all(address != _address(given) for given in _given(args, kwargs)):
+                self._add(tensor)
         if operator in _MATMULS:
             self.scratch(_matmul_scratch(args[-2], out))
         return out
@@ -180,6 +198,12 @@ def _matmul_scratch(left: Tensor, out: Tensor) -> int:
     """
     accumulates = out.dtype == torch.bfloat16 and left.dim() == 2 and left.stride(-1) != 1
     return 4 * out.numel() if accumulates else 0
+
+
+def _given(args: Sequence[Any], kwargs: Mapping[str, Any]) -> Iterator[Tensor]:
+    """The tensors among an operator's arguments."""
+    yield from tensors_in(args)
+    yield from tensors_in(kwargs.values())
 
 
 def _address(tensor: Tensor) -> int:

@@ -12,11 +12,12 @@ from typing import Any
 from neko_lean.errors import NekoLeanError, first_line
 from neko_lean.memory.cache_size import cache_size
 from neko_lean.memory.estimate import CONTEXT, MemoryEstimate, StepMemory
+from neko_lean.memory.fake_models import FakeModels
 from neko_lean.memory.largest_step import first_rank_share, largest_step
 from neko_lean.memory.prediction import step_memory
 from neko_lean.memory.step_time import ASSUMED_SHARE, GPUS, step_flops, step_seconds
 from neko_lean.memory.two_models import TWO_MODEL_BASELINES, predict_two_models
-from neko_lean.models import Model, accepts_loaded_model, load_config, model_folder, model_name, usable_length
+from neko_lean.models import Model, accepts_loaded_model, model_folder, model_name, usable_length
 from neko_lean.recipe import DEFAULT, Recipe, forgets, load_recipe
 from neko_lean.terminal import progress_bar
 
@@ -63,14 +64,15 @@ def plan(
     folder = model_folder(model, config_only=True)
     chosen = load_recipe(recipe, overrides)
     chosen = dataclasses.replace(chosen, max_length=usable_length(folder, chosen.max_length))
+    models = FakeModels.of(folder)
     with progress_bar("predicting", 1 + len(TWO_MODEL_BASELINES), "setups", quiet) as bar:
-        return _plan(model_name(model), folder, chosen, gpu_bytes, gpus, bar.advance)
+        return _plan(model_name(model), models, chosen, gpu_bytes, gpus, bar.advance)
 
 
 def _plan(
-    name: str, folder: Path, recipe: Recipe, gpu_bytes: int | None, gpus: int, advance: Callable[[], object]
+    name: str, models: FakeModels, recipe: Recipe, gpu_bytes: int | None, gpus: int, advance: Callable[[], object]
 ) -> dict[str, Any]:
-    recipe, gpus, memory, fallback = _memory_or_fallback(folder, recipe, gpus)
+    recipe, gpus, memory, fallback = _memory_or_fallback(models, recipe, gpus)
     estimates = {"neko-lean": memory.estimate(recipe.offload_state, recipe.offload_activations)}
     advance()
 
@@ -80,7 +82,7 @@ def _plan(
     rows = sum(count for count, _ in micro)
     for baseline in TWO_MODEL_BASELINES:
         with suppress(Exception):  # some families cannot run on fake tensors in some dtypes, such as experts in float32
-            estimates[baseline.name] = predict_two_models(folder, baseline, max(1, rows // 2), length)
+            estimates[baseline.name] = predict_two_models(models, baseline, max(1, rows // 2), length)
         advance()
 
     tokens = sum(count * length for count, length in first_rank_share(micro, gpus))
@@ -98,11 +100,11 @@ def _plan(
             "assumed_share": ASSUMED_SHARE,
             "seconds": {gpu.name: step_seconds(flops, gpu) for gpu in GPUS},
         },
-        "cache": cache_size(recipe, load_config(folder)),
+        "cache": cache_size(recipe, models.config),
     }
     if gpu_bytes is not None:
-        options, fits = _fitting_options(folder, recipe, memory, gpu_bytes, gpus)
-        reason = None if options is not None else _reason(folder, memory, recipe, gpu_bytes, gpus)
+        options, fits = _fitting_options(models, recipe, memory, gpu_bytes, gpus)
+        reason = None if options is not None else _reason(models, memory, recipe, gpu_bytes, gpus)
         result |= {"options": options, "fits": fits and fits.as_json(), "reason": reason}
     return result
 
@@ -119,20 +121,20 @@ def _gpu_bytes(text: str) -> int:
     return int(float(match[1]) * 2**30)
 
 
-def _memory_or_fallback(folder: Path, recipe: Recipe, gpus: int) -> tuple[Recipe, int, StepMemory, str | None]:
+def _memory_or_fallback(models: FakeModels, recipe: Recipe, gpus: int) -> tuple[Recipe, int, StepMemory, str | None]:
     """Memory of the largest step of a recipe. If the model's layers cannot be run one by one, that of the checkpointed
     backward pass, which training falls back to in a single process.
 
     Returns the recipe and the number of GPUs that are planned, the memory, and a sentence about the fallback.
     """
     try:
-        return recipe, gpus, _largest_step_memory(folder, recipe, gpus), None
+        return recipe, gpus, largest_step_memory(models, recipe, gpus), None
     except NekoLeanError as error:
         if recipe.backward != "layerwise":
             raise
         reason = str(error).removesuffix(".")
     changed = dataclasses.replace(recipe, backward="checkpointed", offload_activations=False)
-    memory = _largest_step_memory(folder, changed, 1)
+    memory = largest_step_memory(models, changed, 1)
     fallback = (
         f"This model cannot be trained layer by layer, because {reason}. The plan is for backward=checkpointed, which "
         f"training falls back to: it keeps one layer's activations for all rows of a step at once."
@@ -144,23 +146,24 @@ def _memory_or_fallback(folder: Path, recipe: Recipe, gpus: int) -> tuple[Recipe
     return changed, 1, memory, fallback
 
 
-def _largest_step_memory(folder: Path, recipe: Recipe, gpus: int) -> StepMemory:
+def largest_step_memory(models: FakeModels, recipe: Recipe, gpus: int) -> StepMemory:
     """Memory of a recipe's largest step on each GPU.
 
     Raises NekoLeanError if the model's own code does not run on fake tensors.
     """
     try:
-        return step_memory(folder, recipe, first_rank_share(largest_step(recipe), gpus), ranks=gpus)
+        return step_memory(models, recipe, first_rank_share(largest_step(recipe), gpus), ranks=gpus)
     except NekoLeanError:
         raise
     except Exception as error:
         raise NekoLeanError(
-            f"the memory of {folder} cannot be predicted: its code needs real tensors ({first_line(error)})."
+            f"the memory of {models.config.name_or_path} cannot be predicted: its code needs real tensors "
+            f"({first_line(error)})."
         ) from error
 
 
 def _fitting_options(
-    folder: Path, recipe: Recipe, memory: StepMemory, gpu_bytes: int, gpus: int
+    models: FakeModels, recipe: Recipe, memory: StepMemory, gpu_bytes: int, gpus: int
 ) -> tuple[list[str] | None, MemoryEstimate | None]:
     """The cheapest command-line options with which the largest step fits a GPU, and its estimate with them.
 
@@ -179,7 +182,7 @@ def _fitting_options(
         micro_option = []
         if micro_tokens < recipe.micro_tokens:
             micro_option = [f"--set micro_tokens={micro_tokens}"]
-            memory = _largest_step_memory(folder, dataclasses.replace(recipe, micro_tokens=micro_tokens), gpus)
+            memory = largest_step_memory(models, dataclasses.replace(recipe, micro_tokens=micro_tokens), gpus)
         for offloaded in combinations:
             estimate = memory.estimate(
                 recipe.offload_state or "state" in offloaded,
@@ -190,7 +193,7 @@ def _fitting_options(
 
     # Train fewer layers, with everything else that saves memory.
     changed = dataclasses.replace(recipe, micro_tokens=micro_tokens, offload_state=True, offload_activations=layerwise)
-    last, fits = _largest_train_last(folder, changed, gpu_bytes, gpus)
+    last, fits = _largest_train_last(models, changed, gpu_bytes, gpus)
     if last is None:
         return None, None
     train_last = f"--train-last {last}" if forgets(recipe) else f"--set train_last={last}"
@@ -198,16 +201,16 @@ def _fitting_options(
 
 
 def _largest_train_last(
-    folder: Path, recipe: Recipe, gpu_bytes: int, gpus: int
+    models: FakeModels, recipe: Recipe, gpu_bytes: int, gpus: int
 ) -> tuple[int | None, MemoryEstimate | None]:
     """The largest `train_last` with which a recipe fits a GPU, and its estimate; None twice if none fits."""
 
     def estimate(last: int) -> MemoryEstimate | None:
-        memory = _largest_step_memory(folder, dataclasses.replace(recipe, train_last=last), gpus)
+        memory = largest_step_memory(models, dataclasses.replace(recipe, train_last=last), gpus)
         found = memory.estimate(recipe.offload_state, recipe.offload_activations)
         return found if found.peak + CONTEXT <= gpu_bytes else None
 
-    layers = getattr(load_config(folder), "num_hidden_layers", 0)
+    layers = getattr(models.config, "num_hidden_layers", 0)
     fits, best, too_many = None, None, recipe.train_last or layers
     with suppress(NekoLeanError):  # a family without a list of layers has no last layers
         low = 1
@@ -221,7 +224,7 @@ def _largest_train_last(
     return best, fits
 
 
-def _reason(folder: Path, memory: StepMemory, recipe: Recipe, gpu_bytes: int, gpus: int) -> str:
+def _reason(models: FakeModels, memory: StepMemory, recipe: Recipe, gpu_bytes: int, gpus: int) -> str:
     """Why no options make a run fit, in one sentence."""
     room, needed = gpu_bytes - CONTEXT, memory.weights + memory.gathered
     if needed > room:
@@ -231,7 +234,7 @@ def _reason(folder: Path, memory: StepMemory, recipe: Recipe, gpu_bytes: int, gp
             f"once CUDA has taken {CONTEXT / 2**30:.2f} GiB: no option of a fine-tune makes it fit; use a smaller "
             f"model or more GPU memory."
         )
-    smallest = _smallest_peak(folder, memory, recipe, gpus)
+    smallest = _smallest_peak(models, memory, recipe, gpus)
     return (
         f"{recipe.dtype} weights are {memory.weights / 2**30:.2f} GiB, and even with all options of a fine-tune a step "
         f"peaks at {smallest / 2**30:.2f} GiB, but only {room / 2**30:.2f} GiB are free once CUDA has taken "
@@ -239,7 +242,7 @@ def _reason(folder: Path, memory: StepMemory, recipe: Recipe, gpu_bytes: int, gp
     )
 
 
-def _smallest_peak(folder: Path, memory: StepMemory, recipe: Recipe, gpus: int) -> int:
+def _smallest_peak(models: FakeModels, memory: StepMemory, recipe: Recipe, gpus: int) -> int:
     """The smallest peak that the options which `plan` tries can reach; `memory` is that of the unchanged recipe."""
     layerwise = recipe.backward == "layerwise"
     peaks = [memory.estimate(True, layerwise).peak]
@@ -247,5 +250,5 @@ def _smallest_peak(folder: Path, memory: StepMemory, recipe: Recipe, gpus: int) 
     for train_last in (recipe.train_last, 1):
         changed = dataclasses.replace(recipe, micro_tokens=smaller, train_last=train_last)
         with suppress(NekoLeanError):  # a family without a list of layers has no last layers
-            peaks.append(_largest_step_memory(folder, changed, gpus).estimate(True, layerwise).peak)
+            peaks.append(largest_step_memory(models, changed, gpus).estimate(True, layerwise).peak)
     return min(peaks)

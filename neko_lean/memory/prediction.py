@@ -6,12 +6,12 @@ but no weights, knows no architecture, and cannot drift from the training code.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from neko_lean.distributed import world_size
 from neko_lean.memory.estimate import (
@@ -22,7 +22,8 @@ from neko_lean.memory.estimate import (
     pinned_bytes,
     tensor_bytes,
 )
-from neko_lean.memory.fake_step import fake_model, fake_step, fake_tensors
+from neko_lean.memory.fake_models import FakeModels
+from neko_lean.memory.fake_step import fake_step
 from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.memory.repeated_layers import each_kind_once
 from neko_lean.memory.step_time import MatmulParameters
@@ -35,7 +36,7 @@ if TYPE_CHECKING:
 
 
 def predict(
-    config: Path | PreTrainedConfig,
+    config: FakeModels | PreTrainedConfig | Path,
     recipe: Recipe,
     micro: Sequence[tuple[int, int]],
     head_positions: Sequence[int] | None = None,
@@ -44,7 +45,8 @@ def predict(
     """Memory that one training step needs; with several `ranks`, memory of one rank.
 
     Args:
-        config: the model's config, or a folder that holds its config.json. No weights are read.
+        config: the model's config, or a folder that holds its config.json. No weights are read. `FakeModels` make
+            several predictions of one config cheaper.
         recipe: the run's recipe.
         micro: `(rows, length)` of each micro-batch of the step, on this rank.
         head_positions: number of positions of each micro-batch that reach the head; all of them by default.
@@ -82,29 +84,43 @@ def predicted_peak(
 
 
 def step_memory(
-    config: Path | PreTrainedConfig,
+    config: FakeModels | PreTrainedConfig | Path,
     recipe: Recipe,
     micro: Sequence[tuple[int, int]],
     head_positions: Sequence[int] | None = None,
     ranks: int = 1,
 ) -> StepMemory:
-    """Memory of one step before the choice of what to offload. The arguments are those of `predict`."""
-    positions = list(head_positions or [rows * length for rows, length in micro])
+    """Memory of one step before the choice of what to offload. The arguments are those of `predict`.
 
-    # Run the step.
-    with fake_tensors():
-        lm = fake_model(config, getattr(torch, recipe.dtype))
+    Steps of the same `FakeModels` share models and recordings, and a step that differs only in what it offloads is
+    not run again.
+    """
+    models = FakeModels.of(config)
+    positions = list(head_positions or [rows * length for rows, length in micro])
+    step = dataclasses.replace(recipe, offload_state=False, offload_activations=False)
+    key = repr(step), tuple(micro), tuple(positions), ranks
+    if key not in models.memories:
+        models.memories[key] = _run_step(models, step, micro, positions, ranks)
+    return models.memories[key]
+
+
+def _run_step(
+    models: FakeModels, recipe: Recipe, micro: Sequence[tuple[int, int]], positions: Sequence[int], ranks: int
+) -> StepMemory:
+    """Memory of one step, from running it on fake tensors."""
+    with models.use(getattr(torch, recipe.dtype)) as (lm, recordings):
         with each_kind_once(lm.model):
             freeze(lm, recipe.train_last, recipe.train_only)
             gathered = _gathered_bytes(lm) if ranks > 1 else 0
         ids = [torch.zeros(shape, dtype=torch.int64) for shape in micro]  # [b, l] each
         index = [torch.zeros(count, dtype=torch.int64) for count in positions]  # [n] each
         with LiveTensors() as live:
-            input_bytes = fake_step(lm, recipe, MicroBatches(ids, [None] * len(ids), index), live)
-        states = [tensor_bytes([tensor]) for tensor in _state_tensors(lm, recipe.state_bits, ranks)]
+            input_bytes = fake_step(lm, recipe, MicroBatches(ids, [None] * len(ids), index), live, recordings)
+        states = _state_bytes(lm, recipe.state_bits, ranks)
+        weights = tensor_bytes(lm.model.parameters()) // ranks
+        matmul = MatmulParameters.of(lm)
 
     # Name what it held. Of the inputs in host memory, one is used on the device while the next one arrives.
-    weights = tensor_bytes(lm.model.parameters()) // ranks
     return StepMemory(
         weights=weights,
         adam_state=sum(states),
@@ -115,18 +131,22 @@ def step_memory(
         pinned_state=pinned_bytes(states),
         pinned_inputs=pinned_bytes(input_bytes),
         cpu_peak=weights + sum(states) + gathered + live.resident + FIRST_USE,
-        matmul=MatmulParameters.of(lm),
+        matmul=matmul,
     )
 
 
-def _state_tensors(lm: CausalLM, bits: int, ranks: int) -> list[Tensor]:
-    """Adam's state of the trainable parameters on one rank. Call it within `fake_tensors()`."""
-    states = [
-        new_state(parameter.numel() // ranks, parameter.numel(), bits, torch.device("cpu"))
-        for parameter in lm.model.parameters()
-        if parameter.requires_grad
-    ]
-    return [tensor for state in states for tensor in state.tensors().values()]
+def _state_bytes(lm: CausalLM, bits: int, ranks: int) -> list[int]:
+    """Bytes of each tensor of Adam's state of the trainable parameters on one rank. Call it within `fake_tensors()`."""
+    sizes: dict[int, list[int]] = {}  # by number of elements
+    states = []
+    for parameter in lm.model.parameters():
+        if parameter.requires_grad:
+            count = parameter.numel()
+            if count not in sizes:
+                state = new_state(count // ranks, count, bits, torch.device("cpu"))
+                sizes[count] = [tensor_bytes([tensor]) for tensor in state.tensors().values()]
+            states += sizes[count]
+    return states
 
 
 def _gathered_bytes(lm: CausalLM) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -52,20 +52,37 @@ class _Recording:
     out_length: int
 
 
-def repeat_layers(layers: nn.ModuleList, live: LiveTensors, *, holds_inputs: bool) -> None:
+@dataclass
+class Recordings:
+    """What the layers of a model allocate, by kind of layer and call. All steps of the model share it."""
+
+    kinds: dict[Any, int] = field(default_factory=dict)
+    calls: dict[Any, _Recording | None] = field(default_factory=dict)
+    """None for a call that cannot be repeated."""
+
+
+def repeat_layers(
+    layers: nn.ModuleList,
+    live: LiveTensors,
+    recordings: Recordings,
+    *,
+    holds_inputs: bool,
+    checkpointed: bool = False,
+) -> None:
     """Replace the forward of each layer by one that repeats what identical calls allocate.
 
     Args:
         layers: layers that pass on hidden states only, from `decoder_layers`.
         live: counts the allocations.
+        recordings: of earlier steps of the same model, to which those of this step are added.
         holds_inputs: whether the caller holds each layer's input, and the gradient of its output, until the backward
             pass of the layer is over. Otherwise autograd frees them as early as it can.
+        checkpointed: whether the layers keep only their inputs for the backward pass.
     """
-    recordings: dict[Any, _Recording | None] = {}
-    kinds: dict[Any, int] = {}
+    anchor = torch.empty(0, requires_grad=True)
     for layer in layers:
-        kind = kinds.setdefault(_structure(layer), len(kinds))
-        layer.forward = _RepeatedLayer(layer, kind, live, recordings, holds_inputs)
+        kind = recordings.kinds.setdefault(_structure(layer), len(recordings.kinds))
+        layer.forward = _RepeatedLayer(layer, (kind, checkpointed), live, recordings, holds_inputs, anchor)
 
 
 @contextmanager
@@ -114,14 +131,15 @@ class _RepeatedLayer:
     def __init__(
         self,
         layer: nn.Module,
-        kind: int,
+        kind: tuple[int, bool],
         live: LiveTensors,
-        recordings: dict[Any, _Recording | None],
+        recordings: Recordings,
         holds_inputs: bool,
+        anchor: Tensor,
     ) -> None:
         self.run, self.live, self.recordings, self.holds_inputs = layer.forward, live, recordings, holds_inputs
         self.parameters = list(layer.parameters())
-        self.kind = kind
+        self.kind, self.anchor = kind, anchor
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         by_name = not args
@@ -131,7 +149,7 @@ class _RepeatedLayer:
         recording = call.recording()
         if recording is None:  # this kind of layer cannot be repeated
             return self.run(*args, **kwargs, **({"hidden_states": hidden} if by_name else {}))
-        anchor = torch.empty(0, requires_grad=call.has_graph)
+        anchor = self.anchor if call.has_graph else None
         out = _Repeat.apply(hidden, anchor, call, recording, tree_leaves((others, kwargs)))  # type: ignore[no-untyped-call]
         if recording.out_index is None:
             return out
@@ -164,7 +182,7 @@ class _Call:
 
     def recording(self) -> _Recording | None:
         """What calls of this kind allocate, recorded at the first of them; None if they cannot be repeated."""
-        recordings, parameters = self.layer.recordings, self.layer.parameters
+        recordings, parameters = self.layer.recordings.calls, self.layer.parameters
         state = tuple((parameter.requires_grad, parameter.grad is not None) for parameter in parameters)
         key = self.layer.kind, self.like, self.inputs, self.needs_grad, self.has_graph, state
         if key not in recordings:
@@ -177,7 +195,7 @@ class _Repeat(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, hidden: Tensor, anchor: Tensor, call: _Call, recording: _Recording, arguments: list[Any]
+        ctx: Any, hidden: Tensor, anchor: Tensor | None, call: _Call, recording: _Recording, arguments: list[Any]
     ) -> Tensor:
         """Repeat the forward pass. `anchor` makes the result part of a graph if only parameters need gradients."""
         ctx.call, ctx.blocks = call, {}
@@ -377,7 +395,8 @@ class _Like:
         return torch.empty_strided(self.shape, self.strides, dtype=self.dtype)
 
 
-_PLAIN = _Like, int, float, str, bool, type(None)
+_NUMBERS = int, float, str, bool, type(None)
+_PLAIN = _Like, *_NUMBERS
 
 
 def _describe(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], TreeSpec]:
@@ -391,9 +410,7 @@ def _structure(layer: nn.Module) -> Any:
     parts: list[Any] = []
     for name, module in layer.named_modules():
         values = [
-            (key, value)
-            for key, value in vars(module).items()
-            if isinstance(value, int | float | str | bool | None) and key != "layer_idx"
+            (key, value) for key, value in vars(module).items() if isinstance(value, _NUMBERS) and key != "layer_idx"
         ]
         tensors = [(key, tuple(tensor.shape), tensor.dtype) for key, tensor in module.named_buffers(recurse=False)]
         tensors += [(key, tuple(p.shape), p.dtype) for key, p in module.named_parameters(recurse=False)]

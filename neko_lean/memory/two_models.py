@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -20,8 +20,12 @@ from neko_lean.memory.estimate import (
     MemoryEstimate,
     tensor_bytes,
 )
-from neko_lean.memory.fake_step import fake_model, fake_tensors, repeat_layers_if_possible
+from neko_lean.memory.fake_models import FakeModels
+from neko_lean.memory.fake_step import repeat_layers_if_possible
 from neko_lean.memory.live_tensors import LiveTensors
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 
 @dataclass(frozen=True)
@@ -42,26 +46,27 @@ PUBLISHED_BASELINE = TwoModelBaseline("two float32 models, AdamW, padded to 128"
 TWO_MODEL_BASELINES = (LEAN_BASELINE, PUBLISHED_BASELINE)
 
 
-def predict_two_models(config: Path, baseline: TwoModelBaseline, rows: int, length: int) -> MemoryEstimate:
+def predict_two_models(
+    config: FakeModels | PreTrainedConfig | Path, baseline: TwoModelBaseline, rows: int, length: int
+) -> MemoryEstimate:
     """Memory of one step with two models on a GPU.
 
     Args:
-        config: folder that holds the model's config.json.
+        config: as for `predict`.
         baseline: the setup.
         rows: number of examples of each of the forget and retain sets.
         length: tokens of each example, unless the baseline pads to a fixed length.
     """
-    with fake_tensors():
-        lm = fake_model(config, baseline.dtype)
+    with FakeModels.of(config).use(baseline.dtype) as (lm, recordings):
         ids = torch.zeros((rows, baseline.max_length or length), dtype=torch.int64)  # [B, L]
         with LiveTensors() as live:
-            repeat_layers_if_possible(lm, live, checkpointed=baseline.checkpointing)
+            repeat_layers_if_possible(lm, live, recordings, checkpointed=baseline.checkpointing)
             # The teacher runs without gradient, so the student's own weights can stand in for it.
             two_model_loss(lm.model, lm.model, (ids, ids), (ids, ids), 0.2).backward()
             live.label([parameter.grad for parameter in lm.model.parameters()], GRADIENTS)
+        weights = tensor_bytes(lm.model.parameters())
 
     # All gradients are alive after backward, and AdamW's foreach form takes as much again for its denominators.
-    weights = tensor_bytes(lm.model.parameters())
     transient = live.peak_by_kind()
     if sum(transient.values()) < 2 * weights:
         transient = {GRADIENTS: weights, UPDATE: weights}

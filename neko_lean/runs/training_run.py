@@ -20,7 +20,8 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.extras import require_extra
 from neko_lean.jsonio import nan_to_null
 from neko_lean.memory import predicted_peak
-from neko_lean.memory.fake_step import fake_model, fake_tensors
+from neko_lean.memory.fake_models import fake_model
+from neko_lean.memory.fake_tensors import fake_tensors
 from neko_lean.models import (
     CausalLM,
     Model,

@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from neko_lean.cli import app
 from neko_lean.errors import NekoLeanError
-from neko_lean.memory import fake_step, planning, prediction
+from neko_lean.memory import fake_models, planning, prediction
 from neko_lean.memory.estimate import CONTEXT
 from neko_lean.memory.planning import _gpu_bytes, plan
 from neko_lean.models import CHUNK_ELEMENTS, load_config
@@ -121,7 +121,7 @@ def test_layers_that_cannot_run_alone_are_planned_as_they_train(one_layer, witho
     def refuse(lm):
         raise NekoLeanError("the layers of this family pass on more than their hidden states.")
 
-    monkeypatch.setattr(fake_step, "decoder_layers", refuse)
+    monkeypatch.setattr(fake_models, "decoder_layers", refuse)
     monkeypatch.setattr(prediction, "decoder_layers", refuse)
     for gpus in (1, 2):
         planned = plan(one_layer, recipe="neko", gpus=gpus)
