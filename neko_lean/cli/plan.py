@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Annotated, Any
 
@@ -58,10 +61,11 @@ def plan(
 
     Example: neko-lean plan allenai/OLMo-1B-0724-hf --gpu 8GB
     """
-    from neko_lean.memory import plan as plan_memory
+    with _without_garbage_collection():
+        from neko_lean.memory import plan as plan_memory
 
-    name, overrides = pinned(model, revision), recipe.overrides()
-    result = plan_memory(name, recipe=recipe.recipe, overrides=overrides, gpu=gpu, gpus=gpus, quiet=quiet or json)
+        name, overrides = pinned(model, revision), recipe.overrides()
+        result = plan_memory(name, recipe=recipe.recipe, overrides=overrides, gpu=gpu, gpus=gpus, quiet=quiet or json)
     if json:
         emit(result)
     elif not quiet:
@@ -69,6 +73,18 @@ def plan(
         _print_notes(result)
         if gpu is not None:
             _print_fit(result, gpu)
+
+
+@contextmanager
+def _without_garbage_collection() -> Iterator[None]:
+    """Within this context, reference cycles are not searched for: the search takes a sixth of the time of a plan."""
+    was_enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_enabled:
+            gc.enable()
 
 
 def _print_estimates(result: dict[str, Any]) -> None:

@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 import unicodedata
 from functools import cache, lru_cache
+from typing import TYPE_CHECKING
 
-from rouge_score.tokenizers import DefaultTokenizer
+if TYPE_CHECKING:
+    from rouge_score.tokenizers import DefaultTokenizer
 
 # Scripts without spaces between words, in which each letter counts as a word: first and last code point of each block.
 UNSPACED = (
@@ -142,6 +144,8 @@ class UnicodeTokenizer:
 @cache
 def official_tokenizer() -> DefaultTokenizer:
     """The tokenizer of the official ROUGE."""
+    from rouge_score.tokenizers import DefaultTokenizer  # imports all of nltk
+
     return DefaultTokenizer(use_stemmer=True)
 
 

@@ -1,9 +1,14 @@
 """Repeating what identical layers allocate, compared with running every layer."""
 
+import dataclasses
+
 import pytest
+import torch
 from transformers import Gemma2Config, LlamaConfig
 
 from neko_lean.memory import fake_step
+from neko_lean.memory.fake_models import FakeModels
+from neko_lean.memory.fake_tensors import MetaKernels
 from neko_lean.memory.prediction import step_memory
 from neko_lean.memory.two_models import TWO_MODEL_BASELINES, predict_two_models
 from neko_lean.recipe import load_recipe
@@ -40,3 +45,60 @@ def test_two_models_are_the_same_to_the_byte(baseline, monkeypatch, tmp_path):
     repeated = predict_two_models(tmp_path, baseline, 8, 128)
     every_layer(monkeypatch)
     assert repeated == predict_two_models(tmp_path, baseline, 8, 128)
+
+
+def operators_of_a_step(layers, monkeypatch):
+    """How many operators a step of a model with so many layers runs, without building the model."""
+    count = 0
+    dispatch = MetaKernels.__torch_dispatch__
+
+    def counted(self, *args):
+        nonlocal count
+        count += 1
+        return dispatch(self, *args)
+
+    models = FakeModels.of(LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": layers}))
+    with models.use(torch.bfloat16):
+        pass
+    with monkeypatch.context() as patched:
+        patched.setattr(MetaKernels, "__torch_dispatch__", counted)
+        step_memory(models, load_recipe("neko"), [(8, 128)])
+    with models.use(torch.bfloat16) as (_, recordings):
+        return count, len(recordings.calls)
+
+
+def test_another_layer_costs_a_step_next_to_nothing(monkeypatch):
+    few, recordings = operators_of_a_step(4, monkeypatch)
+    many, still = operators_of_a_step(32, monkeypatch)
+    assert recordings == still == 2  # without gradient, and with
+    assert few > 400
+    assert (many - few) / 28 < 20  # running a layer forward and backward takes ten times as many
+
+
+def test_steps_that_share_a_model_are_those_of_new_models():
+    """Also after a step that changed what a layer allocates, and of a model that remembers the longest row so far."""
+    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    for change in ({}, {"max_position_embeddings": 16, "rope_parameters": dynamic}):
+        config = LlamaConfig(**{**LLAMA.to_dict(), **change})
+        models = FakeModels.of(config)
+        recipe = load_recipe("neko")
+        for changes in (
+            {},
+            {"train_last": 2},
+            {"backward": "checkpointed"},
+            {"backward": "plain"},
+            {"state_bits": 4},
+            {},
+        ):
+            changed = dataclasses.replace(recipe, **changes)
+            assert step_memory(models, changed, [(8, 128)]) == step_memory(config, changed, [(8, 128)]), changes
+        for baseline in TWO_MODEL_BASELINES:
+            assert predict_two_models(models, baseline, 8, 128) == predict_two_models(config, baseline, 8, 128)
+
+
+def test_options_that_change_only_sums_run_nothing(monkeypatch):
+    models, recipe = FakeModels.of(LLAMA), load_recipe("neko")
+    memory = step_memory(models, recipe, [(8, 128)])
+    monkeypatch.setattr(FakeModels, "use", None)
+    offloaded = dataclasses.replace(recipe, offload_state=True, offload_activations=True)
+    assert step_memory(models, offloaded, [(8, 128)]) is memory
