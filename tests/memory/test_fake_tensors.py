@@ -11,6 +11,7 @@ from neko_lean.memory.two_models import two_model_loss
 from tests.helpers import SIZES
 
 FAMILIES = [LlamaConfig, Gemma2Config, MixtralConfig, MambaConfig]
+CHANGES = {"num_key_value_heads": 2, "head_dim": 8, "num_local_experts": 4}
 
 
 def storages(values):
@@ -35,8 +36,8 @@ def described(out, args):
 
 
 @pytest.mark.parametrize("config", FAMILIES, ids=lambda config: config.__name__)
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
-def test_the_results_are_those_of_fake_tensor_mode(config, dtype, monkeypatch):
+def test_the_results_are_those_of_fake_tensor_mode(config, monkeypatch):
+    dtype = torch.float32 if config is MambaConfig else torch.bfloat16  # Mamba's residual stream is in float32
     seen = set()
     run = MetaKernels._run
 
@@ -49,7 +50,7 @@ def test_the_results_are_those_of_fake_tensor_mode(config, dtype, monkeypatch):
 
     monkeypatch.setattr(MetaKernels, "_run", compared)
     with fake_tensors.fake_tensors():
-        model = fake_model(config(**SIZES), dtype).model
+        model = fake_model(config(**SIZES, **CHANGES), dtype).model
         ids = torch.zeros((2, 5), dtype=torch.int64)
         two_model_loss(model, model, (ids, ids), (ids, ids), 0.2).backward()
     assert len(seen & KERNELS) > 20 and seen & FACTORIES
@@ -62,5 +63,5 @@ def test_a_known_value_stays_known():
 
 
 def test_an_operator_fails_as_on_real_tensors():
-    with fake_tensors.fake_tensors(), pytest.raises(RuntimeError, match="shape"):
+    with fake_tensors.fake_tensors(), pytest.raises(RuntimeError, match="reduction dim"):
         torch.zeros(2, 3) @ torch.zeros(2, 3)

@@ -75,25 +75,14 @@ def test_another_layer_costs_a_step_next_to_nothing(monkeypatch):
     assert (many - few) / 28 < 20  # running a layer forward and backward takes ten times as many
 
 
-def test_steps_that_share_a_model_are_those_of_new_models():
-    """Also after a step that changed what a layer allocates, and of a model that remembers the longest row so far."""
-    dynamic = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    for change in ({}, {"max_position_embeddings": 16, "rope_parameters": dynamic}):
-        config = LlamaConfig(**{**LLAMA.to_dict(), **change})
-        models = FakeModels.of(config)
-        recipe = load_recipe("neko")
-        for changes in (
-            {},
-            {"train_last": 2},
-            {"backward": "checkpointed"},
-            {"backward": "plain"},
-            {"state_bits": 4},
-            {},
-        ):
-            changed = dataclasses.replace(recipe, **changes)
-            assert step_memory(models, changed, [(8, 128)]) == step_memory(config, changed, [(8, 128)]), changes
-        for baseline in TWO_MODEL_BASELINES:
-            assert predict_two_models(models, baseline, 8, 128) == predict_two_models(config, baseline, 8, 128)
+@pytest.mark.parametrize("config", [LLAMA, TWO_KINDS], ids=["llama", "gemma2"])
+def test_steps_that_share_a_model_are_those_of_new_models(config):
+    models, recipe = FakeModels.of(config), load_recipe("neko")
+    for changes in ({}, {"train_last": 2}, {"backward": "checkpointed"}, {"backward": "plain"}, {}):
+        changed = dataclasses.replace(recipe, **changes)
+        assert step_memory(models, changed, [(8, 128)]) == step_memory(config, changed, [(8, 128)]), changes
+    for baseline in TWO_MODEL_BASELINES:
+        assert predict_two_models(models, baseline, 8, 128) == predict_two_models(config, baseline, 8, 128)
 
 
 def test_options_that_change_only_sums_run_nothing(monkeypatch):
