@@ -27,7 +27,7 @@ from neko_lean.models import (
     reset_output_switches,
 )
 from neko_lean.recipe import Recipe
-from neko_lean.training import SLICE, UPDATE_BYTES, LayerPass, MicroBatches, decoder_layers, select_hidden
+from neko_lean.training import SLICE, LayerPass, MicroBatches, decoder_layers, select_hidden, update_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -94,7 +94,8 @@ def fake_step(lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTenso
         if parameter.grad is not None:
             live.label([parameter.grad], GRADIENTS)
             with live.of_kind(UPDATE):
-                torch.empty(UPDATE_BYTES * min(SLICE, parameter.numel()), dtype=torch.uint8)
+                per_element = update_bytes(parameter.dtype, recipe.state_bits)
+                torch.empty(per_element * min(SLICE, parameter.numel()), dtype=torch.uint8)
             parameter.grad = None
 
     # Forward.
