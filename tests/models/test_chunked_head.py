@@ -234,3 +234,27 @@ def test_rows_without_teacher_and_target_are_not_multiplied_by_the_weight(monkey
     assert (grad[[0, 4]] == 0).all() and (grad[[1, 2, 3, 5, 6]].abs().sum(1) > 0).all()
     stats = token_stats(hidden, weight, torch.full((N,), -1))
     assert all(torch.equal(x, torch.zeros(N, dtype=x.dtype)) for x in stats)
+
+
+def test_the_backward_pass_computes_all_chunks_again_except_the_first(monkeypatch):
+    hidden, weight, target, teacher = problem(8)
+    target[:] = target.clamp(min=0)
+    expected = token_stats(hidden, weight, target, *top_k(teacher, 5), chunk=100)
+    expected_grads = torch.autograd.grad(torch.stack(expected).sum(), (hidden, weight))
+    first_rows = []
+
+    def counted_logits(hidden, weight, transform):
+        first_rows.append(hidden[0, 0].item())
+        return hidden @ weight.T
+
+    monkeypatch.setattr(chunked_head, "logits", counted_logits)
+    total = torch.stack(token_stats(hidden, weight, target, *top_k(teacher, 5), chunk=5)).sum()
+    starts = [hidden[start, 0].item() for start in (0, 5, 10)]
+    assert first_rows == starts[::-1]
+    grads = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    assert first_rows[3:] == starts[1:]
+    # A second backward pass, for which no logits are left, computes all of them.
+    again = torch.autograd.grad(total, (hidden, weight))
+    assert first_rows[5:] == starts
+    for actual in (grads, again):
+        torch.testing.assert_close(actual, expected_grads, rtol=1e-10, atol=1e-12)
