@@ -27,9 +27,9 @@ def growing_cache(config: PreTrainedConfig) -> DynamicCache:
 class GrowingLayer(DynamicLayer):
     """A DynamicLayer whose `keys` and `values` [B, heads, P, width] are the beginnings of larger buffers."""
 
-    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        super().lazy_initialization(key_states, value_states)
-        self._buffers = self.keys, self.values
+    def __init__(self) -> None:
+        super().__init__()
+        self._buffers: tuple[Tensor | None, Tensor | None] = None, None
 
     def update(
         self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
@@ -38,9 +38,12 @@ class GrowingLayer(DynamicLayer):
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         past = self.get_seq_length()
-        keys, values = self._buffers
-        self._buffers = _append(keys, past, key_states), _append(values, past, value_states)
-        self.keys, self.values = (buffer[..., : past + key_states.shape[-2], :] for buffer in self._buffers)
+        total = past + key_states.shape[-2]
+        keys, values = (
+            _append(buffer, past, new) for buffer, new in zip(self._buffers, (key_states, value_states), strict=True)
+        )
+        self._buffers = keys, values
+        self.keys, self.values = keys[..., :total, :], values[..., :total, :]
         return self.keys, self.values
 
     def batch_select_indices(self, indices: Tensor) -> None:
@@ -49,15 +52,15 @@ class GrowingLayer(DynamicLayer):
         self._buffers = self.keys, self.values
 
 
-def _append(buffer: Tensor, past: int, new: Tensor) -> Tensor:
+def _append(buffer: Tensor | None, past: int, new: Tensor) -> Tensor:
     """Write `new` [B, heads, L, width] behind the first `past` tokens of a buffer, or of a larger copy if it is full.
 
     Returns the buffer.
     """
     total = past + new.shape[-2]
-    if not past or total > buffer.shape[-2]:
+    if not past or buffer is None or total > buffer.shape[-2]:
         grown = new.new_empty(*new.shape[:-2], total + ROOM, new.shape[-1])
-        if past:
+        if past and buffer is not None:
             grown[..., :past, :] = buffer[..., :past, :]
         buffer = grown
     buffer[..., past:total, :] = new
