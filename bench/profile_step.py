@@ -44,7 +44,7 @@ PEAKS = {
 }  # fmt: skip
 # Groups of operators by parts of their names; the first match counts.
 GROUPS = {
-    "8-bit update": ("bitsandbytes", "optimizer_update", "random", "bitwise"),
+    "8-bit update": ("bitsandbytes", "optimizer_update", "random", "bitwise", "index_select", "nan_to_num"),
     "attention": ("attention", "flash"),
     "matmul": ("mm", "matmul", "linear"),
     "norm, activation, softmax": ("norm", "silu", "gelu", "softmax", "logsumexp", "exp"),

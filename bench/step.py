@@ -4,7 +4,7 @@
 
 Every contender uses the same LUME examples: 32 forget and 32 retain per step on a GPU, 4 and 4 on a CPU. Contenders
 run in separate processes, in turn, `--rounds` times; the table shows medians. Forward + backward and the update are
-timed separately, because bitsandbytes' 8-bit update is slow on a CPU. For the head, token_stats (forward + backward)
+timed separately, because on a CPU the 8-bit update takes a large share of a step. For the head, token_stats (forward + backward)
 is compared with materialised bfloat16 logits and torch's cross-entropy, on 2048 tokens.
 """
 

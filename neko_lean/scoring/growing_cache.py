@@ -28,7 +28,7 @@ class GrowingLayer(DynamicLayer):
     """A DynamicLayer whose `keys` and `values` [B, heads, P, width] are the beginnings of larger buffers."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._buffers: tuple[Tensor | None, Tensor | None] = None, None
 
     def update(
