@@ -70,13 +70,13 @@ def dequantize(codes: Tensor, scale: Tensor, book: Codebook) -> Tensor:
 def quantize_(values: Tensor, codes: Tensor, scale: Tensor, book: Codebook) -> None:
     """Store values [n] float32 as codes [n] uint8 with one scale per block. Overwrites `values`."""
     for block, block_scale in _blocks(values, scale):
-        torch.amax(block.abs(), dim=1, out=block_scale)
+        torch.maximum(block.amax(1), -block.amin(1), out=block_scale)
         block.mul_((1.0 / block_scale)[:, None])
 
     # A block of zeros has become NaN; its codes do not matter, and bitsandbytes stores 0.
-    normalized = values.nan_to_num_(nan=-1.0, posinf=1.0, neginf=-1.0)
-    place = torch.add(torch.tensor(0.5), normalized.add_(1.0), alpha=(TABLE_SIZE - 1) / 2)
-    torch.index_select(book.codes, 0, place.to(torch.int32), out=codes)
+    values.nan_to_num_(nan=-1.0, posinf=1.0, neginf=-1.0).add_(1.0)
+    torch.add(torch.tensor(0.5), values, alpha=(TABLE_SIZE - 1) / 2, out=values)
+    torch.index_select(book.codes, 0, values.to(torch.int32), out=codes)
 
 
 def adam_step_(
