@@ -44,7 +44,7 @@ MAKE = {"NVIDIA", "GeForce", "Tesla"}
 FORMS = {"SXM4", "SXM5", "PCIE", "PCIe", "HBM3", "HBM3e", "40GB", "80GB"}
 # Groups of operators by parts of their names; the first match counts.
 GROUPS = {
-    "8-bit update": ("bitsandbytes", "optimizer_update", "random", "bitwise"),
+    "8-bit update": ("bitsandbytes", "optimizer_update", "random", "bitwise", "index_select", "nan_to_num"),
     "attention": ("attention", "flash"),
     "matmul": ("mm", "matmul", "linear"),
     "norm, activation, softmax": ("norm", "silu", "gelu", "softmax", "logsumexp", "exp"),

@@ -4,8 +4,8 @@
 
 Every contender uses the same LUME examples: 32 forget and 32 retain per step on a GPU, 4 and 4 on a CPU. Contenders
 run in separate processes, in turn, `--rounds` times; the table shows medians. Forward + backward and the update are
-timed separately, because bitsandbytes' 8-bit update is slow on a CPU. For the head, token_stats (forward + backward)
-is compared with materialised bfloat16 logits and torch's cross-entropy, on 2048 tokens.
+timed separately, because the 8-bit update does not depend on the examples. For the head, token_stats (forward +
+backward) is compared with materialised bfloat16 logits and torch's cross-entropy, on 2048 tokens.
 """
 
 from __future__ import annotations

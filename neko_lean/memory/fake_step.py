@@ -15,7 +15,7 @@ from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.memory.repeated_layers import Recordings, repeat_layers
 from neko_lean.models import CHUNK_ELEMENTS, CausalLM, checkpoint_activations
 from neko_lean.recipe import Recipe
-from neko_lean.training import SLICE, UPDATE_BYTES, LayerPass, MicroBatches, select_hidden
+from neko_lean.training import SLICE, LayerPass, MicroBatches, select_hidden, update_bytes
 
 
 def fake_step(
@@ -36,7 +36,8 @@ def fake_step(
     def update(parameter: nn.Parameter) -> None:
         if parameter.grad is not None:
             live.label([parameter.grad], GRADIENTS)
-            live.temporary(UPDATE_BYTES * min(SLICE, parameter.numel()), UPDATE)
+            per_element = update_bytes(parameter.dtype, recipe.state_bits)
+            live.temporary(per_element * min(SLICE, parameter.numel()), UPDATE)
             parameter.grad = None
 
     # Forward.

@@ -1,7 +1,7 @@
 """The numerical core of training: target log-probability and teacher KL, without materialising all logits.
 
 Like Liger-Kernel's fused linear cross-entropy (arXiv 2410.10989), `token_stats` multiplies by the head one chunk of
-rows at a time. It keeps no logits for the backward pass and recomputes them there.
+rows at a time. It keeps the logits of one chunk for the backward pass and recomputes the others there.
 """
 
 from __future__ import annotations
@@ -124,10 +124,14 @@ class _Context(FunctionCtx):
     transform: LogitTransform
     chunk: int
     has_teacher: list[bool]  # of each chunk: whether any of its tokens has a teacher
+    first_logits: Tensor | None  # logits of the first chunk, until the backward pass has used them
 
 
 class _TokenStats(torch.autograd.Function):
-    """`token_stats` with its own backward pass, which recomputes the logits chunk by chunk."""
+    """`token_stats` with its own backward pass, which recomputes the logits chunk by chunk.
+
+    The forward pass ends with the first chunk, with which the backward pass begins, so its logits are kept in between.
+    """
 
     @staticmethod
     def forward(
@@ -152,8 +156,10 @@ class _TokenStats(torch.autograd.Function):
         ctx.has_teacher = [bool(rows.any()) for rows in has_teacher.cpu().split(chunk)]
 
         target_logp, kl, lse, lse_tail = torch.zeros(4, len(target), dtype=dtype, device=hidden.device)  # [N] each
-        for number, start in enumerate(range(0, len(target), chunk)):
+        z = None
+        for number, start in reversed(list(enumerate(range(0, len(target), chunk)))):
             rows = slice(start, start + chunk)
+            del z  # free a chunk's logits before the next chunk's are allocated
             z = logits(hidden[rows], weight, transform)  # [c, V]
 
             # log q[target] = z[target] - logsumexp(z)
@@ -166,10 +172,9 @@ class _TokenStats(torch.autograd.Function):
                 topk_z = z.gather(1, ids[rows])  # [c, k]
                 lse_tail[rows] = z.scatter_(1, ids[rows], -torch.inf).logsumexp(1)  # [c]
                 kl[rows] = _bucket_kl(logp[rows], tail_logp[rows], topk_z, lse[rows], lse_tail[rows])
-
-            del z  # free this chunk's logits before the next chunk's are allocated
+                z.scatter_(1, ids[rows], topk_z)
         ctx.save_for_backward(hidden, weight, target, ids, logp, tail_logp, lse, lse_tail)
-        ctx.transform, ctx.chunk = transform, chunk
+        ctx.transform, ctx.chunk, ctx.first_logits = transform, chunk, z
         return target_logp, kl
 
     @staticmethod
@@ -186,7 +191,9 @@ class _TokenStats(torch.autograd.Function):
 
         for number, start in enumerate(range(0, len(target), ctx.chunk)):
             rows = slice(start, start + ctx.chunk)
-            z = logits(hidden[rows], weight, ctx.transform)  # [c, V]
+            z, ctx.first_logits = ctx.first_logits, None
+            if z is None:
+                z = logits(hidden[rows], weight, ctx.transform)  # [c, V]
             derivative = ctx.transform.derivative(z)  # [c, V] or a float
             g_target, g_kl = grad_target[rows, None], grad_kl[rows, None]  # [c, 1]
 

@@ -1,6 +1,6 @@
 """Three methods to decode a batch of prompts.
 
-- `decode_padded`: prompts of any lengths, padded left, with transformers' key-value cache; the fastest.
+- `decode_padded`: prompts of any lengths, padded left, with a key-value cache; the fastest.
 - `decode_cached`: prompts of equal length with transformers' `generate`, whatever state the model keeps.
 - `decode_full`: prompts of equal length without a cache, with a forward pass over whole rows for each token.
 
@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor
 from transformers import (
-    DynamicCache,
     GenerationConfig,
     LogitsProcessor,
     LogitsProcessorList,
@@ -29,6 +28,7 @@ from transformers import (
 
 from neko_lean.data import pad
 from neko_lean.models import CausalLM
+from neko_lean.scoring.growing_cache import growing_cache
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -61,7 +61,7 @@ def decode_padded(lm: CausalLM, prompts: Prompts, choose: Choose) -> None:
     Rows that have ended leave the batch, so one long answer does not keep the other rows running.
     """
     ids, mask = pad(prompts.ids, prompts.pad_id, lm.device, left=True)  # [B, L] each
-    cache = DynamicCache(config=lm.model.config)
+    cache = growing_cache(lm.model.config)
     takes_positions = "position_ids" in signature(lm.backbone.forward).parameters
     alive = list(range(len(prompts.ids)))  # row at each position of the batch
 

@@ -8,14 +8,13 @@ from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.levels import with_levels
 from neko_lean.training.loop import Callback, Loop
 from neko_lean.training.micro_batches import MicroBatches, micro_batches, split_across_ranks
-from neko_lean.training.optimizer import SLICE, UPDATE_BYTES
+from neko_lean.training.optimizer import SLICE, update_bytes
 from neko_lean.training.out_of_memory import explained_out_of_memory
 from neko_lean.training.schedules import batches, phases, total_steps
 from neko_lean.training.trainer import Trainer
 
 __all__ = [
     "SLICE",
-    "UPDATE_BYTES",
     "Batch",
     "Callback",
     "LayerPass",
@@ -36,5 +35,6 @@ __all__ = [
     "select_hidden",
     "split_across_ranks",
     "total_steps",
+    "update_bytes",
     "with_levels",
 ]

@@ -1,8 +1,8 @@
-"""Adam's state of one parameter, quantised in blocks, and its transfer between host and device."""
+"""Adam's settings and its state of one parameter, quantized in blocks, and the state's transfer to a GPU and back."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -34,6 +34,19 @@ class AdamState:
     def tensors(self) -> dict[str, Tensor]:
         """The tensors by field name."""
         return {f.name: getattr(self, f.name) for f in fields(self) if getattr(self, f.name) is not None}
+
+
+@dataclass(frozen=True)
+class AdamSettings:
+    """Hyperparameters of Adam; the weight decay is decoupled."""
+
+    betas: tuple[float, float]
+    eps: float
+    weight_decay: float
+
+
+AdamUpdate = Callable[[AdamState, Tensor, Tensor, int, float], None]
+"""`update(state, grad, weight, step, lr)` changes state and weight in place; grad and weight are float32 [n]."""
 
 
 def new_state(numel: int, full_numel: int, bits: int, device: torch.device, pin: bool = False) -> AdamState:

@@ -1,48 +1,46 @@
-"""Adam's update of a float32 slice of a parameter, by bitsandbytes (8-bit state) or torchao (4-bit state)."""
+"""Adam's update of a float32 slice of a parameter.
+
+8-bit state is updated by bitsandbytes on a GPU and by `adam_8bit_cpu` on a CPU, 4-bit state by torchao.
+"""
 
 from __future__ import annotations
-
-from collections.abc import Callable
-from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.training.adam_state import AdamState
-
-AdamUpdate = Callable[[AdamState, Tensor, Tensor, int, float], None]
-"""`update(state, grad, weight, step, lr)` changes state and weight in place; grad and weight are float32 [n]."""
-
-
-@dataclass(frozen=True)
-class AdamSettings:
-    """Hyperparameters of Adam; the weight decay is decoupled."""
-
-    betas: tuple[float, float]
-    eps: float
-    weight_decay: float
+from neko_lean.training.adam_8bit_cpu import blockwise_update_on_cpu
+from neko_lean.training.adam_state import AdamSettings, AdamState, AdamUpdate
 
 
 def adam_8bit_update(settings: AdamSettings, device: torch.device) -> AdamUpdate:
-    """bitsandbytes' update: blockwise for 8-bit state, the 32-bit one for float32 state."""
+    """bitsandbytes' update: blockwise for 8-bit state, the 32-bit one for float32 state.
+
+    On a CPU, the blockwise update is that of `adam_8bit_cpu`, with the same results.
+    """
     import bitsandbytes.functional as bnb  # takes seconds, and `plan` needs the optimizer's state but no update
 
     (beta1, beta2), eps, weight_decay = settings.betas, settings.eps, settings.weight_decay
     signed = bnb.create_dynamic_map(signed=True).to(device)
     unsigned = bnb.create_dynamic_map(signed=False).to(device)
 
+    def blockwise_on_gpu(state: AdamState, grad: Tensor, weight: Tensor, step: int, lr: float) -> None:
+        assert state.scale1 is not None and state.scale2 is not None
+        bnb.optimizer_update_8bit_blockwise(
+            "adam", grad, weight, state.first, state.second, beta1, beta2, 0.0, 0.0, eps,
+            step, lr, signed, unsigned, state.scale1, state.scale2, weight_decay=weight_decay,
+        )  # fmt: skip
+
+    blockwise = blockwise_update_on_cpu(settings, signed, unsigned) if device.type == "cpu" else blockwise_on_gpu
+
     def update(state: AdamState, grad: Tensor, weight: Tensor, step: int, lr: float) -> None:
-        if state.scale1 is None or state.scale2 is None:
-            bnb.optimizer_update_32bit(
-                "adam", grad, weight, state.first, beta1, eps, step, lr,
-                state2=state.second, beta2=beta2, weight_decay=weight_decay,
-            )  # fmt: skip
-        else:
-            bnb.optimizer_update_8bit_blockwise(
-                "adam", grad, weight, state.first, state.second, beta1, beta2, 0.0, 0.0, eps,
-                step, lr, signed, unsigned, state.scale1, state.scale2, weight_decay=weight_decay,
-            )  # fmt: skip
+        if state.scale1 is not None:
+            blockwise(state, grad, weight, step, lr)
+            return
+        bnb.optimizer_update_32bit(
+            "adam", grad, weight, state.first, beta1, eps, step, lr,
+            state2=state.second, beta2=beta2, weight_decay=weight_decay,
+        )  # fmt: skip
 
     return update
 

@@ -2,7 +2,8 @@
 
 Each parameter is updated as soon as its gradient is complete, and the gradient is freed at once (LOMO, arXiv
 2306.09782), so gradients are never in memory together. The update is bitsandbytes' blockwise 8-bit Adam (arXiv
-2110.02861) on float32 slices, whose result is rounded stochastically to bfloat16 weights.
+2110.02861) on float32 slices, on a CPU with operators of our own; the result is rounded stochastically to bfloat16
+weights.
 """
 
 from __future__ import annotations
@@ -16,12 +17,24 @@ from torch.distributed.tensor import DTensor
 from neko_lean.distributed import all_reduce_sum, any_rank, rank
 from neko_lean.errors import NekoLeanError, NonFiniteError
 from neko_lean.models import local_shard
-from neko_lean.training.adam_state import AdamState, fetch_parts, new_state
-from neko_lean.training.adam_update import AdamSettings, adam_4bit_update, adam_8bit_update
+from neko_lean.training.adam_state import AdamSettings, AdamState, fetch_parts, new_state
+from neko_lean.training.adam_update import adam_4bit_update, adam_8bit_update
 from neko_lean.training.rounding import round_stochastically
 
 SLICE = 2**22  # elements updated in float32 at a time, 16 MiB each of weight and gradient; a multiple of the block size
-UPDATE_BYTES = 18  # working memory of an update, per element of its slice
+
+
+def update_bytes(dtype: torch.dtype, bits: int) -> int:
+    """Bytes of working memory of an update, per element of its slice.
+
+    Float32 weights with 8-bit state are updated in place: at most a scaled gradient, and on a CPU five float32 buffers
+    of a quarter of the slice. Otherwise, there are float32 copies of weight, gradient or moments, and random bits.
+
+    Args:
+        dtype: dtype of the weights.
+        bits: bits of the optimizer's state.
+    """
+    return 9 if dtype == torch.float32 and bits == 8 else 18
 
 
 def refuse_non_finite(name: str, grad: Tensor) -> None:
@@ -138,7 +151,7 @@ class InBackwardAdam8bit:
             self._adam(state, grad_fp32, weight_fp32, self.step, self.lr)
             if weight.dtype == torch.bfloat16:
                 weight[part] = round_stochastically(weight_fp32, self.generator)
-            else:
+            elif weight.dtype != torch.float32:  # otherwise weight_fp32 is a view, and the weight is updated already
                 weight[part] = weight_fp32
         parameter.grad = None
 

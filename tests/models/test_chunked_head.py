@@ -262,3 +262,27 @@ def test_loss_and_gradients_on_a_gpu_equal_the_dense_ones(gpu, dtype):
     for one, other, rounded in zip(actual, expected, (False, False, True, True), strict=True):
         limit = 2e-2 if rounded and dtype == torch.bfloat16 else 1e-4
         torch.testing.assert_close(one.cpu().double(), other, rtol=limit, atol=limit * other.abs().max().item())
+
+
+def test_the_backward_pass_computes_all_chunks_again_except_the_first(monkeypatch):
+    hidden, weight, target, teacher = problem(8)
+    target[:] = target.clamp(min=0)
+    expected = token_stats(hidden, weight, target, *top_k(teacher, 5), chunk=100)
+    expected_grads = torch.autograd.grad(torch.stack(expected).sum(), (hidden, weight))
+    first_rows = []
+
+    def counted_logits(hidden, weight, transform):
+        first_rows.append(hidden[0, 0].item())
+        return hidden @ weight.T
+
+    monkeypatch.setattr(chunked_head, "logits", counted_logits)
+    total = torch.stack(token_stats(hidden, weight, target, *top_k(teacher, 5), chunk=5)).sum()
+    starts = [hidden[start, 0].item() for start in (0, 5, 10)]
+    assert first_rows == starts[::-1]
+    grads = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+    assert first_rows[3:] == starts[1:]
+    # A second backward pass, for which no logits are left, computes all of them.
+    again = torch.autograd.grad(total, (hidden, weight))
+    assert first_rows[5:] == starts
+    for actual in (grads, again):
+        torch.testing.assert_close(actual, expected_grads, rtol=1e-10, atol=1e-12)
