@@ -24,6 +24,7 @@ from neko_lean.memory.fake_step import fake_model, fake_tensors
 from neko_lean.models import (
     CausalLM,
     Model,
+    check_sharding,
     memory_in_use,
     model_folder,
     pick_dtype,
@@ -75,7 +76,10 @@ def claim_before_download(
 
 
 def check_extras(recipe: Recipe, *sources: RowSource | None) -> None:
-    """Raise NekoLeanError if a recipe, or a data set on the hub, needs an optional package that is not installed."""
+    """Raise NekoLeanError if a recipe, or a data set on the hub, needs an optional package that is not installed, or if
+    several ranks need a newer torch."""
+    if world_size() > 1:
+        check_sharding()
     if recipe.state_bits == 4:
         require_extra("torchao", "torchao", f"recipe {recipe.name}: state_bits = 4")
     require_hub_package(*sources)
