@@ -33,7 +33,7 @@ from neko_lean.models.positions import rescaling_length, stated_positions
 from neko_lean.models.predictions import next_token_logp, next_token_stats
 from neko_lean.models.quantized import quantization_method
 from neko_lean.models.quantized_base import QuantizedLinear, quantize_base
-from neko_lean.models.sharding import ShardedModel, local_shard, save_checkpoint
+from neko_lean.models.sharding import ShardedModel, check_sharding, local_shard, save_checkpoint
 from neko_lean.models.trust import is_inside, read_config
 from neko_lean.models.vocabulary import refuse_unknown_examples, refuse_unknown_ids
 from neko_lean.models.weight_files import holds_weights
@@ -49,6 +49,7 @@ __all__ = [
     "add_adapters",
     "as_causal_lm",
     "check_seed",
+    "check_sharding",
     "checkpoint_activations",
     "config_differences",
     "config_softcap",

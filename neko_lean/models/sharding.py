@@ -19,6 +19,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, Partial, Shard
 
 from neko_lean.distributed import is_main_process, world_size
+from neko_lean.errors import NekoLeanError
 from neko_lean.models.adapters import has_adapters, merged_weights, save_adapter
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.generation_config import save_model
@@ -29,6 +30,15 @@ if TYPE_CHECKING:
 
 # Folder of a checkpoint that holds its adapters on their own.
 ADAPTER = "adapter"
+
+
+def check_sharding() -> None:
+    """Raise NekoLeanError if the installed torch is too old to shard a model across ranks."""
+    if not hasattr(FSDPModule, "reset_iter_state"):
+        raise NekoLeanError(
+            f"training across ranks needs torch 2.13 or newer, but torch {torch.__version__} is installed; upgrade "
+            f"it, or run without torchrun."
+        )
 
 
 def local_shard(tensor: Tensor) -> Tensor:

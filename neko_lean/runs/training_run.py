@@ -25,6 +25,7 @@ from neko_lean.memory.fake_tensors import fake_tensors
 from neko_lean.models import (
     CausalLM,
     Model,
+    check_sharding,
     memory_in_use,
     model_folder,
     pick_dtype,
@@ -84,12 +85,14 @@ def claim_before_download(
 
 
 def check_extras(recipe: Recipe, options: TrainingOptions, *sources: RowSource | None) -> None:
-    """Raise NekoLeanError if a recipe, or a data set on the hub, needs an optional package that is not installed, or
-    if adapters are to be saved and the recipe trains none."""
+    """Raise NekoLeanError if a recipe, or a data set on the hub, needs an optional package that is not installed, if
+    several ranks need a newer torch, or if adapters are to be saved and the recipe trains none."""
     if options.save_adapter and not recipe.lora_rank:
         raise NekoLeanError(
             "--save-adapter has no effect without --lora-rank, because only a run with adapters has one; leave it out."
         )
+    if world_size() > 1:
+        check_sharding()
     if recipe.state_bits == 4:
         require_extra("torchao", "torchao", f"recipe {recipe.name}: state_bits = 4")
     if recipe.lora_rank:

@@ -15,7 +15,8 @@ from weakref import WeakKeyDictionary
 
 import torch
 from torch import Tensor, nn
-from transformers.cache_utils import DummyLayer, DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
+from transformers import cache_utils
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
 from neko_lean.models import CausalLM, position_limit, rescaling_length
 from neko_lean.scoring.decoding import Choose, Decode, Prompts, decode_cached, decode_full, decode_padded
@@ -26,8 +27,13 @@ STEPS = 6  # tokens decoded by a probe
 # Maximum deviation: as a multiple of the measured rounding, and as an absolute limit for models unstable to rounding.
 TOLERANCE = 4.0
 LARGEST_DEVIATION = 0.1
-# Cache layers that hold keys and values and nothing else, or nothing at all.
-KEYS_AND_VALUES = (DynamicLayer, DynamicSlidingWindowLayer, DummyLayer)
+# Cache layers that hold keys and values and nothing else, or nothing at all. Older versions of transformers have no
+# layers of the last kind.
+KEYS_AND_VALUES = (
+    DynamicLayer,
+    DynamicSlidingWindowLayer,
+    *([cache_utils.DummyLayer] if hasattr(cache_utils, "DummyLayer") else []),
+)
 _outcomes: WeakKeyDictionary[nn.Module, dict[str, bool]] = WeakKeyDictionary()
 
 

@@ -10,13 +10,18 @@ from safetensors.torch import load_file
 
 from neko_lean.cache.writer import cache_teacher
 from neko_lean.errors import NekoLeanError
-from neko_lean.runs import unlearn
+from neko_lean.models.sharding import FSDPModule
+from neko_lean.runs import memorize, training_run, unlearn
 from neko_lean.training import optimizer as optim
 from tests import nccl, sharded
 from tests.helpers import flat
 from tests.torchrun import torchrun
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
+
+needs_new_torch = pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"), reason="sharding needs torch 2.13 or newer"
+)
 
 CHANGE = {"max_steps": 20, "forget_rows": 4, "retain_rows": 4, "eval_rows": 4, "lr": 1e-3, "eval_every": 5}
 
@@ -25,6 +30,7 @@ def weights(folder):
     return load_file(folder / "model.safetensors")
 
 
+@needs_new_torch
 @pytest.mark.slow
 def test_gradients_are_those_of_plain_autograd(world, model, tmp_path):
     """For two-term losses, several micro-batches per rank, uneven shards, and tied and untied heads."""
@@ -39,6 +45,7 @@ def test_gradients_are_those_of_plain_autograd(world, model, tmp_path):
     assert max(errors.values()) < 1e-7, errors  # token weights are float32
 
 
+@needs_new_torch
 @pytest.mark.slow
 def test_two_processes_train_the_weights_of_one(world, model, cache, tmp_path, monkeypatch):
     """They differ as little as two single-process runs with different random bits for rounding. A run that is stopped
@@ -82,6 +89,21 @@ def test_two_processes_train_the_weights_of_one(world, model, cache, tmp_path, m
     for name, weight in weights(tmp_path / "stopped").items():
         assert torch.equal(weight, two[name]), name
     assert [path.name for path in tmp_path.iterdir() if path.name.startswith(".")] == []
+
+
+def test_an_older_torch_is_refused_before_anything_is_written(world, model, tmp_path, monkeypatch):
+    monkeypatch.delattr(FSDPModule, "reset_iter_state", raising=False)
+    monkeypatch.setattr(torch, "__version__", "2.11.0+cu130")
+    data = {"forget": world, "retain": world, "quiet": True}
+    flat(unlearn)(model, tmp_path / "plan", dry_run=True, **data)  # a single process needs no newer torch
+
+    monkeypatch.setattr(training_run, "world_size", lambda: 2)
+    message = r"^training across ranks needs torch 2\.13 or newer, but torch 2\.11\.0\+cu130 is installed; .*\.$"
+    with pytest.raises(NekoLeanError, match=message):
+        flat(unlearn)(model, tmp_path / "out", **data)
+    with pytest.raises(NekoLeanError, match=message):
+        flat(memorize)(model, tmp_path / "out", data=world, quiet=True)
+    assert list(tmp_path.iterdir()) == []
 
 
 @pytest.mark.parametrize("value", ["checkpointed", "plain"])

@@ -17,6 +17,7 @@ from neko_lean.scoring.decoding_probe import (
     PADDED,
     batch_length_limit,
     decode_exactly,
+    keeps_only_keys_and_values,
     pick_method,
 )
 
@@ -49,6 +50,7 @@ FAMILIES = {
     "rwkv": (CACHED_ALONE, {"attention_hidden_size": 32}),  # mixes the states of a batch
     "blenderbot-small": (FULL, {"d_model": 32, "decoder_layers": 3, "encoder_layers": 1, "decoder_attention_heads": 4}),
 }
+RECURRENT_GEMMA = {**ATTENTION, "block_types": ["recurrent", "attention"], "lru_width": 32, "attention_window_size": 8}
 
 
 def lively(family, dtype=torch.float32, **sizes):
@@ -64,6 +66,13 @@ def lively(family, dtype=torch.float32, **sizes):
             if weight.dim() == 2:
                 weight.mul_(3)
     return as_causal_lm(model)
+
+
+@pytest.mark.parametrize("family", ["mamba2", "jamba", "qwen3_next", "lfm2", "recurrent_gemma"])
+def test_a_recurrent_state_is_known_without_a_probe(family):
+    """Also one that is kept in the model's modules instead of the cache."""
+    sizes = FAMILIES[family][1] if family in FAMILIES else RECURRENT_GEMMA
+    assert not keeps_only_keys_and_values(lively(family, **sizes))
 
 
 def decoded(lm, prompts=PROMPTS, most=10):

@@ -68,13 +68,14 @@ def rows(shared, own, seed=0):
 
 @pytest.mark.parametrize("family", FAMILIES)
 def test_batches_equal_single_rows(family):
-    lm = lively(FAMILIES[family])
+    # In float64: in float32, rounding alone moves Mamba's logits by more than the tolerance. They are always float32.
+    lm = as_causal_lm(lively(FAMILIES[family]).model.double())
     some = rows(12, (9, 1, 3, 14, 2, 2, 7, 1))
     wanted = torch.stack([alone(lm, row) for row in some])
     assert (wanted.std(0) > 0.05).any()
     for batch_tokens in (40, 1000):
         got = last_hidden(lm, some, 0, batch_tokens=batch_tokens) @ lm.head.T
-        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4)
+        torch.testing.assert_close(got, wanted, atol=1e-4, rtol=1e-4, check_dtype=False)
 
 
 def test_families_that_share_prefixes():
