@@ -147,6 +147,8 @@ def _print_fit(result: dict[str, Any], gpu: str) -> None:
     from neko_lean.terminal import print_lines
 
     room = f"{gpu} less {gibibytes(CONTEXT)} for CUDA itself"
+    if result["comparison"] is not None:
+        _print_comparison(result["comparison"], gpu)
     options = result["options"]
     if options is None:
         print_lines(f"Does not fit {room}: {result['reason']}")
@@ -156,3 +158,28 @@ def _print_fit(result: dict[str, Any], gpu: str) -> None:
         print_lines(f"Fits {room} with {' '.join(options)}: peak {gibibytes(fits['peak'])}{host}.")
     else:
         print_lines(f"Fits {room} without further options.")
+
+
+def _print_comparison(comparison: list[dict[str, Any]], gpu: str) -> None:
+    """Print a table with one row for a full fine-tune and one for each kind of adapters."""
+    from rich import box
+    from rich.table import Table
+
+    from neko_lean.memory import ADAM_STATE, STUDENT
+    from neko_lean.terminal import print_table
+
+    table = Table(box=box.SIMPLE, title_justify="left", title="What is trained")
+    for name in ("", "weights", "Adam state", "peak", f"fits {gpu} with", "peak"):
+        table.add_column(name, justify="right" if name and not name.startswith("fits") else "left")
+    for setup in comparison:
+        estimate, options, name = setup["estimate"], setup["options"], setup["name"]
+        added = " ".join(options or []).removeprefix(name).strip() or "no further options"
+        table.add_row(
+            name,
+            gibibytes(estimate["lines"].get(STUDENT, 0)),
+            gibibytes(estimate["lines"].get(ADAM_STATE, 0)),
+            gibibytes(estimate["peak"]),
+            "does not fit" if options is None else added,
+            "" if options is None else gibibytes(setup["fits"]["peak"]),
+        )
+    print_table(table)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import re
 from collections.abc import Callable, Mapping
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +24,14 @@ from neko_lean.recipe import DEFAULT, Recipe, forgets, load_recipe
 from neko_lean.terminal import progress_bar
 
 SMALL_MICRO_TOKENS = 512  # tried for micro_tokens if larger micro-batches do not fit
+
+# What `plan` compares a full fine-tune with, from the most parameters that are trained to the smallest base.
+ADAPTERS: tuple[dict[str, Any], ...] = (
+    {"lora_rank": 64},
+    {"lora_rank": 16},
+    {"lora_rank": 16, "quantize_base": "int8"},
+    {"lora_rank": 16, "quantize_base": "nf4"},
+)
 
 
 @accepts_loaded_model
@@ -52,7 +62,10 @@ def plan(
         - `cache`: size of the teacher cache on disk, or None if the recipe reads none;
         - with `gpu`, the cheapest `options` with which the run fits (flags of `unlearn`, or `--set` for a recipe
           of `memorize`; None if it does not fit at all), in `fits` the estimate with these options, and in `reason` why
-          no options make it fit.
+          no options make it fit. Weights are trained if they can be, then adapters, then those of a quantised base;
+        - with `gpu`, in `comparison` the same for a full fine-tune and for adapters: `name`, `options` and the estimate
+          `fits` with them, and the `estimate` without options. None if the recipe trains adapters itself, or PEFT is
+          not installed.
 
     Raises NekoLeanError if the memory cannot be predicted, or `gpu` is neither a size nor a known card.
 
@@ -103,10 +116,62 @@ def _plan(
         "cache": cache_size(recipe, models.config),
     }
     if gpu_bytes is not None:
-        options, fits = _fitting_options(models, recipe, memory, gpu_bytes, gpus)
-        reason = None if options is not None else _reason(models, memory, recipe, gpu_bytes, gpus)
-        result |= {"options": options, "fits": fits and fits.as_json(), "reason": reason}
+        full = Setup("full fine-tune", estimates["neko-lean"])
+        full.options, full.fits = _fitting_options(models, recipe, memory, gpu_bytes, gpus)
+        has_peft = importlib.util.find_spec("peft") is not None
+        setups = [full, *(_adapters(models, recipe, gpu_bytes, gpus) if has_peft and not recipe.lora_rank else [])]
+        best = next((setup for setup in setups if setup.options is not None), None)
+        result |= {
+            "options": best and best.options,
+            "fits": best and best.fits and best.fits.as_json(),
+            "reason": _reason(models, memory, recipe, gpu_bytes, gpus) if best is None else None,
+            "comparison": [setup.as_json() for setup in setups] if len(setups) > 1 else None,
+        }
     return result
+
+
+@dataclass
+class Setup:
+    """One line of the comparison between a full fine-tune and adapters."""
+
+    name: str
+    """What is trained, as options."""
+
+    estimate: MemoryEstimate
+    """Without options that save memory."""
+
+    options: list[str] | None = None
+    """The cheapest options with which it fits the GPU; None if there are none."""
+
+    fits: MemoryEstimate | None = None
+    """With these options."""
+
+    def as_json(self) -> dict[str, Any]:
+        """All values by name."""
+        return {
+            "name": self.name,
+            "estimate": self.estimate.as_json(),
+            "options": self.options,
+            "fits": self.fits and self.fits.as_json(),
+        }
+
+
+def _adapters(models: FakeModels, recipe: Recipe, gpu_bytes: int, gpus: int) -> list[Setup]:
+    """The setups of ADAPTERS, without those that the model or several GPUs do not allow."""
+    setups = []
+    for change in ADAPTERS:
+        if gpus > 1 and "quantize_base" in change:
+            continue
+        changed = dataclasses.replace(recipe, **change)
+        flag = "--set {}={}" if not forgets(recipe) else "--{} {}"  # memorize has no such options
+        flags = [flag.format(key if "set" in flag else key.replace("_", "-"), value) for key, value in change.items()]
+        with suppress(NekoLeanError):
+            memory = largest_step_memory(models, changed, gpus)
+            setup = Setup(" ".join(flags), memory.estimate(recipe.offload_state, recipe.offload_activations))
+            options, setup.fits = _offloading_options(models, changed, memory, gpu_bytes, gpus)
+            setup.options = None if options is None else [*flags, *options]
+            setups.append(setup)
+    return setups
 
 
 def _gpu_bytes(text: str) -> int:
@@ -169,35 +234,54 @@ def _fitting_options(
 
     `memory` is that of the largest step without changes. Returns None twice if no options make it fit.
     """
-    if memory.weights + memory.gathered + CONTEXT > gpu_bytes:
-        return None, None
-    layerwise = recipe.backward == "layerwise"
-    smaller = min(SMALL_MICRO_TOKENS, recipe.micro_tokens) if layerwise else recipe.micro_tokens
-    flag = "--offload-{}" if forgets(recipe) else "--set offload_{}=true"  # memorize has no --offload options
-    combinations: list[list[str]] = [[], ["activations"], ["state"], ["state", "activations"]]
-    if not layerwise:  # only the layerwise backward pass keeps layer inputs apart
-        combinations = [[], ["state"]]
-
-    for micro_tokens in sorted({recipe.micro_tokens, smaller}, reverse=True):
-        micro_option = []
-        if micro_tokens < recipe.micro_tokens:
-            micro_option = [f"--set micro_tokens={micro_tokens}"]
-            memory = largest_step_memory(models, dataclasses.replace(recipe, micro_tokens=micro_tokens), gpus)
-        for offloaded in combinations:
-            estimate = memory.estimate(
-                recipe.offload_state or "state" in offloaded,
-                recipe.offload_activations or "activations" in offloaded,
-            )
-            if estimate.peak + CONTEXT <= gpu_bytes:
-                return [flag.format(name) for name in offloaded] + micro_option, estimate
+    options, fits = _offloading_options(models, recipe, memory, gpu_bytes, gpus)
+    if options is not None or memory.weights + memory.gathered + CONTEXT > gpu_bytes:
+        return options, fits
 
     # Train fewer layers, with everything else that saves memory.
+    micro_tokens, layerwise = _small_micro_tokens(recipe), recipe.backward == "layerwise"
     changed = dataclasses.replace(recipe, micro_tokens=micro_tokens, offload_state=True, offload_activations=layerwise)
     last, fits = _largest_train_last(models, changed, gpu_bytes, gpus)
     if last is None:
         return None, None
     train_last = f"--train-last {last}" if forgets(recipe) else f"--set train_last={last}"
-    return [*(flag.format(name) for name in combinations[-1]), *micro_option, train_last], fits
+    return [*_offloading_flags(recipe)[-1], *_micro_option(recipe, micro_tokens), train_last], fits
+
+
+def _offloading_options(
+    models: FakeModels, recipe: Recipe, memory: StepMemory, gpu_bytes: int, gpus: int
+) -> tuple[list[str] | None, MemoryEstimate | None]:
+    """`_fitting_options` among those that change nothing about what is trained."""
+    if memory.weights + memory.gathered + CONTEXT > gpu_bytes:
+        return None, None
+    for micro_tokens in sorted({recipe.micro_tokens, _small_micro_tokens(recipe)}, reverse=True):
+        if micro_tokens < recipe.micro_tokens:
+            memory = largest_step_memory(models, dataclasses.replace(recipe, micro_tokens=micro_tokens), gpus)
+        for flags in _offloading_flags(recipe):
+            text = " ".join(flags)
+            estimate = memory.estimate(
+                recipe.offload_state or "state" in text, recipe.offload_activations or "activations" in text
+            )
+            if estimate.peak + CONTEXT <= gpu_bytes:
+                return [*flags, *_micro_option(recipe, micro_tokens)], estimate
+    return None, None
+
+
+def _small_micro_tokens(recipe: Recipe) -> int:
+    return min(SMALL_MICRO_TOKENS, recipe.micro_tokens) if recipe.backward == "layerwise" else recipe.micro_tokens
+
+
+def _micro_option(recipe: Recipe, micro_tokens: int) -> list[str]:
+    return [f"--set micro_tokens={micro_tokens}"] if micro_tokens < recipe.micro_tokens else []
+
+
+def _offloading_flags(recipe: Recipe) -> list[list[str]]:
+    """Options that offload, from nothing to everything."""
+    flag = "--offload-{}" if forgets(recipe) else "--set offload_{}=true"  # memorize has no --offload options
+    state, activations = flag.format("state"), flag.format("activations")
+    if recipe.backward != "layerwise":  # only the layerwise backward pass keeps layer inputs apart
+        return [[], [state]]
+    return [[], [activations], [state], [state, activations]]
 
 
 def _largest_train_last(
@@ -246,7 +330,7 @@ def _smallest_peak(models: FakeModels, memory: StepMemory, recipe: Recipe, gpus:
     """The smallest peak that the options which `plan` tries can reach; `memory` is that of the unchanged recipe."""
     layerwise = recipe.backward == "layerwise"
     peaks = [memory.estimate(True, layerwise).peak]
-    smaller = min(SMALL_MICRO_TOKENS, recipe.micro_tokens) if layerwise else recipe.micro_tokens
+    smaller = _small_micro_tokens(recipe)
     for train_last in (recipe.train_last, 1):
         changed = dataclasses.replace(recipe, micro_tokens=smaller, train_last=train_last)
         with suppress(NekoLeanError):  # a family without a list of layers has no last layers

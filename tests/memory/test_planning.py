@@ -31,8 +31,9 @@ def one_layer(tmp_path):
 
 @pytest.fixture
 def without_baselines(monkeypatch):
-    """Leave out the two-model baselines, which take most of a prediction's time."""
+    """Leave out the two-model baselines and the adapters, which take most of a prediction's time."""
     monkeypatch.setattr(planning, "TWO_MODEL_BASELINES", ())
+    monkeypatch.setattr(planning, "ADAPTERS", ())
 
 
 def command_options(command):
@@ -108,6 +109,32 @@ def test_a_gpu_that_cannot_hold_the_weights_gets_no_advice(tmp_path, without_bas
     planned = plan(tmp_path, recipe="neko", gpu=2 * 2**30)
     assert planned["options"] is None and planned["fits"] is None
     assert "bfloat16 weights alone are 2.38 GiB" in planned["reason"] and "no option" in planned["reason"]
+
+
+@pytest.mark.parametrize("name, command", [("neko", "unlearn"), ("memorize", "memorize")])
+def test_adapters_are_compared_and_used_where_weights_do_not_fit(one_layer, monkeypatch, name, command):
+    monkeypatch.setattr(planning, "TWO_MODEL_BASELINES", ())
+    monkeypatch.setattr(planning, "ADAPTERS", ({"lora_rank": 4}, {"lora_rank": 4, "quantize_base": "nf4"}))
+    change = {"micro_tokens": 128, "max_length": 128}
+    full, lora, quantized = plan(one_layer, recipe=name, overrides=change, gpu=2**40)["comparison"]
+    assert full["options"] == [] and full["name"] == "full fine-tune"
+    peaks = [setup["estimate"]["peak"] for setup in (full, lora, quantized)]
+    assert peaks == sorted(peaks, reverse=True)
+    for setup in (lora, quantized):
+        changes = dict(parse_override(text.removeprefix("--set ")) for text in setup["options"] if "=" in text)
+        changes |= {"lora_rank": 4, "quantize_base": "nf4" if "nf4" in setup["name"] else "none"}
+        planned = plan(one_layer, recipe=name, overrides={**change, **changes})["ways"]["neko-lean"]
+        assert planned["peak"] == setup["estimate"]["peak"]
+        assert set(re.findall(r"--[a-z-]+", setup["name"])) <= command_options(command)
+    # The answer is the first that fits, with the fewest changes to what is trained.
+    for missing in (0, 2**21, 2**23):
+        fits = plan(one_layer, recipe=name, overrides=change, gpu=CONTEXT + quantized["estimate"]["peak"] - missing)
+        first = next((setup for setup in fits["comparison"] if setup["options"] is not None), {"options": None})
+        assert fits["options"] == first["options"] and (fits["reason"] is None) == (first["options"] is not None)
+    # A recipe with adapters is not compared with others, and neither is any without PEFT.
+    assert plan(one_layer, recipe=name, overrides={**change, "lora_rank": 4}, gpu=2**40)["comparison"] is None
+    monkeypatch.setattr(planning.importlib.util, "find_spec", lambda name: None)
+    assert plan(one_layer, recipe=name, overrides=change, gpu=2**40)["comparison"] is None
 
 
 def test_the_smallest_peak_is_one_that_options_reach(one_layer, without_baselines):
