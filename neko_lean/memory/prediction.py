@@ -134,8 +134,12 @@ def _run_step(
         inputs_in_transit=min(sum(input_bytes), 2 * max(input_bytes, default=0)),
         pinned_state=pinned_bytes(states),
         pinned_inputs=pinned_bytes(input_bytes),
-        # On a CPU, a model that is to be quantised is first loaded whole.
-        cpu_peak=max(loaded // ranks, weights + sum(states) + gathered + live.resident) + FIRST_USE,
+        # On a CPU, a model that is quantised is in memory twice for a moment: as it was loaded and as it is stored.
+        cpu_peak=max(
+            loaded + weights if recipe.quantize_base != "none" else 0,
+            weights + sum(states) + gathered + live.resident,
+        )
+        + FIRST_USE,
         matmul=matmul,
     )
 

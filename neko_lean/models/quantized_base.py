@@ -98,6 +98,20 @@ def quantize_base(lm: CausalLM, quantization: str, device: torch.device) -> None
         setattr(parent, name, QuantizedLinear(linear, quantization, device))
     if lm.device != device:
         nn.Module.to(lm.model, device)
+    else:
+        _release_file(lm.model)
+
+
+def _release_file(model: nn.Module) -> None:
+    """Copy a model's plain parameters: one that is mapped from a checkpoint's file keeps all of the file resident."""
+    copies: dict[nn.Parameter, nn.Parameter] = {}  # tied parameters stay tied
+    for module in model.modules():
+        if isinstance(module, QuantizedLinear):
+            continue
+        for name, parameter in list(module.named_parameters(recurse=False)):
+            if parameter not in copies:
+                copies[parameter] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            setattr(module, name, copies[parameter])
 
 
 def dequantize_base(lm: CausalLM, device: torch.device) -> None:
