@@ -80,3 +80,13 @@ def test_models_without_linear_layers_and_several_ranks_are_refused(monkeypatch)
     monkeypatch.setattr(layers, "world_size", lambda: 2)
     with pytest.raises(NekoLeanError, match="quantize_base works only in a single process"):
         prepare_student(tiny("Llama"), recipe, CPU)
+
+
+@pytest.mark.cuda
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_a_gpu_stores_and_dequantises_what_a_cpu_does(gpu, quantization):
+    on_cpu, on_gpu = (QuantizedLinear(linear(torch.bfloat16), quantization, device) for device in (CPU, gpu))
+    expected, actual = on_cpu.dequantized().float(), on_gpu.dequantized().float().cpu()
+    # A value halfway between two codes may be rounded to either.
+    step = expected.abs().max() * (1 / 127 if quantization == "int8" else 0.2)
+    assert (actual - expected).abs().max() <= 1.1 * step and ((actual - expected).abs() > 1e-3).float().mean() < 0.01
