@@ -4,7 +4,7 @@
 
 LUME is the folder with the dataset's public splits, PATH another checkout of this repository. The model has random
 float32 weights (V 49,152, d 576, 30 layers, tied). Both checkouts take the same steps of recipe `neko` (4 forget and 4
-retain examples) and score the same validation rows, in processes of their own and in turn. The table shows medians and
+retain examples) and score the same validation rows, in separate processes and in turn. The table shows medians and
 their ratios, in wall time and in CPU time, which other work on the machine changes less. The losses, the weights after
 the steps, the generations and the scores of both must be equal; otherwise it ends with exit code 1.
 """

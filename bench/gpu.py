@@ -7,7 +7,7 @@ Run it from a checkout; nothing needs to be installed except the dependencies of
 Packages that the machine lacks can be carried along as wheels in a folder. Weights are random and drawn on the GPU.
 The rows of the steps are LUME's if a folder is given, otherwise made-up rows of the same lengths.
 
-Sections run in the order of their worth, each in a process of its own with a time limit. A section that fails, or for
+Sections run in the order of their worth, each in a separate process with a time limit. A section that fails, or for
 which no time is left, is named with the reason. results.json, report.txt and report.md are written after every section.
 """
 
@@ -128,7 +128,7 @@ def environment(out: Path, dry_run: bool) -> dict[str, str]:
     """Environment of the workers: this checkout and the carried packages first."""
     paths = [str(ROOT), str(out / "packages"), os.environ.get("PYTHONPATH", "")]
     changed = {"PYTHONPATH": os.pathsep.join(filter(None, paths)), "HF_HUB_OFFLINE": "1", "PYTHONUNBUFFERED": "1"}
-    if dry_run:  # no GPU, no compiler: compiled code runs as it is, Triton's in its interpreter
+    if dry_run:  # no GPU, no compiler: compiled code runs uncompiled, Triton's in its interpreter
         changed |= {"CUDA_VISIBLE_DEVICES": "", "TORCH_COMPILE_DISABLE": "1", "TRITON_INTERPRET": "1"}
     return {**os.environ, **changed}
 

@@ -1,4 +1,4 @@
-"""Runs of bench/peers.py: one worker in a process of its own, its events, and its peak memory."""
+"""Runs of bench/peers.py: one worker in a separate process, its events, and its peak memory."""
 
 from __future__ import annotations
 

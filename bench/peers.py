@@ -7,7 +7,7 @@ Nothing is downloaded: `--open-unlearning` is a checkout of locuslab/open-unlear
 interpreter of an environment with that project's requirements and bitsandbytes. A contender without its path is
 skipped by name. Without `--model`, the weights are random: SmolLM2-135M's shape on a CPU, OLMo-1B-0724's on a GPU.
 
-Every step of every contender has the same forget and retain rows, and each contender runs in a process of its own, in
+Every step of every contender has the same forget and retain rows, and each contender runs in a separate process, in
 turn, `--rounds` times. Ratios are taken within a round. Peaks are above what the process holds after its imports: the
 resident set, sampled every 10 ms, on a CPU, and what PyTorch allocated on a GPU. Times on a CPU are those for which the
 process computed, so that other work on the machine does not count.

@@ -48,7 +48,7 @@ class MatmulParameters:
     """Parameters through which a gradient passes. Layers below the first trained one run forward only."""
 
     trained: int
-    """Parameters with a gradient of their own."""
+    """Parameters that have a gradient."""
 
     @classmethod
     def of(cls, lm: CausalLM) -> MatmulParameters:
