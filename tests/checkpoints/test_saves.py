@@ -28,7 +28,7 @@ def test_a_save_is_read_as_it_was_written(tmp_path):
 
 def other_format(save):
     """A save of a later version, with correct checksums."""
-    state = json.loads((save / "state.json").read_text()) | {"format_version": 2, "versions": {"neko-lean": "9.9"}}
+    state = json.loads((save / "state.json").read_text()) | {"format_version": 9, "versions": {"neko-lean": "9.9"}}
     (save / "state.json").write_text(json.dumps(state))
     (save / "manifest.json").unlink()
     seal(save)
@@ -36,7 +36,7 @@ def other_format(save):
 
 def other_manifest(save):
     """A save of a later version that signs its manifests in another way."""
-    state = json.loads((save / "state.json").read_text()) | {"format_version": 2}
+    state = json.loads((save / "state.json").read_text()) | {"format_version": 9}
     (save / "state.json").write_text(json.dumps(state))
     (save / "manifest.json").write_text('{"signature": "abc"}')
 
@@ -55,7 +55,7 @@ def other_state(save):
 def test_a_save_of_another_version_is_refused_and_kept(unlearn, killed_run, out, change):
     change(saved(out) / "step-00000006")
     before = {path: path.stat().st_size for path in saved(out).rglob("*")}
-    message = "written by another version" if change is other_state else "format version 2, written by neko-lean"
+    message = "written by another version" if change is other_state else "format version 9, written by neko-lean"
     with pytest.raises(NekoLeanError, match=message):
         unlearn(out, EVALUATED, resume=True)
     assert {path: path.stat().st_size for path in saved(out).rglob("*")} == before
