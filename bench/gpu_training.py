@@ -282,7 +282,4 @@ def available_host_memory() -> int:
 
 def qlora_in_24_gb(setup: Setup) -> dict[str, Any]:
     """As `largest_in_24_gb`, for adapters on an nf4 base."""
-    fields = {field.name for field in dataclasses.fields(Recipe)}
-    if not {"lora_rank", "quantize_base"} <= fields:
-        raise NekoLeanError("not available in this version: recipes have no lora_rank and quantize_base.")
     return largest_in_24_gb(setup, lora_rank=16, quantize_base="nf4")

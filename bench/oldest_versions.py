@@ -31,9 +31,7 @@ def oldest(requirements: Sequence[str]) -> list[str]:
     """
     for requirement in requirements:
         if requirement.count(">=") != 1 or any(sign in requirement for sign in ",<!~; "):
-            raise SystemExit(
-                f"pyproject.toml: dependency {requirement!r} has no lower bound; write it as name>=version."
-            )
+            raise SystemExit(f"pyproject.toml gives no lower bound for {requirement!r}; write it as name>=version.")
     return [requirement.replace(">=", "==") for requirement in requirements]
 
 

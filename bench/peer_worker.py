@@ -42,7 +42,7 @@ def wait_after_imports() -> None:
 
 
 class StepClock:
-    """Reports the seconds between the ends of steps. The first step warms up and has no time.
+    """Reports how long each step took. The first step is a warm-up and is not timed.
 
     Args:
         device: where training runs.

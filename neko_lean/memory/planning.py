@@ -25,6 +25,9 @@ from neko_lean.terminal import progress_bar
 
 SMALL_MICRO_TOKENS = 512  # tried for micro_tokens if larger micro-batches do not fit
 
+# What to offload, cheapest first: the optimizer's state, the layers' inputs.
+OFFLOADED = ((False, False), (False, True), (True, False), (True, True))
+
 # What `plan` compares a full fine-tune with, from the most parameters that are trained to the smallest base.
 ADAPTERS: tuple[dict[str, Any], ...] = (
     {"lora_rank": 64},
@@ -163,8 +166,10 @@ def _adapters(models: FakeModels, recipe: Recipe, gpu_bytes: int, gpus: int) -> 
         if gpus > 1 and "quantize_base" in change:
             continue
         changed = dataclasses.replace(recipe, **change)
-        flag = "--set {}={}" if not forgets(recipe) else "--{} {}"  # memorize has no such options
-        flags = [flag.format(key if "set" in flag else key.replace("_", "-"), value) for key, value in change.items()]
+        if forgets(recipe):
+            flags = [f"--{key.replace('_', '-')} {value}" for key, value in change.items()]
+        else:  # memorize has no such options
+            flags = [f"--set {key}={value}" for key, value in change.items()]
         with suppress(NekoLeanError):
             memory = largest_step_memory(models, changed, gpus)
             setup = Setup(" ".join(flags), memory.estimate(recipe.offload_state, recipe.offload_activations))
@@ -245,7 +250,8 @@ def _fitting_options(
     if last is None:
         return None, None
     train_last = f"--train-last {last}" if forgets(recipe) else f"--set train_last={last}"
-    return [*_offloading_flags(recipe)[-1], *_micro_option(recipe, micro_tokens), train_last], fits
+    flags = _offloading_flags(recipe, True, layerwise)
+    return [*flags, *_micro_option(recipe, micro_tokens), train_last], fits
 
 
 def _offloading_options(
@@ -257,13 +263,12 @@ def _offloading_options(
     for micro_tokens in sorted({recipe.micro_tokens, _small_micro_tokens(recipe)}, reverse=True):
         if micro_tokens < recipe.micro_tokens:
             memory = largest_step_memory(models, dataclasses.replace(recipe, micro_tokens=micro_tokens), gpus)
-        for flags in _offloading_flags(recipe):
-            text = " ".join(flags)
-            estimate = memory.estimate(
-                recipe.offload_state or "state" in text, recipe.offload_activations or "activations" in text
-            )
+        for state, activations in OFFLOADED:
+            if activations and recipe.backward != "layerwise":  # only that backward pass keeps layer inputs apart
+                continue
+            estimate = memory.estimate(recipe.offload_state or state, recipe.offload_activations or activations)
             if estimate.peak + CONTEXT <= gpu_bytes:
-                return [*flags, *_micro_option(recipe, micro_tokens)], estimate
+                return [*_offloading_flags(recipe, state, activations), *_micro_option(recipe, micro_tokens)], estimate
     return None, None
 
 
@@ -275,13 +280,11 @@ def _micro_option(recipe: Recipe, micro_tokens: int) -> list[str]:
     return [f"--set micro_tokens={micro_tokens}"] if micro_tokens < recipe.micro_tokens else []
 
 
-def _offloading_flags(recipe: Recipe) -> list[list[str]]:
-    """Options that offload, from nothing to everything."""
+def _offloading_flags(recipe: Recipe, state: bool, activations: bool) -> list[str]:
+    """Options that offload the optimizer's state, the layers' inputs, or both."""
     flag = "--offload-{}" if forgets(recipe) else "--set offload_{}=true"  # memorize has no --offload options
-    state, activations = flag.format("state"), flag.format("activations")
-    if recipe.backward != "layerwise":  # only the layerwise backward pass keeps layer inputs apart
-        return [[], [state]]
-    return [[], [activations], [state], [state, activations]]
+    offloaded = {"state": state, "activations": activations}
+    return [flag.format(name) for name, wanted in offloaded.items() if wanted]
 
 
 def _largest_train_last(
