@@ -37,7 +37,7 @@ def test_a_dry_run_on_a_cpu_runs_all_sections(tmp_path):
     ended = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert ended.returncode == 0, ended.stderr
     results = json.loads((tmp_path / "results.json").read_text())
-    may_be_missing = {"step state_bits=4": "torchao", "24 GB QLoRA": "not available in this version"}
+    may_be_missing = {"step state_bits=4": "torchao"}
     for name, reason in results["left_out"].items():
         assert name in may_be_missing and may_be_missing[name] in reason, (name, reason)
     assert len(results["sections"]) + len(results["left_out"]) == 17
