@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import suppress
-from itertools import chain
 
 import torch
 from torch import nn
@@ -13,13 +12,19 @@ from neko_lean.memory.estimate import GRADIENTS, LAYER_INPUTS, LOGITS, UPDATE, t
 from neko_lean.memory.fake_models import find_layers
 from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.memory.repeated_layers import Recordings, repeat_layers
+from neko_lean.memory.shortened_models import ShortenedModel
 from neko_lean.models import CHUNK_ELEMENTS, CausalLM, checkpoint_activations
 from neko_lean.recipe import Recipe
 from neko_lean.training import SLICE, LayerPass, MicroBatches, select_hidden, update_bytes
 
 
 def fake_step(
-    lm: CausalLM, recipe: Recipe, micro: MicroBatches, live: LiveTensors, recordings: Recordings
+    lm: CausalLM,
+    recipe: Recipe,
+    micro: MicroBatches,
+    live: LiveTensors,
+    recordings: Recordings,
+    shortened: ShortenedModel,
 ) -> list[int]:
     """Make the allocations of one training step.
 
@@ -29,8 +34,11 @@ def fake_step(
         micro: micro-batches of the step.
         live: counter that is active; it is told what each storage is for, and about scratch memory of CPU kernels.
         recordings: of the model's layers.
+        shortened: which layers of the whole model those of `lm` stand for.
 
     Returns the bytes of each layer input that the step keeps, if it keeps them apart from other activations.
+
+    Raises CannotRepeatError if only the whole model tells the peak.
     """
 
     def update(parameter: nn.Parameter) -> None:
@@ -48,10 +56,11 @@ def fake_step(
         repeat_layers(layers, live, recordings, holds_inputs=True)
         layer_pass = LayerPass(lm, layers)
         hidden = layer_pass.forward(micro)  # [N, d]
-        for call in chain.from_iterable(layer_pass.calls):
-            live.label([call.hidden], LAYER_INPUTS)
-            input_bytes.append(tensor_bytes([call.hidden]))
-        del call
+        for calls in layer_pass.calls:
+            for number, call in enumerate(calls, layer_pass.first_trained):
+                live.label([call.hidden], LAYER_INPUTS)
+                input_bytes += [tensor_bytes([call.hidden])] * shortened.copies(number)
+        del calls, call
     else:
         for parameter in lm.model.parameters():
             if parameter.requires_grad:

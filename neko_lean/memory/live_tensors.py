@@ -7,10 +7,11 @@ from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import accumulate
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -35,6 +36,8 @@ class Block:
     bytes: int
     kind: str
     freed: bool = False
+    copies: int = 1
+    """Number of layers that hold such a block."""
 
 
 Event = tuple[Block, int]
@@ -44,6 +47,10 @@ Event = tuple[Block, int]
 class LiveTensors(TorchDispatchMode):
     """Count the storages that operators create within `with LiveTensors() as live:`, until each is freed.
 
+    Args:
+        layers: of each layer of a shortened model, how many layers it stands for, and whether the bytes that are alive
+            while it runs may be the peak.
+
     Attributes:
         now: bytes alive.
         peak: largest value of `now`.
@@ -51,8 +58,11 @@ class LiveTensors(TorchDispatchMode):
         events: what was allocated and freed, in order.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, layers: Sequence[tuple[int, bool]] = ()) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.layers = layers
+        self._copies = 1  # of what is allocated now
+        self._sections: list[tuple[int, bool]] = [(0, True)]  # first event of each, and whether its bytes may be a peak
         self.now = self.peak = self.largest = 0
         self.events: list[Event] = []
         self._alive: dict[int, Block] = {}  # by the storage's address
@@ -71,13 +81,11 @@ class LiveTensors(TorchDispatchMode):
         The heap does not shrink during a step, so its peak and the peak of the mapped blocks add up, whenever each of
         them occurred. Scratch memory of kernels, which no tensor shows, is included.
         """
-        now, peak = [0, 0], [0, 0]  # of the heap and of mapped blocks
-        for block, sign in self.events:
-            mapped = block.bytes >= MMAP_THRESHOLD
-            now[mapped] += sign * block.bytes
-            if now[mapped] > peak[mapped]:
-                peak[mapped] = now[mapped]
-        return sum(peak)
+        sizes, counted = self._sizes(), self._counted()
+        mapped = np.array([block.bytes >= MMAP_THRESHOLD for block, _ in self.events], dtype=bool)
+        return sum(
+            int(max(0, np.where(mapped == which, sizes, 0).cumsum()[counted].max(initial=0))) for which in (0, 1)
+        )
 
     def peak_by_kind(self, leave_out: Collection[str] = ()) -> dict[str, int]:
         """Bytes by kind at the moment of the peak; they add up to it.
@@ -85,22 +93,43 @@ class LiveTensors(TorchDispatchMode):
         Args:
             leave_out: kinds that do not count, so that the peak may be that of another moment.
         """
-        counted = [
-            (block, sign) for block, sign in self.events if block.kind != SCRATCH and block.kind not in leave_out
-        ]
-        totals = list(accumulate(sign * block.bytes for block, sign in counted))
-        peak = max(totals, default=0)
-        if peak <= 0:
+        left_out = {SCRATCH, *leave_out}
+        sizes = np.where([block.kind in left_out for block, _ in self.events], 0, self._sizes())
+        totals = np.where(self._counted(), sizes.cumsum(), 0)
+        if totals.max(initial=0) <= 0:
             return {}
         now: Counter[str] = Counter()
-        for block, sign in counted[: totals.index(peak) + 1]:
-            now[block.kind] += sign * block.bytes
+        for (block, _), size in zip(self.events[: int(totals.argmax()) + 1], sizes.tolist(), strict=False):
+            now[block.kind] += size
         return {kind: count for kind, count in now.items() if count}
+
+    @property
+    def is_shortened(self) -> bool:
+        """Whether layers stand for others."""
+        return any(copies > 1 for copies, _ in self.layers)
+
+    def enter_layer(self, number: int) -> None:
+        """Note that what follows is part of a layer's forward or backward pass."""
+        if self.layers:
+            self._copies, counted = self.layers[number]
+            self._sections.append((len(self.events), counted))
+
+    def _sizes(self) -> NDArray[np.int64]:
+        """Bytes that each event adds."""
+        return np.array([sign * block.bytes * block.copies for block, sign in self.events], dtype=np.int64)
+
+    def _counted(self) -> NDArray[np.bool_]:
+        """Whether the bytes after each event may be the peak."""
+        counted = np.ones(len(self.events), dtype=bool)
+        ends = [start for start, _ in self._sections[1:]] + [len(self.events)]
+        for (start, may_be_peak), end in zip(self._sections, ends, strict=True):
+            counted[start:end] = may_be_peak
+        return counted
 
     def scratch(self, count: int) -> None:
         """Count `count` bytes that a CPU kernel allocates and frees while everything else is alive."""
         if count:
-            block = Block(count, SCRATCH)
+            block = Block(count, SCRATCH, copies=self._copies)
             self.events += [(block, 1), (block, -1)]
 
     def temporary(self, count: int, kind: str) -> None:
@@ -145,6 +174,7 @@ class LiveTensors(TorchDispatchMode):
 
     def allocate(self, block: Block) -> None:
         """Count a block."""
+        block.copies = self._copies
         self.events.append((block, 1))
         self.now += block.bytes
         if self.now > self.peak:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -81,12 +81,21 @@ def plan(
     chosen = load_recipe(recipe, overrides)
     chosen = dataclasses.replace(chosen, max_length=usable_length(folder, chosen.max_length))
     models = FakeModels.of(folder)
-    with progress_bar("predicting", 1 + len(TWO_MODEL_BASELINES), "setups", quiet) as bar:
-        return _plan(model_name(model), models, chosen, gpu_bytes, gpus, bar.advance)
+    has_peft = importlib.util.find_spec("peft") is not None
+    adapters = ADAPTERS if gpu is not None and has_peft and not chosen.lora_rank else ()
+    setups = 1 + len(TWO_MODEL_BASELINES) + len(adapters)
+    with progress_bar("predicting", setups, "setups", quiet) as bar:
+        return _plan(model_name(model), models, chosen, gpu_bytes, gpus, adapters, bar.advance)
 
 
 def _plan(
-    name: str, models: FakeModels, recipe: Recipe, gpu_bytes: int | None, gpus: int, advance: Callable[[], object]
+    name: str,
+    models: FakeModels,
+    recipe: Recipe,
+    gpu_bytes: int | None,
+    gpus: int,
+    adapters: Sequence[Mapping[str, Any]],
+    advance: Callable[[], object],
 ) -> dict[str, Any]:
     recipe, gpus, memory, fallback = _memory_or_fallback(models, recipe, gpus)
     estimates = {"neko-lean": memory.estimate(recipe.offload_state, recipe.offload_activations)}
@@ -121,8 +130,10 @@ def _plan(
     if gpu_bytes is not None:
         full = Setup("full fine-tune", estimates["neko-lean"])
         full.options, full.fits = _fitting_options(models, recipe, memory, gpu_bytes, gpus)
-        has_peft = importlib.util.find_spec("peft") is not None
-        setups = [full, *(_adapters(models, recipe, gpu_bytes, gpus) if has_peft and not recipe.lora_rank else [])]
+        setups = [full]
+        for change in adapters:
+            setups += _with_adapters(models, recipe, change, gpu_bytes, gpus)
+            advance()
         best = next((setup for setup in setups if setup.options is not None), None)
         result |= {
             "options": best and best.options,
@@ -159,24 +170,24 @@ class Setup:
         }
 
 
-def _adapters(models: FakeModels, recipe: Recipe, gpu_bytes: int, gpus: int) -> list[Setup]:
-    """The setups of ADAPTERS, without those that the model or several GPUs do not allow."""
-    setups = []
-    for change in ADAPTERS:
-        if gpus > 1 and "quantize_base" in change:
-            continue
-        changed = dataclasses.replace(recipe, **change)
-        if forgets(recipe):
-            flags = [f"--{key.replace('_', '-')} {value}" for key, value in change.items()]
-        else:  # memorize has no such options
-            flags = [f"--set {key}={value}" for key, value in change.items()]
-        with suppress(NekoLeanError):
-            memory = largest_step_memory(models, changed, gpus)
-            setup = Setup(" ".join(flags), memory.estimate(recipe.offload_state, recipe.offload_activations))
-            options, setup.fits = _offloading_options(models, changed, memory, gpu_bytes, gpus)
-            setup.options = None if options is None else [*flags, *options]
-            setups.append(setup)
-    return setups
+def _with_adapters(
+    models: FakeModels, recipe: Recipe, change: Mapping[str, Any], gpu_bytes: int, gpus: int
+) -> list[Setup]:
+    """A setup of ADAPTERS; none if the model or several GPUs do not allow it."""
+    if gpus > 1 and "quantize_base" in change:
+        return []
+    changed = dataclasses.replace(recipe, **change)
+    if forgets(recipe):
+        flags = [f"--{key.replace('_', '-')} {value}" for key, value in change.items()]
+    else:  # memorize has no such options
+        flags = [f"--set {key}={value}" for key, value in change.items()]
+    with suppress(NekoLeanError):
+        memory = largest_step_memory(models, changed, gpus)
+        setup = Setup(" ".join(flags), memory.estimate(recipe.offload_state, recipe.offload_activations))
+        options, setup.fits = _offloading_options(models, changed, memory, gpu_bytes, gpus)
+        setup.options = None if options is None else [*flags, *options]
+        return [setup]
+    return []
 
 
 def _gpu_bytes(text: str) -> int:

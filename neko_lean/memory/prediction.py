@@ -7,11 +7,13 @@ but no weights, knows no architecture, and cannot drift from the training code.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+from torch import nn
 
 from neko_lean.distributed import world_size
 from neko_lean.memory.estimate import (
@@ -25,7 +27,8 @@ from neko_lean.memory.estimate import (
 from neko_lean.memory.fake_models import FakeModels
 from neko_lean.memory.fake_step import fake_step
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.memory.repeated_layers import Recordings, each_kind_once
+from neko_lean.memory.repeated_layers import CannotRepeatError, Recordings, each_kind_once
+from neko_lean.memory.shortened_models import Shorten, all_layers, shortened
 from neko_lean.memory.step_time import MatmulParameters
 from neko_lean.models import CausalLM
 from neko_lean.recipe import Recipe
@@ -108,21 +111,45 @@ def _run_step(
     models: FakeModels, recipe: Recipe, micro: Sequence[tuple[int, int]], positions: Sequence[int], ranks: int
 ) -> StepMemory:
     """Memory of one step, from running it on fake tensors."""
+    # Names of layers in a recipe are those of the whole model, and adapters are added to a shortened one.
+    names_layers = bool(recipe.train_last or recipe.train_only or recipe.lora_targets != "auto")
+    if not (recipe.lora_rank and names_layers):
+        with suppress(CannotRepeatError):
+            return _run_layers(models, recipe, micro, positions, ranks, shortened)
+    return _run_layers(models, recipe, micro, positions, ranks, all_layers)
+
+
+def _run_layers(
+    models: FakeModels,
+    recipe: Recipe,
+    micro: Sequence[tuple[int, int]],
+    positions: Sequence[int],
+    ranks: int,
+    shorten: Shorten,
+) -> StepMemory:
+    """`_run_step` with all layers of the model, or with some of them."""
     with models.use(getattr(torch, recipe.dtype)) as (lm, recordings):
         loaded = tensor_bytes(lm.model.parameters())
-        if recipe.lora_rank:
-            prepare_student(lm, recipe, torch.device("cpu"))
-            recordings = Recordings()  # the layers are no longer those that were recorded
-        with each_kind_once(lm.model):
-            freeze(lm, recipe.train_last, recipe.train_only)
-            gathered = _gathered_bytes(lm) if ranks > 1 else 0
-        ids = [torch.zeros(shape, dtype=torch.int64) for shape in micro]  # [b, l] each
-        index = [torch.zeros(count, dtype=torch.int64) for count in positions]  # [n] each
-        with LiveTensors() as live:
-            input_bytes = fake_step(lm, recipe, MicroBatches(ids, [None] * len(ids), index), live, recordings)
-        states = _state_bytes(lm, recipe.state_bits, ranks)
-        weights = tensor_bytes(lm.model.parameters()) // ranks
-        matmul = MatmulParameters.of(lm)
+        if not recipe.lora_rank:
+            with each_kind_once(lm.model):
+                freeze(lm, recipe.train_last, recipe.train_only)
+        with shorten(lm) as short:
+            if recipe.lora_rank:
+                prepare_student(lm, recipe, torch.device("cpu"))
+                recordings = Recordings()  # the layers are no longer those that were recorded
+                with each_kind_once(lm.model):
+                    freeze(lm, recipe.train_last, recipe.train_only)
+            with each_kind_once(lm.model):
+                gathered = _gathered_bytes(lm) if ranks > 1 else 0
+            ids = [torch.zeros(shape, dtype=torch.int64) for shape in micro]  # [b, l] each
+            index = [torch.zeros(count, dtype=torch.int64) for count in positions]  # [n] each
+            with LiveTensors(short.counts) as live:
+                micro_batches = MicroBatches(ids, [None] * len(ids), index)
+                input_bytes = fake_step(lm, recipe, micro_batches, live, recordings, short)
+            parameters = short.parameters(lm)
+            states = _state_bytes(parameters, recipe.state_bits, ranks)
+            matmul = MatmulParameters.of(lm, short.missing)
+        weights = tensor_bytes(parameters) // ranks
 
     # Name what it held. Of the inputs in host memory, one is used on the device while the next one arrives.
     return StepMemory(
@@ -144,11 +171,14 @@ def _run_step(
     )
 
 
-def _state_bytes(lm: CausalLM, bits: int, ranks: int) -> list[int]:
-    """Bytes of each tensor of Adam's state of the trainable parameters on one rank. Call it within `fake_tensors()`."""
+def _state_bytes(parameters: Iterable[nn.Parameter], bits: int, ranks: int) -> list[int]:
+    """Bytes of each tensor of Adam's state of the trainable ones of some parameters on one rank.
+
+    Call it within `fake_tensors()`.
+    """
     sizes: dict[int, list[int]] = {}  # by number of elements
     states = []
-    for parameter in lm.model.parameters():
+    for parameter in parameters:
         if parameter.requires_grad:
             count = parameter.numel()
             if count not in sizes:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import TreeSpec, tree_flatten, tree_leaves, tree_unflatten
 
+from neko_lean.errors import NekoLeanError
 from neko_lean.memory.estimate import GRADIENTS
 from neko_lean.memory.live_tensors import Block, LiveTensors
 
@@ -52,6 +53,10 @@ class _Recording:
     out_length: int
 
 
+class CannotRepeatError(NekoLeanError):
+    """A layer of a shortened model makes allocations that cannot be repeated; only the whole model tells the peak."""
+
+
 @dataclass
 class Recordings:
     """What the layers of a model allocate, by kind of layer and call. All steps of the model share it."""
@@ -80,9 +85,9 @@ def repeat_layers(
         checkpointed: whether the layers keep only their inputs for the backward pass.
     """
     anchor = torch.empty(0, requires_grad=True)
-    for layer in layers:
+    for number, layer in enumerate(layers):
         kind = recordings.kinds.setdefault(_structure(layer), len(recordings.kinds))
-        layer.forward = _RepeatedLayer(layer, (kind, checkpointed), live, recordings, holds_inputs, anchor)
+        layer.forward = _RepeatedLayer(layer, number, (kind, checkpointed), live, recordings, holds_inputs, anchor)
 
 
 @contextmanager
@@ -131,6 +136,7 @@ class _RepeatedLayer:
     def __init__(
         self,
         layer: nn.Module,
+        number: int,
         kind: tuple[int, bool],
         live: LiveTensors,
         recordings: Recordings,
@@ -139,15 +145,18 @@ class _RepeatedLayer:
     ) -> None:
         self.run, self.live, self.recordings, self.holds_inputs = layer.forward, live, recordings, holds_inputs
         self.parameters = list(layer.parameters())
-        self.kind, self.anchor = kind, anchor
+        self.number, self.kind, self.anchor = number, kind, anchor
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        self.live.enter_layer(self.number)
         by_name = not args
         hidden, others = (kwargs["hidden_states"] if by_name else args[0]), args[1:]
         kwargs = {key: value for key, value in kwargs.items() if key != "hidden_states"}
         call = _Call(self, hidden, by_name, *_describe(others, kwargs))
         recording = call.recording()
         if recording is None:  # this kind of layer cannot be repeated
+            if self.live.is_shortened:
+                raise CannotRepeatError("the allocations of a layer cannot be repeated.")
             return self.run(*args, **kwargs, **({"hidden_states": hidden} if by_name else {}))
         anchor = self.anchor if call.has_graph else None
         out = _Repeat.apply(hidden, anchor, call, recording, tree_leaves((others, kwargs)))  # type: ignore[no-untyped-call]
@@ -209,6 +218,7 @@ class _Repeat(torch.autograd.Function):
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None, None]:
         """Repeat the backward pass."""
         call: _Call = ctx.call
+        call.layer.live.enter_layer(call.layer.number)
         with torch.enable_grad():
             recording = call.recording()  # another one than in forward if parameters have gradients by now
         assert recording is not None
@@ -403,6 +413,11 @@ def _describe(args: Any, kwargs: Any) -> tuple[tuple[Any, ...], TreeSpec]:
     """Arguments with tensors replaced by descriptions, flattened, and their structure."""
     leaves, structure = tree_flatten((args, kwargs))
     return tuple(_Like.of(leaf) if isinstance(leaf, Tensor) else leaf for leaf in leaves), structure
+
+
+def layer_kind(layer: nn.Module) -> Any:
+    """Everything that the allocations of a layer may depend on, and which of its parameters are trained."""
+    return _structure(layer), tuple(parameter.requires_grad for parameter in layer.parameters())
 
 
 def _structure(layer: nn.Module) -> Any:

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+
+from torch import nn
 
 from neko_lean.models import CausalLM, QuantizedLinear, has_adapters
 from neko_lean.recipe import Recipe
@@ -51,11 +54,13 @@ class MatmulParameters:
     """Parameters that have a gradient."""
 
     @classmethod
-    def of(cls, lm: CausalLM) -> MatmulParameters:
-        """Count those of a model. A tied embedding counts, as the head."""
+    def of(cls, lm: CausalLM, repeated: Sequence[nn.Module] = ()) -> MatmulParameters:
+        """Count those of a model, and again those of layers that it uses repeatedly. A tied embedding counts, as the
+        head."""
         lookup = None if lm.embedding is lm.head else lm.embedding
-        counted = [p for p in lm.model.parameters() if p is not lookup and p.is_floating_point()]
-        quantized = [module for module in lm.model.modules() if isinstance(module, QuantizedLinear)]
+        parts = [lm.model, *repeated]
+        counted = [p for part in parts for p in part.parameters() if p is not lookup and p.is_floating_point()]
+        quantized = [module for part in parts for module in part.modules() if isinstance(module, QuantizedLinear)]
         total = sum(p.numel() for p in counted) + sum(layer.in_features * layer.out_features for layer in quantized)
         trained = sum(p.numel() for p in counted if p.requires_grad)
         return cls(total, total if has_adapters(lm) else trained, trained)

@@ -23,6 +23,8 @@ from neko_lean.memory.estimate import (
 from neko_lean.memory.fake_models import FakeModels
 from neko_lean.memory.fake_step import repeat_layers_if_possible
 from neko_lean.memory.live_tensors import LiveTensors
+from neko_lean.memory.repeated_layers import CannotRepeatError
+from neko_lean.memory.shortened_models import Shorten, all_layers, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -57,21 +59,32 @@ def predict_two_models(
         rows: number of examples of each of the forget and retain sets.
         length: tokens of each example, unless the baseline pads to a fixed length.
     """
-    with FakeModels.of(config).use(baseline.dtype) as (lm, recordings):
-        ids = torch.zeros((rows, baseline.max_length or length), dtype=torch.int64)  # [B, L]
-        with LiveTensors() as live:
-            repeat_layers_if_possible(lm, live, recordings, checkpointed=baseline.checkpointing)
-            # The teacher runs without gradient, so the student's own weights can stand in for it.
-            two_model_loss(lm.model, lm.model, (ids, ids), (ids, ids), 0.2).backward()
-            live.label([parameter.grad for parameter in lm.model.parameters()], GRADIENTS)
-        weights = tensor_bytes(lm.model.parameters())
+    models = FakeModels.of(config)
+    try:
+        weights, transient = _run_baseline(models, baseline, rows, length, shortened)
+    except CannotRepeatError:
+        weights, transient = _run_baseline(models, baseline, rows, length, all_layers)
 
     # All gradients are alive after backward, and AdamW's foreach form takes as much again for its denominators.
-    transient = live.peak_by_kind()
     if sum(transient.values()) < 2 * weights:
         transient = {GRADIENTS: weights, UPDATE: weights}
     lines = {STUDENT: weights, TEACHER: weights, ADAM_STATE: 2 * weights, **transient}
     return MemoryEstimate({name: lines[name] for name in LINES if name in lines}, {}, None)
+
+
+def _run_baseline(
+    models: FakeModels, baseline: TwoModelBaseline, rows: int, length: int, shorten: Shorten
+) -> tuple[int, dict[str, int]]:
+    """Bytes of one model's weights, and of everything else at the peak of forward and backward pass."""
+    with models.use(baseline.dtype) as (lm, recordings):
+        weights = tensor_bytes(lm.model.parameters())
+        ids = torch.zeros((rows, baseline.max_length or length), dtype=torch.int64)  # [B, L]
+        with shorten(lm) as short, LiveTensors(short.counts) as live:
+            repeat_layers_if_possible(lm, live, recordings, checkpointed=baseline.checkpointing)
+            # The teacher runs without gradient, so the student's own weights can stand in for it.
+            two_model_loss(lm.model, lm.model, (ids, ids), (ids, ids), 0.2).backward()
+            live.label([parameter.grad for parameter in lm.model.parameters()], GRADIENTS)
+    return weights, live.peak_by_kind()
 
 
 def two_model_loss(
