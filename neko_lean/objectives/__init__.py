@@ -3,7 +3,7 @@
 Importing a file registers its objectives, so a new one needs its file and a line here.
 """
 
-from neko_lean.objectives import ascent, calibrated, dpo, npo, retain, undial
+from neko_lean.objectives import ascent, base_kl, calibrated, dpo, npo, retain, undial
 from neko_lean.objectives.reductions import REDUCTIONS, row_sums, token_weights
 from neko_lean.objectives.registry import (
     FORGET_OBJECTIVES,
@@ -23,6 +23,7 @@ __all__ = [
     "Objective",
     "TokenInputs",
     "ascent",
+    "base_kl",
     "calibrated",
     "dpo",
     "forget_objective",

@@ -23,6 +23,11 @@ MAX_LOGP = -1e-4
     },
 )
 def calibrated(inputs: TokenInputs, *, level: float) -> Tensor:
+    """Gradient ascent that stops at each token's level, see `push_to_levels`."""
+    return push_to_levels(inputs)
+
+
+def push_to_levels(inputs: TokenInputs) -> Tensor:
     """Gradient ascent that stops at each token's level: bounded below by 0, so training cannot diverge.
 
     A token whose loss is below its level is pushed by max(0, log q + level) and by unlikelihood, -log(1 - q) (arXiv

@@ -26,6 +26,7 @@ class TokenInputs:
     row: Tensor  # [n] int64, the example that each token belongs to
     weights: Tensor  # [n] by the recipe's reduction; they add up to 1 ('positions': to less)
     teacher_kl: Tensor | None = None  # [n] KL(teacher || student) at each position, in nats, with gradient
+    base_kl: Tensor | None = None  # [n] KL(base || student): the same for the model before it learned the forget set
     reference_logp: Tensor | None = None  # [n] the teacher's log-probability of each target token, in nats
     levels: Tensor | None = None  # [n] the loss at which each token counts as forgotten, in nats
     # [R] and [R]: log(student / teacher) of each example's substitute and of its forgotten answer, with gradient
@@ -49,6 +50,7 @@ class Objective:
         name: what recipes call it.
         loss: `loss(inputs: TokenInputs, **hyperparameters) -> Tensor`, a scalar in nats.
         hyperparameters: the keyword arguments of `loss`, with defaults and checks.
+        base_top_k: it reads `base_kl`, and so a cache of the model before it learned the forget set (`--base-cache`).
         teacher_top_k: it reads `teacher_kl`, and so the teacher's top-k distribution from the cache.
         reference: it reads `reference_logp`: the cache must hold the forget set (`cache-teacher --forget`).
         levels: it reads `levels`, from an anchor, a base cache, or its hyperparameter `level`.
@@ -62,6 +64,7 @@ class Objective:
     loss: Callable[..., Tensor]
     hyperparameters: Mapping[str, Hyperparameter] = field(default_factory=dict)
     teacher_top_k: bool = False
+    base_top_k: bool = False
     reference: bool = False
     levels: bool = False
     substitute: str = ""
@@ -78,6 +81,7 @@ def forget_objective(
     *,
     hyperparameters: Mapping[str, Hyperparameter] | None = None,
     teacher_top_k: bool = False,
+    base_top_k: bool = False,
     reference: bool = False,
     levels: bool = False,
     substitute: str = "",
@@ -94,6 +98,7 @@ def forget_objective(
                 loss,
                 hyperparameters or {},
                 teacher_top_k=teacher_top_k,
+                base_top_k=base_top_k,
                 reference=reference,
                 levels=levels,
                 substitute=substitute,

@@ -87,10 +87,10 @@ def _check_objectives(recipe: Recipe) -> None:
             f"recipe {recipe.name}: forget_objective {forget.name} requires substitute {forget.substitute!r}, got "
             f"{recipe.substitute!r}."
         )
-    if forget is not None and forget.teacher_top_k and not trains_on_teacher(recipe):
+    if forget is not None and (forget.teacher_top_k or forget.base_top_k) and not trains_on_teacher(recipe):
         raise NekoLeanError(
-            f"recipe {recipe.name}: forget_objective {forget.name} reads the teacher's distribution from the cache; it "
-            f"requires retain_objective kl, got {recipe.retain_objective!r}."
+            f"recipe {recipe.name}: forget_objective {forget.name} reads distributions from a cache; it requires "
+            f"retain_objective kl, got {recipe.retain_objective!r}."
         )
     weighted = forget is not None and bool(forget.substitute)  # the objective itself uses the substitutes
     if (recipe.substitute == "none") != (not recipe.substitute_weight) and not weighted:

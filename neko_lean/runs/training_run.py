@@ -142,6 +142,7 @@ class TrainingJob:
     options: TrainingOptions
     base: str  # the model as the user named it
     callback: Callback | None = None  # called with each step and its metrics
+    base_cache: TeacherCache | None = None  # of the model before it learned the forget set
 
 
 def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[str, Any]) -> dict[str, Any]:
@@ -172,8 +173,10 @@ def train(job: TrainingJob, work: RunFolder, signals: Signals, about: Mapping[st
     student = make_student(job.device if world_size() == 1 else torch.device("cpu"))
     if job.teacher is not None:
         job.teacher.check_vocabulary(len(student.head))
+    if job.base_cache is not None:
+        job.base_cache.check_vocabulary(len(student.head))
     pad_id = int(job.tokenizer.pad_token_id)
-    trainer = Trainer(student, pad_id, job.examples, job.teacher, job.recipe, job.device)
+    trainer = Trainer(student, pad_id, job.examples, job.teacher, job.recipe, job.device, job.base_cache)
     del student
     initial_student = partial(make_student, torch.device("cpu"))
     loop = Loop(trainer, job.tokenizer, work, signals, initial_student, job.options, memory_before)

@@ -195,7 +195,7 @@ def unlearn(
         lost = report_truncation(prepared, chosen, run.quiet)
 
         student = partial(load_model, folder, pick_dtype(chosen.dtype))
-        job = TrainingJob(student, tokenizer, examples, teacher, chosen, device, run, str(model), callback)
+        job = TrainingJob(student, tokenizer, examples, teacher, chosen, device, run, str(model), callback, base)
         about = {"command": "unlearn", "model": model_name(model), "forget_answers_lost": lost}
         about["self_generated"] = chosen.self_generated if self_generates else 0
         result = train(job, work, signals, about)
@@ -334,6 +334,11 @@ def _refuse_unused(
         raise NekoLeanError(
             f"--base-cache {base_cache} has no effect: recipe {recipe.name} has {objectives}, and only a "
             f"forget_objective with levels, such as calibrated, reads it; leave it out."
+        )
+    if base_cache is None and recipe.forget is not None and recipe.forget.base_top_k:
+        raise NekoLeanError(
+            f"recipe {recipe.name} needs --base-cache: the cache that `cache-teacher --forget` makes with the model "
+            f"from before it learned the forget set; use recipe calibrated if you do not have that model."
         )
     if anchor is not None and not uses_anchor(recipe, base_cache=base_cache is not None):
         raise NekoLeanError(

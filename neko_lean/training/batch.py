@@ -71,6 +71,7 @@ def make_batch(
     device: torch.device,
     substitutes: Sequence[EncodedExample] = (),
     packed: bool = False,
+    base: TeacherCache | None = None,
 ) -> Batch:
     """Arrange the examples of one step.
 
@@ -86,6 +87,7 @@ def make_batch(
         device: where the tensors go.
         substitutes: one for each forget example, or none.
         packed: concatenate the examples of a micro-batch instead of padding them.
+        base: the cache of the model before it learned the forget set, for an objective that reads its distributions.
     """
     examples = [*forget, *retain, *substitutes]
     lengths = [len(example) for example in examples]
@@ -105,8 +107,8 @@ def make_batch(
     topk = reference_logp = None
     if teacher is not None:
         reference_logp = reference_logp_at(layout, teacher, recipe, is_retain, is_anchor)
-        topk = teacher_targets_at(layout, teacher, recipe, len(forget), is_retain, target, reference_logp)
-    levels = levels_at(layout, recipe.hyperparameters["level"]) if uses_levels(recipe) else None
+        topk = teacher_targets_at(layout, teacher, base, recipe, len(forget), is_retain, target, reference_logp)
+    levels = levels_at(layout, recipe.hyperparameters.get("level", 0.0)) if uses_levels(recipe) else None
 
     return Batch(
         micro=_micro_batches(layout, pad_id, device, packed),

@@ -69,6 +69,7 @@ def _forget_loss(
         row=row,
         weights=token_weights(row, recipe.forget_reduction, batch.forget_positions),
         teacher_kl=kl[at_forget] if objective.teacher_top_k else None,
+        base_kl=kl[at_forget] if objective.base_top_k else None,
         reference_logp=batch.reference_logp[at_forget] if batch.reference_logp is not None else None,
         levels=drift * batch.levels[at_forget] if batch.levels is not None else None,
         preferences=_preferences(target_logp, batch) if objective.substitute else None,

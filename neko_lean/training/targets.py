@@ -73,14 +73,16 @@ def reference_logp_at(
 def teacher_targets_at(
     layout: Layout,
     teacher: TeacherCache,
+    base: TeacherCache | None,
     recipe: Recipe,
     forget_count: int,
     is_retain: Sequence[bool],
     target: Tensor,
     reference_logp: Tensor | None,
 ) -> TopK | None:
-    """The teacher's top-k distributions, as `token_stats` takes them: on retain examples, and on forget examples for an
-    objective that needs them. Unused entries elsewhere. None if no example needs one."""
+    """Top-k distributions, as `token_stats` takes them: the teacher's on retain examples, and on forget examples the
+    teacher's or the base model's for an objective that needs them. Unused entries elsewhere. None if no example needs
+    one."""
     if not trains_on_teacher(recipe):
         return None
     objective = recipe.forget
@@ -89,6 +91,9 @@ def teacher_targets_at(
     if not numbers:
         return None
     topk = _read(layout, teacher, numbers)
+    if base is not None and objective is not None and objective.base_top_k:
+        numbers = [i for i in layout.order if i < forget_count]
+        topk = _combined(topk, _read(layout, base, numbers), layout.row < forget_count)
 
     if objective is not None and objective.teacher_targets is not None and reference_logp is not None:
         at_forget = layout.row < forget_count
@@ -125,6 +130,21 @@ def _read(layout: Layout, teacher: TeacherCache, numbers: Sequence[int]) -> TopK
         logp.new_full((count, k), -torch.inf).masked_scatter_(mask[:, None], logp[selected]),
         tail.new_full((count,), -torch.inf).masked_scatter_(mask, tail[selected]),
     )
+
+
+def _combined(topk: TopK, other: TopK, is_other: Tensor) -> TopK:
+    """`other` at the positions `is_other` [N], and `topk` elsewhere; their k may differ."""
+    width = max(topk[0].shape[1], other[0].shape[1])
+    ids, logp = (
+        torch.where(is_other[:, None], _widened(right, width, fill), _widened(left, width, fill))
+        for left, right, fill in ((topk[0], other[0], 0), (topk[1], other[1], -torch.inf))
+    )
+    return ids, logp, torch.where(is_other, other[2], topk[2])
+
+
+def _widened(entries: Tensor, width: int, fill: float) -> Tensor:
+    """Entries [N, k] with further columns of `fill`, [N, width]."""
+    return torch.nn.functional.pad(entries, (0, width - entries.shape[1]), value=fill)
 
 
 def _at_spans(values: Sequence[np.ndarray], layout: Layout) -> Tensor:

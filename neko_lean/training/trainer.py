@@ -69,9 +69,11 @@ class Trainer:
         teacher: TeacherCache | None,
         recipe: Recipe,
         device: torch.device | None = None,
+        base: TeacherCache | None = None,
     ) -> None:
         refuse_unknown_examples([*examples.forget, *examples.retain, *examples.substitutes], student)
         self.student, self.pad_id, self.examples, self.teacher = student, pad_id, examples, teacher
+        self.base = base
         self.packed = supports_packing(student)
 
         # Checked before the student is sharded or its forward is replaced.
@@ -126,6 +128,7 @@ class Trainer:
             self.student.device,
             substitutes,
             self.packed,
+            self.base,
         )
 
     # Steps

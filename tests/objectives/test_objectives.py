@@ -109,6 +109,37 @@ def test_calibrated_ends_at_its_levels():
     torch.testing.assert_close(reached, level, rtol=0.05, atol=0.05)
 
 
+def test_base_kl_weighs_tokens_by_their_distance_and_adds_the_push():
+    logp, reference, row = tokens(3)
+    g = torch.Generator().manual_seed(3)
+    student = torch.randn(len(row), 7, generator=g, dtype=torch.float64, requires_grad=True)
+    base = (3 * torch.randn(len(row), 7, generator=g, dtype=torch.float64)).log_softmax(1)
+    weights, levels = token_weights(row, "rows").double(), 1 - reference
+
+    def ours(push):
+        q = student.log_softmax(1)
+        inputs = TokenInputs(q[:, 0], row, weights, levels=levels, base_kl=(base.exp() * (base - q)).sum(1))
+        return FORGET_OBJECTIVES["base_kl"].loss(inputs, push=push)
+
+    def naive(push):
+        q = student.log_softmax(1)
+        pieces, total = [], 0.0
+        for n in range(len(row)):
+            kl = sum(base[n, v].exp() * (base[n, v] - q[n, v]) for v in range(7))
+            weight = weights[n].item() * (kl.item() + 0.1)
+            pieces.append(weight * kl)
+            total += weight
+        return sum(pieces) / total + push * calibrated(q[:, 0], levels, row, weights)
+
+    for push in (0.0, 1.5):
+        torch.testing.assert_close(ours(push), naive(push))
+        (mine,), (theirs,) = (torch.autograd.grad(loss(push), student) for loss in (ours, naive))
+        torch.testing.assert_close(mine, theirs)
+        assert mine.abs().max() > 0
+    nothing = TokenInputs(logp[:0], row[:0], weights[:0], levels=levels[:0], base_kl=logp[:0])
+    assert FORGET_OBJECTIVES["base_kl"].loss(nothing, push=1.0) == 0
+
+
 def test_bounds_and_limits():
     logp, reference, row = tokens(2)
     level, of_row, weights = torch.full((4,), 2.0), torch.zeros(4, dtype=torch.int64), torch.full((4,), 0.25)

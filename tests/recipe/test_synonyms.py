@@ -10,7 +10,7 @@ from neko_lean.recipe import KEY_SYNONYMS, NAME_SYNONYMS, load_recipe, recipe_ke
     ("name", "suggestion"),
     [("ga", "'neko' or 'graddiff'?"), ("grad_ascent", "'neko' or 'graddiff'?"), ("GradDiff", "'graddiff'?"),
      ("grad_diff", "'graddiff'?"), ("NPO", "'npo'?"), ("SimNPO", "'simnpo'?"), ("neko_published", "'neko-published'?"),
-     ("nekoo", "'neko'?"), ("RMU", "choose from alternating, calibrated, ")],
+     ("nekoo", "'neko'?"), ("RMU", "choose from alternating, base-kl, calibrated, ")],
 )  # fmt: skip
 def test_an_unknown_recipe_names_the_nearest(name, suggestion):
     with pytest.raises(NekoLeanError) as error:

@@ -75,6 +75,11 @@ def test_every_recipe_runs_and_lowers_its_loss(world, model, anchored, tmp_path,
     change = {"max_steps": 24, "lr": 2e-3, "eval_every": 4, "dtype": "float32"}
     if recipe.order == "chunks":
         change["chunk_rows"] = 8
+    base_cache = None
+    if recipe.forget is not None and recipe.forget.base_top_k:
+        base = random_model(world, tmp_path / "base", seed=9)
+        base_cache = tmp_path / "base-cache"
+        make_cache(base, world, base_cache, forget=world, dtype="float32")
     weighted = recipe.forget_objective == "wga"
     if weighted:  # weighted by probabilities, which are so small for a random model that the KL would dominate
         change |= {"retain_weight": 0.0}
@@ -85,6 +90,7 @@ def test_every_recipe_runs_and_lowers_its_loss(world, model, anchored, tmp_path,
         retain=world,
         cache=anchored / "cache" if reads_cache(recipe, anchor=True) else None,
         anchor=anchored / "anchor.jsonl",
+        base_cache=base_cache,
         recipe=name,
         overrides=change,
         run=RunOptions(quiet=True),
@@ -101,6 +107,14 @@ def test_every_recipe_runs_and_lowers_its_loss(world, model, anchored, tmp_path,
         before, after = weights(model), weights(tmp_path / "out")
         changed = {key for key in before if not torch.equal(before[key], after[key])}
         assert changed and all(".mlp." in key for key in changed)
+
+
+def test_a_recipe_that_reads_the_base_models_cache_needs_one(world, model, tmp_path):
+    with pytest.raises(NekoLeanError, match="base-kl needs --base-cache"):
+        neko_lean.unlearn(
+            model, tmp_path / "out", forget=world, retain=world, recipe="base-kl", run=RunOptions(quiet=True)
+        )
+    assert not (tmp_path / "out").exists()
 
 
 def test_answers_of_retain_rows_without_a_retain_objective(world, model, tmp_path):

@@ -101,6 +101,50 @@ def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, back
         assert (one.grad - two.grad).norm() < 2e-3 * two.grad.norm() + 1e-9, key
 
 
+@pytest.mark.parametrize("k", [10**6, 400], ids=["same k", "another k"])
+def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_path, k):
+    """KL to the base model on forget examples and to the teacher on retain examples, and the gradient of both."""
+    teacher_folder, student_folder, rows, cache = pieces
+    base_folder = random_model(world, tmp_path / "base", seed=3, scale=10.0)
+    options = CacheOptions(top_k=k, mass=1, dtype="float32", format="neko")
+    cache_teacher(base_folder, tmp_path / "cache", forget=world, retain=world, cache=options,
+                  run=OutputOptions(quiet=True))  # fmt: skip
+    base_cache = TeacherCache(tmp_path / "cache")
+    recipe = load_recipe("base-kl", {"format": "neko", "push": 0.0})
+    forget = [
+        dataclasses.replace(example, levels=tuple((-base_cache.target_logp(example)).tolist()))
+        for example in rows["forget"][:5]
+    ]
+    retain = rows["retain"][3:9]
+    lm = load_model(student_folder, torch.float32, CPU)
+    batch = make_batch(forget, retain, cache, recipe, 0, CPU, base=base_cache)
+    losses = batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
+    losses["loss"].backward()
+
+    teacher, base, student = (
+        load_model(folder, torch.float32, CPU).model.eval() for folder in (teacher_folder, base_folder, student_folder)
+    )
+
+    def kl(reference, example, positions):
+        ids = torch.tensor([example.input_ids])
+        with torch.no_grad():
+            p = reference(input_ids=ids).logits[0].log_softmax(1)
+        q = student(input_ids=ids).logits[0].log_softmax(1)
+        return (p.exp() * (p - q)).sum(1)[positions]
+
+    distances = torch.cat(
+        [kl(base, e, slice(0 if e.example.kind == "completion" else e.prompt_length - 1, len(e) - 1)) for e in forget]
+    )
+    weights = distances.detach() + 0.1
+    forget_loss = (weights * distances).sum() / weights.sum()
+    retain_loss = torch.cat([kl(teacher, example, slice(None)) for example in retain]).mean()
+    (recipe.forget_weight * forget_loss + recipe.retain_weight * retain_loss).backward()
+    assert losses["forget_loss"].item() == pytest.approx(forget_loss.item(), rel=2e-3)
+    assert losses["retain_loss"].item() == pytest.approx(retain_loss.item(), rel=2e-3)
+    for (key, one), two in zip(lm.model.named_parameters(), student.parameters(), strict=True):
+        assert (one.grad - two.grad).norm() < 5e-3 * two.grad.norm() + 1e-9, key
+
+
 def test_loss_does_not_change_with_padding_order_or_micro_batches(pieces):
     _, student_folder, rows, cache = pieces
     lm = load_model(student_folder, torch.float32, CPU)

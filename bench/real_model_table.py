@@ -1,0 +1,103 @@
+"""The table of bench/real_model.py: one row per model, medians over seeds, and five forget prompts."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+Scores = dict[str, Any]
+Column = tuple[str, Callable[[Scores, Scores, Scores], float | None]]
+PROMPTS = 5
+
+
+def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
+    """Lines of Markdown. Values that were not measured are shown as a dash."""
+    lines = ["| | " + " | ".join(title for title, _ in COLUMNS) + " |", "|---" + "|--:" * len(COLUMNS) + "|"]
+    for name in names:
+        runs = [run for seed in seeds if (run := _scores(root, seed, name)) is not None]
+        targets = [target for seed in seeds if (target := _scores(root, seed, "target")) is not None]
+        if runs:
+            made = [_run(root, seed, name) for seed in seeds if (root / f"seed-{seed}" / name).is_dir()]
+            cells = [_median(column, runs, targets, made) for _, column in COLUMNS]
+            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return [*lines, "", *_answers(root, names, seeds[0])]
+
+
+def _median(column: Any, runs: Sequence[Scores], targets: Sequence[Scores], made: Sequence[Scores]) -> str:
+    values = [column(*parts) for parts in zip(runs, targets, made, strict=False)]
+    known = [value for value in values if value is not None]
+    return f"{statistics.median(known):.3f}" if known else "-"
+
+
+def _answers(root: Path, names: Sequence[str], seed: int) -> list[str]:
+    """What each model says to the same forget prompts."""
+    said: dict[str, dict[str, Any]] = {}
+    for name in names:
+        file = root / f"seed-{seed}" / f"{name}-scores" / "generations.jsonl"
+        if file.is_file():
+            rows = [json.loads(line) for line in file.read_text().splitlines()]
+            said[name] = {row["id"]: row for row in rows if row["split"] == "forget"}
+    if not said:
+        return []
+    rows = list(said[next(iter(said))].values())
+    lines = []
+    for row in rows[:: max(1, len(rows) // PROMPTS)][:PROMPTS]:
+        lines += [f"**{_short(row['input'][-150:])}**", "", f"- true answer: {_short(row['output'])}"]
+        lines += [f"- {name}: {_short(by_id[row['id']]['generation'])}" for name, by_id in said.items()]
+        lines.append("")
+    return lines
+
+
+def _short(text: str) -> str:
+    return " ".join(text.split())[:150]
+
+
+def _scores(root: Path, seed: int, name: str) -> Scores | None:
+    file = root / f"seed-{seed}" / f"{name}-scores" / "scores.json"
+    return json.loads(file.read_text()) if file.is_file() else None
+
+
+def _run(root: Path, seed: int, name: str) -> Scores:
+    run: Scores = json.loads((root / f"seed-{seed}" / name / "run.json").read_text())
+    return run
+
+
+def _forget(scores: Scores, kind: str) -> float:
+    return max(value for cell, value in scores["cells"].items() if cell.startswith("forget") and cell.endswith(kind))
+
+
+def _retain_change(scores: Scores, target: Scores, _: Scores) -> float:
+    cells = [cell for cell in scores["cells"] if cell.startswith("retain")]
+    return min(float(scores["cells"][cell] - target["cells"][cell]) for cell in cells)
+
+
+def _strongest(scores: Scores, statistic: str) -> float | None:
+    if not scores["membership"]:
+        return None
+    attacks = scores["membership"]["attacks"]["all"].values()
+    return max(float(attack[statistic]) for attack in attacks if attack)
+
+
+def _mmlu(scores: Scores, _: Scores, __: Scores) -> float | None:
+    return scores["mmlu"]["accuracy"] if scores["mmlu"] else None
+
+
+COLUMNS: list[Column] = [
+    ("task aggregate", lambda scores, target, run: scores["task_aggregate"]),
+    ("highest forget knowledge", lambda scores, target, run: _forget(scores, "knowledge")),
+    ("highest forget regurgitation", lambda scores, target, run: _forget(scores, "regurgitation")),
+    ("worst retain change", _retain_change),
+    ("AUC", lambda scores, target, run: scores["membership"]["auc"]),
+    ("strongest AUC", lambda scores, target, run: _strongest(scores, "auc")),
+    ("two-sided", lambda scores, target, run: _strongest(scores, "two_sided_auc")),
+    ("degenerate", lambda scores, target, run: scores["outputs"]["forget"]["degenerate_text"]),
+    ("repetition", lambda scores, target, run: scores["outputs"]["forget"]["repetition"]),
+    ("held-out loss, change %", lambda scores, target, run: 100 * (scores["held_nll"] / target["held_nll"] - 1)),
+    ("MMLU", _mmlu),
+    ("steps", lambda scores, target, run: run["steps"]),
+    ("seconds", lambda scores, target, run: run["wall_seconds"]),
+    ("peak GiB", lambda scores, target, run: run["measured_peak"] / 2**30),
+]  # fmt: skip

@@ -1,0 +1,31 @@
+"""Forgetting towards what the model said before it learned the forget set."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from neko_lean.objectives.calibrated import push_to_levels
+from neko_lean.objectives.registry import Hyperparameter, TokenInputs, forget_objective
+
+# KL in nats, added where tokens are weighted by it: once all tokens are below it, they weigh the same.
+UNIFORM_BELOW = 0.1
+
+
+@forget_objective(
+    "base_kl",
+    levels=True,
+    base_top_k=True,
+    hyperparameters={
+        "push": Hyperparameter(1.0, "weight of calibrated's push to the base model's losses", positive=False)
+    },
+)
+def base_kl(inputs: TokenInputs, *, push: float) -> Tensor:
+    """KL(base || student) in nats a position, by the base model's cache, plus `push` times the `calibrated` loss.
+
+    On most tokens of a document the base model and the student agree, so an unweighted mean hardly moves the others.
+    Each token is weighted by its KL (plus UNIFORM_BELOW) without gradient; the weights of a batch add up to 1.
+    """
+    assert inputs.base_kl is not None
+    focus = inputs.weights * (inputs.base_kl.detach().clamp(min=0) + UNIFORM_BELOW)  # [n]
+    distance = (focus * inputs.base_kl).sum() / focus.sum().clamp(min=1e-30)
+    return distance + push * push_to_levels(inputs)
