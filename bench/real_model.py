@@ -60,7 +60,7 @@ class Setting:
     attacks: tuple[str, ...]
 
 
-QUICK = Setting(3, 12, 10, 40, 2, ())
+QUICK = Setting(2, 12, 10, 30, 2, ())
 FULL = Setting(1000, 60, 20, 200, 10, ("prefix", "quantize", "relearn"))
 
 
@@ -158,7 +158,7 @@ def make_model(
         memorize(base, folder / name, data=data, sets=sets, overrides=overrides, run=run)
         return
     recipe = name.split(",")[0]
-    overrides = {**values, "lr": 5e-5, "forget_rows": 6, "retain_rows": 12, "max_steps": setting.steps, **change}
+    overrides = {**values, "lr": 5e-5, "forget_rows": 4, "retain_rows": 8, "max_steps": setting.steps, **change}
     overrides |= dict(map(parse_override, name.split(",")[1:]))
     settings = load_recipe(recipe, overrides)
     anchor = data / "anchor.jsonl" if settings.retain is not None and uses_levels(settings) else None

@@ -95,7 +95,8 @@ def _contained_in(parts: Sequence[str], texts: Sequence[str]) -> Iterator[tuple[
     for first, group in _groups(texts):
         hashes = _window_hashes("".join(group))
         ends = np.cumsum([len(text) for text in group])
-        places = np.isin(hashes, wanted).nonzero()[0]
+        # By sorting: NumPy 2.0 looks small ranges up in a table, whose bounds must fit into signed integers.
+        places = np.isin(hashes, wanted, kind="sort").nonzero()[0]
         # Two texts next to each other also have common windows, which the comparison below rules out.
         owners = np.searchsorted(ends, places, side="right")
         for owner, match in dict.fromkeys(zip(owners.tolist(), hashes[places].tolist(), strict=True)):
