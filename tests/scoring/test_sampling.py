@@ -64,3 +64,13 @@ def test_broken_logits_are_refused(value):
     logits[1, 7] = value
     with pytest.raises(NekoLeanError, match="output for a token is NaN or infinite"):
         sampled_tokens(logits, [random_stream("a"), random_stream("b")], "a token")
+
+
+@pytest.mark.cuda
+def test_draws_on_a_gpu_are_those_of_the_cpu(gpu):
+    logits = torch.randn(200, 5000, generator=torch.Generator().manual_seed(0))
+    draws = [
+        sampled_tokens(some, [random_stream(f"{row}") for row in range(len(some))], "a token")
+        for some in (logits, logits.to(gpu))
+    ]
+    assert draws[0] == draws[1]
