@@ -83,7 +83,7 @@ class Attack:
         needs_paraphrases: whether it needs a paraphrased input of a forget example.
         leaks: whether its points hold shares of examples that leak (`knowledge_leak`, `regurgitation_leak`) instead of
             mean scores.
-        options: the fields of ScoreSettings that only attacks use, and this one is among them.
+        options: the fields of ScoreSettings that this attack uses, and nothing but attacks.
     """
 
     name: str
