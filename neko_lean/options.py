@@ -199,7 +199,7 @@ class ScoreSettings:
     )
     attacks: tuple[str, ...] = option(
         (),
-        "Attack that tries to recover the forget set: prefix, paraphrase, quantize or relearn; repeatable.",
+        "Attack that tries to recover the forget set: prefix, paraphrase, sample, quantize or relearn; repeatable.",
         MEASUREMENTS,
         flags=("--attack",),
     )
@@ -211,6 +211,8 @@ class ScoreSettings:
         None, "Maximum number of tokens per generation.  [default: 256, as in the shared task]", GENERATION
     )
     seed: int | None = option(
-        None, "Random seed for the examples that --attack relearn trains on.  [default: 0]", MEASUREMENTS
+        None,
+        "Random seed for --attack sample, and for the examples that --attack relearn trains on.  [default: 0]",
+        MEASUREMENTS,
     )
     dtype: str | None = option(None, "float32 or bfloat16.  [default: float32 on a CPU, bfloat16 on a GPU]", MEMORY)

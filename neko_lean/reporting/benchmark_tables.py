@@ -1,4 +1,4 @@
-"""The report's tables on unlearning benchmarks, membership inference and MMLU."""
+"""The report's tables on unlearning benchmarks, membership inference, MMLU and sampling."""
 
 from __future__ import annotations
 
@@ -6,10 +6,21 @@ from collections.abc import Sequence
 from functools import partial
 
 from neko_lean.reporting.figures import Model
-from neko_lean.reporting.table import SMALL_PRINT, Cell, Group, Table, auc_cell, make_line, make_table, number_column
-from neko_lean.reporting.values import NOT_MEASURED, mapping
-from neko_lean.scoring import MEMBERSHIP_ATTACKS, number
+from neko_lean.reporting.table import (
+    SMALL_PRINT,
+    Cell,
+    Group,
+    Line,
+    Table,
+    auc_cell,
+    make_line,
+    make_table,
+    number_column,
+)
+from neko_lean.reporting.values import NOT_MEASURED, format_interval, format_number, mapping, objects
+from neko_lean.scoring import MEMBERSHIP_ATTACKS, interval, number
 from neko_lean.scoring.benchmarks.lines import BENCHMARK_LINES, benchmark_title, format_metric
+from neko_lean.scoring.names import cell_content
 
 
 def unlearning_table(models: Sequence[Model]) -> Table | None:
@@ -90,3 +101,33 @@ def mmlu_tables(models: Sequence[Model]) -> tuple[Table | None, Table | None]:
     ]
     groups = [Group("The model", accuracy), Group("Floors: accuracy of a constant answer", floors)]
     return make_table("MMLU", SMALL_PRINT, groups), make_table("By subject", "Accuracy.", [Group("", by_subject)])
+
+
+def sampling_table(models: Sequence[Model]) -> Table | None:
+    """The share of forget rows that leak when decoding greedily and in k samples, over all rows and by cell."""
+    points = [point for model in models for point in objects(model.scores, "attacks", "sample")]
+    counts = sorted({count for point in points if (count := number(point, "samples")) is not None})
+    cells = dict.fromkeys(cell for point in points for cell in mapping(point, "cells"))
+
+    def lines(value: tuple[str, ...], ends: tuple[str, ...]) -> list[Line]:
+        names = {count: f"leak@{count:g}" if count else "greedy" for count in counts}
+        return [
+            make_line(models, name, "", partial(_leak_cell, count=count, value=value, ends=ends))
+            for count, name in names.items()
+        ]
+
+    groups = [Group("Forget set: all rows", lines(("leak",), ("leak_interval",)))]
+    for cell in cells:
+        path = ("cells", cell)
+        groups.append(Group(f"Forget set: {cell_content(cell)}", lines((*path, "value"), (*path, "interval"))))
+    caption = "Share of forget rows of which at least one of k samples leaks. Small print: 95 % interval."
+    return make_table("Leaks when sampling", caption, groups)
+
+
+def _leak_cell(model: Model, count: float, value: tuple[str, ...], ends: tuple[str, ...]) -> Cell:
+    for point in objects(model.scores, "attacks", "sample"):
+        share = number(point, *value)
+        if number(point, "samples") == count and share is not None:
+            small = format_interval(interval(point, *ends))
+            return Cell(format_number(share), [small] if small else [])
+    return Cell(NOT_MEASURED, missing=True)

@@ -17,6 +17,7 @@ from neko_lean.scoring.names import cell_group, cell_noun
 MAX_POINTS = 80  # of a curve; more steps are averaged, because single steps are noisy
 MAX_NAME = 16  # characters of a group's name in a chart
 QUESTIONS_AXIS, TEXTS_AXIS = "share answered to the letter", "ROUGE-L recall of the true text"
+LEAKS_AXIS = "share that leaks in any sample"
 # Names of an attack's categories, where the numbers in the scores say nothing.
 CATEGORY_NAMES = {"paraphrase": {0.0: "original", 1.0: "paraphrased"}}
 CATEGORY_AXES = {"paraphrase": "prompt"}
@@ -269,7 +270,7 @@ def _attack_figure(models: Sequence[Model], attack: Attack, kind: str, noun: str
 
     series = [Series(model.slot, model.label, points) for model, points in curves]
     x_label = CATEGORY_AXES.get(attack.name, attack.x_label)
-    y_label = QUESTIONS_AXIS if kind == "knowledge" else TEXTS_AXIS
+    y_label = LEAKS_AXIS if attack.leaks else QUESTIONS_AXIS if kind == "knowledge" else TEXTS_AXIS
     svg = charts.lines(
         series, f"{attack.title}, forget set, {noun}: {y_label}", x_label, y_label, x=x_axis, y=UNIT_AXIS
     )
@@ -280,7 +281,8 @@ def _attack_points(model: Model, attack: Attack, kind: str) -> Points:
     points = []
     for point in objects(mapping(model.scores, "attacks"), attack.name):
         unicode = number(point, f"unicode_{kind}")  # older scores lack it
-        x, y = number(point, attack.x_key), number(point, kind) if unicode is None else unicode
+        score = number(point, kind) if unicode is None else unicode
+        x, y = number(point, attack.x_key), number(point, f"{kind}_leak") if attack.leaks else score
         if x is not None and y is not None:
             points.append((x, y))
     return sorted(points, reverse=attack.x_key == "bits")

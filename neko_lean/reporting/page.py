@@ -196,6 +196,7 @@ def _tables(models: Sequence[Model]) -> dict[str, Any]:
         "membership_more": [table for table in (by_task, rates) if table],
         "mmlu": mmlu,
         "subjects": subjects,
+        "sampling": benchmark_tables.sampling_table(models),
         "made": provenance_tables(models),
     }
 

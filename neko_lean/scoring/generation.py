@@ -1,4 +1,4 @@
-"""Greedy generation in batches, independent of the generation config that a checkpoint comes with.
+"""Generation in batches, greedy or by sampling, independent of the generation config that a checkpoint comes with.
 
 Generation of an answer stops early once no further token could change any of its scores.
 """
@@ -20,6 +20,7 @@ from neko_lean.models import CausalLM, eos_token_ids, greedy_tokens, refuse_unkn
 from neko_lean.scoring.decoding import Prompts
 from neko_lean.scoring.decoding_probe import PADDED, decode_exactly, pick_method
 from neko_lean.scoring.limits import MAX_LENGTH, TruncationCounts, fit_prompt, generation_batches
+from neko_lean.scoring.sampling import random_stream, sampled_tokens
 from neko_lean.scoring.task import equivalent_answers, regurgitation, score_name, unicode_regurgitation
 from neko_lean.terminal import progress_bar
 
@@ -31,6 +32,8 @@ if TYPE_CHECKING:
 # if that is longer.
 WINDOW = 64
 STRIDE = 16  # tokens between two checks whether an answer is settled
+# Takes the indices of the rows still decoding and their logits [N, V]; returns each row's next token.
+Pick = Callable[[Sequence[int], Tensor], Sequence[int]]
 
 
 @dataclass(frozen=True)
@@ -196,6 +199,7 @@ def generate_on_all_ranks(
     end: int | None,
     label: str,
     quiet: bool,
+    sample_keys: Sequence[str] | None = None,
 ) -> list[Generation]:
     """Generate the continuation of each prompt; the batches are divided among the ranks, and every rank gets all.
 
@@ -208,12 +212,20 @@ def generate_on_all_ranks(
         end: as for `generate`.
         label: the progress bar's label; it counts the rows of the main process.
         quiet: whether to hide the progress bar.
+        sample_keys: as for `generate`.
     """
     own = examples_of_rank(lm, tokenizer, examples, limits, prompts)
 
     def generate_own() -> list[tuple[int, dict[str, Any]]]:
-        own_prompts = [prompts[i] for i in own]
-        batches = generate(lm, tokenizer, [examples[i] for i in own], **asdict(limits), prompts=own_prompts, end=end)
+        batches = generate(
+            lm,
+            tokenizer,
+            [examples[i] for i in own],
+            **asdict(limits),
+            prompts=[prompts[i] for i in own],
+            end=end,
+            sample_keys=None if sample_keys is None else [sample_keys[i] for i in own],
+        )
         generated = []
         with progress_bar(label, len(own), "rows", quiet) as progress:
             for batch in batches:
@@ -237,8 +249,9 @@ def generate(
     stop_early: bool = True,
     stop_texts: Sequence[str] = (),
     end: int | None = None,
+    sample_keys: Sequence[str] | None = None,
 ) -> Iterator[list[tuple[int, Generation]]]:
-    """Generate the greedy continuation of each example's input, one batch at a time.
+    """Generate a continuation of each example's input, one batch at a time.
 
     In float32 the tokens are those of decoding each prompt alone, whatever state the model keeps; see
     `decoding_probe`.
@@ -253,6 +266,8 @@ def generate(
         end: a token that ends a generation, besides those of the tokenizer and of the generation config.
         stop_early: stop a generation once its scores are settled.
         stop_texts: texts before which the answer to a question ends.
+        sample_keys: for each example, the key of the random numbers with which its tokens are sampled, see `sampling`.
+            Without keys, decoding is greedy.
 
     Yields:
         One batch at a time, as pairs of an example's index and its Generation.
@@ -281,11 +296,23 @@ def generate(
                 return False
             return is_settled(examples[i], to_generation(tokenizer, ids, 0, "").text)
 
-        generated = _decode(lm, tokenizer, [fits[i] for i in batch], is_done, end)
+        pick = _greedy if sample_keys is None else _sampler([sample_keys[i] for i in batch])
+        generated = _decode(lm, tokenizer, [fits[i] for i in batch], is_done, end, pick)
         yield [
             (i, to_generation(tokenizer, ids, windows[i], ended, stops[i]))
             for i, (ids, ended) in zip(batch, generated, strict=True)
         ]
+
+
+def _greedy(rows: Sequence[int], scores: Tensor) -> list[int]:
+    tokens: list[int] = greedy_tokens(scores, "a generated token").tolist()
+    return tokens
+
+
+def _sampler(keys: Sequence[str]) -> Pick:
+    """A function that samples the tokens of a batch, given the key of each of its rows."""
+    streams = [random_stream(key) for key in keys]
+    return lambda rows, scores: sampled_tokens(scores, [streams[row] for row in rows], "a generated token")
 
 
 def _decode(
@@ -294,6 +321,7 @@ def _decode(
     prompts: Sequence[tuple[Sequence[int], int]],
     is_done: Callable[[int, Sequence[int]], bool],
     end: int | None,
+    pick: Pick,
 ) -> list[tuple[list[int], str]]:
     """Decode one batch of prompts, given with their limits of new tokens; returns new tokens and why they ended."""
     ends = eos_token_ids(lm, tokenizer) | ({end} if end is not None else frozenset())
@@ -302,7 +330,7 @@ def _decode(
 
     def choose(rows: Sequence[int], scores: Tensor) -> list[int | None]:
         tokens: list[int | None] = []
-        for row, token in zip(rows, greedy_tokens(scores, "a generated token").tolist(), strict=True):
+        for row, token in zip(rows, pick(rows, scores), strict=True):
             new_ids[row].append(token)
             if token in ends:
                 ended[row] = "eos"

@@ -13,7 +13,7 @@ from neko_lean.scoring.benchmarks.lines import BENCHMARK_LINES, benchmark_title,
 from neko_lean.scoring.membership_headline import strongest_attack
 from neko_lean.scoring.names import cell_name
 from neko_lean.scoring.task import CELLS, SPLITS, cell_parts, shown_cells
-from neko_lean.scoring.values import interval, number
+from neko_lean.scoring.values import interval, number, value_at
 
 NOT_MEASURED = "not measured"
 Scores = Mapping[str, Any]
@@ -121,7 +121,8 @@ def _sections(named: Mapping[str, Scores]) -> list[list[Row]]:
         _row("final", "final"),
     ]
     other = [_row(label, key) for label, key in OTHER_ROWS]
-    return [section for section in (*cells, any_script, headline, *_benchmark_sections(named), other) if section]
+    sections = (*cells, any_script, headline, *_benchmark_sections(named), other, _sampling_section(named))
+    return [section for section in sections if section]
 
 
 def _benchmark_sections(named: Mapping[str, Scores]) -> list[list[Row]]:
@@ -142,6 +143,27 @@ def _benchmark_sections(named: Mapping[str, Scores]) -> list[list[Row]]:
         ]
         for title in titles
     ]
+
+
+def _sampling_section(named: Mapping[str, Scores]) -> list[Row]:
+    """The shares of forget rows that leak when decoding greedily and in k samples."""
+    counts = {count for scores in named.values() for point in _samples(scores) if (count := number(point, "samples"))}
+
+    def value(samples: float) -> Callable[[Scores], str]:
+        def of_scores(scores: Scores) -> str:
+            point = next((point for point in _samples(scores) if number(point, "samples") == samples), None)
+            return format_number(number(point, "leak"), interval(point, "leak_interval"))
+
+        return of_scores
+
+    greedy = [("leaked forget rows, greedy", "", value(0))] if counts else []
+    return [*greedy, *((f"leaked forget rows, leak@{count:g}", "", value(count)) for count in sorted(counts))]
+
+
+def _samples(scores: Scores) -> list[Any]:
+    """The points of the sampling attack."""
+    points = value_at(scores, "attacks", "sample")
+    return points if isinstance(points, list) else []
 
 
 def _cell_label(cell: str) -> str:

@@ -214,23 +214,41 @@ def one_letter(scores: Scores, before: Any) -> str | None:
 def recovery(scores: Scores, before: Any) -> str | None:
     """Did an attack recover anything?"""
     attacks = value_at(scores, "attacks")
-    best = None
-    for name, points in (attacks if isinstance(attacks, Mapping) else {}).items():
-        curve = [point for point in points if isinstance(point, Mapping)] if isinstance(points, list) else []
-        for kind in ("knowledge", "regurgitation"):
-            key = f"unicode_{kind}" if all(f"unicode_{kind}" in point for point in curve) else kind
-            values = [value for point in curve if (value := number(point, key)) is not None]
-            if len(values) > 1 and (best is None or max(values) - values[0] > best[0]):
-                best = max(values) - values[0], name, kind, values[0], max(values)
-    if best is None:
+    recovered = [
+        (gain, sentence)
+        for name, points in (attacks if isinstance(attacks, Mapping) else {}).items()
+        for gain, sentence in _recoveries(name, points)
+    ]
+    if not recovered:
         return None
-    gain, name, kind, start, highest = best
+    gain, sentence = max(recovered, key=lambda found: found[0])
     if gain < MIN_RECOVERED:
         return "No attack recovered more than a few percent of the forget set."
-    return (
-        f"ATTACK: {name} raises {kind} on the forget rows from {start:.2f} to {highest:.2f}; a model that never saw "
-        f"them shows how much of that is guessing."
-    )
+    return f"ATTACK: {sentence}; a model that never saw them shows how much of that is guessing."
+
+
+def _recoveries(name: str, points: Any) -> list[tuple[float, str]]:
+    """How much an attack raises the score of each kind of row, or the share of such rows that leak, each in words."""
+    curve = [point for point in points if isinstance(point, Mapping)] if isinstance(points, list) else []
+    recoveries = []
+    for kind, noun in (("knowledge", "questions"), ("regurgitation", "texts")):
+        leaks = any(f"{kind}_leak" in point for point in curve)
+        in_any_script = all(f"unicode_{kind}" in point for point in curve)
+        key = f"{kind}_leak" if leaks else f"unicode_{kind}" if in_any_script else kind
+        measured = [(value, point) for point in curve if (value := number(point, key)) is not None]
+        if len(measured) < 2:
+            continue
+
+        start = measured[0][0]
+        highest, point = max(measured, key=lambda pair: pair[0])
+        if leaks:
+            samples = number(point, "samples") or 0
+            words = f"in {samples:.0f} samples, {percent(highest)} of the forget {noun} leak ({percent(start)} when "
+            words += "decoding greedily)"
+        else:
+            words = f"{name} raises {kind} on the forget rows from {start:.2f} to {highest:.2f}"
+        recoveries.append((highest - start, words))
+    return recoveries
 
 
 QUESTIONS: tuple[Callable[[Scores, Any], str | None], ...] = (

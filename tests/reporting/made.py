@@ -16,6 +16,13 @@ def around(value: float, width: float = 0.05) -> list[float]:
     return [max(0.0, value - width), min(1.0, value + width)]
 
 
+def leak_point(samples: int, share: float) -> dict[str, Any]:
+    """A point of the sampling attack."""
+    cells = {cell: {"value": share, "interval": around(share), "rows": 8} for cell in CELLS if "forget" in cell}
+    leaks = {f"{name}leak": share for name in ("", "knowledge_", "regurgitation_")}
+    return {"samples": samples, "seed": 0, **leaks, "leak_interval": around(share), "cells": cells}
+
+
 def attack(area: float) -> dict[str, Any]:
     return {
         "auc": area,
@@ -105,6 +112,7 @@ def full_scores(model: str, left: float, seed: int = 0) -> dict[str, Any]:
             "quantize": [{"bits": n, "knowledge": left, "regurgitation": 0.3} for n in (32, 16, 8, 4)],
             "prefix": [{"tokens": n, "knowledge": near(left + n / 10), "regurgitation": 0.3} for n in (0, 1, 2, 4)],
             "paraphrase": [{"paraphrase": n, "knowledge": left, "regurgitation": 0.3} for n in (0, 1)],
+            "sample": [leak_point(n, near(left + n / 40)) for n in (0, 1, 2, 4, 8, 16)],
         },
         "verdict": [f"{model} has {left:.0%} of what it should forget.", "It keeps the rest."],
     }

@@ -52,7 +52,7 @@ def test_scores_without_intervals_are_named():
 def test_models_without_a_measurement_are_named_below_the_chart():
     models = [Model(1, "new", full_scores("new", 0.4), {}, []), Model(2, "old", old_scores("old", 0.4), {}, [])]
     figures = [roc_figure(models), letter_figure(models), *attack_figures(models)]
-    assert len(figures) == 10 and {figure.absent for figure in figures} == {"Not measured for old."}
+    assert len(figures) == 12 and {figure.absent for figure in figures} == {"Not measured for old."}
     assert {figure.absent for figure in cell_figures(models)} == {""}
 
 
@@ -60,3 +60,13 @@ def test_axes_are_in_words():
     figures = {figure.title: figure.svg for figure in attack_figures([Model(1, "m", full_scores("m", 0.4), {}, [])])}
     paraphrase = figures["Paraphrased prompts"]
     assert all(f">{words}<" in paraphrase for words in ("prompt", "original", "paraphrased"))
+
+
+def test_the_sampling_attack_is_drawn_by_shares_that_leak():
+    scores = full_scores("m", 0.4)
+    for point in scores["attacks"]["sample"]:
+        point |= {"knowledge": 1.0, "regurgitation_leak": None}  # not what is drawn, and not measured
+    figures = [figure for figure in attack_figures([Model(1, "m", scores, {}, [])]) if figure.title == "Sampling"]
+    assert [figure.note for figure in figures] == ["forget set, questions"]
+    assert "share that leaks in any sample" in figures[0].svg and "samples (0: greedy)" in figures[0].svg
+    assert figures[0].svg.count('class="dot c1"') == 6

@@ -83,10 +83,10 @@ def test_page_is_complete_and_loads_nothing(demo, tmp_path):
     assert made["bytes"] == len(text.encode()) and made["words"]["calibrated"] == "Forgot, preserved the rest"
     assert page.sections == ["asked", "verdict", *SECTIONS] and page.links == SECTIONS
     assert "Make target forget the forget set (36 rows)" in text
-    for word in ("Relearning", "min-k++", "world religions", "change −0.980", "Peak memory", "2.00 GiB"):  # noqa: RUF001
+    for word in ("Relearning", "leak@16", "min-k++", "world religions", "change −0.980", "Peak memory", "2.00 GiB"):  # noqa: RUF001
         assert word in text, word
     charts = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
-    assert len(charts) == 4 + 6 + 1 + 1 + 8 and all(attrs["aria-label"] for attrs in charts)
+    assert len(charts) == 4 + 6 + 1 + 1 + 10 and all(attrs["aria-label"] for attrs in charts)
     for _, attrs in page.tags:
         assert not set(attrs) & {"src", "srcset", "style", "action"}
         assert attrs.get("href", "#").startswith(("#", "data:,"))

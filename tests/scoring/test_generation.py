@@ -19,19 +19,22 @@ from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.scoring import generation, limits
 from neko_lean.scoring.generation import WINDOW, generate, generation_warnings, is_settled, to_generation
 from neko_lean.scoring.limits import fit_prompt
+from neko_lean.scoring.sampling import random_stream, sample_key, sampled_tokens
 from neko_lean.scoring.task import example_score, unicode_score
 from tests.helpers import LUME, make_rows, random_model, templated
 
 
-def one_at_a_time(lm, tokenizer, rows, most):
+def one_at_a_time(lm, tokenizer, rows, most, sample_keys=None):
     """The naive reference: without batches, cache, or `generate`."""
     texts = []
-    for row in rows:
+    for n, row in enumerate(rows):
         ids = tokenizer(row.input)["input_ids"]
         new = []
+        stream = None if sample_keys is None else random_stream(sample_keys[n])
         while len(new) < most:
             with torch.no_grad():
-                token = lm.model(input_ids=torch.tensor([ids + new])).logits[0, -1].argmax().item()
+                logits = lm.model(input_ids=torch.tensor([ids + new])).logits[:, -1]
+            token = logits[0].argmax().item() if stream is None else sampled_tokens(logits, [stream], "a token")[0]
             new.append(token)
             if token == tokenizer.eos_token_id:
                 break
@@ -189,14 +192,34 @@ def test_batches_equal_single_rows_in_every_kind_of_model(world, model, family):
     assert [one.text for one in got] == one_at_a_time(lm, tokenizer, rows, 14)
 
 
+@pytest.mark.parametrize(("family", "scale"), [("Llama", 10), ("GPT2", 10), ("Mistral", 10), ("Mamba", 1)])
+def test_samples_do_not_depend_on_the_batches(world, model, family, scale):
+    """In padded batches, and in a model with a recurrent state; each row equals plain sampling of its own."""
+    tokenizer = load_tokenizer(model)
+    config, family_model = small(family, len(tokenizer))
+    torch.manual_seed(1)
+    lm = as_causal_lm(family_model(config).eval())
+    with torch.no_grad():
+        lm.head.mul_(scale)
+    rows = [row for row in sample_rows()[:6] for _ in range(3)]
+    keys = [sample_key(5, row.id, sample) for row, sample in zip(rows, [0, 1, 2] * 6, strict=True)]
+
+    options = {"max_new_tokens": 10, "sample_keys": keys}
+    one, three, many = (in_order(lm, tokenizer, rows, batch_size=size, **options) for size in (1, 3, 32))
+    assert one == three == many
+    assert [said.text for said in many] == one_at_a_time(lm, tokenizer, rows, 10, keys)
+    assert len({said.text for said in many}) > len(rows) - 3  # some begin with an EOS token
+
+
 def small(family, vocabulary):
     """Config and class of a two-layer model of a family."""
     import transformers
 
     sizes = {"vocab_size": vocabulary, "hidden_size": 32, "num_hidden_layers": 2}
-    if family in ("OPT", "Mistral", "Bloom", "GPT2"):
+    if family in ("OPT", "Llama", "Mistral", "Bloom", "GPT2"):
         sizes |= {"num_attention_heads": 4}
     more = {
+        "Llama": {"intermediate_size": 64, "eos_token_id": None},
         "Mistral": {"intermediate_size": 64, "num_key_value_heads": 2, "sliding_window": 8},
         "OPT": {"ffn_dim": 64, "word_embed_proj_dim": 32, "max_position_embeddings": 1024},
         "Mamba": {"state_size": 8},

@@ -134,12 +134,14 @@ def test_two_processes_write_the_files_of_one(world, model, tmp_path):
     write_jsonl(tmp_path / "other.jsonl", [{"id": row.id, "output": "a wood", "wrong": ["a sea"]} for row in asked])
     score_with(
         model, world, tmp_path / "one", **SMALL, mia=world / "mia", held=nonmembers, mmlu=tmp_path / "mmlu", shots=2,
-        paraphrases=tmp_path / "other.jsonl", attacks=["prefix", "quantize", "relearn"], official=tmp_path / "one.json",
+        paraphrases=tmp_path / "other.jsonl", attacks=["prefix", "sample", "quantize", "relearn"],
+        official=tmp_path / "one.json",
     )  # fmt: skip
     found = torchrun(
         "score", model, "--data", world, "--out", tmp_path / "two", *FEW, "--mia", world / "mia", "--held", nonmembers,
         "--mmlu", tmp_path / "mmlu", "--shots", 2, "--paraphrases", tmp_path / "other.jsonl", "--attack", "prefix",
-        "--attack", "quantize", "--attack", "relearn", "--official", tmp_path / "two.json", "--json",
+        "--attack", "sample", "--attack", "quantize", "--attack", "relearn",
+        "--official", tmp_path / "two.json", "--json",
     )  # fmt: skip
     assert found.returncode == 0, found.stderr
     said = json.loads(found.stdout)  # one object: only the main process prints

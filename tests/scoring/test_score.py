@@ -99,8 +99,8 @@ def test_everything_at_once(world, model, tmp_path):
     before = score_with(model, world, tmp_path / "before", **options)
     after = score_with(
         model, world, tmp_path / "after", **options, held=nonmembers, reference=cache, mmlu=tmp_path / "mmlu", shots=2,
-        paraphrases=tmp_path / "other.jsonl", attacks=["prefix", "paraphrase"], before=tmp_path / "before",
-        official=tmp_path / "official.json",
+        paraphrases=tmp_path / "other.jsonl", attacks=["prefix", "paraphrase", "sample"], seed=5,
+        before=tmp_path / "before", official=tmp_path / "official.json",
     )  # fmt: skip
     assert after["cells"] == before["cells"] and after["mmlu"]["questions"] == 6
     # The model is its own reference, so all differences are 0.
@@ -113,6 +113,9 @@ def test_everything_at_once(world, model, tmp_path):
         assert after["difference"][key] == {"difference": 0.0, "interval": [0.0, 0.0]}
     assert after["memorisation"]["forget"]["truth_ratio"] > 0 and after["memorisation"]["retain"]["truth_ratio"] is None
     assert [one["tokens"] for one in after["attacks"]["prefix"]] == [0, 1, 2, 4, 8]
+    assert [(one["samples"], one["seed"]) for one in after["attacks"]["sample"]] == [
+        (samples, 5) for samples in (0, 1, 2, 4, 8, 16)
+    ]
     assert after["held_nll"] == pytest.approx(after["nonmember_nll"])
     results = json.loads((tmp_path / "official.json").read_text())
     assert results["aggregate-score"] == after["final"] and results["mmlu_average"] == after["mmlu"]["micro"]
@@ -243,10 +246,11 @@ def test_recurrent_model_logs_its_decoding_method_once(world, model, tmp_path, c
     folder = saved(config, model, tmp_path / "m")
     write_hub(tmp_path / "mmlu", [make_subject("anatomy", 3)])
     scores = score_with(
-        folder, world, tmp_path / "out", mmlu=tmp_path / "mmlu", shots=1, attacks=["prefix"], max_new_tokens=4
+        folder, world, tmp_path / "out", mmlu=tmp_path / "mmlu", shots=1, attacks=["prefix", "sample"], max_new_tokens=4
     )
     assert capsys.readouterr().err.count("by transformers' generate, prompts of equal length together") == 1
     assert scores["mmlu"]["questions"] == 3 and len(scores["attacks"]["prefix"]) > 1
+    assert scores["attacks"]["sample"][1]["leak_rows"] == 24
 
 
 @pytest.mark.slow

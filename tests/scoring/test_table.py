@@ -4,7 +4,7 @@ from rich.console import Console
 
 from neko_lean.scoring.results import main_differences
 from neko_lean.scoring.table import score_table
-from tests.reporting.made import full_scores
+from tests.reporting.made import full_scores, leak_point
 
 
 def printed(named, width=80):
@@ -50,6 +50,20 @@ def test_the_strongest_attack_has_a_row():
     after["difference"] = None
     assert "strongest membership attack: zlib" in printed({"score": after}, 120)
     assert "0.970 zlib" in printed({"before": before, "after": after}, 120)
+
+
+def test_leaks_of_the_sampling_attack_have_rows():
+    after, before = after_and_before()
+    after["attacks"]["sample"] = [leak_point(k, k / 20) for k in (0, 1, 16)]
+    before["attacks"].pop("sample")
+    alone = printed({"score": {**after, "difference": None}}, 120)
+    assert row(alone, "leaked forget rows, greedy")[1] == "0.000 (0.00 to 0.05)"
+    assert row(alone, "leaked forget rows, leak@16")[1] == "0.800 (0.75 to 0.85)"
+    assert row(printed({"score": after}), "leaked forget rows, leak@1")[1:] == ["", "0.050", ""]
+    assert row(printed({"before": before, "after": after}, 120), "leaked forget rows, leak@1")[1:] == [
+        "not measured", "0.050"
+    ]  # fmt: skip
+    assert "leaked forget rows" not in printed({"before": before}, 120)
 
 
 def test_several_scores_are_side_by_side_without_changes():

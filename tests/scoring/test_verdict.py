@@ -165,6 +165,17 @@ def test_attack_that_recovers_answers():
     assert "No attack recovered" in lines(scores_of(unlearned, attacks={"relearn": flat}))
 
 
+def test_samples_that_leak_what_greedy_decoding_hides():
+    curve = [{"samples": k, "knowledge_leak": k / 20, "regurgitation_leak": 0.5} for k in (0, 1, 16)]
+    flat = [{"steps": n, "knowledge": 0.0, "regurgitation": 0.1} for n in (0, 5)]
+    text = lines(scores_of(unlearned, attacks={"sample": curve, "relearn": flat}))
+    assert "ATTACK: in 16 samples, 80 % of the forget questions leak (0 % when decoding greedily); a model" in text
+    never = [{**point, "knowledge_leak": 0.0} for point in curve]
+    assert "No attack recovered" in lines(scores_of(unlearned, attacks={"sample": never}))
+    nothing = [{**point, "knowledge_leak": None, "regurgitation_leak": None} for point in curve]
+    assert "recovered" not in lines(scores_of(unlearned, attacks={"sample": nothing}))
+
+
 def test_missing_cell():
     scores = scores_of(unlearned)
     scores |= {"task_aggregate": None, "missing_cells": ["forget.Task3.knowledge"]}

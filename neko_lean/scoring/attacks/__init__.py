@@ -1,7 +1,7 @@
 """Attacks that try to recover the forget set: is it gone, or only hidden? One module per attack."""
 
 # Importing a module registers its attack; the order is that of scores.json and of reports.
-from neko_lean.scoring.attacks import prefix, paraphrase, quantize, relearn  # isort: skip
+from neko_lean.scoring.attacks import prefix, paraphrase, sample, quantize, relearn  # isort: skip
 from neko_lean.scoring.attacks.registry import ATTACKS, Attack, AttackTarget, check_attacks, run_attacks
 
 __all__ = [
@@ -14,4 +14,5 @@ __all__ = [
     "quantize",
     "relearn",
     "run_attacks",
+    "sample",
 ]

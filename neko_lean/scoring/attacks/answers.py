@@ -10,6 +10,7 @@ from neko_lean.data import Example, PromptFormat, encode_prompts
 from neko_lean.models import CausalLM
 from neko_lean.scoring.generation import Generation, GenerationLimits, generate_on_all_ranks
 from neko_lean.scoring.limits import TruncationCounts, fit_prompt
+from neko_lean.scoring.sampling import sample_key
 from neko_lean.scoring.task import SCORE_NAMES, example_score, score_name, unicode_score
 from neko_lean.scoring.uncertainty import mean_by_document
 
@@ -49,10 +50,53 @@ class AnswerGenerator:
         if prompts is None:
             prompts = encode_prompts(examples, self.tokenizer, self.prompt_format)
         self._count_truncated(lm, prompts, label)
+        return self._generate(lm, examples, prompts, label)
 
-        end = self.prompt_format.end_of_turn
+    def sample(
+        self, lm: CausalLM, examples: Sequence[Example], label: str, num_samples: int, seed: int
+    ) -> list[list[Generation]]:
+        """Sample answers to each example at temperature 1.
+
+        In float32 they depend only on the model, the seed and the example, whatever the size of the batches.
+
+        Args:
+            lm: the model.
+            examples: the examples to answer.
+            label: as for `__call__`.
+            num_samples: number of answers to each example.
+            seed: random seed.
+
+        Returns:
+            The answers to each example.
+        """
+        prompts = encode_prompts(examples, self.tokenizer, self.prompt_format)
+        self._count_truncated(lm, prompts, label)
+
+        # The samples of an example follow each other, so that they share a batch.
+        keys = [sample_key(seed, example.id, sample) for example in examples for sample in range(num_samples)]
+        repeated_examples = [example for example in examples for _ in range(num_samples)]
+        repeated_prompts = [ids for ids in prompts for _ in range(num_samples)]
+        sampled = self._generate(lm, repeated_examples, repeated_prompts, label, keys)
+        return [sampled[start : start + num_samples] for start in range(0, len(sampled), num_samples)]
+
+    def _generate(
+        self,
+        lm: CausalLM,
+        examples: Sequence[Example],
+        prompts: Sequence[Sequence[int]],
+        label: str,
+        sample_keys: Sequence[str] | None = None,
+    ) -> list[Generation]:
         return generate_on_all_ranks(
-            lm, self.tokenizer, examples, prompts, self.limits, end=end, label=label, quiet=self.quiet
+            lm,
+            self.tokenizer,
+            examples,
+            prompts,
+            self.limits,
+            end=self.prompt_format.end_of_turn,
+            label=label,
+            quiet=self.quiet,
+            sample_keys=sample_keys,
         )
 
     def _count_truncated(self, lm: CausalLM, prompts: Sequence[Sequence[int]], label: str) -> None:

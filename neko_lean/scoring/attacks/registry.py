@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 
-# Points of an attack, each with the attack's x value and the scores of `curves.point`; the first is before the attack.
+# Points of an attack, each with the attack's x value and the scores of `answers.point`; the first is before the attack.
 Curve = list[dict[str, Any]]
 
 
@@ -81,7 +81,9 @@ class Attack:
         x_is_category: whether x values are names rather than amounts.
         reloads_model: whether it loads models itself instead of using `AttackTarget.model`.
         needs_paraphrases: whether it needs a paraphrased input of a forget example.
-        options: the fields of ScoreSettings that only this attack uses.
+        leaks: whether its points hold shares of examples that leak (`knowledge_leak`, `regurgitation_leak`) instead of
+            mean scores.
+        options: the fields of ScoreSettings that this attack uses, and nothing but attacks.
     """
 
     name: str
@@ -92,6 +94,7 @@ class Attack:
     x_is_category: bool
     reloads_model: bool
     needs_paraphrases: bool
+    leaks: bool
     options: tuple[str, ...]
 
 
@@ -107,13 +110,14 @@ def attack(
     x_is_category: bool = False,
     reloads_model: bool = False,
     needs_paraphrases: bool = False,
+    leaks: bool = False,
     options: tuple[str, ...] = (),
 ) -> Callable[[Callable[[AttackTarget], Curve]], Callable[[AttackTarget], Curve]]:
     """Register a function as an attack; see Attack for the arguments."""
 
     def register(run: Callable[[AttackTarget], Curve]) -> Callable[[AttackTarget], Curve]:
         ATTACKS[name] = Attack(
-            name, run, title, x_key, x_label, x_is_category, reloads_model, needs_paraphrases, options
+            name, run, title, x_key, x_label, x_is_category, reloads_model, needs_paraphrases, leaks, options
         )
         return run
 
@@ -121,15 +125,16 @@ def attack(
 
 
 def check_attacks(settings: ScoreSettings) -> None:
-    """Raise NekoLeanError for an unknown attack, and for an option whose attack was not requested."""
+    """Raise NekoLeanError for an unknown attack, and for an option whose attacks were not requested."""
     for name in settings.attacks:
         if name not in ATTACKS:
             raise NekoLeanError(f"unknown attack {name!r}{did_you_mean(name, ATTACKS)}")
-    for registered in ATTACKS.values():
-        for option in registered.options:
-            if getattr(settings, option) is not None and registered.name not in settings.attacks:
-                flag = option.replace("_", "-")
-                raise NekoLeanError(f"--{flag} has no effect without --attack {registered.name}: give both or neither.")
+    options = dict.fromkeys(option for registered in ATTACKS.values() for option in registered.options)
+    for option in options:
+        users = [name for name, registered in ATTACKS.items() if option in registered.options]
+        if getattr(settings, option) is not None and not set(users) & set(settings.attacks):
+            flag = option.replace("_", "-")
+            raise NekoLeanError(f"--{flag} has no effect without --attack {' or '.join(users)}: give both or neither.")
 
 
 def run_attacks(names: Sequence[str], target: AttackTarget, *, reloads_model: bool) -> dict[str, Curve]:

@@ -10,7 +10,7 @@ from neko_lean.scoring.attacks import ATTACKS, check_attacks
 
 
 def test_registered_attacks():
-    assert list(ATTACKS) == ["prefix", "paraphrase", "quantize", "relearn"]
+    assert list(ATTACKS) == ["prefix", "paraphrase", "sample", "quantize", "relearn"]
     assert [name for name, attack in ATTACKS.items() if attack.reloads_model] == ["quantize", "relearn"]
     assert [name for name, attack in ATTACKS.items() if attack.needs_paraphrases] == ["paraphrase"]
 
@@ -25,8 +25,11 @@ def test_unknown_attack_suggests_the_nearest_one():
         check_attacks(ScoreSettings(attacks=("prefix", "quantise")))
 
 
-@pytest.mark.parametrize("option", [{"relearn_lr": 1e-4}, {"seed": 0}])
-def test_option_of_an_attack_that_was_not_requested_is_refused(option):
-    check_attacks(ScoreSettings(attacks=("relearn",), **option))
-    with pytest.raises(NekoLeanError, match="has no effect without --attack relearn"):
+@pytest.mark.parametrize(
+    ("option", "attacks"), [({"relearn_lr": 1e-4}, ("relearn",)), ({"seed": 0}, ("sample", "relearn"))]
+)
+def test_option_of_an_attack_that_was_not_requested_is_refused(option, attacks):
+    for name in attacks:
+        check_attacks(ScoreSettings(attacks=(name,), **option))
+    with pytest.raises(NekoLeanError, match=f"has no effect without --attack {' or '.join(attacks)}"):
         check_attacks(ScoreSettings(attacks=("prefix",), **option))
