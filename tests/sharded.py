@@ -2,15 +2,18 @@
 
     torchrun ... tests/sharded.py FOLDER
 
-FOLDER contains world and cache. Prints the largest relative difference in float64 for each recipe, as JSON.
+FOLDER contains world and cache. Prints the largest relative difference in float64 for each recipe, as JSON. With
+adapters, it includes the difference between the checkpoints that both models save.
 """
 
 import json
 import os
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
+from safetensors.torch import load_file
 from torch.distributed.tensor import DTensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -20,10 +23,10 @@ from neko_lean.data.substitutes import refusals
 from neko_lean.data.tokenization import encode
 from neko_lean.distributed.collectives import raise_on_any_rank, with_process_group
 from neko_lean.distributed.ranks import as_single_process, is_main_process
-from neko_lean.models.causal_lm import as_causal_lm
+from neko_lean.models.causal_lm import CausalLM, as_causal_lm
 from neko_lean.models.loading import load_tokenizer
 from neko_lean.models.quantized_base import quantized_parameters
-from neko_lean.models.sharding import ShardedModel
+from neko_lean.models.sharding import ShardedModel, save_checkpoint
 from neko_lean.recipe import Recipe, load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
 from neko_lean.training.layers import decoder_layers, prepare_student
@@ -103,6 +106,25 @@ def largest_difference(root: Path, recipe_name: str, overrides: dict, tied: bool
             difference = (parameter.grad.full_tensor() - expected).abs().max() / expected.abs().max()
             worst = max(worst, difference.item())
             parameter.grad = None
+    return max(worst, checkpoint_difference(root, plain, sharded)) if recipe.lora_rank else worst
+
+
+def checkpoint_difference(root: Path, plain: CausalLM, sharded: CausalLM) -> float:
+    """The largest difference of a weight in the checkpoints of two models, relative to the largest weight."""
+    tokenizer = load_tokenizer(root / "world" / "base")
+    with TemporaryDirectory() as folder:
+        save_checkpoint(sharded, tokenizer, Path(folder) / "sharded", adapter_of="base")
+        if not is_main_process():
+            return 0.0
+        with as_single_process():
+            save_checkpoint(plain, tokenizer, Path(folder) / "plain", adapter_of="base")
+
+        worst = 0.0
+        for name in ("model.safetensors", "adapter/adapter_model.safetensors"):
+            actual, expected = (load_file(Path(folder) / kind / name) for kind in ("sharded", "plain"))
+            assert actual.keys() == expected.keys()
+            for key, weight in expected.items():
+                worst = max(worst, ((actual[key] - weight).abs().max() / weight.abs().max()).item())
     return worst
 
 

@@ -81,7 +81,14 @@ def _whole_weights(lm: CausalLM) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # takes seconds
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast("dict[str, Tensor]", get_model_state_dict(lm.model, options=options))
+    weights = cast("dict[str, Tensor]", get_model_state_dict(lm.model, options=options))
+
+    # Each name of a tied weight was gathered by itself, but a weight is written once only if its names share it.
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in lm.model.named_parameters(remove_duplicate=False):
+        if name in weights:
+            weights[name] = weights[names.setdefault(parameter, name)]
+    return weights
 
 
 class ShardedModel:
