@@ -30,13 +30,12 @@ def main(device: torch.device, recipe: Recipe) -> float:
     index = [torch.arange(0, tensor.numel(), 2, device=device) for tensor in ids]
     micro = MicroBatches(ids, [None, None], index)
 
-    plain = random_student(VOCABULARY, tied=False, recipe=recipe)
-    plain.model.to(device, torch.float32)
+    plain = random_student(VOCABULARY, tied=False, recipe=recipe, dtype=torch.float32)
+    plain.model.to(device)
     (select_hidden(plain, micro) @ plain.head.T).logsumexp(1).mean().backward()
     expected = {name: parameter.grad for name, parameter in plain.model.named_parameters()}
 
-    sharded = random_student(VOCABULARY, tied=False, recipe=recipe)
-    sharded.model.to(torch.float32)
+    sharded = random_student(VOCABULARY, tied=False, recipe=recipe, dtype=torch.float32)
     layers = decoder_layers(sharded)
     layer_pass = LayerPass(sharded, layers, shards=ShardedModel(sharded, layers, device))
     parameters = dict(sharded.model.named_parameters())

@@ -52,11 +52,11 @@ RECIPES = [
 CPU = torch.device("cpu")
 
 
-def random_student(vocab_size: int, tied: bool, recipe: Recipe):
+def random_student(vocab_size: int, tied: bool, recipe: Recipe, dtype: torch.dtype = torch.float64):
     torch.manual_seed(1)
     shape = SHAPE if recipe.quantize_base == "none" else QUANTIZABLE
     config = LlamaConfig(vocab_size=vocab_size, tie_word_embeddings=tied, attn_implementation="eager", **shape)
-    lm = as_causal_lm(LlamaForCausalLM(config).double())
+    lm = as_causal_lm(LlamaForCausalLM(config).to(dtype))
     prepare_student(lm, recipe, CPU)
     assert bool(quantized_parameters(lm.model)) == (recipe.quantize_base != "none")
     for name, parameter in lm.model.named_parameters():
