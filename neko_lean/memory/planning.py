@@ -173,9 +173,7 @@ class Setup:
 def _with_adapters(
     models: FakeModels, recipe: Recipe, change: Mapping[str, Any], gpu_bytes: int, gpus: int
 ) -> list[Setup]:
-    """A setup of ADAPTERS; none if the model or several GPUs do not allow it."""
-    if gpus > 1 and "quantize_base" in change:
-        return []
+    """A setup of ADAPTERS; none if the model does not allow it."""
     changed = dataclasses.replace(recipe, **change)
     if forgets(recipe):
         flags = [f"--{key.replace('_', '-')} {value}" for key, value in change.items()]

@@ -30,7 +30,7 @@ from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.memory.repeated_layers import CannotRepeatError, Recordings, each_kind_once
 from neko_lean.memory.shortened_models import Shorten, all_layers, shortened
 from neko_lean.memory.step_time import MatmulParameters
-from neko_lean.models import CausalLM
+from neko_lean.models import CausalLM, quantized_parameters
 from neko_lean.recipe import Recipe
 from neko_lean.training import MicroBatches, decoder_layers, freeze, new_state, prepare_student
 
@@ -147,9 +147,11 @@ def _run_layers(
                 micro_batches = MicroBatches(ids, [None] * len(ids), index)
                 input_bytes = fake_step(lm, recipe, micro_batches, live, recordings, short)
             parameters = short.parameters(lm)
+            stored, quantized = tensor_bytes(parameters), quantized_parameters(lm.model)
+            replicated = tensor_bytes(parameter for parameter in parameters if parameter in quantized)
             states = _state_bytes(parameters, recipe.state_bits, ranks)
             matmul = MatmulParameters.of(lm, short.missing)
-        weights = tensor_bytes(parameters) // ranks
+        weights = (stored - replicated) // ranks + replicated
 
     # Name what it held. Of the inputs in host memory, one is used on the device while the next one arrives.
     return StepMemory(
@@ -161,9 +163,10 @@ def _run_layers(
         inputs_in_transit=min(sum(input_bytes), 2 * max(input_bytes, default=0)),
         pinned_state=pinned_bytes(states),
         pinned_inputs=pinned_bytes(input_bytes),
-        # On a CPU, a model that is quantised is in memory twice for a moment: as it was loaded and as it is stored.
+        # On a CPU, a model that is quantised is in memory twice for a moment: as it was loaded and as it is stored,
+        # before ranks shard it.
         cpu_peak=max(
-            loaded + weights if recipe.quantize_base != "none" else 0,
+            loaded + stored if recipe.quantize_base != "none" else 0,
             weights + sum(states) + gathered + live.resident,
         )
         + FIRST_USE,
@@ -194,5 +197,10 @@ def _gathered_bytes(lm: CausalLM) -> int:
     That is either embeddings, norm and head during the loss's backward pass, or a layer, which FSDP receives in one
     buffer and then copies into its parameters.
     """
-    layers = [tensor_bytes(layer.parameters()) for layer in decoder_layers(lm)]
-    return max(tensor_bytes(lm.model.parameters()) - sum(layers), 2 * max(layers))
+    quantized = quantized_parameters(lm.model)  # each rank has all of them
+
+    def sharded_bytes(module: nn.Module) -> int:
+        return tensor_bytes(parameter for parameter in module.parameters() if parameter not in quantized)
+
+    layers = [sharded_bytes(layer) for layer in decoder_layers(lm)]
+    return max(sharded_bytes(lm.model) - sum(layers), 2 * max(layers))

@@ -32,7 +32,7 @@ from neko_lean.models.packing import supports_packing
 from neko_lean.models.positions import rescaling_length, stated_positions
 from neko_lean.models.predictions import next_token_logp, next_token_stats
 from neko_lean.models.quantized import quantization_method
-from neko_lean.models.quantized_base import QuantizedLinear, quantize_base
+from neko_lean.models.quantized_base import QuantizedLinear, quantize_base, quantized_parameters
 from neko_lean.models.sharding import ShardedModel, check_sharding, local_shard, save_checkpoint
 from neko_lean.models.trust import is_inside, read_config
 from neko_lean.models.vocabulary import refuse_unknown_examples, refuse_unknown_ids
@@ -79,6 +79,7 @@ __all__ = [
     "position_limit",
     "quantization_method",
     "quantize_base",
+    "quantized_parameters",
     "read_config",
     "refuse_non_finite_outputs",
     "refuse_unknown_examples",

@@ -107,8 +107,9 @@ def save_adapter(lm: CausalLM, weights: Mapping[str, Tensor], base: str, folder:
         if name.endswith((_A, _B))
     }
     save_file(adapters, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    config = lm.model.peft_config[_NAME]
+    config: Any = lm.model.peft_config[_NAME]
     config.base_model_name_or_path, config.inference_mode = base, True
+    config.fan_in_fan_out = any(layer.fan_in_fan_out for _, layer in _adapted_layers(lm))
     config.save_pretrained(str(folder))
 
 

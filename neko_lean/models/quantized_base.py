@@ -7,13 +7,16 @@ to 8 bits, which its gradients ignore.
 
 from __future__ import annotations
 
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, TypeGuard, cast
 
 import torch
 from torch import Tensor, nn
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.models.causal_lm import CausalLM
+
+if TYPE_CHECKING:
+    from transformers.pytorch_utils import Conv1D
 
 NF4_BLOCK = 64  # elements that share a scale, as where transformers loads a model in 4 bits
 
@@ -22,19 +25,22 @@ class QuantizedLinear(nn.Linear):
     """A linear layer whose frozen weight is quantised.
 
     Args:
-        linear: the layer to replace.
+        layer: the layer to replace. A Conv1D, GPT-2's linear layer, stores the transposed weight.
         quantization: "nf4" (4-bit normal floats with a scale per 64 elements) or "int8" (a scale per row).
         device: where the quantised weight is stored.
     """
 
-    def __init__(self, linear: nn.Linear, quantization: str, device: torch.device) -> None:
+    def __init__(self, layer: nn.Linear | Conv1D, quantization: str, device: torch.device) -> None:
         nn.Module.__init__(self)
-        self.in_features, self.out_features = linear.in_features, linear.out_features
-        self.quantization, self.dtype = quantization, linear.weight.dtype
-        codes, scales = _quantize(linear.weight.detach().to(device), quantization)
+        self.transposed = _is_conv1d(layer)
+        weight = layer.weight.detach().to(device)
+        weight = weight.T.contiguous() if self.transposed else weight.contiguous()  # [out, in]
+        self.out_features, self.in_features = weight.shape
+        self.quantization, self.dtype = quantization, weight.dtype
+        codes, scales = _quantize(weight, quantization)
         # [out * in / 2, 1] uint8 and [out * in / 64] float32, or [out, in] int8 and [out] float32
         self.weight, self.scales = nn.Parameter(codes, requires_grad=False), nn.Parameter(scales, requires_grad=False)
-        bias = None if linear.bias is None else nn.Parameter(linear.bias.detach().to(device), requires_grad=False)
+        bias = None if layer.bias is None else nn.Parameter(layer.bias.detach().to(device), requires_grad=False)
         self.register_parameter("bias", bias)
 
     def dequantized(self) -> Tensor:
@@ -45,10 +51,27 @@ class QuantizedLinear(nn.Linear):
             weight = bnb.int8_vectorwise_dequant(self.weight, self.scales).to(self.dtype)
         else:
             shape = (self.out_features, self.in_features)
+            # bitsandbytes leaves a float64 result uninitialised.
+            dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
             weight = torch.ops.bitsandbytes.dequantize_4bit.default(
-                self.weight, self.scales, NF4_BLOCK, "nf4", shape, self.dtype
-            )
+                self.weight, self.scales, NF4_BLOCK, "nf4", shape, dtype
+            ).to(self.dtype)
         return cast(Tensor, weight)
+
+    def plain(self, device: torch.device) -> nn.Linear | Conv1D:
+        """A layer of the original class with the dequantised weight, which is stored on `device`."""
+        from transformers.pytorch_utils import Conv1D
+
+        weight = self.dequantized().to(device)  # [out, in]
+        with torch.device("meta"):
+            layer = (
+                Conv1D(self.out_features, self.in_features)
+                if self.transposed
+                else nn.Linear(self.in_features, self.out_features, bias=False)
+            )
+        layer.weight = nn.Parameter(weight.T.contiguous() if self.transposed else weight, requires_grad=False)
+        layer.register_parameter("bias", self.bias)
+        return layer
 
     def forward(self, x: Tensor) -> Tensor:
         """The layer's output [..., out] for x [..., in]."""
@@ -86,11 +109,12 @@ def quantize_base(lm: CausalLM, quantization: str, device: torch.device) -> None
         (parent, name, child)
         for parent in lm.backbone.modules()
         for name, child in parent.named_children()
-        if type(child) is nn.Linear
+        if type(child) is nn.Linear or _is_conv1d(child)
     ]
     if not linears:
         raise NekoLeanError(
-            f"quantize_base finds no nn.Linear in the layers of {type(lm.model).__name__}; leave it out for this model."
+            f"quantize_base finds no nn.Linear or Conv1D in the layers of {type(lm.model).__name__}; leave it out for "
+            f"this model."
         )
     for parent, name, linear in linears:
         if quantization == "nf4" and linear.weight.numel() % NF4_BLOCK:
@@ -116,13 +140,29 @@ def _release_file(model: nn.Module) -> None:
 
 def dequantize_base(lm: CausalLM, device: torch.device) -> None:
     """Undo `quantize_base`, one layer at a time: the dequantised weights are plain ones on `device`."""
-    for parent in list(lm.model.modules()):
+    modules: list[Any] = list(lm.model.modules())
+    for parent in modules:
         for name, child in list(parent.named_children()):
             if isinstance(child, QuantizedLinear):
-                linear = nn.Linear(child.in_features, child.out_features, bias=False, device="meta")
-                linear.weight = nn.Parameter(child.dequantized().to(device), requires_grad=False)
-                linear.register_parameter("bias", child.bias)
-                setattr(parent, name, linear)
+                setattr(parent, name, child.plain(device))
+                if hasattr(parent, "fan_in_fan_out"):  # a layer with an adapter, for which PEFT saw an nn.Linear
+                    parent.fan_in_fan_out = child.transposed
+
+
+def quantized_parameters(model: nn.Module) -> set[Tensor]:
+    """The codes and scales of all quantised weights of a model."""
+    return {
+        parameter
+        for module in model.modules()
+        if isinstance(module, QuantizedLinear)
+        for parameter in (module.weight, module.scales)
+    }
+
+
+def _is_conv1d(module: nn.Module) -> TypeGuard[Conv1D]:
+    from transformers.pytorch_utils import Conv1D
+
+    return type(module) is Conv1D
 
 
 def _quantize(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
@@ -133,5 +173,5 @@ def _quantize(weight: Tensor, quantization: str) -> tuple[Tensor, Tensor]:
         # The kernel for GPUs reads float16, whose 11 bits of precision are ample for 8-bit codes.
         codes, scales, _ = bnb.int8_vectorwise_quant(weight.to(torch.float16))
         return codes, scales
-    codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(weight.contiguous(), NF4_BLOCK, "nf4", torch.uint8)
+    codes, scales = torch.ops.bitsandbytes.quantize_4bit.default(weight, NF4_BLOCK, "nf4", torch.uint8)
     return codes, scales

@@ -1,4 +1,4 @@
-"""Fully sharded models: each rank holds a shard of every parameter and unshards one layer at a time.
+"""Fully sharded models: each rank holds a shard of every plain parameter and unshards one layer at a time.
 
 FSDP2 (`fully_shard`) shards and unshards. The backward pass is driven by LayerPass instead of FSDP's hooks, one layer
 at a time over all micro-batches: a layer is unsharded once and its gradients are reduce-scattered once, however many
@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -23,7 +24,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models.adapters import has_adapters, merged_weights, save_adapter
 from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.generation_config import save_model
-from neko_lean.models.quantized_base import dequantize_base
+from neko_lean.models.quantized_base import dequantize_base, quantized_parameters
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -60,7 +61,8 @@ def save_checkpoint(
         adapter_of: if given, the adapters are also saved, in the folder `adapter`, as those of the model of this name.
     """
     adapted = has_adapters(lm)
-    if adapted:
+    if adapted and is_main_process():
+        # The other ranks do not need the dequantised weights, because a quantised weight is never sharded.
         dequantize_base(lm, torch.device("cpu"))
     weights = _whole_weights(lm) if world_size() > 1 or adapted else None
     if is_main_process():
@@ -79,14 +81,21 @@ def _whole_weights(lm: CausalLM) -> dict[str, Tensor]:
     from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict  # takes seconds
 
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    return cast("dict[str, Tensor]", get_model_state_dict(lm.model, options=options))
+    weights = cast("dict[str, Tensor]", get_model_state_dict(lm.model, options=options))
+
+    # Each name of a tied weight was gathered by itself, but a weight is written once only if its names share it.
+    names: dict[nn.Parameter, str] = {}
+    for name, parameter in lm.model.named_parameters(remove_duplicate=False):
+        if name in weights:
+            weights[name] = weights[names.setdefault(parameter, name)]
+    return weights
 
 
 class ShardedModel:
     """A model whose parameters are sharded over all ranks by rows, as DTensors.
 
     Each layer is one FSDP group, and so is an untied head. The root group, `lm.model`, holds the rest: the embedding
-    and the final norm.
+    and the final norm. Quantised weights are not sharded: each rank has all of them.
 
     Args:
         lm: the model, unsharded on the CPU; it is sharded in place.
@@ -98,13 +107,19 @@ class ShardedModel:
         self.lm = lm
         self.mesh = init_device_mesh(device.type, (world_size(),))
 
+        # Codes of quantised weights are frozen and small, and those of nf4 are not stored by rows.
+        quantized = quantized_parameters(lm.model)
+        for parameter in quantized:
+            parameter.data = parameter.data.to(device)
+        shard = partial(fully_shard, mesh=self.mesh, ignored_params=quantized)
+
         for layer in layers:
-            fully_shard(layer, mesh=self.mesh)
+            shard(layer)
         # The head is a separate group, because FSDP briefly holds twice what it unshards. Its forward never runs: the
         # loss reads the weight.
         head = cast(nn.Module, lm.model.get_output_embeddings())
-        self.head = None if head.weight is lm.embedding else fully_shard(head, mesh=self.mesh)
-        fully_shard(lm.model, mesh=self.mesh)
+        self.head = None if head.weight is lm.embedding else shard(head)
+        shard(lm.model)
         self.root = cast(FSDPModule, lm.model)
 
         # FSDP makes the module that runs first the root.

@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 
-from neko_lean.distributed import world_size
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import CausalLM, add_adapters, quantize_base
 from neko_lean.recipe import Recipe
@@ -73,8 +72,6 @@ def prepare_student(lm: CausalLM, recipe: Recipe, device: torch.device, seed: in
 
     Raises NekoLeanError if the model cannot be quantised or adapted so.
     """
-    if recipe.quantize_base != "none" and world_size() > 1:
-        raise NekoLeanError("quantize_base works only in a single process; leave it out under torchrun.")
     if recipe.quantize_base != "none":
         quantize_base(lm, recipe.quantize_base, device)
     if recipe.lora_rank:

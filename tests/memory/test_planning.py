@@ -137,6 +137,20 @@ def test_adapters_are_compared_and_used_where_weights_do_not_fit(one_layer, monk
     assert plan(one_layer, recipe=name, overrides=change, gpu=2**40)["comparison"] is None
 
 
+def test_a_quantised_base_is_planned_for_several_gpus(one_layer, monkeypatch):
+    monkeypatch.setattr(planning, "TWO_MODEL_BASELINES", ())
+    monkeypatch.setattr(planning, "ADAPTERS", ({"lora_rank": 4}, {"lora_rank": 4, "quantize_base": "nf4"}))
+    change = {"micro_tokens": 128, "max_length": 128}
+    setups = {gpus: plan(one_layer, recipe="neko", overrides=change, gpu=2**40, gpus=gpus) for gpus in (1, 2)}
+    assert [len(planned["comparison"]) for planned in setups.values()] == [3, 3]
+    one, two = (planned["comparison"][2] for planned in setups.values())
+    assert two["options"] == ["--lora-rank 4", "--quantize-base nf4"]
+    overrides = {**change, "lora_rank": 4, "quantize_base": "nf4"}
+    assert two["estimate"] == plan(one_layer, recipe="neko", overrides=overrides, gpus=2)["ways"]["neko-lean"]
+    weights = [setup["estimate"]["lines"]["student weights"] for setup in (one, two)]
+    assert weights[0] / 2 < weights[1] < weights[0]
+
+
 def test_the_smallest_peak_is_one_that_options_reach(one_layer, without_baselines):
     options = {"micro_tokens": 512, "offload_state": True, "offload_activations": True, "train_last": 1}
     smallest = plan(one_layer, recipe="neko", overrides=options)["ways"]["neko-lean"]["peak"]

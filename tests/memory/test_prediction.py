@@ -7,15 +7,16 @@ import pytest
 import torch
 from transformers import OlmoConfig, OlmoForCausalLM
 
-from neko_lean.memory.estimate import FIRST_USE, PREDICTABLE_CPU_PEAK, WORKSPACES
+from neko_lean.memory.estimate import FIRST_USE, PREDICTABLE_CPU_PEAK, WORKSPACES, tensor_bytes
 from neko_lean.memory.largest_step import largest_step
 from neko_lean.memory.live_tensors import LiveTensors
 from neko_lean.memory.prediction import predict
 from neko_lean.models.causal_lm import as_causal_lm, checkpoint_activations
 from neko_lean.models.chunked_head import token_stats
 from neko_lean.models.memory_use import peak_memory, reset_peak_memory, resident_memory, trim_memory
+from neko_lean.models.quantized_base import quantized_parameters
 from neko_lean.recipe import load_recipe
-from neko_lean.training.layers import decoder_layers, freeze
+from neko_lean.training.layers import decoder_layers, freeze, prepare_student
 from neko_lean.training.layerwise import LayerPass
 from neko_lean.training.micro_batches import MicroBatches
 from neko_lean.training.optimizer import InBackwardAdam8bit
@@ -107,6 +108,23 @@ def test_the_prediction_equals_what_the_real_step_allocates(change):
     transient = estimate.peak - estimate.lines["student weights"] - estimate.lines["Adam state"]
     assert transient == pytest.approx(real_step(recipe, micro), rel=0.1)
     assert estimate.peak == sum(estimate.lines.values()) and estimate.host == 0
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+def test_each_rank_holds_the_whole_quantised_base_and_its_share_of_the_rest(quantization):
+    recipe = load_recipe("neko", {"lora_rank": 4, "quantize_base": quantization, "dtype": "float32"})
+    lm = as_causal_lm(OlmoForCausalLM(MIDDLE))
+    prepare_student(lm, recipe, torch.device("cpu"))
+    quantized = quantized_parameters(lm.model)
+    base = tensor_bytes(quantized)
+    others = [parameter for parameter in lm.model.parameters() if parameter not in quantized]
+    one, four = (predict(MIDDLE, recipe, [(4, 128)], ranks=ranks).lines for ranks in (1, 4))
+    assert one["student weights"] == base + tensor_bytes(others)
+    assert four["student weights"] == base + tensor_bytes(others) // 4
+    assert four["Adam state"] == pytest.approx(one["Adam state"] / 4, rel=0.05)
+    # The embedding and the head during the loss; a layer's quantised weights are not gathered.
+    assert four["gathered from other ranks"] == 2 * 3000 * 128 * 4
+    assert four["activations"] == one["activations"]
 
 
 def test_olmo_1b_peaks_within_a_quarter_above_weights_and_state():

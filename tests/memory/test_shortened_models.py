@@ -69,8 +69,9 @@ def test_a_step_is_the_same_to_the_byte(config, change, backward, monkeypatch):
     assert memory == step_memory(config, recipe, micro)
 
 
-def test_a_rank_is_the_same_to_the_byte(monkeypatch):
-    recipe = load_recipe("neko")
+@pytest.mark.parametrize("change", [{}, {"lora_rank": 4, "quantize_base": "nf4"}], ids=str)
+def test_a_rank_is_the_same_to_the_byte(change, monkeypatch):
+    recipe = load_recipe("neko", change)
     memory = step_memory(LLAMA, recipe, [(8, 64)], ranks=2)
     whole_models(monkeypatch)
     assert memory == step_memory(LLAMA, recipe, [(8, 64)], ranks=2)

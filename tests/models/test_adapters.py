@@ -1,6 +1,7 @@
 """LoRA adapters: the gradients of PEFT's own model in float64, merged weights, and a folder that PEFT reads."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models.adapters import add_adapters, has_adapters, merged_weights, save_adapter
 from neko_lean.models.causal_lm import as_causal_lm
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.models.quantized_base import dequantize_base, quantize_base
 from neko_lean.models.sharding import save_checkpoint
 from neko_lean.recipe import load_recipe
 from neko_lean.training.batch import make_batch, select_hidden
@@ -103,6 +105,29 @@ def test_a_saved_adapter_loads_in_peft_and_equals_the_merged_checkpoint(tied, tm
     assert (config.r, config.lora_alpha, config.base_model_name_or_path) == (4, 16, "owner/base")
     with elsewhere.disable_adapter():  # taking the adapter off brings everything back
         assert (logits(elsewhere) - expected).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_adapters_of_gpt2_on_a_quantised_base_merge_into_its_transposed_weights(quantization, tmp_path, model):
+    lm, original = gpt2(torch.float32), gpt2(torch.float32).model
+    before = logits(original)
+    if quantization != "none":
+        quantize_base(lm, quantization, CPU)
+        original = copy.deepcopy(lm)
+        dequantize_base(original, CPU)
+        original = original.model
+    add_adapters(lm, 4, 16.0, "auto", seed=0)
+    expected = logits(with_values(lm).model)
+    save_checkpoint(lm, load_tokenizer(model), tmp_path / "out", adapter_of="owner/base")
+
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype=torch.float32)
+    torch.testing.assert_close(logits(merged), expected, rtol=1e-4, atol=1e-4)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="fan_in_fan_out")  # PEFT's, if the saved value is wrong
+        elsewhere = PeftModel.from_pretrained(original, tmp_path / "out" / "adapter")
+    torch.testing.assert_close(logits(elsewhere), expected, rtol=1e-4, atol=1e-4)
+    torch.testing.assert_close(logits(elsewhere.merge_and_unload()), expected, rtol=1e-4, atol=1e-4)
+    assert elsewhere.peft_config["default"].fan_in_fan_out and (expected - before).abs().max() > 0.1
 
 
 def test_saving_the_adapter_alone_needs_no_other_weights(tmp_path):

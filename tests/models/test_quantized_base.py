@@ -4,16 +4,23 @@ import pytest
 import torch
 from bitsandbytes import functional as bnb
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from neko_lean.errors import NekoLeanError
-from neko_lean.models.quantized_base import QuantizedLinear, dequantize_base, quantize_base
-from neko_lean.training.layers import prepare_student
+from neko_lean.models.quantized_base import QuantizedLinear, dequantize_base, quantize_base, quantized_parameters
 from tests.helpers import tiny
 from tests.models.test_adapters import gpt2
 
 CPU = torch.device("cpu")
 IDS = torch.arange(3, 15)[None]
 WIDE = {"hidden_size": 64, "intermediate_size": 128}
+
+
+def conv1d(dtype):
+    torch.manual_seed(0)
+    layer = Conv1D(64, 96).to(dtype)
+    nn.init.normal_(layer.bias)
+    return layer
 
 
 def linear(dtype=torch.float32, bias=True, seed=0):
@@ -23,7 +30,7 @@ def linear(dtype=torch.float32, bias=True, seed=0):
 
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 def test_output_and_gradient_are_those_of_the_dequantised_weight(quantization, dtype, bias):
     original = linear(dtype, bias)
     layer = QuantizedLinear(original, quantization, CPU)
@@ -38,6 +45,29 @@ def test_output_and_gradient_are_those_of_the_dequantised_weight(quantization, d
     (expected,) = torch.autograd.grad(plain, x, upstream)
     assert torch.equal(out, plain) and torch.equal(grad, expected)
     assert not any(parameter.requires_grad for parameter in layer.parameters())
+    tolerance = 0.01 if quantization == "int8" else 0.15
+    assert (weight - original.weight).abs().mean() < tolerance * original.weight.abs().mean()
+
+
+@pytest.mark.parametrize("quantization", ["nf4", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+def test_a_conv1d_is_the_linear_layer_of_its_transposed_weight_and_comes_back(quantization, dtype):
+    original = conv1d(dtype)
+    transposed = nn.Linear(96, 64, dtype=dtype)
+    transposed.weight.data, transposed.bias.data = original.weight.detach().T.contiguous(), original.bias.detach()
+    layer, expected = (QuantizedLinear(other, quantization, CPU) for other in (original, transposed))
+    assert (layer.in_features, layer.out_features) == (96, 64)
+    assert torch.equal(layer.weight, expected.weight) and torch.equal(layer.scales, expected.scales)
+    x = torch.randn(2, 5, 96, dtype=dtype)
+    assert torch.equal(layer(x), expected(x))
+
+    back = layer.plain(CPU)
+    assert type(back) is Conv1D and (back.nx, back.nf) == (96, 64) and back.weight.is_contiguous()
+    assert torch.equal(back.weight, layer.dequantized().T) and torch.equal(back.bias, original.bias)
+    close = 2e-2 if dtype == torch.bfloat16 else 1e-6
+    torch.testing.assert_close(back(x), layer(x), rtol=close, atol=close)
+    assert (back.weight - original.weight).abs().mean() < 0.15 * original.weight.abs().mean()
+    assert type(expected.plain(CPU)) is nn.Linear
 
 
 def test_a_weight_becomes_what_bitsandbytes_own_layers_make_of_it():
@@ -70,22 +100,31 @@ def test_a_quantised_model_is_small_and_comes_back_as_plain_weights(quantization
     assert (expected - plain.model(IDS).logits).abs().max() > 0
 
 
-def test_models_without_linear_layers_and_several_ranks_are_refused(monkeypatch):
-    from neko_lean.recipe import load_recipe
-    from neko_lean.training import layers
+def test_gpt2_comes_back_with_its_own_layers():
+    lm, plain = gpt2(torch.float32), gpt2(torch.float32)
+    quantize_base(lm, "nf4", CPU)
+    layers = [module for module in lm.model.modules() if isinstance(module, QuantizedLinear)]
+    assert len(layers) == 4 * 2 and not any(isinstance(module, Conv1D) for module in lm.model.modules())
+    assert quantized_parameters(lm.model) == {p for layer in layers for p in (layer.weight, layer.scales)}
+    expected = lm.model(IDS).logits.detach()
+    dequantize_base(lm, CPU)
+    assert quantized_parameters(lm.model) == set()
+    torch.testing.assert_close(lm.model(IDS).logits, expected)
+    assert [type(module) for module in lm.model.modules()] == [type(module) for module in plain.model.modules()]
+    plain.model.load_state_dict(lm.model.state_dict())
+    assert torch.equal(plain.model(IDS).logits, lm.model(IDS).logits)
 
-    with pytest.raises(NekoLeanError, match=r"no nn\.Linear in the layers of GPT2LMHeadModel; leave it out"):
-        quantize_base(gpt2(torch.float32), "nf4", CPU)
-    recipe = load_recipe("neko", {"lora_rank": 4, "quantize_base": "nf4"})
-    monkeypatch.setattr(layers, "world_size", lambda: 2)
-    with pytest.raises(NekoLeanError, match="quantize_base works only in a single process"):
-        prepare_student(tiny("Llama"), recipe, CPU)
+
+def test_a_model_without_linear_layers_is_refused():
+    with pytest.raises(NekoLeanError, match=r"no nn\.Linear or Conv1D in the layers of FalconForCausalLM; leave"):
+        quantize_base(tiny("Falcon"), "nf4", CPU)
 
 
 @pytest.mark.cuda
+@pytest.mark.parametrize("make", [linear, conv1d])
 @pytest.mark.parametrize("quantization", ["nf4", "int8"])
-def test_a_gpu_stores_and_dequantises_what_a_cpu_does(gpu, quantization):
-    on_cpu, on_gpu = (QuantizedLinear(linear(torch.bfloat16), quantization, device) for device in (CPU, gpu))
+def test_a_gpu_stores_and_dequantises_what_a_cpu_does(gpu, quantization, make):
+    on_cpu, on_gpu = (QuantizedLinear(make(torch.bfloat16), quantization, device) for device in (CPU, gpu))
     expected, actual = on_cpu.dequantized().float(), on_gpu.dequantized().float().cpu()
     # A value halfway between two codes may be rounded to either.
     step = expected.abs().max() * (1 / 127 if quantization == "int8" else 0.2)

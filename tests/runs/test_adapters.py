@@ -83,22 +83,51 @@ def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(unlearn, tmp_
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("no_gpu")
-def test_two_processes_train_the_adapters_of_one(world, model, cache, unlearn, tmp_path):
+@pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
+def test_two_processes_train_the_adapters_of_one(world, model, cache, unlearn, tmp_path, quantization):
     change = {**LORA, "dtype": "float32", "max_steps": 4, "eval_every": 2, "choose": "loss"}
+    change |= {"quantize_base": quantization}
     pairs = [f"--set={key}={value}" for key, value in change.items()]
     command = ["unlearn", model, "--forget", world, "--retain", world, "--cache", cache, "--recipe", "neko", *pairs]
     result = torchrun(*command, "--seed", 3, "--out", tmp_path / "two", "--save-adapter")
     assert result.returncode == 0, result.stderr
-    unlearn(tmp_path / "one", change)
+    unlearn(tmp_path / "one", change, save_adapter=True)
     one, two = weights(tmp_path / "one"), weights(tmp_path / "two")
     assert one.keys() == two.keys()
     for name, weight in one.items():
         torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
-    assert any(not torch.equal(weight, weights(model)[name]) for name, weight in two.items())
+    one, two = weights(tmp_path / "one" / "adapter"), weights(tmp_path / "two" / "adapter")
+    assert one.keys() == two.keys()
+    for name, weight in one.items():
+        torch.testing.assert_close(two[name], weight, rtol=1e-3, atol=1e-4)
+    assert all(bool(weight.any()) for weight in two.values())
+    run = json.loads((tmp_path / "two" / "run.json").read_text())
+    assert run["predicted_peak"] > 0 and len(run["measured_peaks"]) == 2
+
+    base = tmp_path / "base"
+    unlearn(base, {**change, "lr": 1e-30, "eval_every": 0, "choose": "last"})  # adapters that stay zero: the base alone
     adapted = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32), tmp_path / "two" / "adapter"
+        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "two" / "adapter"
     )
     torch.testing.assert_close(adapted(IDS).logits, logits(tmp_path / "two"), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("no_gpu")
+def test_two_processes_on_a_quantised_base_are_resumed(world, model, cache, tmp_path):
+    change = {**LORA, "quantize_base": "nf4", "eval_every": 3, "choose": "loss"}
+    pairs = [f"--set={key}={value}" for key, value in change.items()]
+    command = ["unlearn", model, "--forget", world, "--retain", world, "--cache", cache, "--recipe", "neko", *pairs]
+    whole = torchrun(*command, "--out", tmp_path / "whole")
+    assert whole.returncode == 0, whole.stderr
+    stopped = torchrun(*command, "--out", tmp_path / "stopped", "--save-every", 2, STOP_AT="7")
+    assert "after step 7 of 10" in stopped.stderr, stopped.stderr
+    saved = sorted((tmp_path / ".stopped.saved").glob("step-*"))[-1]
+    assert sum(file.stat().st_size for file in saved.glob("weights-*")) < 60_000  # adapters only
+    resumed = torchrun(*command, "--out", tmp_path / "stopped", "--save-every", 2, "--resume")
+    assert resumed.returncode == 0, resumed.stderr
+    for name, weight in weights(tmp_path / "whole").items():
+        assert torch.equal(weights(tmp_path / "stopped")[name], weight), name
 
 
 def test_options_without_effect_are_refused(unlearn, tmp_path):
