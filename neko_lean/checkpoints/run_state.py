@@ -31,6 +31,9 @@ class RunState:
     worse: int = 0
     """Evaluations since the best one."""
 
+    forgotten_step: int = 0
+    """Step of the evaluation that found the forget set forgotten, for `stop = "forgotten"`; 0 if there was none."""
+
     unseen: list[float] = field(default_factory=lambda: [0.0, 0.0])
     """Moving sums of the losses on the anchor's documents: the student's and the teacher's, in nats."""
 

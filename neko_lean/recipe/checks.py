@@ -8,7 +8,7 @@ import re
 from neko_lean.data import check_format_name
 from neko_lean.errors import NekoLeanError
 from neko_lean.objectives import FORGET_OBJECTIVES, REDUCTIONS, RETAIN_OBJECTIVES
-from neko_lean.recipe.recipe import Recipe, forgets, needs_teacher, trains_on_teacher
+from neko_lean.recipe.recipe import Recipe, forgets, needs_teacher, trains_on_teacher, uses_levels
 
 QUANTIZATIONS = ("nf4", "int8")
 STEP_ORDERS = ("together", "alternating", "chunks")
@@ -52,6 +52,7 @@ def _check_choices(recipe: Recipe) -> None:
         "substitute": SUBSTITUTES,
         "order": STEP_ORDERS,
         "choose": ("last", "loss", "quality"),
+        "stop": ("steps", "forgotten"),
     }
     for key, allowed in choices.items():
         value = getattr(recipe, key)
@@ -108,6 +109,8 @@ def _check_objectives(recipe: Recipe) -> None:
 def _check_training(recipe: Recipe) -> None:
     if recipe.choose != "last" and not recipe.eval_every:
         raise NekoLeanError(f"recipe {recipe.name}: choose {recipe.choose!r} requires eval_every > 0.")
+    if recipe.stop == "forgotten":
+        _check_stop(recipe)
     try:
         re.compile(recipe.train_only)
     except re.error as error:
@@ -144,4 +147,20 @@ def _check_order(recipe: Recipe) -> None:
         raise NekoLeanError(
             f"recipe {recipe.name}: order 'alternating' alternates forget and retain steps, and no objective uses the "
             f"{unused} set; set order = 'together'."
+        )
+
+
+def _check_stop(recipe: Recipe) -> None:
+    if not uses_levels(recipe):
+        raise NekoLeanError(
+            f"recipe {recipe.name}: stop 'forgotten' requires a forget_objective with levels, such as calibrated, got "
+            f"{recipe.forget_objective!r}."
+        )
+    if not recipe.eval_every:
+        raise NekoLeanError(f"recipe {recipe.name}: stop 'forgotten' requires eval_every > 0.")
+    if recipe.order == "chunks":
+        raise NekoLeanError(f"recipe {recipe.name}: stop 'forgotten' does not work with order 'chunks'.")
+    if recipe.patience:
+        raise NekoLeanError(
+            f"recipe {recipe.name}: stop 'forgotten' and patience exclude each other; set patience = 0."
         )

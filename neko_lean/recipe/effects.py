@@ -34,6 +34,7 @@ CONDITIONS: dict[str, tuple[Callable[[Recipe], bool], str]] = {
     "lora_alpha": (lambda r: bool(r.lora_rank), "lora_rank > 0"),
     "lora_targets": (lambda r: bool(r.lora_rank), "lora_rank > 0"),
     "quantize_base": (lambda r: bool(r.lora_rank), "lora_rank > 0, because a quantised weight cannot be trained"),
+    "schedule": (lambda r: r.stop == "steps", "stop 'steps'"),
     "eval_rows": (lambda r: bool(r.eval_every), "eval_every > 0"),
     "patience": (lambda r: bool(r.eval_every), "eval_every > 0"),
 }

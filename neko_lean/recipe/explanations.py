@@ -52,6 +52,7 @@ EXPLANATIONS = {
     "eval_rows": "Most examples of each set in that sample.",
     "patience": "Evaluations without improvement before the run stops early; 0 never stops early.",
     "choose": "Weights to write: the 'last' step's, or those of the best evaluation by 'loss' or 'quality'.",
+    "stop": "'steps' ends a run at max_steps; 'forgotten' ends it once an evaluation finds it forgotten.",
     # Memory and speed
     "dtype": "Dtype of the weights: 'bfloat16' (with stochastic rounding) or 'float32'.",
     "backward": "'layerwise' needs least memory, 'checkpointed' works for any model, 'plain' keeps all activations.",

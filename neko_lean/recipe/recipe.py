@@ -65,6 +65,7 @@ class Recipe:
     eval_rows: int
     patience: int
     choose: str
+    stop: str
 
     dtype: str
     backward: str

@@ -36,16 +36,19 @@ from neko_lean.models import CausalLM, reset_peak_memory, save_checkpoint
 from neko_lean.options import TrainingOptions
 from neko_lean.outputs import no_follow
 from neko_lean.recipe import Recipe
-from neko_lean.terminal import progress_bar
+from neko_lean.terminal import log_line, progress_bar
 from neko_lean.training.batch import Batch
 from neko_lean.training.checkpointing import Checkpointer
 from neko_lean.training.determinism import deterministic
 from neko_lean.training.optimizer import InBackwardAdam8bit
 from neko_lean.training.prefetch import prefetched
 from neko_lean.training.schedules import (
+    FORGOTTEN,
     Phase,
     batches,
+    cooldown_steps,
     evaluation_sample,
+    latest_cooldown,
     learning_rate,
     phases,
     skip_steps,
@@ -128,13 +131,18 @@ class Loop:
             except NonFiniteError as error:
                 failure = ended = str(error)
         self._select_result(failure)
+        if trainer.recipe.stop == "forgotten" and not self.state.forgotten_step:
+            log_line(
+                f"warning: after {self.state.step} steps the forget set is not forgotten to the level of unseen text: "
+                f"raise max_steps or lr."
+            )
         return self._summary(ended, failure)
 
     def _select_result(self, failure: str | None) -> None:
         """Choose the weights of the output."""
         state = self.state
-        early = state.step < self.steps or self.trainer.recipe.choose != "last"
-        if early and state.best_step:
+        unfinished = state.step < self.steps and not self._has_cooled_down()
+        if (failure or unfinished or self.trainer.recipe.choose != "last") and state.best_step:
             self.result = state.best_step, stored_tensors(self.work.best_weights(state.best_step), WEIGHTS)
         elif failure:
             save = self.work.latest_save()
@@ -156,6 +164,7 @@ class Loop:
             "steps": state.step,
             "weights_of_step": self.result[0] if self.result else state.step,
             "ended": ended,
+            "forgotten_step": state.forgotten_step or None,
             "failure": failure,
             "padding": 1 - state.tokens / max(1, state.positions),
             "wall_seconds": self.checkpointer.seconds(),
@@ -195,9 +204,16 @@ class Loop:
     def _stopping_reason(self) -> str | None:
         """Why training stops before the last step, if it does."""
         state, patience = self.state, self.trainer.recipe.patience
+        if self._has_cooled_down():
+            return f"forgotten at step {state.forgotten_step}, the learning rate then fell to 0 by step {state.step}"
         if patience and state.best_step and state.worse >= patience:
             return f"early stopping at step {state.step}: no evaluation was better than that of step {state.best_step}"
         return None
+
+    def _has_cooled_down(self) -> bool:
+        """Whether the forget set was forgotten, and the steps with a falling learning rate are over."""
+        start = self.state.forgotten_step
+        return bool(start) and self.state.step >= start + cooldown_steps(start)
 
     def _run_phases(self) -> None:
         """Run what is left of all phases."""
@@ -245,7 +261,12 @@ class Loop:
         try:
             with closing(prefetched(prepare)) as prepared:
                 for step in range(done + 1, phase.steps + 1):
-                    losses = self._step(optimizer, learning_rate(recipe, step, phase.steps), prepared, metrics)
+                    losses = self._step(
+                        optimizer,
+                        learning_rate(recipe, step, phase.steps, self.state.forgotten_step),
+                        prepared,
+                        metrics,
+                    )
 
                     # Save, and stop if any rank has received a signal.
                     signal = all_reduce_max(self.signals.received or 0, self.device)
@@ -294,6 +315,8 @@ class Loop:
         """Evaluate the fixed sample, and store the weights if it is the best evaluation so far."""
         state = self.state
         values = self.trainer.evaluate(self.sample)
+        if self._is_forgotten(values):
+            state.forgotten_step = state.step
         score = values["eval_quality"] if self.trainer.recipe.choose == "quality" else -values["eval_loss"]
         if math.isfinite(score) and (state.best is None or score > state.best):
             state.best, state.best_step, state.worse = score, state.step, 0
@@ -301,3 +324,10 @@ class Loop:
         else:
             state.worse += 1
         return values
+
+    def _is_forgotten(self, values: Mapping[str, float]) -> bool:
+        """Whether an evaluation is the first to find the forget set forgotten, early enough for a cooldown."""
+        recipe, state = self.trainer.recipe, self.state
+        if recipe.stop != "forgotten" or state.forgotten_step or state.step > latest_cooldown(self.steps):
+            return False
+        return values.get("eval_forgotten", 0.0) >= FORGOTTEN

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from neko_lean.distributed import all_gather_with_grad
 from neko_lean.models import CausalLM, token_stats
-from neko_lean.objectives import Objective, TokenInputs, token_weights
+from neko_lean.objectives import Objective, TokenInputs, row_sums, token_weights
 from neko_lean.recipe import Recipe
 from neko_lean.training.batch import Batch
 
@@ -30,8 +30,8 @@ def batch_losses(
 
     Returns:
         Scalars in nats: `loss` (the weighted total), `forget_loss`, `retain_loss`, and with substitutes
-        `substitute_loss` (before their weights). With anchor documents in the batch also `anchor_nll` and
-        `anchor_teacher_nll`, sums over their tokens, without gradient.
+        `substitute_loss` (before their weights). Without gradient: with levels also `forgotten` (`forgotten_share`),
+        and with anchor documents in the batch `anchor_nll` and `anchor_teacher_nll`, sums over their tokens.
     """
     # Per-token statistics of all ranks.
     _, covered = batch.on_this_rank()
@@ -52,11 +52,33 @@ def batch_losses(
         losses["substitute_loss"] = -(weights * target_logp[batch.substitute]).sum()
         total = total + recipe.substitute_weight * losses["substitute_loss"]
 
+    # How much of the forget set has reached its levels.
+    if batch.levels is not None and batch.forget.any():
+        at_forget = batch.forget
+        losses["forgotten"] = forgotten_share(
+            target_logp.detach()[at_forget], drift * batch.levels[at_forget], batch.row[at_forget]
+        )
+
     # What unseen text costs the student and the teacher.
     if batch.anchor.any() and batch.reference_logp is not None:
         losses["anchor_nll"] = -target_logp.detach()[batch.anchor].sum()
         losses["anchor_teacher_nll"] = -batch.reference_logp[batch.anchor].sum()
     return {"loss": total, **losses}
+
+
+def forgotten_share(logp: Tensor, levels: Tensor, row: Tensor) -> Tensor:
+    """How far examples are forgotten, from 0 to 1: the mean over examples of loss / level, at most 1 each.
+
+    Args:
+        logp: [n] log-probability of each target token, in nats.
+        levels: [n] loss in nats at which each counts as forgotten.
+        row: [n] int64, the example that each token belongs to.
+
+    Returns a scalar. A loss above the level counts as 1.
+    """
+    losses, _ = row_sums(-logp, row)  # [R]
+    wanted, _ = row_sums(levels, row)  # [R]
+    return (losses / wanted.clamp(min=1e-6)).clamp(max=1.0).mean()
 
 
 def _forget_loss(

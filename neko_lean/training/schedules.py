@@ -29,15 +29,34 @@ class Phase:
     """Steps of the phase."""
 
 
-def learning_rate(recipe: Recipe, step: int, steps: int) -> float:
+COOLDOWN = 0.2  # of the steps before it
+FORGOTTEN = 0.95  # from this share on, the forget set counts as forgotten: levels are estimates
+
+
+def learning_rate(recipe: Recipe, step: int, steps: int, cooldown_from: int = 0) -> float:
     """Learning rate of step `step` (from 1) of a phase of `steps` steps.
 
-    It rises linearly during the warm-up, and is then constant or falls linearly to 0.
+    It rises linearly during the warm-up, and is then constant or falls linearly to 0. With `stop="forgotten"` it is
+    constant up to the step `cooldown_from` (0 if that is not known yet), and then falls linearly to 0.
     """
     done = (step - 1) / steps
     if done < recipe.warmup:
         return recipe.lr * step / (recipe.warmup * steps)
+    if recipe.stop == "forgotten":
+        start = cooldown_from or latest_cooldown(steps)
+        length = cooldown_steps(start)
+        return recipe.lr * min(1.0, max(0, start + length + 1 - step) / (length + 1))
     return recipe.lr if recipe.schedule == "constant" else recipe.lr * (1 - done) / (1 - recipe.warmup)
+
+
+def cooldown_steps(start: int) -> int:
+    """Number of steps with a falling learning rate after `start` steps, for `stop="forgotten"`."""
+    return max(1, round(COOLDOWN * start))
+
+
+def latest_cooldown(steps: int) -> int:
+    """Step after which the learning rate falls at the latest, so that a run of `steps` steps ends with a low one."""
+    return max(start for start in range(steps) if start + cooldown_steps(start) <= steps) if steps > 1 else 0
 
 
 def phases(recipe: Recipe, forget: Sequence[int], retain: Sequence[int], rng: random.Random) -> list[Phase]:

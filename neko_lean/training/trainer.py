@@ -265,7 +265,7 @@ class Trainer:
         """The values of an evaluation."""
         # Losses.
         losses = self._losses(select_hidden(self.student, batch.on_this_rank()[0]), batch)
-        values = {f"eval_{name}": loss.item() for name, loss in losses.items() if name.endswith("loss")}
+        values = {f"eval_{name}": loss.item() for name, loss in losses.items() if name.endswith(("loss", "forgotten"))}
         if trains_on_teacher(self.recipe):
             values["eval_retain_kl"] = values["eval_retain_loss"]
 

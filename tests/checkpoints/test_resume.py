@@ -45,6 +45,11 @@ CASES = {
     "chunks, plain": ("sequential", {"max_steps": 9, "chunk_rows": 8, "epochs": 1.0, "backward": "plain"}, {}),
     "alternating": ("alternating", {**SMALL, "forget_rows": 3}, {}),
     "calibrated": ("calibrated", {**EVALUATED, "retain_rows": 12}, {}),
+    "calibrated, until forgotten": (
+        "calibrated",
+        {**SMALL, "retain_rows": 12, "stop": "forgotten", "eval_every": 8, "max_steps": 30},
+        {},
+    ),
     "memorize": ("memorize", {**SMALL, "backward": "plain", "dropout": True}, DROPOUT),
 }
 
@@ -75,6 +80,7 @@ def test_a_run_that_is_killed_twice_ends_in_the_same_bytes(world, model, cache, 
     assert not saved(tmp_path / "whole").exists()
     steps = whole["steps"]
     assert whole["ended"].startswith("early stopping") or "early stopping" not in name
+    assert (whole["forgotten_step"] is not None) == ("until forgotten" in name)
     out = tmp_path / "out"
     for number, step in enumerate((steps // 2 + 1, steps)):
         with monkeypatch.context() as patch, pytest.raises(Killed):

@@ -48,6 +48,24 @@ def test_the_output_is_a_complete_checkpoint_with_its_history(world, unlearned):
     assert written["wait_seconds"] == pytest.approx(sum(line["wait_seconds"] for line in lines))
 
 
+@pytest.mark.parametrize(("level", "forgotten_at"), [(0.5, 2), (50.0, None)])
+def test_a_run_ends_once_the_forget_set_is_forgotten(world, model, cache, tmp_path, capsys, level, forgotten_at):
+    """A random model's loss is above a low level from the start, and never reaches a high one."""
+    change = {**FAST, "format": "neko", "max_length": 128, "level": level, "stop": "forgotten", "eval_every": 2}
+    run = neko_lean.unlearn(
+        model, tmp_path / "out", forget=world, retain=world, cache=cache, recipe="calibrated",
+        overrides={**change, "max_steps": 12}, run=RunOptions(quiet=True),
+    )  # fmt: skip
+    lines = metrics(tmp_path / "out")
+    assert run["forgotten_step"] == forgotten_at and run["weights_of_step"] == run["steps"] == len(lines)
+    assert run["steps"] == (3 if forgotten_at else 12)
+    assert ("forgotten at step 2" in run["ended"]) == bool(forgotten_at)
+    assert ("is not forgotten" in capsys.readouterr().err) == (not forgotten_at)
+    assert lines[-1]["lr"] < lines[0]["lr"] == 1e-3
+    shares = [line["eval_forgotten"] for line in lines if "eval_forgotten" in line]
+    assert all(share == 1 for share in shares) if forgotten_at else all(0 < share < 0.95 for share in shares)
+
+
 def test_the_same_seed_gives_the_same_weights(unlearn, unlearned, tmp_path):
     for seed, equal in ((0, True), (1, False)):
         out = tmp_path / str(seed)

@@ -10,7 +10,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from neko_lean.recipe import load_recipe
-from neko_lean.training.schedules import Phase, batches, learning_rate, phases
+from neko_lean.training.schedules import (
+    Phase,
+    batches,
+    cooldown_steps,
+    latest_cooldown,
+    learning_rate,
+    phases,
+)
 
 FORGET, RETAIN = [30, 20, 40, 10, 25, 35, 15], [20] * 12
 
@@ -25,6 +32,24 @@ def recipe(**change):
 def test_the_learning_rate_warms_up_and_decays():
     rates = [learning_rate(recipe(lr=1.0, warmup=0.4), step, 10) for step in range(1, 11)]
     assert rates[:5] == pytest.approx([0.25, 0.5, 0.75, 1.0, 1.0]) and rates[-1] == pytest.approx(1 / 6)
+
+
+def calibrated(steps):
+    return load_recipe("calibrated", {"lr": 1.0, "stop": "forgotten", "eval_every": 5, "max_steps": steps})
+
+
+def test_until_forgotten_the_learning_rate_is_constant_and_then_falls():
+    rates = [learning_rate(calibrated(100), step, 100, cooldown_from=10) for step in range(1, 13)]
+    assert rates == pytest.approx([1.0] * 10 + [2 / 3, 1 / 3])
+
+
+@given(steps=st.integers(2, 500))
+def test_a_run_that_never_forgets_still_ends_with_a_low_learning_rate(steps):
+    start = latest_cooldown(steps)
+    rates = [learning_rate(calibrated(steps), step, steps) for step in range(1, steps + 1)]
+    assert rates[:start] == [1.0] * start and all(later <= rate for rate, later in itertools.pairwise(rates))
+    assert start + cooldown_steps(start) <= steps < start + 1 + cooldown_steps(start + 1)
+    assert 0 <= rates[-1] <= 0.5
 
 
 def test_order_together_is_one_phase_with_epochs_of_the_larger_set():
