@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from transformers import Gemma2Config, LlamaConfig
 
 from neko_lean.memory import fake_step
 from neko_lean.memory.fake_models import FakeModels
@@ -12,15 +11,7 @@ from neko_lean.memory.fake_tensors import MetaKernels
 from neko_lean.memory.prediction import step_memory
 from neko_lean.memory.two_models import TWO_MODEL_BASELINES, predict_two_models
 from neko_lean.recipe import load_recipe
-
-LLAMA = LlamaConfig(
-    vocab_size=3000, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-    tie_word_embeddings=False, architectures=["LlamaForCausalLM"],
-)  # fmt: skip
-TWO_KINDS = Gemma2Config(
-    vocab_size=3000, hidden_size=128, intermediate_size=512, num_hidden_layers=4, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=32, sliding_window=64, architectures=["Gemma2ForCausalLM"],
-)  # fmt: skip
+from tests.memory.configs import LLAMA, TWO_KINDS, with_layers
 
 
 def every_layer(monkeypatch):
@@ -57,7 +48,7 @@ def operators_of_a_step(layers, monkeypatch):
         count += 1
         return dispatch(self, *args)
 
-    models = FakeModels.of(LlamaConfig(**{**LLAMA.to_dict(), "num_hidden_layers": layers}))
+    models = FakeModels.of(with_layers(LLAMA, layers))
     with models.use(torch.bfloat16):
         pass
     with monkeypatch.context() as patched:

@@ -7,7 +7,6 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from transformers import Gemma2Config, LlamaConfig
 
 from neko_lean.memory import prediction, repeated_layers, two_models
 from neko_lean.memory.fake_models import FakeModels
@@ -15,15 +14,9 @@ from neko_lean.memory.prediction import step_memory
 from neko_lean.memory.shortened_models import END, all_layers, kept_layers
 from neko_lean.memory.two_models import TWO_MODEL_BASELINES, predict_two_models
 from neko_lean.recipe import load_recipe
+from tests.memory.configs import LLAMA, TWO_KINDS, with_layers
 
-LLAMA = LlamaConfig(
-    vocab_size=400, hidden_size=64, intermediate_size=256, num_hidden_layers=20, num_attention_heads=4,
-    tie_word_embeddings=True, architectures=["LlamaForCausalLM"],
-)  # fmt: skip
-TWO_KINDS = Gemma2Config(
-    vocab_size=3000, hidden_size=64, intermediate_size=256, num_hidden_layers=18, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=32, sliding_window=64, architectures=["Gemma2ForCausalLM"],
-)  # fmt: skip
+LONG_LLAMA, LONG_GEMMA2 = with_layers(LLAMA, 20), with_layers(TWO_KINDS, 18)
 
 
 def whole_models(monkeypatch):
@@ -57,7 +50,7 @@ def layers_that_run(monkeypatch):
     ],
     ids=str,
 )
-@pytest.mark.parametrize("config", [LLAMA, TWO_KINDS], ids=["llama", "gemma2"])
+@pytest.mark.parametrize("config", [LONG_LLAMA, LONG_GEMMA2], ids=["llama", "gemma2"])
 def test_a_step_is_the_same_to_the_byte(config, change, backward, monkeypatch):
     recipe = load_recipe("neko", {"backward": backward, **change})
     micro = [(8, 64), (8, 64), (3, 64)] if backward == "layerwise" else [(9, 64)]
@@ -72,23 +65,23 @@ def test_a_step_is_the_same_to_the_byte(config, change, backward, monkeypatch):
 @pytest.mark.parametrize("change", [{}, {"lora_rank": 4, "quantize_base": "nf4"}], ids=str)
 def test_a_rank_is_the_same_to_the_byte(change, monkeypatch):
     recipe = load_recipe("neko", change)
-    memory = step_memory(LLAMA, recipe, [(8, 64)], ranks=2)
+    memory = step_memory(LONG_LLAMA, recipe, [(8, 64)], ranks=2)
     whole_models(monkeypatch)
-    assert memory == step_memory(LLAMA, recipe, [(8, 64)], ranks=2)
+    assert memory == step_memory(LONG_LLAMA, recipe, [(8, 64)], ranks=2)
 
 
 def test_frozen_and_trained_layers_are_shortened_apart(monkeypatch):
     recipe = load_recipe("neko", {"train_last": 9})
     with monkeypatch.context() as watched:
         numbers = layers_that_run(watched)
-        memory = step_memory(LLAMA, recipe, [(8, 64)])
+        memory = step_memory(LONG_LLAMA, recipe, [(8, 64)])
     assert numbers == set(range(14))
     whole_models(monkeypatch)
-    assert memory == step_memory(LLAMA, recipe, [(8, 64)])
+    assert memory == step_memory(LONG_LLAMA, recipe, [(8, 64)])
 
 
 @pytest.mark.parametrize("baseline", TWO_MODEL_BASELINES, ids=lambda baseline: baseline.name)
-@pytest.mark.parametrize("config", [LLAMA, TWO_KINDS], ids=["llama", "gemma2"])
+@pytest.mark.parametrize("config", [LONG_LLAMA, LONG_GEMMA2], ids=["llama", "gemma2"])
 def test_two_models_are_the_same_to_the_byte(config, baseline, monkeypatch):
     estimate = predict_two_models(config, baseline, 8, 64)
     whole_models(monkeypatch)
@@ -102,22 +95,22 @@ def test_two_models_are_the_same_to_the_byte(config, baseline, monkeypatch):
 )
 def test_a_recipe_that_names_layers_of_a_model_with_adapters_gets_all_of_them(change, monkeypatch):
     numbers = layers_that_run(monkeypatch)
-    step_memory(LLAMA, load_recipe("neko", change), [(8, 64)])
+    step_memory(LONG_LLAMA, load_recipe("neko", change), [(8, 64)])
     assert numbers == set(range(20))
 
 
 def test_a_layer_that_cannot_be_repeated_is_run_in_the_whole_model(monkeypatch):
     monkeypatch.setattr(repeated_layers, "_record", lambda _: None)
     recipe = load_recipe("neko")
-    memory = step_memory(LLAMA, recipe, [(8, 64)])
-    estimates = [predict_two_models(LLAMA, baseline, 8, 64) for baseline in TWO_MODEL_BASELINES]
+    memory = step_memory(LONG_LLAMA, recipe, [(8, 64)])
+    estimates = [predict_two_models(LONG_LLAMA, baseline, 8, 64) for baseline in TWO_MODEL_BASELINES]
     whole_models(monkeypatch)
-    assert memory == step_memory(LLAMA, recipe, [(8, 64)])
-    assert estimates == [predict_two_models(LLAMA, baseline, 8, 64) for baseline in TWO_MODEL_BASELINES]
+    assert memory == step_memory(LONG_LLAMA, recipe, [(8, 64)])
+    assert estimates == [predict_two_models(LONG_LLAMA, baseline, 8, 64) for baseline in TWO_MODEL_BASELINES]
 
 
 def test_the_model_has_all_its_layers_afterwards():
-    models, recipe = FakeModels.of(TWO_KINDS), load_recipe("neko")
+    models, recipe = FakeModels.of(LONG_GEMMA2), load_recipe("neko")
     kinds = list(models.config.layer_types)
     for lora_rank in (0, 4):
         step_memory(models, replace(recipe, lora_rank=lora_rank), [(8, 64)])
