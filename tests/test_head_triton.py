@@ -11,8 +11,6 @@ from neko_lean.models import token_stats
 @pytest.fixture(params=["torch", "triton"])
 def kernels(request, monkeypatch):
     """The module and its kernels; Triton's run in its interpreter if there is no GPU."""
-    if not torch.cuda.is_available():
-        monkeypatch.setenv("TRITON_INTERPRET", "1")  # read when the module is imported
     if request.param == "triton":
         pytest.importorskip("triton")
     module = importlib.import_module("bench.head_triton")

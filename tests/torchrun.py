@@ -11,7 +11,14 @@ from pathlib import Path
 
 import pytest
 
+from neko_lean.models.sharding import FSDPModule
+
 ROOT = Path(__file__).parents[1]
+
+
+needs_new_torch = pytest.mark.skipif(
+    not hasattr(FSDPModule, "reset_iter_state"), reason="training across ranks needs torch 2.13 or newer"
+)
 
 
 def torchrun(

@@ -15,13 +15,9 @@ from neko_lean.runs import memorize, training_run, unlearn
 from neko_lean.training import optimizer as optim
 from tests import nccl, sharded
 from tests.helpers import flat
-from tests.torchrun import torchrun
+from tests.torchrun import needs_new_torch, torchrun
 
 pytestmark = pytest.mark.usefixtures("no_gpu")
-
-needs_new_torch = pytest.mark.skipif(
-    not hasattr(FSDPModule, "reset_iter_state"), reason="sharding needs torch 2.13 or newer"
-)
 
 CHANGE = {"max_steps": 20, "forget_rows": 4, "retain_rows": 4, "eval_rows": 4, "lr": 1e-3, "eval_every": 5}
 

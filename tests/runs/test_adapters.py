@@ -12,7 +12,7 @@ from neko_lean.cli import app
 from neko_lean.errors import Interrupted, NekoLeanError
 from neko_lean.training.loop import Loop
 from tests.helpers import SMALL, flat
-from tests.torchrun import torchrun
+from tests.torchrun import needs_new_torch, torchrun
 
 LORA = {**SMALL, "lora_rank": 4, "lr": 2e-2}
 IDS = torch.arange(3, 15)[None]
@@ -82,6 +82,7 @@ def test_a_resumed_run_ends_in_the_weights_of_an_uninterrupted_one(unlearn, tmp_
 
 
 @pytest.mark.slow
+@needs_new_torch
 @pytest.mark.usefixtures("no_gpu")
 @pytest.mark.parametrize("quantization", ["none", "nf4", "int8"])
 def test_two_processes_train_the_adapters_of_one(world, model, cache, unlearn, tmp_path, quantization):
@@ -113,6 +114,7 @@ def test_two_processes_train_the_adapters_of_one(world, model, cache, unlearn, t
 
 
 @pytest.mark.slow
+@needs_new_torch
 @pytest.mark.usefixtures("no_gpu")
 def test_two_processes_on_a_quantised_base_are_resumed(world, model, cache, tmp_path):
     change = {**LORA, "quantize_base": "nf4", "eval_every": 3, "choose": "loss"}
