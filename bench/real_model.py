@@ -9,8 +9,8 @@ skipped whose result is in --work, so a run that was stopped continues.
 
 The target learns forget and retain documents of LUME's validation split, the gold model the retain documents alone.
 Each recipe then forgets, and everything is scored. Hyperparameters are chosen on one half of the forget documents
-(--half a) and results reported on the other. Without --full, there are few documents and steps, and no attacks but
-sampling: about 40 minutes on 2 cores. --full is meant for a GPU.
+(--half a) and results reported on the other. Without --full, there are few documents and steps, and no attacks. --full
+is meant for a GPU.
 
 The anchor and the held-out documents, of which the attack on membership uses the latter, are documents of the train
 split, and for Task3 LUME's non-members; no model is trained on them.
@@ -61,7 +61,7 @@ class Setting:
 
 
 QUICK = Setting(2, 12, 10, 30, 2, ())
-FULL = Setting(1000, 60, 20, 200, 10, ("prefix", "quantize", "relearn"))
+FULL = Setting(1000, 60, 20, 200, 10, ("prefix", "quantize", "relearn", "sample"))
 
 
 def fetch(work: Path) -> Path:
@@ -146,9 +146,7 @@ def make_cache(model: Path, data: Path, out: Path, settings: Any, device: str) -
     return out
 
 
-def make_model(
-    name: str, base: Path, data: Path, folder: Path, setting: Setting, change: dict[str, Any], seed: int, device: str
-) -> None:
+def make_model(name: str, base: Path, data: Path, folder: Path, setting: Setting, seed: int, device: str) -> None:
     """Train the target, the gold model, or what a recipe makes of the target."""
     run = RunOptions(seed=seed, quiet=True, device=device)
     values = {"dtype": "float32" if device == "cpu" else "bfloat16", "backward": "plain"}
@@ -158,7 +156,7 @@ def make_model(
         memorize(base, folder / name, data=data, sets=sets, overrides=overrides, run=run)
         return
     recipe = name.split(",")[0]
-    overrides = {**values, "lr": 5e-5, "forget_rows": 4, "retain_rows": 8, "max_steps": setting.steps, **change}
+    overrides = {**values, "lr": 5e-5, "forget_rows": 4, "retain_rows": 8, "max_steps": setting.steps}
     overrides |= dict(map(parse_override, name.split(",")[1:]))
     settings = load_recipe(recipe, overrides)
     anchor = data / "anchor.jsonl" if settings.retain is not None and uses_levels(settings) else None
@@ -223,7 +221,7 @@ def main() -> None:
             scores = folder / f"{name}-scores"
             print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
             if not (folder / name).is_dir():
-                make_model(name, base, data, folder, setting, {}, seed, options.device)
+                make_model(name, base, data, folder, setting, seed, options.device)
             if not scores.is_dir():
                 measure(folder / name, data, scores, mmlu, setting, options.device)
             if not (page := folder / f"{name}.html").exists():
