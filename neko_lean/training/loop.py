@@ -101,6 +101,7 @@ class Loop:
         self.steps = total_steps(recipe, *self.lengths, self.seed)
         self.sample: StepIndices = evaluation_sample(recipe, *self.lengths, self.seed)
         self.callbacks: Sequence[Callback] = ()
+        self.share: float | None = None  # how far the last evaluation found the forget set forgotten
         self.result: tuple[int, Mapping[str, Tensor]] | None = None  # step and final weights, if not the student's
 
     @property
@@ -131,10 +132,10 @@ class Loop:
             except NonFiniteError as error:
                 failure = ended = str(error)
         self._select_result(failure)
-        if trainer.recipe.stop == "forgotten" and not self.state.forgotten_step:
+        if trainer.recipe.stop == "forgotten" and self.share is not None and self.share < FORGOTTEN:
             log_line(
-                f"warning: after {self.state.step} steps the forget set is not forgotten to the level of unseen text: "
-                f"raise max_steps or lr."
+                f"warning: the last evaluation, up to step {self.state.step}, found the forget set forgotten only to "
+                f"{self.share:.0%} of the level of unseen text: raise max_steps or lr."
             )
         return self._summary(ended, failure)
 
@@ -315,7 +316,8 @@ class Loop:
         """Evaluate the fixed sample, and store the weights if it is the best evaluation so far."""
         state = self.state
         values = self.trainer.evaluate(self.sample)
-        if self._is_forgotten(values):
+        self.share = values.get("eval_forgotten")
+        if self._is_forgotten():
             state.forgotten_step = state.step
         score = values["eval_quality"] if self.trainer.recipe.choose == "quality" else -values["eval_loss"]
         if math.isfinite(score) and (state.best is None or score > state.best):
@@ -325,9 +327,9 @@ class Loop:
             state.worse += 1
         return values
 
-    def _is_forgotten(self, values: Mapping[str, float]) -> bool:
-        """Whether an evaluation is the first to find the forget set forgotten, early enough for a cooldown."""
+    def _is_forgotten(self) -> bool:
+        """Whether the last evaluation is the first to find the forget set forgotten, early enough for a cooldown."""
         recipe, state = self.trainer.recipe, self.state
         if recipe.stop != "forgotten" or state.forgotten_step or state.step > latest_cooldown(self.steps):
             return False
-        return values.get("eval_forgotten", 0.0) >= FORGOTTEN
+        return self.share is not None and self.share >= FORGOTTEN

@@ -60,7 +60,7 @@ def test_a_run_ends_once_the_forget_set_is_forgotten(world, model, cache, tmp_pa
     assert run["forgotten_step"] == forgotten_at and run["weights_of_step"] == run["steps"] == len(lines)
     assert run["steps"] == (3 if forgotten_at else 12)
     assert ("forgotten at step 2" in run["ended"]) == bool(forgotten_at)
-    assert ("is not forgotten" in capsys.readouterr().err) == (not forgotten_at)
+    assert ("forgotten only to" in capsys.readouterr().err) == (not forgotten_at)
     assert lines[-1]["lr"] < lines[0]["lr"] == 1e-3
     shares = [line["eval_forgotten"] for line in lines if "eval_forgotten" in line]
     assert all(share == 1 for share in shares) if forgotten_at else all(0 < share < 0.95 for share in shares)
