@@ -34,7 +34,7 @@ from quality_table import table
 
 from neko_lean.data.batching import pad
 from neko_lean.data.documents import read_anchor
-from neko_lean.data.examples import TASKS, EncodedExample, read_rows
+from neko_lean.data.examples import TASKS, EncodedExample, Example, read_rows
 from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.tokenization import encode
 from neko_lean.demo.base_model import write_base
@@ -68,23 +68,15 @@ def prepare(lume: Path, half: str, root: Path) -> Path:
 
     # The forget documents of this half, and the retain set.
     all_forget = read_rows(lume, "forget", "validation")
-    names = sorted({example.document for example in all_forget})
-    random.Random("halves").shuffle(names)
-    chosen = set(names[: len(names) // 2] if half == "a" else names[len(names) // 2 :])
+    chosen = set(documents_of_half(all_forget, half))
     forget = [example for example in all_forget if example.document in chosen]
     retain = read_rows(lume, "retain", "validation")
 
     # Documents that no model sees: for the anchor, the held-out text and the attack.
-    known = {example.input for example in [*all_forget, *retain]}
-    unseen = {
-        name: [row for row in read_rows(lume, name, "train") if row.kind == "completion" and row.input not in known]
-        for name in ("forget", "retain")
-    }
-    nonmembers = [record.values for record in read_jsonl(lume / "mia" / "nonmember.jsonl")]
-    random.Random("halves").shuffle(nonmembers)
-    half_size = len(nonmembers) // 2
+    unseen = unseen_rows(lume, [*all_forget, *retain])
+    first_nonmembers, other_nonmembers = nonmember_halves(lume)
     anchor = [row for row in anchor_documents(unseen["retain"], DOCUMENTS) if row["task"] != "Task3"]
-    anchor += [{"document": row["document"], "task": "Task3"} for row in nonmembers[:half_size]]
+    anchor += [{"document": row["document"], "task": "Task3"} for row in first_nonmembers]
 
     with staged_folder(data) as stage:
         write_jsonl(stage / "forget.jsonl", map(asdict, forget))
@@ -93,10 +85,34 @@ def prepare(lume: Path, half: str, root: Path) -> Path:
         write_jsonl(stage / "held.jsonl", anchor_documents(unseen["forget"], DOCUMENTS))
         (stage / "mia").mkdir()
         write_jsonl(stage / "mia" / "member.jsonl", task3_documents(forget))
-        write_jsonl(stage / "mia" / "nonmember.jsonl", nonmembers[half_size:])
+        write_jsonl(stage / "mia" / "nonmember.jsonl", other_nonmembers)
         # The tokenizer is trained on seen and unseen text alike; otherwise its merges would reveal the members.
         write_base(stage / "base", [*forget, *retain, *unseen["forget"], *unseen["retain"]])
     return data
+
+
+def documents_of_half(rows: Sequence[Example], half: str) -> list[str]:
+    """The documents of one half of the rows, in a random order that is always the same."""
+    names = sorted({row.document for row in rows})
+    random.Random("halves").shuffle(names)
+    return names[: len(names) // 2] if half == "a" else names[len(names) // 2 :]
+
+
+def unseen_rows(lume: Path, known: Sequence[Example]) -> dict[str, list[Example]]:
+    """The documents of both train splits that are not among the known rows."""
+    inputs = {row.input for row in known}
+    return {
+        name: [row for row in read_rows(lume, name, "train") if row.kind == "completion" and row.input not in inputs]
+        for name in ("forget", "retain")
+    }
+
+
+def nonmember_halves(lume: Path) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """LUME's non-members in two random halves that are always the same."""
+    nonmembers = [record.values for record in read_jsonl(lume / "mia" / "nonmember.jsonl")]
+    random.Random("halves").shuffle(nonmembers)
+    middle = len(nonmembers) // 2
+    return nonmembers[:middle], nonmembers[middle:]
 
 
 def make_model(data: Path, out: Path, name: str, seed: int) -> None:

@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import csv
-import random
 import subprocess
 import sys
 import zipfile
@@ -30,16 +29,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from quality import documents_of_half, nonmember_halves, unseen_rows
 from real_model_table import table
 
 from neko_lean.cache import CacheOptions, cache_teacher
 from neko_lean.data.examples import TASKS, Example, read_rows
-from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.demo.world import anchor_documents
 from neko_lean.jsonio import write_jsonl
 from neko_lean.options import OutputOptions, RunOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import staged_folder
-from neko_lean.recipe import load_recipe, needs_forget_cache, parse_override, reads_cache, uses_levels
+from neko_lean.recipe import Recipe, load_recipe, parse_override, reads_cache, uses_levels
 from neko_lean.reporting import report
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.run import score
@@ -94,16 +93,9 @@ def prepare(lume: Path, half: str, setting: Setting, work: Path) -> Path:
     if data.is_dir():
         return data
     sets = {name: read_rows(lume, name, "validation") for name in ("forget", "retain")}
-    known = {row.input for rows in sets.values() for row in rows}
-    unseen = {
-        name: [row for row in read_rows(lume, name, "train") if row.kind == "completion" and row.input not in known]
-        for name in ("forget", "retain")
-    }
-    nonmembers = [record.values for record in read_jsonl(lume / "mia" / "nonmember.jsonl")]
-    random.Random("halves").shuffle(nonmembers)
+    unseen = unseen_rows(lume, [*sets["forget"], *sets["retain"]])
     anchor, held = (anchor_documents(unseen[name], setting.unseen) for name in ("retain", "forget"))
-    middle = len(nonmembers) // 2
-    for documents, others in ((anchor, nonmembers[:middle]), (held, nonmembers[middle:])):
+    for documents, others in zip((anchor, held), nonmember_halves(lume), strict=True):
         documents[:] = [row for row in documents if row["task"] != "Task3"]
         documents += [{"document": row["document"], "task": "Task3"} for row in others[: setting.unseen]]
     with staged_folder(data) as stage:
@@ -116,9 +108,7 @@ def prepare(lume: Path, half: str, setting: Setting, work: Path) -> Path:
 
 def _some(rows: Sequence[Example], half: str, count: int) -> list[Example]:
     """The rows of `count` documents of each task in one half of the documents."""
-    names = sorted({row.document for row in rows})
-    random.Random("halves").shuffle(names)
-    names = names[: len(names) // 2] if half == "a" else names[len(names) // 2 :]
+    names = documents_of_half(rows, half)
     task_of = {row.document: row.task for row in rows}
     chosen = {name for task in TASKS for name in [name for name in names if task_of[name] == task][:count]}
     return [row for row in rows if row.document in chosen]
@@ -137,8 +127,9 @@ def write_mmlu(mmlu: Path, out: Path, count: int) -> Path:
     return out
 
 
-def make_cache(model: Path, data: Path, out: Path, settings: Any, device: str) -> Path:
-    """The predictions of a model on all sets."""
+def make_cache(model: Path, data: Path, folder: Path, settings: Recipe, device: str) -> Path:
+    """The predictions of a model on all sets, in the recipe's prompt format."""
+    out = folder / f"cache-{model.name}-{settings.format}"
     if not out.is_dir():
         options = CacheOptions(format=settings.format, dtype=settings.dtype)
         run = OutputOptions(device=device, quiet=True)
@@ -161,15 +152,15 @@ def make_model(name: str, base: Path, data: Path, folder: Path, setting: Setting
     settings = load_recipe(recipe, overrides)
     anchor = data / "anchor.jsonl" if settings.retain is not None and uses_levels(settings) else None
     from_base = settings.forget is not None and settings.forget.base_top_k
-    reads = reads_cache(settings, anchor=anchor is not None) or needs_forget_cache(settings)
+    reads = reads_cache(settings, anchor=anchor is not None)
     unlearn(
         folder / "target",
         folder / name,
         forget=data,
         retain=data,
         anchor=anchor,
-        cache=make_cache(folder / "target", data, folder / "cache-target", settings, device) if reads else None,
-        base_cache=make_cache(base, data, folder.parent / "cache-base", settings, device) if from_base else None,
+        cache=make_cache(folder / "target", data, folder, settings, device) if reads else None,
+        base_cache=make_cache(base, data, folder.parent, settings, device) if from_base else None,
         recipe=recipe,
         overrides=overrides,
         run=run,

@@ -177,7 +177,7 @@ def _with_adapters(
     changed = dataclasses.replace(recipe, **change)
     if forgets(recipe):
         flags = [f"--{key.replace('_', '-')} {value}" for key, value in change.items()]
-    else:  # memorize has no such options
+    else:  # `memorize` takes these as recipe values only
         flags = [f"--set {key}={value}" for key, value in change.items()]
     with suppress(NekoLeanError):
         memory = largest_step_memory(models, changed, gpus)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,8 +27,8 @@ from neko_lean.memory.estimate import (
 from neko_lean.memory.fake_models import FakeModels
 from neko_lean.memory.fake_step import fake_step
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.memory.repeated_layers import CannotRepeatError, Recordings, each_kind_once
-from neko_lean.memory.shortened_models import Shorten, all_layers, shortened
+from neko_lean.memory.repeated_layers import Recordings, each_kind_once
+from neko_lean.memory.shortened_models import Shorten, all_layers, run_shortened
 from neko_lean.memory.step_time import MatmulParameters
 from neko_lean.models import CausalLM, quantized_parameters
 from neko_lean.recipe import Recipe
@@ -113,10 +113,8 @@ def _run_step(
     """Memory of one step, from running it on fake tensors."""
     # Names of layers in a recipe are those of the whole model, and adapters are added to a shortened one.
     names_layers = bool(recipe.train_last or recipe.train_only or recipe.lora_targets != "auto")
-    if not (recipe.lora_rank and names_layers):
-        with suppress(CannotRepeatError):
-            return _run_layers(models, recipe, micro, positions, ranks, shortened)
-    return _run_layers(models, recipe, micro, positions, ranks, all_layers)
+    run = partial(_run_layers, models, recipe, micro, positions, ranks)
+    return run(all_layers) if recipe.lora_rank and names_layers else run_shortened(run)
 
 
 def _run_layers(
@@ -136,10 +134,10 @@ def _run_layers(
         with shorten(lm) as short:
             if recipe.lora_rank:
                 prepare_student(lm, recipe, torch.device("cpu"))
-                recordings = Recordings()  # the layers are no longer those that were recorded
-                with each_kind_once(lm.model):
-                    freeze(lm, recipe.train_last, recipe.train_only)
+                recordings = Recordings()  # no adapted layer has been recorded yet
             with each_kind_once(lm.model):
+                if recipe.lora_rank:
+                    freeze(lm, recipe.train_last, recipe.train_only)
                 gathered = _gathered_bytes(lm) if ranks > 1 else 0
             ids = [torch.zeros(shape, dtype=torch.int64) for shape in micro]  # [b, l] each
             index = [torch.zeros(count, dtype=torch.int64) for count in positions]  # [n] each
@@ -163,8 +161,7 @@ def _run_layers(
         inputs_in_transit=min(sum(input_bytes), 2 * max(input_bytes, default=0)),
         pinned_state=pinned_bytes(states),
         pinned_inputs=pinned_bytes(input_bytes),
-        # On a CPU, a model that is quantised is in memory twice for a moment: as it was loaded and as it is stored,
-        # before ranks shard it.
+        # On a CPU, quantising holds the loaded and the quantised model at once, before ranks shard it.
         cpu_peak=max(
             loaded + stored if recipe.quantize_base != "none" else 0,
             weights + sum(states) + gathered + live.resident,

@@ -11,13 +11,16 @@ from __future__ import annotations
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, suppress
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from torch import nn
 
 from neko_lean.errors import NekoLeanError
 from neko_lean.memory.fake_models import find_layers
-from neko_lean.memory.repeated_layers import layer_kind
+from neko_lean.memory.repeated_layers import CannotRepeatError, layer_kind
 from neko_lean.models import CausalLM
+
+T = TypeVar("T")
 
 END = 3  # periods kept at each end of a run
 LONGEST_PERIOD = 8  # layers; families alternate between two to six kinds
@@ -97,6 +100,14 @@ def shortened(lm: CausalLM) -> Iterator[ShortenedModel]:
         yield ShortenedModel(kept, missing)
     finally:
         config.update(by_layer)
+
+
+def run_shortened(run: Callable[[Shorten], T]) -> T:
+    """The result of `run` for a shortened model, or for the whole model if its layers cannot be repeated."""
+    try:
+        return run(shortened)
+    except CannotRepeatError:
+        return run(all_layers)
 
 
 def kept_layers(kinds: Sequence[Hashable]) -> list[KeptLayer]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +24,7 @@ from neko_lean.memory.estimate import (
 from neko_lean.memory.fake_models import FakeModels
 from neko_lean.memory.fake_step import repeat_layers_if_possible
 from neko_lean.memory.live_tensors import LiveTensors
-from neko_lean.memory.repeated_layers import CannotRepeatError
-from neko_lean.memory.shortened_models import Shorten, all_layers, shortened
+from neko_lean.memory.shortened_models import Shorten, run_shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -60,10 +60,7 @@ def predict_two_models(
         length: tokens of each example, unless the baseline pads to a fixed length.
     """
     models = FakeModels.of(config)
-    try:
-        weights, transient = _run_baseline(models, baseline, rows, length, shortened)
-    except CannotRepeatError:
-        weights, transient = _run_baseline(models, baseline, rows, length, all_layers)
+    weights, transient = run_shortened(partial(_run_baseline, models, baseline, rows, length))
 
     # All gradients are alive after backward, and AdamW's foreach form takes as much again for its denominators.
     if sum(transient.values()) < 2 * weights:

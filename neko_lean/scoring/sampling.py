@@ -16,7 +16,7 @@ from torch.nn.functional import pad
 
 from neko_lean.models import refuse_non_finite_outputs
 
-BLOCK = 256  # tokens of the vocabulary that are drawn together, before one of them
+BLOCK = 256  # tokens per block; the block is drawn first, then a token in it
 
 
 def sample_key(seed: int, row_id: str, sample: int) -> str:

@@ -8,7 +8,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from neko_lean.memory import prediction, repeated_layers, two_models
+from neko_lean.memory import repeated_layers, shortened_models
 from neko_lean.memory.fake_models import FakeModels
 from neko_lean.memory.prediction import step_memory
 from neko_lean.memory.shortened_models import END, all_layers, kept_layers
@@ -21,8 +21,7 @@ LONG_LLAMA, LONG_GEMMA2 = with_layers(LLAMA, 9), with_layers(TWO_KINDS, 17)
 
 def whole_models(monkeypatch):
     """Predict from whole models from now on."""
-    for module in (prediction, two_models):
-        monkeypatch.setattr(module, "shortened", all_layers)
+    monkeypatch.setattr(shortened_models, "shortened", all_layers)
 
 
 def layers_that_run(monkeypatch):

@@ -194,7 +194,7 @@ def test_batches_equal_single_rows_in_every_kind_of_model(world, model, family):
 
 @pytest.mark.parametrize(("family", "scale"), [("Llama", 10), ("GPT2", 10), ("Mistral", 10), ("Mamba", 1)])
 def test_samples_do_not_depend_on_the_batches(world, model, family, scale):
-    """In padded batches, and in a model with a recurrent state; each row equals plain sampling of its own."""
+    """Padded batches and a recurrent model give each row the samples that it gets when it is decoded alone."""
     tokenizer = load_tokenizer(model)
     config, family_model = small(family, len(tokenizer))
     torch.manual_seed(1)
