@@ -52,15 +52,16 @@ class Setting:
     """How much is learned, forgotten and measured."""
 
     documents: int  # per task in the forget set, and in the retain set
-    unseen: int  # per task in the anchor, and in the held-out documents
+    anchor: int  # per task in the anchor
+    held: int  # per task in the held-out documents
     memorize_epochs: int
     steps: int
     mmlu: int  # questions per subject
     attacks: tuple[str, ...]
 
 
-QUICK = Setting(2, 12, 10, 30, 2, ())
-FULL = Setting(1000, 60, 20, 200, 10, ("prefix", "quantize", "relearn", "sample"))
+QUICK = Setting(2, 4, 12, 10, 60, 2, ())
+FULL = Setting(1000, 60, 60, 20, 200, 10, ("prefix", "quantize", "relearn", "sample"))
 
 
 def fetch(work: Path) -> Path:
@@ -94,15 +95,16 @@ def prepare(lume: Path, half: str, setting: Setting, work: Path) -> Path:
         return data
     sets = {name: read_rows(lume, name, "validation") for name in ("forget", "retain")}
     unseen = unseen_rows(lume, [*sets["forget"], *sets["retain"]])
-    anchor, held = (anchor_documents(unseen[name], setting.unseen) for name in ("retain", "forget"))
-    for documents, others in zip((anchor, held), nonmember_halves(lume), strict=True):
-        documents[:] = [row for row in documents if row["task"] != "Task3"]
-        documents += [{"document": row["document"], "task": "Task3"} for row in others[: setting.unseen]]
+    documents = {}
+    sources = ("anchor", "retain", setting.anchor), ("held", "forget", setting.held)
+    for (name, source, count), others in zip(sources, nonmember_halves(lume), strict=True):
+        documents[name] = [row for row in anchor_documents(unseen[source], count) if row["task"] != "Task3"]
+        documents[name] += [{"document": row["document"], "task": "Task3"} for row in others[:count]]
     with staged_folder(data) as stage:
         write_jsonl(stage / "forget.jsonl", map(asdict, _some(sets["forget"], half, setting.documents)))
         write_jsonl(stage / "retain.jsonl", map(asdict, _some(sets["retain"], half, setting.documents)))
-        write_jsonl(stage / "anchor.jsonl", anchor)
-        write_jsonl(stage / "held.jsonl", held)
+        for name in documents:
+            write_jsonl(stage / f"{name}.jsonl", documents[name])
     return data
 
 
@@ -147,7 +149,7 @@ def make_model(name: str, base: Path, data: Path, folder: Path, setting: Setting
         memorize(base, folder / name, data=data, sets=sets, overrides=overrides, run=run)
         return
     recipe = name.split(",")[0]
-    overrides = {**values, "lr": 5e-5, "forget_rows": 4, "retain_rows": 8, "max_steps": setting.steps}
+    overrides = {**values, "lr": "auto", "forget_rows": 4, "retain_rows": 8, "max_steps": setting.steps}
     overrides |= dict(map(parse_override, name.split(",")[1:]))
     settings = load_recipe(recipe, overrides)
     anchor = data / "anchor.jsonl" if settings.retain is not None and uses_levels(settings) else None

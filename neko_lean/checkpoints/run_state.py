@@ -32,7 +32,11 @@ class RunState:
     """Evaluations since the best one."""
 
     forgotten_step: int = 0
-    """Step of the evaluation that found the forget set forgotten, for `stop = "forgotten"`; 0 if there was none."""
+    """Step of the evaluation that found the forget set forgotten and the retain set retained, for `stop = "forgotten"`;
+    0 if there was none."""
+
+    retain_exact: float | None = None
+    """Share of retain answers that the model gave before the first step, for `stop = "forgotten"`; None without any."""
 
     unseen: list[float] = field(default_factory=lambda: [0.0, 0.0])
     """Moving sums of the losses on the anchor's documents: the student's and the teacher's, in nats."""

@@ -3,8 +3,8 @@
 Importing a file registers its objectives, so a new one needs its file and a line here.
 """
 
-from neko_lean.objectives import ascent, base_kl, calibrated, dpo, npo, retain, undial
-from neko_lean.objectives.reductions import REDUCTIONS, row_sums, token_weights
+from neko_lean.objectives import ascent, base_kl, calibrated, dpo, edited_kl, npo, retain, undial
+from neko_lean.objectives.reductions import REDUCTIONS, focal_mean, row_sums, token_weights
 from neko_lean.objectives.registry import (
     FORGET_OBJECTIVES,
     RETAIN_OBJECTIVES,
@@ -26,6 +26,8 @@ __all__ = [
     "base_kl",
     "calibrated",
     "dpo",
+    "edited_kl",
+    "focal_mean",
     "forget_objective",
     "npo",
     "retain",

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from neko_lean.objectives.calibrated import push_to_levels
+from neko_lean.objectives.reductions import focal_mean
 from neko_lean.objectives.registry import Hyperparameter, TokenInputs, forget_objective
 
 # KL in nats, added where tokens are weighted by it: once all tokens are below it, they weigh the same.
@@ -23,9 +24,7 @@ def base_kl(inputs: TokenInputs, *, push: float) -> Tensor:
     """KL(base || student) in nats a position, by the base model's cache, plus `push` times the `calibrated` loss.
 
     On most tokens of a document the base model and the student agree, so an unweighted mean hardly moves the others.
-    Each token is weighted by its KL (plus UNIFORM_BELOW) without gradient; the weights of a batch add up to 1.
+    Each token is weighted by its KL (plus UNIFORM_BELOW), see `focal_mean`.
     """
     assert inputs.base_kl is not None
-    focus = inputs.weights * (inputs.base_kl.detach().clamp(min=0) + UNIFORM_BELOW)  # [n]
-    distance = (focus * inputs.base_kl).sum() / focus.sum().clamp(min=1e-30)
-    return distance + push * push_to_levels(inputs)
+    return focal_mean(inputs.base_kl, inputs.weights, UNIFORM_BELOW) + push * push_to_levels(inputs)

@@ -42,6 +42,25 @@ def token_weights(row: Tensor, reduction: str, positions: int = 0) -> Tensor:
     return weights
 
 
+def focal_mean(kl: Tensor, weights: Tensor, floor: float) -> Tensor:
+    """Mean of a KL in which positions with a large KL count more, as the focal loss does (arXiv 1708.02002).
+
+    Most positions hardly differ, and an unweighted mean hides the few that do. Each weight is multiplied by the
+    position's KL plus `floor`, without gradient, and the products are scaled to add up to 1.
+
+    Args:
+        kl: [n] nats, with gradient. Rounding may make it slightly negative.
+        weights: [n] by the recipe's reduction.
+        floor: nats; positions whose KL is far below it count the same.
+
+    Example:
+        >>> focal_mean(torch.tensor([0.0, 3.0]), torch.tensor([0.5, 0.5]), floor=1.0).item()
+        2.4000000953674316
+    """
+    focus = weights * (kl.detach().clamp(min=0) + floor)  # [n]
+    return (focus * kl).sum() / focus.sum().clamp(min=1e-30)
+
+
 def row_sums(values: Tensor, row: Tensor) -> tuple[Tensor, Tensor]:
     """Sums of per-token `values` [n] over the R examples that `row` [n] names: sums [R] and token counts [R]."""
     _, inverse, sizes = row.unique(return_inverse=True, return_counts=True)

@@ -57,7 +57,8 @@ class Objective:
         substitute: the recipe's `substitute` that it needs, if any; then it reads `preferences`.
         row_means: it is a mean over examples by definition, so the recipe's reduction has no effect.
         teacher_targets: changes the teacher's distribution at this set's positions before the KL:
-            `(topk_ids, topk_logp, tail_logp, target, reference_logp, **hyperparameters) -> (ids, logp, tail)`.
+            `(topk_ids, topk_logp, tail_logp, target, reference_logp, **hyperparameters) -> (ids, logp, tail)`; for an
+            objective with levels, they follow `reference_logp` in place of the hyperparameters.
     """
 
     name: str

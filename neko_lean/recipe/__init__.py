@@ -5,6 +5,7 @@ from neko_lean.recipe.effects import has_effect
 from neko_lean.recipe.explanations import EXPLANATIONS, explain
 from neko_lean.recipe.loading import DEFAULT, FOLDER, load_recipe, parse_override, recipe_keys, recipe_names, recipes
 from neko_lean.recipe.recipe import (
+    AUTO,
     Recipe,
     forgets,
     needs_forget_cache,
@@ -18,6 +19,7 @@ from neko_lean.recipe.recipe import (
 from neko_lean.recipe.synonyms import KEY_SYNONYMS, NAME_SYNONYMS
 
 __all__ = [
+    "AUTO",
     "DEFAULT",
     "EXPLANATIONS",
     "FOLDER",

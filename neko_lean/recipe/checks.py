@@ -8,7 +8,7 @@ import re
 from neko_lean.data import check_format_name
 from neko_lean.errors import NekoLeanError
 from neko_lean.objectives import FORGET_OBJECTIVES, REDUCTIONS, RETAIN_OBJECTIVES
-from neko_lean.recipe.recipe import Recipe, forgets, needs_teacher, trains_on_teacher, uses_levels
+from neko_lean.recipe.recipe import AUTO, Recipe, forgets, needs_teacher, trains_on_teacher, uses_levels
 
 QUANTIZATIONS = ("nf4", "int8")
 STEP_ORDERS = ("together", "alternating", "chunks")
@@ -21,7 +21,6 @@ _POSITIVE = (
     "batch_tokens",
     "micro_tokens",
     "eval_rows",
-    "lr",
     "eps",
     "chunk_rows",
 )
@@ -72,6 +71,11 @@ def _check_ranges(recipe: Recipe) -> None:
     for key, (value, positive) in numbers.items():
         if not (value > 0 if positive else value >= 0):
             raise NekoLeanError(f"recipe {recipe.name}: {key} must be {'>' if positive else '>='} 0, got {value!r}.")
+    if recipe.lr == AUTO:
+        if not forgets(recipe):
+            raise NekoLeanError(f"recipe {recipe.name}: lr 'auto' is made for unlearning; set a number.")
+    elif isinstance(recipe.lr, str) or recipe.lr <= 0:
+        raise NekoLeanError(f"recipe {recipe.name}: lr must be > 0, or 'auto', got {recipe.lr!r}.")
     for key in ("beta1", "beta2", "warmup"):
         if getattr(recipe, key) >= 1:
             raise NekoLeanError(f"recipe {recipe.name}: {key} must be < 1, got {getattr(recipe, key)!r}.")
@@ -91,7 +95,7 @@ def _check_objectives(recipe: Recipe) -> None:
     if forget is not None and (forget.teacher_top_k or forget.base_top_k) and not trains_on_teacher(recipe):
         raise NekoLeanError(
             f"recipe {recipe.name}: forget_objective {forget.name} reads distributions from a cache; it requires "
-            f"retain_objective kl, got {recipe.retain_objective!r}."
+            f"retain_objective kl or focal_kl, got {recipe.retain_objective!r}."
         )
     weighted = forget is not None and bool(forget.substitute)  # the objective itself uses the substitutes
     if (recipe.substitute == "none") != (not recipe.substitute_weight) and not weighted:

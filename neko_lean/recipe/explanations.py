@@ -26,11 +26,11 @@ EXPLANATIONS = {
     "substitute": "Replacement of each forgotten answer: 'none', 'refusal', or 'random' (an answer of the retain set).",
     "substitute_weight": "Weight of the cross-entropy on the substitutes.",
     # Retain set
-    "retain_objective": "Loss on the retain set: 'kl' to the teacher, 'ce' (cross-entropy), or 'none'.",
+    "retain_objective": "Loss on the retain set: 'kl' or 'focal_kl' to the teacher, 'ce' (cross-entropy), or 'none'.",
     "retain_weight": "Weight of the loss on the retain set.",
     "retain_reduction": "Mean over 'tokens', over 'rows' (examples), or over 'positions' (padding included).",
     # Optimization
-    "lr": "Peak learning rate; start with 1e-5 for a pretrained model of a billion parameters.",
+    "lr": "Peak learning rate, or 'auto': by the width of the model, see docs/recipes.md.",
     "beta1": "Decay of Adam's mean of the gradients.",
     "beta2": "Decay of Adam's mean of the squared gradients.",
     "eps": "Adam's epsilon, added to the root of the mean squared gradient.",

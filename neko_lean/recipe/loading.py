@@ -21,6 +21,7 @@ from neko_lean.recipe.synonyms import KEY_SYNONYMS, NAME_SYNONYMS
 DEFAULT = DEFAULT_RECIPE
 FOLDER = Path(__file__).parent
 BASE = "base"  # what every recipe inherits in the end; not a recipe itself
+NUMBER_OR_WORD = "float | str"
 _NOT_INHERITED = ("name", "summary")
 
 
@@ -136,6 +137,8 @@ def _types() -> dict[str, str]:
 
 
 def _typed(recipe: str, key: str, value: Any, type_name: str) -> Any:
+    if type_name == NUMBER_OR_WORD:
+        type_name = "str" if isinstance(value, str) else "float"
     is_integer = isinstance(value, int) and not isinstance(value, bool)
     if type_name == "float" and is_integer and abs(value) <= sys.float_info.max:
         value = float(value)

@@ -9,6 +9,8 @@ from typing import Any
 
 from neko_lean.objectives import FORGET_OBJECTIVES, RETAIN_OBJECTIVES, Objective
 
+AUTO = "auto"  # a learning rate that follows from the model, see `runs.learning_rates`
+
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
@@ -43,7 +45,7 @@ class Recipe:
     retain_weight: float
     retain_reduction: str
 
-    lr: float
+    lr: float | str
     beta1: float
     beta2: float
     eps: float

@@ -51,6 +51,7 @@ from neko_lean.recipe import (
 )
 from neko_lean.runs.dry_run import plan_training, planned_examples
 from neko_lean.runs.examples import PreparedExamples, prepare_examples, report_truncation, training_examples
+from neko_lean.runs.learning_rates import with_learning_rate
 from neko_lean.runs.trackers import check_tracker
 from neko_lean.runs.training_run import (
     TrainingJob,
@@ -140,6 +141,7 @@ def unlearn(
     inputs = [*paths_among(forget, retain, anchor), cache, base_cache, recipe_file(recipe)]
     output, folder = claim_before_download(out, model, inputs, run)
     check_trained_layers(folder, chosen)
+    chosen = with_learning_rate(chosen, folder, run.quiet)
 
     # Examples, caches, and what makes this run the same run.
     tokenizer = load_tokenizer(folder)

@@ -104,12 +104,11 @@ def make_batch(
     # What the losses compare with.
     compares_distributions = trains_on_teacher(recipe)
     target = layout.next_token.masked_fill(at_retain & ~at_anchor, -1) if compares_distributions else layout.next_token
+    levels = levels_at(layout, recipe.hyperparameters.get("level", 0.0)) if uses_levels(recipe) else None
     topk = reference_logp = None
     if teacher is not None:
         reference_logp = reference_logp_at(layout, teacher, recipe, is_retain, is_anchor)
-        topk = teacher_targets_at(layout, teacher, base, recipe, len(forget), is_retain, target, reference_logp)
-    levels = levels_at(layout, recipe.hyperparameters.get("level", 0.0)) if uses_levels(recipe) else None
-
+        topk = teacher_targets_at(layout, teacher, base, recipe, len(forget), is_retain, target, reference_logp, levels)
     return Batch(
         micro=_micro_batches(layout, pad_id, device, packed),
         sizes=list(map(len, groups)),

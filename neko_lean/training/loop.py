@@ -43,11 +43,12 @@ from neko_lean.training.determinism import deterministic
 from neko_lean.training.optimizer import InBackwardAdam8bit
 from neko_lean.training.prefetch import prefetched
 from neko_lean.training.schedules import (
-    FORGOTTEN,
     Phase,
     batches,
     cooldown_steps,
     evaluation_sample,
+    is_forgotten,
+    is_retained,
     latest_cooldown,
     learning_rate,
     phases,
@@ -101,7 +102,7 @@ class Loop:
         self.steps = total_steps(recipe, *self.lengths, self.seed)
         self.sample: StepIndices = evaluation_sample(recipe, *self.lengths, self.seed)
         self.callbacks: Sequence[Callback] = ()
-        self.share: float | None = None  # how far the last evaluation found the forget set forgotten
+        self.evaluated: dict[str, float] = {}  # values of the last evaluation
         self.result: tuple[int, Mapping[str, Tensor]] | None = None  # step and final weights, if not the student's
 
     @property
@@ -127,17 +128,32 @@ class Loop:
         devices = [self.device] if self.device.type == "cuda" else []
         with torch.random.fork_rng(devices), deterministic(trainer.deterministic_on):
             self.checkpointer.restore(self.work.resume_from)
+            if trainer.recipe.stop == "forgotten" and not self.state.step:
+                self.state.retain_exact = trainer.evaluate(self.sample).get("eval_retain_exact")
             try:
                 ended = self._run()
             except NonFiniteError as error:
                 failure = ended = str(error)
         self._select_result(failure)
-        if trainer.recipe.stop == "forgotten" and self.share is not None and self.share < FORGOTTEN:
-            log_line(
-                f"warning: the last evaluation, up to step {self.state.step}, found the forget set forgotten only to "
-                f"{self.share:.0%} of the level of unseen text: raise max_steps or lr."
-            )
+        self._warn_if_unfinished()
         return self._summary(ended, failure)
+
+    def _warn_if_unfinished(self) -> None:
+        """With `stop = "forgotten"`, say what the last evaluation found missing."""
+        if self.trainer.recipe.stop != "forgotten" or not self.evaluated:
+            return
+        missing = []
+        if not is_forgotten(self.evaluated):
+            share = self.evaluated["eval_forgotten"]
+            missing.append(f"the forget set forgotten only to {share:.0%} of the level of unseen text")
+        if not is_retained(self.evaluated, self.state.retain_exact):
+            share = self.evaluated["eval_retain_exact"]
+            missing.append(f"{share:.0%} of the retain answers retained, of {self.state.retain_exact:.0%} before")
+        if missing:
+            log_line(
+                f"warning: the last evaluation, up to step {self.state.step}, found {' and '.join(missing)}: raise "
+                f"max_steps."
+            )
 
     def _select_result(self, failure: str | None) -> None:
         """Choose the weights of the output."""
@@ -316,7 +332,7 @@ class Loop:
         """Evaluate the fixed sample, and store the weights if it is the best evaluation so far."""
         state = self.state
         values = self.trainer.evaluate(self.sample)
-        self.share = values.get("eval_forgotten")
+        self.evaluated = values
         if self._is_forgotten():
             state.forgotten_step = state.step
         score = values["eval_quality"] if self.trainer.recipe.choose == "quality" else -values["eval_loss"]
@@ -328,8 +344,9 @@ class Loop:
         return values
 
     def _is_forgotten(self) -> bool:
-        """Whether the last evaluation is the first to find the forget set forgotten, early enough for a cooldown."""
+        """Whether the last evaluation is the first to find the forget set forgotten and the retain set retained, early
+        enough for a cooldown."""
         recipe, state = self.trainer.recipe, self.state
         if recipe.stop != "forgotten" or state.forgotten_step or state.step > latest_cooldown(self.steps):
             return False
-        return self.share is not None and self.share >= FORGOTTEN
+        return is_forgotten(self.evaluated) and is_retained(self.evaluated, state.retain_exact)

@@ -30,8 +30,9 @@ def batch_losses(
 
     Returns:
         Scalars in nats: `loss` (the weighted total), `forget_loss`, `retain_loss`, and with substitutes
-        `substitute_loss` (before their weights). Without gradient: with levels also `forgotten` (`forgotten_share`),
-        and with anchor documents in the batch `anchor_nll` and `anchor_teacher_nll`, sums over their tokens.
+        `substitute_loss` (before their weights). Without gradient: with a teacher `retain_kl`, the mean KL by the
+        recipe's reduction, with levels `forgotten` (`forgotten_share`), and with anchor documents in the batch
+        `anchor_nll` and `anchor_teacher_nll`, sums over their tokens.
     """
     # Per-token statistics of all ranks.
     _, covered = batch.on_this_rank()
@@ -45,7 +46,10 @@ def batch_losses(
     if recipe.forget is not None and batch.forget.any():
         losses["forget_loss"] = _forget_loss(recipe.forget, target_logp, kl, batch, recipe, drift)
     if recipe.retain is not None:
-        losses["retain_loss"] = _retain_loss(recipe.retain, target_logp, kl, batch, recipe)
+        inputs = _retain_inputs(recipe.retain, target_logp, kl, batch, recipe)
+        losses["retain_loss"] = recipe.retain.loss(inputs)
+        if inputs.teacher_kl is not None:
+            losses["retain_kl"] = (inputs.weights * inputs.teacher_kl.detach()).sum()
     total = recipe.forget_weight * losses["forget_loss"] + recipe.retain_weight * losses["retain_loss"]
     if recipe.substitute_weight and batch.substitutes:
         weights = token_weights(batch.row[batch.substitute], "rows")
@@ -99,16 +103,15 @@ def _forget_loss(
     return objective.loss(inputs, **recipe.hyperparameters)
 
 
-def _retain_loss(objective: Objective, target_logp: Tensor, kl: Tensor, batch: Batch, recipe: Recipe) -> Tensor:
+def _retain_inputs(objective: Objective, target_logp: Tensor, kl: Tensor, batch: Batch, recipe: Recipe) -> TokenInputs:
     at_retain = batch.retain
     row = batch.row[at_retain]
-    inputs = TokenInputs(
+    return TokenInputs(
         logp=target_logp[at_retain],
         row=row,
         weights=token_weights(row, recipe.retain_reduction, batch.retain_positions),
         teacher_kl=kl[at_retain] if objective.teacher_top_k else None,
     )
-    return objective.loss(inputs)
 
 
 def _preferences(target_logp: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -31,6 +31,7 @@ class Phase:
 
 COOLDOWN = 0.2  # of the steps before it
 FORGOTTEN = 0.95  # from this share on, the forget set counts as forgotten: levels are estimates
+RETAINED = 0.95  # of the retain answers that the model gave before: from this share on, they count as retained
 
 
 def learning_rate(recipe: Recipe, step: int, steps: int, cooldown_from: int = 0) -> float:
@@ -39,6 +40,7 @@ def learning_rate(recipe: Recipe, step: int, steps: int, cooldown_from: int = 0)
     It rises linearly during the warm-up, and is then constant or falls linearly to 0. With `stop="forgotten"` it is
     constant up to the step `cooldown_from` (0 if that is not known yet), and then falls linearly to 0.
     """
+    assert not isinstance(recipe.lr, str)
     done = (step - 1) / steps
     if done < recipe.warmup:
         return recipe.lr * step / (recipe.warmup * steps)
@@ -57,6 +59,21 @@ def cooldown_steps(start: int) -> int:
 def latest_cooldown(steps: int) -> int:
     """Step after which the learning rate falls at the latest, so that a run of `steps` steps ends with a low one."""
     return max(start for start in range(steps) if start + cooldown_steps(start) <= steps) if steps > 1 else 0
+
+
+def is_forgotten(evaluated: Mapping[str, float]) -> bool:
+    """Whether an evaluation found the loss on the forget set at the level of unseen text."""
+    return evaluated.get("eval_forgotten", 0.0) >= FORGOTTEN
+
+
+def is_retained(evaluated: Mapping[str, float], before: float | None) -> bool:
+    """Whether an evaluation found the answers to retain questions as they were; True if there are none.
+
+    Args:
+        evaluated: values of the evaluation.
+        before: `eval_retain_exact` before the first step.
+    """
+    return before is None or evaluated["eval_retain_exact"] >= RETAINED * before
 
 
 def phases(recipe: Recipe, forget: Sequence[int], retain: Sequence[int], rng: random.Random) -> list[Phase]:

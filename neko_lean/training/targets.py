@@ -79,6 +79,7 @@ def teacher_targets_at(
     is_retain: Sequence[bool],
     target: Tensor,
     reference_logp: Tensor | None,
+    levels: Tensor | None,
 ) -> TopK | None:
     """Top-k distributions, as `token_stats` takes them: the teacher's on retain examples, and on forget examples the
     teacher's or the base model's for an objective that needs them. Unused entries elsewhere. None if no example needs
@@ -98,7 +99,10 @@ def teacher_targets_at(
     if objective is not None and objective.teacher_targets is not None and reference_logp is not None:
         at_forget = layout.row < forget_count
         selected = (tensor[at_forget] for tensor in (*topk, target, reference_logp))
-        changed = objective.teacher_targets(*selected, **recipe.hyperparameters)
+        if levels is not None:
+            changed = objective.teacher_targets(*selected, levels[at_forget])
+        else:
+            changed = objective.teacher_targets(*selected, **recipe.hyperparameters)
         for tensor, values in zip(topk, changed, strict=True):
             tensor[at_forget] = values
     return topk

@@ -18,7 +18,7 @@ from neko_lean.checkpoints import RunState
 from neko_lean.distributed import any_rank, run_on_main_and_broadcast, world_size
 from neko_lean.errors import NonFiniteError, PartialStepError
 from neko_lean.models import CausalLM, refuse_unknown_examples, supports_packing
-from neko_lean.recipe import Recipe, trains_on_teacher
+from neko_lean.recipe import Recipe
 from neko_lean.terminal import log_line
 from neko_lean.training.backward import select_backward
 from neko_lean.training.batch import Batch, make_batch, select_hidden
@@ -265,9 +265,9 @@ class Trainer:
         """The values of an evaluation."""
         # Losses.
         losses = self._losses(select_hidden(self.student, batch.on_this_rank()[0]), batch)
-        values = {f"eval_{name}": loss.item() for name, loss in losses.items() if name.endswith(("loss", "forgotten"))}
-        if trains_on_teacher(self.recipe):
-            values["eval_retain_kl"] = values["eval_retain_loss"]
+        values = {
+            f"eval_{name}": loss.item() for name, loss in losses.items() if name.endswith(("loss", "forgotten", "kl"))
+        }
 
         # Answers. Documents of an anchor have no prompt, so all of their text would be an answer.
         sets = {"forget": (self.examples.forget, sample[0]), "retain": (self.examples.retain, sample[1])}

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from neko_lean.objectives import FORGET_OBJECTIVES, RETAIN_OBJECTIVES, TokenInputs, row_sums, token_weights
+from neko_lean.objectives.edited_kl import lower_to_level
 from neko_lean.objectives.undial import lower_target_logit
 
 BETA, GAMMA = 0.3, 0.5
@@ -174,3 +175,38 @@ def test_undial_teacher_is_the_softmax_with_the_target_pushed_down(strength):
         assert torch.equal(got_ids, ids)
         torch.testing.assert_close(got, wanted.gather(1, ids))
         torch.testing.assert_close(got_tail, wanted.masked_fill(~rest, -torch.inf).logsumexp(1))
+
+
+def test_the_edited_teacher_lowers_the_target_to_its_level_and_keeps_the_proportions_of_the_rest():
+    """Against all logits: with every entry kept, and with the target in or outside the top k."""
+    torch.manual_seed(0)
+    z, target = 3 * torch.randn(12, 9, dtype=torch.float64), torch.arange(12) % 9
+    z[:4, :] += 10 * torch.nn.functional.one_hot(target[:4], 9)  # memorized
+    p = z.log_softmax(1)
+    reference = p.gather(1, target[:, None]).squeeze(1)
+    levels = torch.linspace(0.0, 6.0, 12, dtype=torch.float64)
+
+    # The target keeps its probability if that is low enough already.
+    lowered = torch.minimum(reference, -levels.clamp(min=1e-4)).exp()
+    wanted = p.exp() * ((1 - lowered) / (1 - reference.exp()))[:, None]
+    wanted[torch.arange(12), target] = lowered
+    assert wanted.sum(1).tolist() == pytest.approx([1.0] * 12)
+
+    for k in (9, 3):
+        logp, ids = p.topk(k, dim=1)
+        rest = torch.ones_like(z, dtype=torch.bool).scatter_(1, ids, False)
+        tail = p.masked_fill(~rest, -torch.inf).logsumexp(1)
+        got_ids, got, got_tail = lower_to_level(ids, logp, tail, target, reference, levels)
+        assert torch.equal(got_ids, ids)
+        expected = torch.where((ids == target[:, None]).any(1)[:, None], wanted, p.exp())
+        torch.testing.assert_close(got.exp(), expected.gather(1, ids))
+        torch.testing.assert_close(got_tail.exp(), expected.masked_fill(~rest, 0.0).sum(1))
+
+
+def test_where_the_teacher_was_certain_the_tail_gets_what_the_target_loses():
+    ids, logp = torch.tensor([[5, 0]]), torch.tensor([[0.0, -torch.inf]])
+    _, got, tail = lower_to_level(
+        ids, logp, torch.tensor([-torch.inf]), torch.tensor([5]), torch.zeros(1), torch.ones(1)
+    )
+    assert got[0].exp().tolist() == pytest.approx([1 / 2.718281828, 0.0])
+    assert tail.exp().item() == pytest.approx(1 - 1 / 2.718281828)

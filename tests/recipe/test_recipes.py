@@ -60,8 +60,8 @@ def test_overrides(text, pair):
     [
         ({"lrr": 1.0}, "unknown key 'lrr'; did you mean 'lr'"),
         ({"zzzzz": 1.0}, "unknown key 'zzzzz'; choose from"),
-        ({"lr": "fast"}, "lr must be of type float"),
-        ({"lr": 0.0}, "lr must be > 0, got 0.0"),
+        ({"lr": "fast"}, "lr must be > 0, or 'auto', got 'fast'"),
+        ({"lr": 0.0}, "lr must be > 0, or 'auto', got 0.0"),
         ({"lr": float("nan")}, "lr must be finite"),
         ({"format": "plian"}, "unknown prompt format 'plian'; did you mean 'plain'?"),
         ({"max_steps": 1.5}, "max_steps must be of type int"),

@@ -66,6 +66,35 @@ def test_a_run_ends_once_the_forget_set_is_forgotten(world, model, cache, tmp_pa
     assert all(share == 1 for share in shares) if forgotten_at else all(0 < share < 0.95 for share in shares)
 
 
+@pytest.mark.parametrize(
+    ("exact", "ends_after", "warning"),
+    [
+        ({0: 0.8, 2: 0.4, 4: 0.77, 6: 0.8}, 4, ""),
+        ({0: 0.8, 2: 0.4, 4: 0.75, 6: 0.75}, 6, "75% of the retain answers retained, of 80% before: raise max_steps"),
+        ({0: None, 2: None, 4: None, 6: None}, 2, ""),
+    ],
+)
+def test_a_run_goes_on_until_the_retain_answers_are_back(
+    world, model, cache, tmp_path, capsys, monkeypatch, exact, ends_after, warning
+):
+    """Evaluations that find everything forgotten, and `exact` of the retain answers, by step."""
+
+    def evaluate(trainer, sample):
+        answers = exact[trainer.state.step]
+        values = {"eval_loss": 1.0, "eval_quality": 0.5, "eval_forgotten": 1.0}
+        return values if answers is None else {**values, "eval_retain_exact": answers}
+
+    monkeypatch.setattr(trainer.Trainer, "evaluate", evaluate)
+    change = {**FAST, "format": "neko", "max_length": 128, "stop": "forgotten", "eval_every": 2, "max_steps": 7}
+    run = neko_lean.unlearn(
+        model, tmp_path / "out", forget=world, retain=world, cache=cache, recipe="calibrated", overrides=change,
+        run=RunOptions(quiet=True),
+    )  # fmt: skip
+    assert run["forgotten_step"] == (None if warning else ends_after)
+    assert run["steps"] == (7 if warning else ends_after + 1)
+    assert warning in (printed := capsys.readouterr().err) and ("raise max_steps" in printed) == bool(warning)
+
+
 def test_the_same_seed_gives_the_same_weights(unlearn, unlearned, tmp_path):
     for seed, equal in ((0, True), (1, False)):
         out = tmp_path / str(seed)
