@@ -130,10 +130,11 @@ def write_mmlu(mmlu: Path, out: Path, count: int) -> Path:
 
 
 def make_cache(model: Path, data: Path, folder: Path, settings: Recipe, device: str) -> Path:
-    """The predictions of a model on all sets, in the recipe's prompt format."""
+    """The predictions of a model on all sets, in the recipe's prompt format. With mass 1 for all recipes alike, because
+    some train towards what the model would say instead of a memorized token."""
     out = folder / f"cache-{model.name}-{settings.format}"
     if not out.is_dir():
-        options = CacheOptions(format=settings.format, dtype=settings.dtype)
+        options = CacheOptions(mass=1.0, format=settings.format, dtype=settings.dtype)
         run = OutputOptions(device=device, quiet=True)
         cache_teacher(model, out, retain=data, forget=data, anchor=data / "anchor.jsonl", cache=options, run=run)
     return out

@@ -13,15 +13,12 @@ from neko_lean.objectives.registry import Hyperparameter, TokenInputs, forget_ob
 MAX_LOGP = -1e-4
 
 
-@forget_objective(
-    "calibrated",
-    levels=True,
-    hyperparameters={
-        "level": Hyperparameter(
-            5.0, "loss in nats at which a token counts as forgotten, without an anchor or a base cache", positive=False
-        )
-    },
+LEVEL = Hyperparameter(
+    5.0, "loss in nats at which a token counts as forgotten, without an anchor or a base cache", positive=False
 )
+
+
+@forget_objective("calibrated", levels=True, hyperparameters={"level": LEVEL})
 def calibrated(inputs: TokenInputs, *, level: float) -> Tensor:
     """Gradient ascent that stops at each token's level, see `push_to_levels`."""
     return push_to_levels(inputs)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neko_lean.objectives.calibrated import push_to_levels
+from neko_lean.objectives.calibrated import LEVEL, push_to_levels
 from neko_lean.objectives.reductions import focal_mean
 from neko_lean.objectives.registry import Hyperparameter, TokenInputs, forget_objective
 
@@ -54,9 +54,12 @@ def lower_to_level(
     reference=True,
     teacher_top_k=True,
     teacher_targets=lower_to_level,
-    hyperparameters={"push": Hyperparameter(1.0, "weight of calibrated's push to the levels", positive=False)},
+    hyperparameters={
+        "level": LEVEL,
+        "push": Hyperparameter(1.0, "weight of calibrated's push to the levels", positive=False),
+    },
 )
-def edited_kl(inputs: TokenInputs, *, push: float) -> Tensor:
+def edited_kl(inputs: TokenInputs, *, level: float, push: float) -> Tensor:
     """KL(edited teacher || student) in nats a position, weighted as in `focal_mean`, plus `push` times `calibrated`."""
     assert inputs.teacher_kl is not None
     return focal_mean(inputs.teacher_kl, inputs.weights, UNIFORM_BELOW) + push * push_to_levels(inputs)

@@ -117,6 +117,20 @@ def test_a_recipe_that_reads_the_base_models_cache_needs_one(world, model, tmp_p
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("recipe", ["undial", "edited"])
+def test_a_recipe_that_reads_the_teachers_alternatives_needs_a_cache_that_holds_them(
+    world, model, tmp_path, capsys, recipe
+):
+    """The cache of the run itself does; one with the default mass is warned of."""
+    common = {"forget": world, "retain": world, "recipe": recipe, "overrides": {**FAST, "max_steps": 1}}
+    neko_lean.unlearn(model, tmp_path / "own", **common, run=RunOptions(quiet=True))
+    assert "mostly lacks" not in capsys.readouterr().err
+
+    make_cache(model, world, tmp_path / "cache", mass=0.99, forget=world)
+    neko_lean.unlearn(model, tmp_path / "out", **common, cache=tmp_path / "cache", run=RunOptions(quiet=True))
+    assert f"{recipe} trains towards what the teacher would say instead" in capsys.readouterr().err
+
+
 def test_answers_of_retain_rows_without_a_retain_objective(world, model, tmp_path):
     """The retain set provides answers, but its behaviour is not preserved."""
     change = {"max_steps": 3, "retain_objective": "none"}
