@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
+from neko_lean.errors import NekoLeanError
 from neko_lean.models import load_config
 from neko_lean.recipe import AUTO, Recipe
 from neko_lean.terminal import log_line
@@ -12,8 +13,9 @@ from neko_lean.terminal import log_line
 # Learning rate times hidden size, for all weights. Adam moves each weight by about lr, and a layer adds up as many
 # products as it has inputs, so its output moves by lr * hidden size (muP, arXiv 2203.03466, table 3).
 LR_TIMES_WIDTH = 0.077
-# For adapters: what QLoRA used from 7 to 13 billion parameters (arXiv 2305.14314, appendix B).
-ADAPTER_LR = 2e-4
+# Adapters train at ten times that rate: docs/adapters.md at 2.5 million parameters, and QLoRA (arXiv 2305.14314,
+# appendix B), whose rates from 7 to 65 billion parameters (2e-4 to 1e-4) follow it too.
+ADAPTER_FACTOR = 10
 
 
 def with_learning_rate(recipe: Recipe, folder: Path, quiet: bool = False) -> Recipe:
@@ -23,13 +25,16 @@ def with_learning_rate(recipe: Recipe, folder: Path, quiet: bool = False) -> Rec
         recipe: the run's recipe.
         folder: the checkpoint to train, for the hidden size in its config.json.
         quiet: whether to log nothing.
+
+    Raises:
+        NekoLeanError: the config has no hidden size.
     """
     if recipe.lr != AUTO:
         return recipe
-    if recipe.lora_rank:
-        lr, reason = ADAPTER_LR, "for adapters"
-    else:
-        width = load_config(folder).get_text_config(decoder=True).hidden_size
-        lr, reason = float(f"{LR_TIMES_WIDTH / width:.1e}"), f"for hidden size {width}"
-    log_line(f"lr = {lr:.1e} ({reason})", quiet)
+    width = getattr(load_config(folder).get_text_config(decoder=True), "hidden_size", None)
+    if not width:
+        raise NekoLeanError(f"{folder / 'config.json'} names no hidden_size, which lr 'auto' follows; set --lr.")
+    factor = ADAPTER_FACTOR if recipe.lora_rank else 1
+    lr = float(f"{factor * LR_TIMES_WIDTH / width:.1e}")
+    log_line(f"lr = {lr:.1e} (for {'adapters and ' if recipe.lora_rank else ''}hidden size {width})", quiet)
     return dataclasses.replace(recipe, lr=lr)
