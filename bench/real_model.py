@@ -150,7 +150,7 @@ def make_model(name: str, base: Path, data: Path, folder: Path, setting: Setting
         memorize(base, folder / name, data=data, sets=sets, overrides=overrides, run=run)
         return
     recipe = name.split(",")[0]
-    overrides = {**values, "lr": "auto", "forget_rows": 4, "retain_rows": 8, "max_steps": setting.steps}
+    overrides = {**values, "forget_rows": 4, "retain_rows": 8, "max_steps": setting.steps}
     overrides |= dict(map(parse_override, name.split(",")[1:]))
     settings = load_recipe(recipe, overrides)
     anchor = data / "anchor.jsonl" if settings.retain is not None and uses_levels(settings) else None

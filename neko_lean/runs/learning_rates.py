@@ -8,7 +8,6 @@ from pathlib import Path
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import load_config
 from neko_lean.recipe import AUTO, Recipe
-from neko_lean.terminal import log_line
 
 # Learning rate times hidden size, for all weights. Adam moves each weight by about lr, and a layer adds up as many
 # products as it has inputs, so its output moves by lr * hidden size (muP, arXiv 2203.03466, table 3).
@@ -18,13 +17,12 @@ LR_TIMES_WIDTH = 0.077
 ADAPTER_FACTOR = 10
 
 
-def with_learning_rate(recipe: Recipe, folder: Path, quiet: bool = False) -> Recipe:
+def with_learning_rate(recipe: Recipe, folder: Path) -> Recipe:
     """The recipe with a number as its learning rate.
 
     Args:
         recipe: the run's recipe.
         folder: the checkpoint to train, for the hidden size in its config.json.
-        quiet: whether to log nothing.
 
     Raises:
         NekoLeanError: the config has no hidden size.
@@ -36,5 +34,4 @@ def with_learning_rate(recipe: Recipe, folder: Path, quiet: bool = False) -> Rec
         raise NekoLeanError(f"{folder / 'config.json'} names no hidden_size, which lr 'auto' follows; set --lr.")
     factor = ADAPTER_FACTOR if recipe.lora_rank else 1
     lr = float(f"{factor * LR_TIMES_WIDTH / width:.1e}")
-    log_line(f"lr = {lr:.1e} (for {'adapters and ' if recipe.lora_rank else ''}hidden size {width})", quiet)
     return dataclasses.replace(recipe, lr=lr)

@@ -39,6 +39,7 @@ from neko_lean.models import (
 from neko_lean.options import OutputOptions, RunOptions
 from neko_lean.outputs import MANIFEST, file_sha256
 from neko_lean.recipe import (
+    AUTO,
     DEFAULT,
     Recipe,
     forgets,
@@ -141,7 +142,8 @@ def unlearn(
     inputs = [*paths_among(forget, retain, anchor), cache, base_cache, recipe_file(recipe)]
     output, folder = claim_before_download(out, model, inputs, run)
     check_trained_layers(folder, chosen)
-    chosen = with_learning_rate(chosen, folder, run.quiet)
+    given_lr = chosen.lr
+    chosen = with_learning_rate(chosen, folder)
 
     # Examples, caches, and what makes this run the same run.
     tokenizer = load_tokenizer(folder)
@@ -193,6 +195,8 @@ def unlearn(
         if teacher is not None:
             _check_teacher(teacher, model_identity, chosen, prepared, verify=cache is not None)
         _log_rows(data, chosen, caches, run.quiet)
+        if given_lr == AUTO:
+            log_line(f"lr: {chosen.lr:.1e}, by the model's hidden size", run.quiet)
         examples = training_examples(prepared, chosen, teacher, base, tokenizer)
         lost = report_truncation(prepared, chosen, run.quiet)
 

@@ -167,19 +167,30 @@ def _membership_documents(path: Path, forget: Sequence[Example], columns: str | 
 
     Args:
         path: a folder with both, each as a data file or as a folder of texts; or a data set of unseen documents, and
-            the members are then the forget rows.
+            the members are then the forget rows of the same kind: questions if there are unseen questions, documents
+            if there are unseen documents. An attack would recognise a question among documents by its length.
         forget: the forget rows.
         columns: the columns of a data set of unseen documents, as for `read_rows`.
 
     Raises:
-        NekoLeanError: if the documents cannot be read, or one of them is on both sides.
+        NekoLeanError: if the documents cannot be read, one of them is on both sides, or no forget row is of the kind
+            of the unseen ones.
     """
     if _has_sides(path):
         sides = {side: read_documents(membership_path(path, side), MIA_FILES) for side in SIDES}
     else:
+        unseen = read_rows(path, columns=columns)
+        kinds = {row.kind == "qa" for row in unseen}
+        members = [row for row in forget if (row.kind == "qa") in kinds]
+        if not members:
+            found, expected = ("questions", "documents") if True in kinds else ("documents", "questions")
+            raise NekoLeanError(
+                f"--mia {path}: its rows are {found} and the forget rows are {expected}; expected unseen rows of the "
+                f"same kind."
+            )
         sides = {
             side: [Document(row.text.strip(), row.task) for row in rows]
-            for side, rows in zip(SIDES, (forget, read_rows(path, columns=columns)), strict=True)
+            for side, rows in zip(SIDES, (members, unseen), strict=True)
         }
     both = overlapping(*([document.text for document in sides[side]] for side in SIDES))
     if both:

@@ -10,20 +10,12 @@ from neko_lean.runs.learning_rates import with_learning_rate
 
 
 @pytest.mark.parametrize(
-    ("width", "rank", "lr", "reason"),
-    [
-        (192, 0, 4e-4, "hidden size 192"),
-        (576, 0, 1.3e-4, "hidden size 576"),
-        (2048, 0, 3.8e-5, "hidden size 2048"),
-        (192, 16, 4e-3, "adapters and hidden size 192"),
-        (4096, 64, 1.9e-4, "adapters and hidden size 4096"),
-    ],
+    ("width", "rank", "lr"), [(192, 0, 4e-4), (576, 0, 1.3e-4), (2048, 0, 3.8e-5), (192, 16, 4e-3), (4096, 64, 1.9e-4)]
 )
-def test_the_learning_rate_is_inverse_to_the_hidden_size(tmp_path, capsys, width, rank, lr, reason):
+def test_the_learning_rate_is_inverse_to_the_hidden_size(tmp_path, width, rank, lr):
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "llama", "hidden_size": width}))
     chosen = with_learning_rate(load_recipe("calibrated", {"lr": "auto", "lora_rank": rank}), tmp_path)
     assert chosen.lr == pytest.approx(lr, rel=1e-9)
-    assert f"lr = {lr:.1e} (for {reason})" in capsys.readouterr().err
 
 
 def test_a_number_stays_as_it_is(tmp_path):

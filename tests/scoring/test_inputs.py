@@ -68,11 +68,40 @@ def test_both_sides_from_files_or_folders_of_texts(data, tmp_path):
 
     # A folder of texts alone holds unseen documents.
     for name in ("forget", "retain"):
-        rows = [{"question": f"{name}: {row['q']}", "answer": row["a"]} for row in ROWS]
-        (data / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+        (data / f"{name}.jsonl").write_text("\n".join(json.dumps({"text": f"{name}: {row['q']}"}) for row in ROWS))
     inputs = ScoreInputs(mia=tmp_path / "mia" / "nonmember")
     documents = read_data(dict.fromkeys(SPLITS, data), inputs, ScoreSettings()).documents
     assert [side for side, _ in documents] == ["member", "member", "nonmember"]
+
+
+def test_members_are_of_the_kind_of_the_unseen_documents(tmp_path):
+    """Next to whole documents, an attack would recognise any question, seen or not, by its length."""
+
+    def write(name, kinds):
+        """A row of each kind, in LUME's layout."""
+        ids = {"question": f"{name}qa1", "document": f"{name}sc1"}
+        rows = [{"id": ids[kind], "input": f"{name} {kind}", "output": "a wood", "task": "Task1"} for kind in kinds]
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, rows)))
+
+    def members(forget, unseen):
+        for name, kinds in (("forget", forget), ("retain", forget), ("unseen", unseen)):
+            write(name, kinds)
+        inputs = ScoreInputs(mia=tmp_path / "unseen.jsonl")
+        documents = read_data({name: tmp_path / f"{name}.jsonl" for name in SPLITS}, inputs, ScoreSettings()).documents
+        return [document.text.split()[1] for side, document in documents if side == "member"]
+
+    both = ["question", "document"]
+    assert members(both, ["question"]) == ["question"]
+    assert members(both, ["document"]) == ["document"]
+    assert members(both, both) == both
+    with pytest.raises(
+        NekoLeanError, match="its rows are documents and the forget rows are questions; expected unseen"
+    ):
+        members(["question"], ["document"])
+    with pytest.raises(
+        NekoLeanError, match="its rows are questions and the forget rows are documents; expected unseen"
+    ):
+        members(["document"], ["question"])
 
 
 def test_sources():

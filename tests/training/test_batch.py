@@ -114,7 +114,7 @@ def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_pat
     cache_teacher(base_folder, tmp_path / "cache", forget=world, retain=world, cache=options,
                   run=OutputOptions(quiet=True))  # fmt: skip
     base_cache = TeacherCache(tmp_path / "cache")
-    recipe = load_recipe("base-kl", {"format": "neko", "push": 0.0})
+    recipe = load_recipe("base-kl", {"format": "neko", "push": 0.0, "retain_objective": "kl"})
     forget = [
         dataclasses.replace(example, levels=tuple((-base_cache.target_logp(example)).tolist()))
         for example in rows["forget"][:5]
@@ -152,7 +152,7 @@ def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_pat
 def test_forget_examples_are_compared_with_the_edited_teacher(pieces):
     """KL to the teacher, in which each target is lowered to its level, and the gradient of both terms."""
     teacher_folder, student_folder, rows, cache = pieces
-    recipe = load_recipe("edited", {"format": "neko", "push": 0.0})
+    recipe = load_recipe("edited", {"format": "neko", "push": 0.0, "retain_objective": "kl"})
     forget = [dataclasses.replace(e, levels=tuple(6.0 + n % 3 for n in range(len(e) - 1))) for e in rows["forget"][:5]]
     retain = rows["retain"][3:9]
     lm = load_model(student_folder, torch.float32, CPU)
