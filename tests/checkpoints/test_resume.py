@@ -44,7 +44,7 @@ CASES = {
     "chunks": ("sequential", {"chunk_rows": 8, "epochs": 1.0, "forget_rows": 2, "retain_rows": 4}, {}),
     "chunks, plain": ("sequential", {"max_steps": 9, "chunk_rows": 8, "epochs": 1.0, "backward": "plain"}, {}),
     "alternating": ("alternating", {**SMALL, "forget_rows": 3}, {}),
-    "calibrated": ("calibrated", {**EVALUATED, "retain_rows": 12}, {}),
+    "calibrated": ("calibrated", {**EVALUATED, "retain_rows": 12, "stop": "steps"}, {}),
     "calibrated, until forgotten": (
         "calibrated",
         {**SMALL, "retain_rows": 12, "stop": "forgotten", "eval_every": 8, "max_steps": 30},
