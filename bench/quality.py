@@ -44,7 +44,7 @@ from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.options import OutputOptions, RunOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import staged_folder
-from neko_lean.recipe import load_recipe, parse_override, reads_cache, recipe_names
+from neko_lean.recipe import load_recipe, parse_override, reads_cache, recipe_names, uses_levels
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
 from neko_lean.scoring.run import score
@@ -125,11 +125,12 @@ def make_model(data: Path, out: Path, name: str, seed: int) -> None:
 def unlearn_with(data: Path, target: Path, out: Path, recipe: str, change: dict[str, Any], seed: int) -> None:
     """Cache the teacher with what the recipe needs, and unlearn."""
     settings = load_recipe(recipe, change)
-    anchor = data / "anchor.jsonl" if settings.forget_objective == "calibrated" else None
+    anchor = data / "anchor.jsonl" if uses_levels(settings) else None
+    mass = ["--mass", 1] if settings.forget is not None and settings.forget.teacher_top_k else []
     cache = target.parent / f"cache-{out.name}"
     # In a separate process, because its memory would otherwise count as the student's.
     command = [sys.executable, "-m", "neko_lean", "cache-teacher", target, data, "--forget", data, "--out", cache]
-    command += ["--format", settings.format, "--overwrite", "--quiet", *(["--anchor", anchor] if anchor else [])]
+    command += ["--format", settings.format, "--overwrite", "--quiet", *(["--anchor", anchor] if anchor else []), *mass]
     subprocess.run(list(map(str, command)), check=True)
     unlearn(
         target,
@@ -265,7 +266,8 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("quality-run"))
     options = parser.parse_args()
 
-    shipped = [name for name in recipe_names() if load_recipe(name).forget_objective != "none" or name == "idk"]
+    objectives = {name: load_recipe(name).forget for name in recipe_names()}
+    shipped = [name for name, forget in objectives.items() if name == "idk" or (forget and not forget.base_top_k)]
     names = options.recipes or (["gold", "destroyed", *shipped] if options.full else list(QUICK))
     root = options.out / options.half
     data = prepare(options.lume, options.half, root)

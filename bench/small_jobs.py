@@ -204,7 +204,10 @@ def training_jobs(root: Path) -> dict[str, Job]:
     model, data = root / "model", root / "data"
     evaluated = {"max_steps": 12, "eval_every": 2, "lr": 5e-3}
     runs: dict[str, tuple[str, dict[str, Any]]] = {
-        "calibrated, layerwise, chosen by quality": ("calibrated", {**evaluated, "choose": "quality", "patience": 3}),
+        "calibrated, layerwise, chosen by quality": (
+            "calibrated",
+            {**evaluated, "choose": "quality", "stop": "steps", "patience": 3},
+        ),
         "sequential, plain, dropout, a phase a chunk": (
             "sequential",
             {"max_steps": 12, "chunk_rows": 3, "epochs": 2.0, "backward": "plain", "dropout": True},
