@@ -72,6 +72,7 @@ class Checkpointer:
         # State.
         if partial is not None:
             state.micro_tokens, state.head_chunk = partial.micro_tokens, partial.head_chunk
+            state.retain_exact = partial.retain_exact
         self.restored_save, self.start_time = save, time.monotonic() - state.wall
         self.trainer.load_state(state)
 

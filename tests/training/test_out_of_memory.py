@@ -86,12 +86,26 @@ def test_out_of_memory_before_the_first_update_is_retried(unlearn, tmp_path, mon
     assert difference < 1e-3 and len(metrics(tmp_path / "out")) == 10
 
 
+def update_the_head(layer_pass, update):
+    update(layer_pass.lm.head)  # now only the head has been updated
+
+
+@pytest.mark.parametrize("every", [2, 0])
+def test_retain_answers_before_the_first_step_are_remembered(unlearn, tmp_path, monkeypatch, every):
+    """Even if a step that ran out of memory is undone, with a save or from the beginning."""
+    compared = []
+    values = {"eval_loss": 1.0, "eval_quality": 0.5, "eval_forgotten": 1.0, "eval_retain_exact": 0.8}
+    monkeypatch.setattr(trainer.Trainer, "evaluate", lambda *_: values)
+    monkeypatch.setattr(loop, "is_retained", lambda evaluated, before: compared.append(before))
+    fail(monkeypatch, layerwise.LayerPass, "backward", {4}, update_the_head)
+    change = {**SMALL, "max_steps": 6, "eval_every": 1, "format": "neko"}
+    unlearn(tmp_path / "out", change, recipe="calibrated", save_every=every)
+    assert len(compared) >= 6 and set(compared) == {0.8}
+
+
 @pytest.mark.parametrize("every", [2, 0])
 def test_out_of_memory_during_updates_restores_the_last_save(unlearn, tmp_path, monkeypatch, capsys, every):
     """Without saves it starts from the beginning. A run that is killed later resumes to the same bytes."""
-
-    def update_the_head(layer_pass, update):
-        update(layer_pass.lm.head)  # now only the head has been updated
 
     def run(out, **options):
         with monkeypatch.context() as patch:
