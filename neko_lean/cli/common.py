@@ -259,12 +259,13 @@ def print_training_plan(result: Mapping[str, Any]) -> None:
     rows, longest = sum(rows for rows, _ in result["largest_step"]), max(tokens for _, tokens in result["largest_step"])
     generated = result.get("self_generated", 0)
     written = f", with {generated} that the model would write, at their maximum length" if generated else ""
+    most = "at most " if recipe["stop"] == "forgotten" else ""
     print_lines(
         *planned_output(result),
         f"  rows: {result['forget_rows']} forget, {result['retain_rows']} retain{written}; "
         f"{result['rows_truncated']} truncated",
-        f"  steps: {result['steps']} with recipe {recipe['name']}, lr {recipe['lr']}; the largest has {rows} rows of "
-        f"at most {longest} tokens",
+        f"  steps: {most}{result['steps']} with recipe {recipe['name']}, lr {recipe['lr']}; the largest has {rows} "
+        f"rows of at most {longest} tokens",
         f"  peak memory on {result['device']}: {memory}",
     )
 
