@@ -96,8 +96,8 @@ def cache_teacher(
         retain: the retain set, as for `read_rows`: a file, a folder with `retain.*`, a list of dicts, a DataFrame or a
             Dataset. With `cache.self_generated` it is None: the teacher then writes the rows, which the cache keeps in
             self_generated.jsonl. It may also be None with `forget`, for a recipe without a retain objective.
-        forget: like `retain`, with `forget.*`. Adds what npo, dpo and undial need: the top-k probabilities of these
-            examples, and the teacher's log-probability of every token of them and of a refusal to each of them.
+        forget: like `retain`, with `forget.*`. Adds what npo, dpo, undial and edited need: the top-k probabilities of
+            these examples, and the teacher's log-probability of every token of them and of a refusal to each of them.
             Self-generated rows do not repeat them.
         anchor: neutral documents, as for `read_anchor`. They join the retain set without a prompt format, and the
             teacher's log-probability of each of their tokens is added.
