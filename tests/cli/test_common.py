@@ -183,7 +183,7 @@ def test_stderr_holds_only_lines_of_neko_lean_and_each_once(world, model, cache,
         name: value for name, value in os.environ.items() if not name.startswith(("TRANSFORMERS_", "PYTHONW"))
     }
     expected = re.compile(
-        r"(forget|retain): \d+ rows, |prompt format: |metrics of each step: |\S+ holds no weights: |"
+        r"(forget|retain): \d+ rows, |prompt format: |lr: |metrics of each step: |\S+ holds no weights: |"
         r"warning: (steps will be slow|every token|"
         r"without --anchor|score: |the official scores|verdict)|[\w -]+: \d+/\d+ \w+, "  # the last is progress
     )
