@@ -21,7 +21,7 @@ def lower_to_level(
     """The teacher's distribution after the target token is made as unlikely as in unseen text.
 
     Its loss becomes its level, if it was lower. The other tokens share the rest as they did before, so what the teacher
-    would have said instead stays grammatical. A target outside the top k is left as it is.
+    would have said instead stays grammatical. A target outside the top k is not changed.
 
     Args:
         topk_ids: [N, k] int64 token ids of the teacher's top k.

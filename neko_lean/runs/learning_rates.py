@@ -25,7 +25,7 @@ def with_learning_rate(recipe: Recipe, folder: Path) -> Recipe:
         folder: the checkpoint to train, for the hidden size in its config.json.
 
     Raises:
-        NekoLeanError: the config has no hidden size.
+        NekoLeanError: the config lacks a hidden size.
     """
     if recipe.lr != AUTO:
         return recipe

@@ -173,8 +173,8 @@ def _membership_documents(path: Path, forget: Sequence[Example], columns: str | 
         columns: the columns of a data set of unseen documents, as for `read_rows`.
 
     Raises:
-        NekoLeanError: if the documents cannot be read, one of them is on both sides, or no forget row is of the kind
-            of the unseen ones.
+        NekoLeanError: if the documents cannot be read, a document is on both sides, or all forget rows are of
+            another kind than the unseen ones.
     """
     if _has_sides(path):
         sides = {side: read_documents(membership_path(path, side), MIA_FILES) for side in SIDES}
