@@ -44,7 +44,7 @@ from neko_lean.models.causal_lm import CausalLM
 from neko_lean.models.loading import load_model, load_tokenizer
 from neko_lean.options import OutputOptions, RunOptions, ScoreInputs, ScoreSettings
 from neko_lean.outputs import staged_folder
-from neko_lean.recipe import load_recipe, parse_override, reads_cache, recipe_names, uses_levels
+from neko_lean.recipe import load_recipe, needs_alternatives, parse_override, reads_cache, recipe_names, uses_levels
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.membership import auc, auc_interval, document_losses, two_sided_auc
 from neko_lean.scoring.run import score
@@ -126,7 +126,7 @@ def unlearn_with(data: Path, target: Path, out: Path, recipe: str, change: dict[
     """Cache the teacher with what the recipe needs, and unlearn."""
     settings = load_recipe(recipe, change)
     anchor = data / "anchor.jsonl" if uses_levels(settings) else None
-    mass = ["--mass", 1] if settings.forget is not None and settings.forget.teacher_top_k else []
+    mass = ["--mass", 1] if needs_alternatives(settings) else []
     cache = target.parent / f"cache-{out.name}"
     # In a separate process, because its memory would otherwise count as the student's.
     command = [sys.executable, "-m", "neko_lean", "cache-teacher", target, data, "--forget", data, "--out", cache]

@@ -27,4 +27,9 @@ def base_kl(inputs: TokenInputs, *, push: float) -> Tensor:
     Each token is weighted by its KL (plus UNIFORM_BELOW), see `focal_mean`.
     """
     assert inputs.base_kl is not None
-    return focal_mean(inputs.base_kl, inputs.weights, UNIFORM_BELOW) + push * push_to_levels(inputs)
+    return kl_and_push(inputs.base_kl, inputs, push)
+
+
+def kl_and_push(kl: Tensor, inputs: TokenInputs, push: float) -> Tensor:
+    """The focal mean of `kl` [n] from a second teacher, plus `push` times the `calibrated` loss."""
+    return focal_mean(kl, inputs.weights, UNIFORM_BELOW) + push * push_to_levels(inputs)

@@ -5,12 +5,10 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from neko_lean.objectives.calibrated import LEVEL, push_to_levels
-from neko_lean.objectives.reductions import focal_mean
+from neko_lean.objectives.base_kl import kl_and_push
+from neko_lean.objectives.calibrated import LEVEL
 from neko_lean.objectives.registry import Hyperparameter, TokenInputs, forget_objective
 
-# KL in nats below which tokens weigh the same.
-UNIFORM_BELOW = 0.1
 # Lowest level in nats: at 0, a target token would leave no probability to others.
 LOWEST_LEVEL = 1e-4
 
@@ -39,8 +37,7 @@ def lower_to_level(
     rest = torch.log(-torch.expm1(lowered))  # [N] what the other tokens share then
 
     others = torch.cat([topk_logp.masked_fill(is_target, -torch.inf), tail_logp[:, None]], dim=1)  # [N, k + 1]
-    total = others.logsumexp(1)  # [N]
-    others[total.isneginf(), -1] = 0.0  # the teacher was certain: everything goes to the tail
+    others[others.logsumexp(1).isneginf(), -1] = 0.0  # the teacher was certain: everything goes to the tail
     others = others + (rest - others.logsumexp(1))[:, None]
     logp = torch.where(is_target, lowered[:, None], others[:, :-1])
 
@@ -62,4 +59,4 @@ def lower_to_level(
 def edited_kl(inputs: TokenInputs, *, level: float, push: float) -> Tensor:
     """KL(edited teacher || student) in nats a position, weighted as in `focal_mean`, plus `push` times `calibrated`."""
     assert inputs.teacher_kl is not None
-    return focal_mean(inputs.teacher_kl, inputs.weights, UNIFORM_BELOW) + push * push_to_levels(inputs)
+    return kl_and_push(inputs.teacher_kl, inputs, push)

@@ -121,6 +121,12 @@ def needs_forget_cache(recipe: Recipe) -> bool:
     return recipe.forget is not None and recipe.forget.reference
 
 
+def needs_alternatives(recipe: Recipe) -> bool:
+    """Whether a run reads what the teacher would say instead of a memorized token, and so a cache of mass 1: the fewest
+    tokens whose probability sums to less are, where the teacher is certain, that token alone."""
+    return recipe.forget is not None and recipe.forget.teacher_top_k
+
+
 def trains_on_teacher(recipe: Recipe) -> bool:
     """Whether a run distils the teacher's top-k distribution on the retain set."""
     return recipe.retain is not None and recipe.retain.teacher_top_k

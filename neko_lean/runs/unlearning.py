@@ -44,6 +44,7 @@ from neko_lean.recipe import (
     Recipe,
     forgets,
     load_recipe,
+    needs_alternatives,
     needs_forget_cache,
     reads_cache,
     reads_retain,
@@ -296,7 +297,7 @@ def _cache_teacher(
             split=options.split if retain is not None or caches_forget else None,
             columns=options.columns,
             drop_overlap=options.drop_overlap and caches_forget,
-            mass=1.0 if _needs_alternatives(recipe) else CacheOptions.mass,
+            mass=1.0 if needs_alternatives(recipe) else CacheOptions.mass,
             self_generated=recipe.self_generated if self_generates else 0,
             seed=options.seed if self_generates else 0,
             format=recipe.format,
@@ -310,19 +311,13 @@ def _cache_teacher(
     return TeacherCache(out)
 
 
-def _needs_alternatives(recipe: Recipe) -> bool:
-    """Whether a run reads what the teacher would say instead of a memorized token. The fewest tokens whose probability
-    sums to less than 1 are, where it is certain, that token alone."""
-    return recipe.forget is not None and recipe.forget.teacher_top_k
-
-
 def _check_teacher(
     teacher: TeacherCache, identity: ModelIdentity, recipe: Recipe, prepared: PreparedExamples, *, verify: bool
 ) -> None:
     """Refuse a cache of another model, tokenizer, prompt format or retain set; with `verify`, read all of it now, so
     that a damaged shard does not end the run hours later."""
     teacher.check(identity, style=prepared.prompts.name, max_length=recipe.max_length, encoded=prepared.retain)
-    if _needs_alternatives(recipe) and teacher.manifest.mass < 1:
+    if needs_alternatives(recipe) and teacher.manifest.mass < 1:
         log_line(
             f"warning: recipe {recipe.name} trains towards what the teacher would say instead of a memorized token, "
             f"which a cache with a mass of {teacher.manifest.mass} mostly lacks; make it with --mass 1."

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from neko_lean.cache import TeacherCache
 from neko_lean.data import EncodedExample
-from neko_lean.recipe import Recipe, needs_forget_cache, trains_on_teacher
+from neko_lean.recipe import Recipe, needs_alternatives, needs_forget_cache, trains_on_teacher
 
 TopK = tuple[Tensor, Tensor, Tensor]  # ids [N, k], log-probabilities [N, k], log of the tail's probability [N]
 
@@ -87,8 +87,7 @@ def teacher_targets_at(
     if not trains_on_teacher(recipe):
         return None
     objective = recipe.forget
-    on_forget = objective is not None and objective.teacher_top_k
-    numbers = [i for i in layout.order if is_retain[i] or (on_forget and i < forget_count)]
+    numbers = [i for i in layout.order if is_retain[i] or (needs_alternatives(recipe) and i < forget_count)]
     if not numbers:
         return None
     topk = _read(layout, teacher, numbers)
