@@ -1,6 +1,6 @@
 """Run every recipe on the same memorised model, score it, and compare with a model that never saw the forget set.
 
-    .venv/bin/python bench/quality.py LUME [--full] [--half b] [--seeds 1 2 3] [--recipes NAME ...] [--out DIR]
+    .venv/bin/python bench/quality.py LUME [--full] [--half b] [--seeds 1 2 3] [--recipes NAME ...] [--relearn]
 
 LUME is the folder with the dataset's public splits. A small model (the target) learns one half of the validation
 split's forget documents and the whole retain set. Another (the gold model) learns only the retain set, from the same
@@ -8,8 +8,7 @@ seed in as many steps. Hyperparameters are chosen on one half (--half a --seeds 
 
 The anchor is text that neither model saw: 60 documents each of Task1 and Task2 from the train split, and for Task3
 half of LUME's non-members. The loss attack compares with the other half. The held-out text is 60 other documents per
-task of the train split. Two models are trained at a time, with one thread each. Models that exist in DIR are not made
-again. The default set takes about an hour on 2 cores.
+task of the train split. Models that exist in DIR are not made again. The default set takes about an hour on 2 cores.
 """
 
 from __future__ import annotations
@@ -25,6 +24,7 @@ import sys
 import traceback
 from collections.abc import Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +57,7 @@ MEMORIZE: dict[str, Any] = {
     "lr": 1.5e-3,
     "max_steps": 1600,
 }
+RELEARN_LR = 1e-3  # of the relearning attack; the usual 1e-4 hardly moves a model as small as this
 DOCUMENTS = 60  # per task in the held-out text, and in the anchor for Task1 and Task2
 
 
@@ -145,12 +146,17 @@ def unlearn_with(data: Path, target: Path, out: Path, recipe: str, change: dict[
     )
 
 
-def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dict[str, Any]:
+def measure(data: Path, model: Path, target: Path, gold: Path, out: Path, relearn: bool = False) -> dict[str, Any]:
     """Score a model: the task's metrics, membership by task, and the loss on text outside both sets."""
+    attacks = ("relearn",) if relearn else ()
     scored = score(
-        model, out, data=data, inputs=ScoreInputs(mia=data / "mia"), settings=ScoreSettings(batch_size=64),
+        model,
+        out,
+        data=data,
+        inputs=ScoreInputs(mia=data / "mia"),
+        settings=ScoreSettings(batch_size=64, attacks=attacks, relearn_lr=RELEARN_LR if relearn else None),
         run=OutputOptions(quiet=True, overwrite=True),
-    )  # fmt: skip
+    )
     lines = [record.values for record in read_jsonl(out / "generations.jsonl")]
     retained = [line for line in lines if line["split"] == "retain"]
     exact = statistics.mean(line["generation"].strip().lower() == line["output"].strip().lower() for line in retained)
@@ -166,6 +172,9 @@ def measure(data: Path, model: Path, target: Path, gold: Path, out: Path) -> dic
         "membership": scored["membership"]["score"],
         "interval": scored["membership"]["auc_interval"],
         "tell": scored["membership"]["two_sided_auc"],
+        "degenerate": scored["outputs"]["forget"]["degenerate_text"],
+        "repetition": scored["outputs"]["forget"]["repetition"],
+        "relearn": scored["attacks"]["relearn"] if relearn else [],
         "retain_exact": exact,
     }
     losses = {
@@ -222,7 +231,7 @@ def kolmogorov_smirnov(left: list[float], right: list[float]) -> tuple[float, fl
     return statistic, float(np.clip(2 * sum(terms), 0, 1)) if x > 0.2 else 1.0
 
 
-def job(work: tuple[Path, Path, str, str, dict[str, Any], int]) -> str:
+def job(work: tuple[Path, Path, str, str, dict[str, Any], int], relearn: bool) -> str:
     """Make and measure one model for one seed, in a separate process; returns a traceback, or ''."""
     torch.set_num_threads(1)
     root, data, name, recipe, change, seed = work
@@ -236,7 +245,7 @@ def job(work: tuple[Path, Path, str, str, dict[str, Any], int]) -> str:
             else:
                 unlearn_with(data, target, model, recipe, change, seed)
         if not result.is_file() and all((m / "run.json").is_file() for m in (model, target, gold)):
-            measured = measure(data, model, target, gold, folder / f"{name}-scores")
+            measured = measure(data, model, target, gold, folder / f"{name}-scores", relearn)
             result.write_text(json.dumps({"name": name, "seed": seed, **measured}, indent=1) + "\n")
     except Exception:
         return f"{name}, seed {seed}:\n{traceback.format_exc()}"
@@ -263,6 +272,8 @@ def main() -> None:
         metavar="KEY=VALUE",
         help="recipe value for all of them; repeatable",
     )
+    parser.add_argument("--relearn", action="store_true", help="also try to bring the forget set back by training")
+    parser.add_argument("--jobs", type=int, default=2, help="models trained at a time, with one thread each")
     parser.add_argument("--out", type=Path, default=Path("quality-run"))
     options = parser.parse_args()
 
@@ -276,9 +287,10 @@ def main() -> None:
     # Target and gold first, because the models of the recipes need them.
     first = [(root, data, name, name, change, seed) for seed in options.seeds for name in ("target", "gold")]
     rest = [(root, data, name, name, change, seed) for name in names for seed in options.seeds]
-    with multiprocessing.get_context("spawn").Pool(2, maxtasksperchild=1) as pool:
+    with multiprocessing.get_context("spawn").Pool(options.jobs, maxtasksperchild=1) as pool:
         for work in (first, [*first, *rest]):
-            for number, error in enumerate(pool.imap(job, work, chunksize=1), start=1):
+            results = pool.imap(partial(job, relearn=options.relearn), work, chunksize=1)
+            for number, error in enumerate(results, start=1):
                 print(
                     f"{number}/{len(work)} {work[number - 1][2]} seed {work[number - 1][5]}",
                     file=sys.stderr,

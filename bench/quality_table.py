@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import statistics
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,22 @@ def spread(values: list[float]) -> str:
     return shown[0] if shown[1] == shown[2] else f"{shown[0]} ({shown[1]} to {shown[2]})"
 
 
+def recovered(run: dict[str, Any], steps: int) -> float:
+    """Mean of regurgitation and knowledge on the other forget examples after relearning some; NaN if not measured."""
+    point = relearned(run, steps)
+    return statistics.mean([point["regurgitation"], point["knowledge"]]) if point else math.nan
+
+
+def answer_nll(run: dict[str, Any], steps: int) -> float:
+    """Loss of the answers of the other forget examples, in nats a token."""
+    return float(relearned(run, steps).get("answer_nll", math.nan))
+
+
+def relearned(run: dict[str, Any], steps: int) -> dict[str, Any]:
+    """The point of the relearning attack after a number of steps; empty if it was not measured."""
+    return next((point for point in run["relearn"] if point["steps"] == steps), {})
+
+
 COLUMNS: list[tuple[str, Any]] = [
     ("task aggregate", lambda run, before: run["aggregate"]),
     ("membership AUC", lambda run, before: run["auc"]),
@@ -54,6 +71,10 @@ COLUMNS: list[tuple[str, Any]] = [
     ("retain perplexity", lambda run, before: float(np.exp(min(run["retain_nll"], 50)))),
     ("held-out NLL", lambda run, before: run["held_nll"]),
     ("held-out NLL, change %", lambda run, before: 100 * (run["held_nll"] / before["held_nll"] - 1)),
+    ("degenerate", lambda run, before: run["degenerate"]),
+    ("repetition", lambda run, before: run["repetition"]),
+    *((f"recovered after {steps} steps", lambda run, before, steps=steps: recovered(run, steps)) for steps in (0, 5, 40)),
+    *((f"answer NLL after {steps} steps", lambda run, before, steps=steps: answer_nll(run, steps)) for steps in (0, 5)),
     ("KL from gold", lambda run, before: run["gold_kl"]),
     ("KS p", lambda run, before: run["ks_p"]),
     ("seconds", lambda run, before: run["seconds"]),

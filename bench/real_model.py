@@ -60,7 +60,7 @@ class Setting:
     attacks: tuple[str, ...]
 
 
-QUICK = Setting(2, 4, 12, 10, 60, 2, ())
+QUICK = Setting(2, 4, 12, 10, 160, 10, ())
 FULL = Setting(1000, 60, 60, 20, 200, 10, ("prefix", "quantize", "relearn", "sample"))
 
 
@@ -140,10 +140,12 @@ def make_cache(model: Path, data: Path, folder: Path, settings: Recipe, device: 
     return out
 
 
-def make_model(name: str, base: Path, data: Path, folder: Path, setting: Setting, seed: int, device: str) -> None:
+def make_model(
+    name: str, base: Path, data: Path, folder: Path, setting: Setting, seed: int, device: str, dtype: str
+) -> None:
     """Train the target, the gold model, or what a recipe makes of the target."""
     run = RunOptions(seed=seed, quiet=True, device=device)
-    values = {"dtype": "float32" if device == "cpu" else "bfloat16", "backward": "plain"}
+    values = {"dtype": dtype, "backward": "plain"}
     if name in ("target", "gold"):
         sets = ("retain",) if name == "gold" else ("forget", "retain")
         overrides = {**values, "lr": 3e-4, "epochs": float(setting.memorize_epochs), "retain_rows": 8}
@@ -170,7 +172,9 @@ def make_model(name: str, base: Path, data: Path, folder: Path, setting: Setting
     )
 
 
-def measure(model: Path, data: Path, out: Path, mmlu: Path | None, setting: Setting, device: str) -> dict[str, Any]:
+def measure(
+    model: Path, data: Path, out: Path, mmlu: Path | None, setting: Setting, device: str, dtype: str
+) -> dict[str, Any]:
     """Score a model."""
     before = out.parent / "target-scores"
     return score(
@@ -183,7 +187,7 @@ def measure(model: Path, data: Path, out: Path, mmlu: Path | None, setting: Sett
             mmlu=mmlu,
             before=before if before.is_dir() and before != out else None,
         ),
-        settings=ScoreSettings(attacks=setting.attacks, dtype="float32", shots=0 if mmlu else None),
+        settings=ScoreSettings(attacks=setting.attacks, dtype=dtype, shots=0 if mmlu else None),
         run=OutputOptions(quiet=True, device=device, overwrite=True),
     )
 
@@ -197,6 +201,12 @@ def main() -> None:
     parser.add_argument("--half", choices=("a", "b"), default="b")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--dtype",
+        choices=("bfloat16", "float32"),
+        default="bfloat16",
+        help="of the weights; a CPU without bfloat16 instructions is far faster in float32",
+    )
     parser.add_argument("--work", type=Path, default=Path("real-model-run"), help="work folder, kept")
     options = parser.parse_args()
 
@@ -215,9 +225,9 @@ def main() -> None:
             scores = folder / f"{name}-scores"
             print(f"seed {seed}: {name}", file=sys.stderr, flush=True)
             if not (folder / name).is_dir():
-                make_model(name, base, data, folder, setting, seed, options.device)
+                make_model(name, base, data, folder, setting, seed, options.device, options.dtype)
             if not scores.is_dir():
-                measure(folder / name, data, scores, mmlu, setting, options.device)
+                measure(folder / name, data, scores, mmlu, setting, options.device, options.dtype)
             if not (page := folder / f"{name}.html").exists():
                 report(folder / name, page, scores=scores)
     lines = table(root, ["target", "gold", *options.recipes], options.seeds)

@@ -250,7 +250,32 @@ def attack_figures(models: Sequence[Model]) -> list[Figure]:
     """What attacks recover of the forget set: answers of questions, and texts."""
     kinds = (("knowledge", "questions"), ("regurgitation", "texts"))
     figures = [_attack_figure(models, attack, kind, noun) for attack in ATTACKS.values() for kind, noun in kinds]
-    return [figure for figure in figures if figure]
+    return [figure for figure in (*figures, _relearned_loss_figure(models)) if figure]
+
+
+def _relearned_loss_figure(models: Sequence[Model]) -> Figure | None:
+    """The loss of the forget answers that relearning does not train on."""
+    curves = [(model, _relearned_losses(model)) for model in models]
+    curves = [(model, points) for model, points in curves if points]
+    if not curves:
+        return None
+    attack = ATTACKS["relearn"]
+    svg = charts.lines(
+        [Series(model.slot, model.label, points) for model, points in curves],
+        f"{attack.title}, loss of the other forget answers",
+        attack.x_label,
+        "nats a token",
+        x=charts.axis([x for _, points in curves for x, _ in points], zero=True),
+        y=charts.axis([y for _, points in curves for _, y in points], zero=True),
+    )
+    note = "loss of the other forget answers; a fall shows what was hidden before it is said"
+    return Figure(attack.title, note, svg, _absent_models(models, [model for model, _ in curves]))
+
+
+def _relearned_losses(model: Model) -> Points:
+    points = objects(mapping(model.scores, "attacks"), "relearn")
+    pairs = [(number(point, "steps"), number(point, "answer_nll")) for point in points]
+    return sorted((steps, loss) for steps, loss in pairs if steps is not None and loss is not None)
 
 
 def _attack_figure(models: Sequence[Model], attack: Attack, kind: str, noun: str) -> Figure | None:

@@ -107,7 +107,14 @@ def full_scores(model: str, left: float, seed: int = 0) -> dict[str, Any]:
         "broken": False,
         "attacks": {
             "relearn": [
-                {"steps": n, "rows": 8, "knowledge": near(left + n / 60), "regurgitation": 0.3} for n in (0, 5, 20)
+                {
+                    "steps": n,
+                    "rows": 8,
+                    "knowledge": near(left + n / 60),
+                    "regurgitation": 0.3,
+                    "answer_nll": 4 - n / 10,
+                }
+                for n in (0, 5, 20)
             ],
             "quantize": [{"bits": n, "knowledge": left, "regurgitation": 0.3} for n in (32, 16, 8, 4)],
             "prefix": [{"tokens": n, "knowledge": near(left + n / 10), "regurgitation": 0.3} for n in (0, 1, 2, 4)],

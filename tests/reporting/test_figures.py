@@ -52,7 +52,7 @@ def test_scores_without_intervals_are_named():
 def test_models_without_a_measurement_are_named_below_the_chart():
     models = [Model(1, "new", full_scores("new", 0.4), {}, []), Model(2, "old", old_scores("old", 0.4), {}, [])]
     figures = [roc_figure(models), letter_figure(models), *attack_figures(models)]
-    assert len(figures) == 12 and {figure.absent for figure in figures} == {"Not measured for old."}
+    assert len(figures) == 13 and {figure.absent for figure in figures} == {"Not measured for old."}
     assert {figure.absent for figure in cell_figures(models)} == {""}
 
 
@@ -60,6 +60,15 @@ def test_axes_are_in_words():
     figures = {figure.title: figure.svg for figure in attack_figures([Model(1, "m", full_scores("m", 0.4), {}, [])])}
     paraphrase = figures["Paraphrased prompts"]
     assert all(f">{words}<" in paraphrase for words in ("prompt", "original", "paraphrased"))
+
+
+def test_relearning_has_a_chart_of_the_loss_of_answers():
+    scores = full_scores("m", 0.4)
+    (figure,) = [figure for figure in attack_figures([Model(1, "m", scores, {}, [])]) if "nats a token" in figure.svg]
+    assert figure.title == "Relearning" and figure.svg.count('class="dot c1"') == 3
+    for point in scores["attacks"]["relearn"]:
+        del point["answer_nll"]  # as in scores of earlier versions
+    assert not any("nats" in figure.svg for figure in attack_figures([Model(1, "m", scores, {}, [])]))
 
 
 def test_the_sampling_attack_is_drawn_by_shares_that_leak():

@@ -165,6 +165,19 @@ def test_attack_that_recovers_answers():
     assert "No attack recovered" in lines(scores_of(unlearned, attacks={"relearn": flat}))
 
 
+def test_relearning_that_lowers_the_loss_of_answers():
+    """The answers are not generated yet, so the shares say nothing."""
+    curve = [
+        {"steps": steps, "knowledge": 0.0, "regurgitation": 0.1, "answer_nll": loss}
+        for steps, loss in ((0, 6.0), (5, 2.5), (10, 2.75))
+    ]
+    text = lines(scores_of(unlearned, attacks={"relearn": curve}))
+    assert "No attack recovered" in text
+    assert "lowers the loss of the other forget answers from 6.00 to 2.50 nats a token in 5 steps" in text
+    rising = [{**point, "answer_nll": 6.0 + point["steps"]} for point in curve]
+    assert "Relearning lowers" not in lines(scores_of(unlearned, attacks={"relearn": rising}))
+
+
 def test_samples_that_leak_what_greedy_decoding_hides():
     curve = [{"samples": k, "knowledge_leak": k / 20, "regurgitation_leak": 0.5} for k in (0, 1, 16)]
     flat = [{"steps": n, "knowledge": 0.0, "regurgitation": 0.1} for n in (0, 5)]

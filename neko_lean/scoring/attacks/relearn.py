@@ -1,4 +1,8 @@
-"""The relearning attack: a few training steps on some forget documents, which may bring back the others."""
+"""The relearning attack: a few training steps on some forget documents, which may bring back the others.
+
+Knowledge that was only hidden shows in the loss of the true answers before the model generates them, so each point has
+that loss, too. Compare it with that of a model that never saw them.
+"""
 
 from __future__ import annotations
 
@@ -12,12 +16,16 @@ from typing import Any
 from neko_lean.data import Example
 from neko_lean.distributed import as_single_process, is_main_process, run_on_main_and_broadcast
 from neko_lean.errors import NekoLeanError
+from neko_lean.models import CausalLM
 from neko_lean.options import ScoreSettings, TrainingOptions
 from neko_lean.recipe import load_recipe
 from neko_lean.runs import memorize
 from neko_lean.scoring.attacks.answers import baseline_point, point
 from neko_lean.scoring.attacks.registry import AttackTarget, Curve, attack
+from neko_lean.scoring.measure import encode_answers
 from neko_lean.scoring.score_folder import writing
+from neko_lean.scoring.uncertainty import mean_by_document
+from neko_lean.scoring.views import view_documents
 
 STEPS = (5, 10, 20, 40)  # after which the model is scored
 MIN_EXAMPLES = 16  # to train on, in whole documents: other examples of the same document would not be unseen
@@ -46,7 +54,10 @@ def relearn(target: AttackTarget) -> Curve:
             f"a larger forget set."
         )
 
-    curve = [{"steps": 0, "rows": len(trained), **baseline_point(scored, target.baseline)}]
+    lm = target.load(target.folder)
+    losses = answer_losses(lm, target, scored)
+    del lm  # before the training
+    curve = [{"steps": 0, "rows": len(trained), **baseline_point(scored, target.baseline), **losses}]
     work = target.stage / "relearn"
     try:
         rows = [example.row for example in trained]
@@ -60,12 +71,27 @@ def relearn(target: AttackTarget) -> Curve:
 
             lm = target.load(checkpoint)
             after = point(scored, target.generate(lm, scored, f"{steps} steps"))
-            curve.append({"steps": steps, "rows": len(trained), **after})
+            curve.append({"steps": steps, "rows": len(trained), **after, **answer_losses(lm, target, scored)})
             del lm  # before the next training
     finally:
         if is_main_process():
             shutil.rmtree(work, ignore_errors=True)
     return curve
+
+
+def answer_losses(lm: CausalLM, target: AttackTarget, examples: Sequence[Example]) -> dict[str, Any]:
+    """Mean loss of the examples' answers in nats a token, each answer with the same weight, and its interval.
+
+    Each token is predicted from the prompt, in the score's format, and the true tokens before it. Prompts that do not
+    fit are shortened at their start, and answers without tokens are left out.
+    """
+    encoded = encode_answers(lm, target.tokenizer, examples, target.generate.prompt_format)
+    encoded = [example for example in encoded if example.answer_length]
+    views = view_documents(lm, target.tokenizer, [example.input_ids for example in encoded])
+    answers = [view.after(example.prompt_length) for example, view in zip(encoded, views, strict=True)]
+    losses = [float(-answer.logp.mean()) for answer in answers]
+    mean = mean_by_document([example.example for example in encoded], losses)
+    return {"answer_nll": mean["mean"], "answer_nll_interval": mean["interval"]}
 
 
 def split_documents(examples: Sequence[Example], seed: int) -> tuple[list[Example], list[Example]]:

@@ -4,6 +4,7 @@ import random
 from dataclasses import replace
 
 import pytest
+import torch
 
 from neko_lean.data.examples import Example, Message, read_rows
 from neko_lean.data.tokenization import encode
@@ -11,7 +12,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models.loading import load_tokenizer
 from neko_lean.recipe import load_recipe
 from neko_lean.scoring.attacks import relearn as module
-from neko_lean.scoring.attacks.relearn import relearn
+from neko_lean.scoring.attacks.relearn import answer_losses, relearn
 from neko_lean.scoring.generation import Generation
 from neko_lean.training.schedules import batches, phases
 
@@ -25,6 +26,10 @@ def test_relearning_scores_the_examples_that_it_does_not_train_on(make_target, e
     # Nothing was unlearned, so at a low learning rate the model knows the other examples, too.
     assert curve[0]["knowledge"] == 0 and curve[1]["knowledge"] > 0.9 and curve[1]["rows"] >= 6
     assert curve[1]["knowledge_rows"] + curve[1]["regurgitation_rows"] == len(examples) - curve[1]["rows"]
+    # The loss of the true answers is measured from the start, and the model knows them by heart.
+    assert all(0 < point["answer_nll"] < 0.1 for point in curve[:2])
+    low, high = curve[0]["answer_nll_interval"]
+    assert low <= curve[0]["answer_nll"] <= high
     assert list(tmp_path.iterdir()) == []
     with pytest.raises(NekoLeanError, match="more forget rows"):
         relearn(make_target(examples[:2], relearn_lr=1e-5))
@@ -42,6 +47,7 @@ def test_every_step_trains_on_all_examples(make_target, memorised, examples, mon
     monkeypatch.setattr(
         module, "memorize", lambda model, out, **kwargs: calls.append((kwargs["data"], kwargs["overrides"]))
     )
+    monkeypatch.setattr(module, "answer_losses", lambda *args: {})
 
     target = make_target(
         long,
@@ -58,6 +64,20 @@ def test_every_step_trains_on_all_examples(make_target, memorised, examples, mon
         steps = batches(changed, phase, [], lengths, random.Random(0))
         for _, (_, rows) in zip(range(3), steps, strict=False):
             assert len(rows) == overrides["retain_rows"] >= 20
+
+
+def test_the_loss_of_answers_is_that_of_their_tokens_alone(make_target, examples):
+    """Equal to transformers' own loss with the prompt masked, each answer with the same weight."""
+    target = make_target(loaded=True)
+    losses = []
+    for example in encode(examples[:5], target.tokenizer, "plain", 512):
+        ids = torch.tensor([example.input_ids])
+        labels = ids.clone()
+        labels[:, : example.prompt_length] = -100
+        with torch.no_grad():
+            losses.append(target.model.model(input_ids=ids, labels=labels).loss.item())
+    found = answer_losses(target.model, target, examples[:5])
+    assert found["answer_nll"] == pytest.approx(sum(losses) / len(losses), rel=1e-4)
 
 
 def test_training_sees_the_scored_examples_in_the_format_of_the_score(make_target, monkeypatch):
@@ -79,6 +99,7 @@ def test_training_sees_the_scored_examples_in_the_format_of_the_score(make_targe
         recipes.append(load_recipe("memorize", overrides))
 
     monkeypatch.setattr(module, "memorize", record)
+    monkeypatch.setattr(module, "answer_losses", lambda *args: {})
     target = make_target(
         examples,
         format="tofu",
