@@ -82,7 +82,13 @@ def _strongest(scores: Scores, statistic: str) -> float | None:
 
 
 def _mmlu(scores: Scores, _: Scores, __: Scores) -> float | None:
-    return scores["mmlu"]["accuracy"] if scores["mmlu"] else None
+    return scores["mmlu"]["micro"] if scores["mmlu"] else None
+
+
+def _attacked(scores: Scores, attack: str, key: str, x: int, value: str) -> float | None:
+    """A value of an attack's point at `x`; None if it was not measured."""
+    points = scores["attacks"].get(attack, [])
+    return next((point[value] for point in points if point[key] == x), None)
 
 
 COLUMNS: list[Column] = [
@@ -97,6 +103,10 @@ COLUMNS: list[Column] = [
     ("repetition", lambda scores, target, run: scores["outputs"]["forget"]["repetition"]),
     ("held-out loss, change %", lambda scores, target, run: 100 * (scores["held_nll"] / target["held_nll"] - 1)),
     ("MMLU", _mmlu),
+    ("leak@16", lambda scores, target, run: _attacked(scores, "sample", "samples", 16, "leak")),
+    ("knowledge, relearned", lambda scores, target, run: _attacked(scores, "relearn", "steps", 5, "knowledge")),
+    ("answer NLL", lambda scores, target, run: _attacked(scores, "relearn", "steps", 0, "answer_nll")),
+    ("answer NLL, relearned", lambda scores, target, run: _attacked(scores, "relearn", "steps", 5, "answer_nll")),
     ("steps", lambda scores, target, run: run["steps"]),
     ("seconds", lambda scores, target, run: run["wall_seconds"]),
     ("peak GiB", lambda scores, target, run: run["measured_peak"] / 2**30),
