@@ -172,6 +172,7 @@ def measure(data: Path, model: Path, target: Path, gold: Path, out: Path, relear
         "membership": scored["membership"]["score"],
         "interval": scored["membership"]["auc_interval"],
         "tell": scored["membership"]["two_sided_auc"],
+        "attacks": {name: found["auc"] for name, found in scored["membership"]["attacks"]["all"].items() if found},
         "degenerate": scored["outputs"]["forget"]["degenerate_text"],
         "repetition": scored["outputs"]["forget"]["repetition"],
         "relearn": scored["attacks"]["relearn"] if relearn else [],

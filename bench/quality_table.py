@@ -13,6 +13,8 @@ import numpy as np
 from neko_lean.data.examples import TASKS
 from neko_lean.scoring.task import CELLS
 
+OTHER_ATTACKS = ("zlib", "min_k", "min_k_plus_plus")
+
 
 def table(root: Path, names: list[str], seeds: list[int]) -> list[str]:
     """One row per recipe: the median over seeds, with the range if seeds differ."""
@@ -61,6 +63,7 @@ def relearned(run: dict[str, Any], steps: int) -> dict[str, Any]:
 COLUMNS: list[tuple[str, Any]] = [
     ("task aggregate", lambda run, before: run["aggregate"]),
     ("membership AUC", lambda run, before: run["auc"]),
+    *((f"AUC of {name}", lambda run, before, name=name: run["attacks"][name]) for name in OTHER_ATTACKS),
     ("membership score", lambda run, before: run["membership"]),
     *((f"AUC {task}", lambda run, before, task=task: run[f"auc_{task}"]) for task in TASKS),
     ("largest tell", lambda run, before: max(run["tell"], *(run[f"tell_{task}"] for task in TASKS))),
