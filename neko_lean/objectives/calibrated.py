@@ -11,7 +11,6 @@ from neko_lean.objectives.registry import Hyperparameter, TokenInputs, forget_ob
 
 # Unlikelihood clamps log q to this: float32 keeps 1 - q to three digits here, and above it the gradient is 0.
 MAX_LOGP = -1e-4
-MAX_RAISE = 1.25  # of an example's levels
 
 
 LEVEL = Hyperparameter(
@@ -26,29 +25,18 @@ def calibrated(inputs: TokenInputs, *, level: float) -> Tensor:
 
 
 def push_to_levels(inputs: TokenInputs) -> Tensor:
-    """Gradient ascent that ends at each token's level: bounded below by 0, so training cannot diverge.
+    """Gradient ascent that stops at each token's level: bounded below by 0, so training cannot diverge.
 
     A token whose loss is below its level is pushed by max(0, log q + level) and by unlikelihood, -log(1 - q) (arXiv
     1908.04319, eq. 3), minus its value at the level. Ascent alone barely starts where the model is certain, because its
-    gradient on the logits is 1 - q; that of unlikelihood is q. Forgetting one token also changes others: a token whose
-    loss exceeds its level is pulled back by the difference, or else even phrases that all documents share would become
-    unlikely, which gives a document away and leaves no readable text. The highest levels are hard to reach, so the
-    levels of an example are raised while its mean loss is below theirs, see `raised`.
+    gradient on the logits is 1 - q; that of unlikelihood is q. Forgetting one token also changes others, so an example
+    whose mean loss exceeds the mean of its levels is pulled back by the difference.
     """
     assert inputs.levels is not None
-    logp, levels = inputs.logp, raised(inputs.levels, inputs.logp.detach(), inputs.weights, inputs.row)
+    logp, levels, weights = inputs.logp, inputs.levels, inputs.weights
     push = F.relu(logp + levels) + F.relu(_unlikelihood(logp) - _unlikelihood(-levels))  # [n]
-    pull = F.relu(-logp - levels)  # [n]
-    return (inputs.weights * (push + pull)).sum()
-
-
-def raised(levels: Tensor, logp: Tensor, weights: Tensor, row: Tensor) -> Tensor:
-    """Levels [n], each times the ratio of its example's mean level to its mean loss, from 1 to MAX_RAISE."""
-    _, inverse = row.unique(return_inverse=True)
-    wanted, _ = row_sums(weights * levels, row)  # [R]
-    found, _ = row_sums(weights * -logp, row)  # [R]
-    ratio = wanted / found.clamp(min=1e-12)
-    return levels * ratio.clamp(min=1.0, max=MAX_RAISE)[inverse]
+    excess, _ = row_sums(weights * (-logp - levels), inputs.row)  # [R]
+    return (weights * push).sum() + F.relu(excess).sum()
 
 
 def _unlikelihood(logp: Tensor) -> Tensor:

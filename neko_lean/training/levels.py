@@ -2,13 +2,11 @@
 
 The teacher has never seen the anchor's documents, so its losses on them tell what the tokens of unseen documents of
 this kind cost: little in a phrase that all documents share, much in a name or a number. A forget example whose tokens
-cost the same is neither recognised nor avoided. Not only the mean matters: attacks such as min-k look at the most
-surprising tokens, so the levels of a document vary as the losses of unseen text do.
+cost the same is neither recognised nor avoided.
 """
 
 from __future__ import annotations
 
-import zlib
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -27,11 +25,10 @@ def with_levels(
 ) -> list[EncodedExample]:
     """Set the levels of the forget examples from losses on unseen documents.
 
-    A token's level is a loss of the same token in the same context of up to two tokens, or in a shorter context where
-    that is rare. For documents it is that of a random occurrence, for questions the mean, because by chance a short
-    answer could get low levels and be left alone. The sc examples of a task are then ranked by their mean level, and
-    each is scaled to the mean loss of the anchor document of its rank, so that their losses are spread as those of
-    unseen documents are. The qa examples of a task are scaled by the mean factor of its sc examples.
+    A token's level is the mean loss of the same token in the same context of up to two tokens, shrunk towards shorter
+    contexts. The sc examples of a task are then ranked by their mean level, and each is scaled to the mean loss of the
+    anchor document of its rank, so that their losses are spread as those of unseen documents are. The qa examples of a
+    task are scaled by the mean factor of its sc examples.
 
     Args:
         forget: forget examples.
@@ -65,12 +62,7 @@ def _with_levels_of_task(
 ) -> dict[int, EncodedExample]:
     """`with_levels` for the examples of one task, by their number in the forget set."""
     estimate = _TokenLossEstimate(anchor, losses)
-    levels = {
-        number: estimate.mean(encoded.input_ids)
-        if encoded.example.kind == "qa"
-        else estimate.draw(encoded.input_ids, np.random.default_rng(zlib.crc32(encoded.example.id.encode())))
-        for number, encoded in examples.items()
-    }
+    levels = {number: estimate(encoded.input_ids) for number, encoded in examples.items()}
 
     # Rank the documents by mean level, and scale each to the quantile of the anchor's losses at its rank.
     anchor_means = np.array([loss.mean() for loss in losses])
@@ -89,44 +81,32 @@ def _with_levels_of_task(
 
 
 class _TokenLossEstimate:
-    """Losses of a token in its context, from documents of one kind."""
+    """Mean loss of a token in its context, estimated from documents of one kind."""
 
     def __init__(self, documents: Sequence[EncodedExample], losses: Sequence[np.ndarray]) -> None:
-        self.losses: dict[tuple[int, ...], list[float]] = defaultdict(list)  # by context
+        # Sum of losses and number of occurrences, by context.
+        self.sums: dict[tuple[int, ...], list[float]] = defaultdict(lambda: [0.0, 0.0])
         for document, document_losses in zip(documents, losses, strict=True):
             for position, loss in enumerate(document_losses, start=1):
                 for context in _contexts(document.input_ids, position):
-                    self.losses[context].append(float(loss))
+                    entry = self.sums[context]
+                    entry[0] += float(loss)
+                    entry[1] += 1
 
-        # The best guess for a token that does not occur are the losses of tokens that occur once.
-        rare = [values[0] for context, values in self.losses.items() if len(context) == 1 and len(values) == 1]
-        self.unknown = np.array(rare) if rare else np.concatenate(losses)
+        # The best guess for a token that does not occur is the mean loss of tokens that occur once.
+        rare = [total for context, (total, count) in self.sums.items() if len(context) == 1 and count == 1]
+        self.unknown = float(np.mean(rare or np.concatenate(losses)))
 
-    def mean(self, ids: Sequence[int]) -> np.ndarray:
+    def __call__(self, ids: Sequence[int]) -> np.ndarray:
         """Estimated loss in nats of all tokens but the first [len(ids) - 1]."""
         estimates = np.empty(len(ids) - 1)
         for position in range(1, len(ids)):
-            estimate = float(self.unknown.mean())
+            estimate = self.unknown
             for context in _contexts(ids, position):  # from the shortest to the longest
-                values = self.losses.get(context, [])
-                estimate = (sum(values) + PRIOR * estimate) / (len(values) + PRIOR)
+                total, count = self.sums.get(context, (0.0, 0.0))
+                estimate = (total + PRIOR * estimate) / (count + PRIOR)
             estimates[position - 1] = estimate
         return estimates
-
-    def draw(self, ids: Sequence[int], rng: np.random.Generator) -> np.ndarray:
-        """Losses in nats of all tokens but the first, at random, [len(ids) - 1]; their expectation is `mean`.
-
-        A context that occurred n times gives one of its n losses with probability n / (n + PRIOR); otherwise, the next
-        shorter context does.
-        """
-        return np.array([self._draw_one(_contexts(ids, position), rng) for position in range(1, len(ids))])
-
-    def _draw_one(self, contexts: Sequence[tuple[int, ...]], rng: np.random.Generator) -> float:
-        for context in reversed(contexts):  # from the longest to the shortest
-            values = self.losses.get(context, [])
-            if rng.random() * (len(values) + PRIOR) < len(values):
-                return values[rng.integers(len(values))]
-        return float(self.unknown[rng.integers(len(self.unknown))])
 
 
 def _contexts(ids: Sequence[int], position: int) -> list[tuple[int, ...]]:

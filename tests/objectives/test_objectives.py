@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from neko_lean.objectives import FORGET_OBJECTIVES, RETAIN_OBJECTIVES, TokenInputs, row_sums, token_weights
-from neko_lean.objectives.calibrated import raised
 from neko_lean.objectives.edited_kl import lower_to_level
 from neko_lean.objectives.undial import lower_target_logit
 
@@ -65,11 +64,10 @@ def naive(name, logp, reference, row):
         elif name == "dpo":  # of a chosen answer that is as much likelier as the rejected one is less likely
             losses.append(-1 / BETA * torch.log(torch.sigmoid(-2 * BETA * (own.sum() - ref.sum()))))
         else:
-            level = (1 - ref) * torch.clamp((1 - ref).mean() / -own.detach().mean(), 1, 1.25)
+            level = 1 - ref
             surprise = torch.clamp(-torch.log(1 - own.exp()) + torch.log(1 - (-level).exp()), min=0)
             push = torch.clamp(own + level, min=0) + surprise
-            pull = torch.clamp(-own - level, min=0)
-            losses.append((push + pull).mean())
+            losses.append(push.mean() + torch.clamp((-own - level).mean(), min=0))
     return torch.stack(losses).mean()
 
 
@@ -112,24 +110,6 @@ def test_calibrated_ends_at_its_levels():
     torch.testing.assert_close(reached, level, rtol=0.05, atol=0.05)
 
 
-@pytest.mark.parametrize("seed", range(5))
-def test_calibrated_never_moves_a_token_away_from_its_level(seed):
-    """Shared phrases do not become unlikely for the sake of the mean, and no token is pulled back below its level."""
-    logp, reference, row = tokens(seed)
-    levels = 0.1 - reference
-    (slope,) = torch.autograd.grad(calibrated(logp, levels, row, token_weights(row, "rows").double()), logp)
-    is_below, is_far_above = -logp < levels, -logp > 1.25 * levels
-    assert is_below.any() and (slope[is_below] > 0).all()
-    assert is_far_above.any() and (slope[is_far_above] < 0).all()
-
-
-def test_levels_are_raised_while_an_example_is_too_likely():
-    levels, row, weights = torch.tensor([4.0, 8.0, 3.0, 3.0]), torch.tensor([5, 5, 2, 2]), torch.full((4,), 0.25)
-    logp = -torch.tensor([4.0, 6.0, 1.0, 9.0])  # means 5 of 6, and 5 of 3
-    assert raised(levels, logp, weights, row).tolist() == pytest.approx([4.8, 9.6, 3.0, 3.0])
-    assert raised(levels, 0 * logp, weights, row).tolist() == pytest.approx([5.0, 10.0, 3.75, 3.75])
-
-
 def test_base_kl_weighs_tokens_by_their_distance_and_adds_the_push():
     logp, reference, row = tokens(3)
     g = torch.Generator().manual_seed(3)
@@ -170,7 +150,7 @@ def test_bounds_and_limits():
     sure = torch.tensor([-0.01, -1.0, 0.0], requires_grad=True)
     loss = calibrated(sure, level[:3], of_row[:3], torch.ones(3))
     slope = torch.autograd.grad(loss, sure)[0]
-    assert slope[0] > 30 * slope[1] and slope.isfinite().all()
+    assert slope[0] > 50 * slope[1] and slope.isfinite().all()
     # As beta approaches 0, NPO's gradient approaches that of ascent on the sums, divided by the number of examples.
     inputs = TokenInputs(logp, row, torch.ones(len(row)), reference_logp=reference)
     (small,) = torch.autograd.grad(FORGET_OBJECTIVES["npo"].loss(inputs, beta=1e-9), logp)

@@ -7,7 +7,7 @@ import pytest
 
 from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
-from neko_lean.training.levels import PRIOR, _TokenLossEstimate, with_levels
+from neko_lean.training.levels import with_levels
 
 
 def row(number, ids, task="Task1", kind="sc", prompt=0):
@@ -22,43 +22,11 @@ def test_common_phrases_get_low_levels_and_unknown_tokens_high_ones():
     """Token 9 follows 8 in every document and costs little there, but more elsewhere. Rare tokens cost most."""
     anchor = [unseen(n, [1, 8, 9, 20 + n, 9]) for n in range(6)]
     losses = [np.array([4.0, 0.1, 12.0, 6.0])] * 6
-    document, question = with_levels(
-        [row(n, [1, 8, 9, 77, 9], kind=kind) for n, kind in enumerate(("sc", "qa"))], anchor, losses
-    )
-    first, phrase, name, alone = question.levels
+    (leveled,) = with_levels([row(0, [1, 8, 9, 77, 9])], anchor, losses)
+    first, phrase, name, alone = leveled.levels
     assert phrase < 0.7 < first and phrase < alone < name
-    # The document's mean level is the mean loss of the documents.
-    assert np.mean(document.levels) == pytest.approx(np.mean(losses[0]))
-
-
-def test_levels_of_documents_are_as_uneven_as_losses_of_unseen_text():
-    """A mean over occurrences would be smoother, and the most surprising tokens would give a document away (min-k)."""
-    rng = np.random.default_rng(0)
-    anchor = [unseen(n, rng.integers(0, 10, 60)) for n in range(40)]
-    losses = [rng.exponential(3.0, 59) for _ in anchor]
-    forget = [row(n, rng.integers(0, 10, 60)) for n in range(40)]
-
-    def surprise(values):
-        return np.mean([np.sort(row_values)[-12:].mean() for row_values in values])
-
-    leveled = with_levels(forget, anchor, losses)
-    assert surprise([example.levels for example in leveled]) == pytest.approx(surprise(losses), rel=0.05)
-    questions = [replace(example, example=replace(example.example, kind="qa")) for example in forget]
-    assert surprise([example.levels for example in with_levels(questions, anchor, losses)]) < 0.7 * surprise(losses)
-    assert [example.levels for example in with_levels(forget, anchor, losses)] == [one.levels for one in leveled]
-
-
-def test_the_expected_level_is_the_mean_shrunk_towards_shorter_contexts():
-    """Token 5 occurs twice, and once after 4."""
-    anchor = [unseen(0, [1, 4, 5]), unseen(1, [2, 3, 5])]
-    losses = [np.array([9.0, 6.0]), np.array([9.0, 2.0])]
-    unknown = 9.0
-    alone = (6 + 2 + PRIOR * unknown) / (2 + PRIOR)
-    pair = (6 + PRIOR * alone) / (1 + PRIOR)
-    estimate = _TokenLossEstimate(anchor, losses)
-    assert estimate.mean([7, 4, 5])[1] == pytest.approx(pair)
-    draws = [estimate.draw([7, 4, 5], np.random.default_rng(n))[1] for n in range(4000)]
-    assert set(draws) == {2.0, 6.0, 9.0} and np.mean(draws) == pytest.approx(pair, rel=0.02)
+    # The example's mean level is the mean loss of the documents.
+    assert np.mean(leveled.levels) == pytest.approx(np.mean(losses[0]))
 
 
 def test_mean_levels_are_distributed_as_losses_of_unseen_documents():
