@@ -86,7 +86,7 @@ def test_page_is_complete_and_loads_nothing(demo, tmp_path):
     for word in ("Relearning", "leak@16", "min-k++", "world religions", "change −0.980", "Peak memory", "2.00 GiB"):  # noqa: RUF001
         assert word in text, word
     charts = [attrs for tag, attrs in page.tags if tag == "svg" and attrs.get("role") == "img"]
-    assert len(charts) == 4 + 6 + 1 + 1 + 10 and all(attrs["aria-label"] for attrs in charts)
+    assert len(charts) == 4 + 6 + 1 + 1 + 11 and all(attrs["aria-label"] for attrs in charts)
     for _, attrs in page.tags:
         assert not set(attrs) & {"src", "srcset", "style", "action"}
         assert attrs.get("href", "#").startswith(("#", "data:,"))
