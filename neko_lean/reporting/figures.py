@@ -11,7 +11,7 @@ from markupsafe import Markup
 from neko_lean.reporting import charts
 from neko_lean.reporting.charts import UNIT_AXIS, Axis, Dot, Series
 from neko_lean.reporting.values import join_words, mapping, mean, numbers, objects, text
-from neko_lean.scoring import ATTACKS, SPLITS, Attack, interval, number, shown_cells
+from neko_lean.scoring import ATTACKS, SPLITS, Attack, interval, number, relearned_losses, shown_cells
 from neko_lean.scoring.names import cell_group, cell_noun
 
 MAX_POINTS = 80  # of a curve; more steps are averaged, because single steps are noisy
@@ -255,7 +255,7 @@ def attack_figures(models: Sequence[Model]) -> list[Figure]:
 
 def _relearned_loss_figure(models: Sequence[Model]) -> Figure | None:
     """The loss of the forget answers that relearning does not train on."""
-    curves = [(model, _relearned_losses(model)) for model in models]
+    curves = [(model, relearned_losses(model.scores)) for model in models]
     curves = [(model, points) for model, points in curves if points]
     if not curves:
         return None
@@ -270,12 +270,6 @@ def _relearned_loss_figure(models: Sequence[Model]) -> Figure | None:
     )
     note = "loss of the other forget answers; a fall shows what was hidden before it is said"
     return Figure(attack.title, note, svg, _absent_models(models, [model for model, _ in curves]))
-
-
-def _relearned_losses(model: Model) -> Points:
-    points = objects(mapping(model.scores, "attacks"), "relearn")
-    pairs = [(number(point, "steps"), number(point, "answer_nll")) for point in points]
-    return sorted((steps, loss) for steps, loss in pairs if steps is not None and loss is not None)
 
 
 def _attack_figure(models: Sequence[Model], attack: Attack, kind: str, noun: str) -> Figure | None:

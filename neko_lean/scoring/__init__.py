@@ -3,7 +3,7 @@
 from neko_lean.options import ScoreInputs, ScoreSettings
 from neko_lean.scoring.attacks import ATTACKS, Attack
 from neko_lean.scoring.groups import difference_key
-from neko_lean.scoring.judge import NO, PARTLY, UNKNOWN, YES, cells_before, judged_cells
+from neko_lean.scoring.judge import NO, PARTLY, UNKNOWN, YES, cells_before, judged_cells, relearned_losses
 from neko_lean.scoring.membership_attacks import MEMBERSHIP_ATTACKS
 from neko_lean.scoring.membership_headline import MembershipTest, membership_tests, strongest_attack
 from neko_lean.scoring.run import score
@@ -36,6 +36,7 @@ __all__ = [
     "membership_tests",
     "number",
     "percent",
+    "relearned_losses",
     "score",
     "score_table",
     "shown_cells",

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from neko_lean.scoring.membership_headline import membership_tests
-from neko_lean.scoring.values import mean, number
+from neko_lean.scoring.values import mean, number, value_at
 
 YES, PARTLY, NO, UNKNOWN = "yes", "partly", "no", "unknown"
 # Forgotten: at most this share of forget answers is left, to the letter or within the text ...
@@ -78,6 +78,15 @@ def value_before(scores: Any, before: Any, after: float, *path: str) -> float | 
     if start is None and change is not None:
         start = after - change
     return None if start is None else round(start, DIGITS)
+
+
+def relearned_losses(scores: Any) -> list[tuple[float, float]]:
+    """Pairs of steps of the relearning attack and the loss of the answers it does not train on, in nats a token."""
+    points = value_at(scores, "attacks", "relearn")
+    pairs = [
+        (number(point, "steps"), number(point, "answer_nll")) for point in (points if isinstance(points, list) else [])
+    ]
+    return sorted((steps, loss) for steps, loss in pairs if steps is not None and loss is not None)
 
 
 def leaked_answers(scores: Any) -> tuple[float, str]:

@@ -32,7 +32,7 @@ from neko_lean.scoring.outputs import leak_numbers, output_numbers
 from neko_lean.scoring.paraphrases import Paraphrase
 from neko_lean.scoring.score_folder import add_generations, read_generations, writing
 from neko_lean.scoring.task import example_score, score_name, unicode_score
-from neko_lean.scoring.views import view_documents
+from neko_lean.scoring.views import view_answers
 from neko_lean.terminal import log_line, progress_bar
 
 if TYPE_CHECKING:
@@ -129,10 +129,8 @@ def example_numbers(
 
     # The model's view of the true answers.
     with progress_bar("answers", len(answered), "rows", context.quiet) as progress:
-        views = view_documents(lm, tokenizer, [example.input_ids for example in answered], progress=progress)
-    answers = {
-        example.example: view.after(example.prompt_length) for example, view in zip(answered, views, strict=True)
-    }
+        views = view_answers(lm, tokenizer, answered, progress=progress)
+    answers = {example.example: view for example, view in zip(answered, views, strict=True)}
     ratios = _truth_ratios(context, examples, paraphrases)
 
     # All numbers, by example.
@@ -195,8 +193,7 @@ def _truth_ratios(
 
     def ratio(answers: Sequence[EncodedExample]) -> float:
         with as_single_process():  # too few texts to divide among the ranks
-            views = view_documents(lm, tokenizer, [answer.input_ids for answer in answers])
-        right, *wrong = (view.after(answer.prompt_length) for view, answer in zip(views, answers, strict=True))
+            right, *wrong = view_answers(lm, tokenizer, answers)
         return truth_ratio(right, wrong)
 
     # Each rank computes its share; an example's ratios are averaged.

@@ -26,6 +26,7 @@ from neko_lean.scoring.judge import (
     knew_nothing,
     leaked_answers,
     looks_unseen,
+    relearned_losses,
 )
 from neko_lean.scoring.membership_headline import MembershipTest, num_attacks, strongest_attack
 from neko_lean.scoring.names import cell_content, cell_name
@@ -223,27 +224,8 @@ def recovery(scores: Scores, before: Any) -> str | None:
         return None
     gain, sentence = max(recovered, key=lambda found: found[0])
     if gain < MIN_RECOVERED:
-        return "No attack recovered more than a few percent of the forget set." + _relearned_loss(attacks)
-    return f"ATTACK: {sentence}; a model that never saw them shows how much of that is guessing." + _relearned_loss(
-        attacks
-    )
-
-
-def _relearned_loss(attacks: Any) -> str:
-    """How far relearning lowers the loss of the answers that it does not train on; "" if it does not."""
-    points = attacks.get("relearn") if isinstance(attacks, Mapping) else None
-    losses = [
-        (loss, number(point, "steps") or 0.0)
-        for point in (points if isinstance(points, list) else [])
-        if isinstance(point, Mapping) and (loss := number(point, "answer_nll")) is not None
-    ]
-    if not losses or losses[0] == min(losses):
-        return ""
-    (start, _), (lowest, steps) = losses[0], min(losses)
-    return (
-        f" Relearning lowers the loss of the other forget answers from {start:.2f} to {lowest:.2f} nats a token in "
-        f"{steps:.0f} steps; if a model that never saw them loses less, they were hidden."
-    )
+        return "No attack recovered more than a few percent of the forget set."
+    return f"ATTACK: {sentence}; a model that never saw them shows how much of that is guessing."
 
 
 def _recoveries(name: str, points: Any) -> list[tuple[float, str]]:
@@ -270,6 +252,21 @@ def _recoveries(name: str, points: Any) -> list[tuple[float, str]]:
     return recoveries
 
 
+def relearned_loss(scores: Scores, before: Any) -> str | None:
+    """How far does relearning lower the loss of the answers that it does not train on?"""
+    curve = relearned_losses(scores)
+    if not curve:
+        return None
+    start = curve[0][1]
+    steps, lowest = min(curve, key=lambda point: point[1])
+    if lowest >= start:
+        return None
+    return (
+        f"Relearning lowers the loss of the other forget answers from {start:.2f} to {lowest:.2f} nats a token in "
+        f"{steps:.0f} steps; if a model that never saw them loses less, they were hidden."
+    )
+
+
 QUESTIONS: tuple[Callable[[Scores, Any], str | None], ...] = (
     is_broken,
     forgetting,
@@ -280,6 +277,7 @@ QUESTIONS: tuple[Callable[[Scores, Any], str | None], ...] = (
     single_zero,
     membership,
     recovery,
+    relearned_loss,
     one_letter,
 )
 

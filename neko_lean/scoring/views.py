@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from neko_lean.data import encode_texts, length_batches
+from neko_lean.data import EncodedExample, encode_texts, length_batches
 from neko_lean.distributed import all_gather_tensors, flatten_in_rank_order, group_by_round, items_of_rank
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import CausalLM, next_token_stats, refuse_non_finite_outputs, refuse_unknown_ids
@@ -94,6 +94,18 @@ def view_documents(
         logp, entropy, deviation, rank = table.T.contiguous().numpy()
         views[index] = View(logp, entropy, deviation, rank.astype(np.int64))
     return [views[i] for i in range(len(documents))]
+
+
+def view_answers(
+    lm: CausalLM,
+    tokenizer: PreTrainedTokenizerBase,
+    encoded: Sequence[EncodedExample],
+    *,
+    progress: ProgressBar | None = None,
+) -> list[View]:
+    """Compute the view of each tokenized example's answer; the arguments are those of `view_documents`."""
+    views = view_documents(lm, tokenizer, [example.input_ids for example in encoded], progress=progress)
+    return [view.after(example.prompt_length) for view, example in zip(views, encoded, strict=True)]
 
 
 def tokenize_documents(

@@ -25,7 +25,7 @@ from neko_lean.scoring.attacks.registry import AttackTarget, Curve, attack
 from neko_lean.scoring.measure import encode_answers
 from neko_lean.scoring.score_folder import writing
 from neko_lean.scoring.uncertainty import mean_by_document
-from neko_lean.scoring.views import view_documents
+from neko_lean.scoring.views import view_answers
 
 STEPS = (5, 10, 20, 40)  # after which the model is scored
 MIN_EXAMPLES = 16  # to train on, in whole documents: other examples of the same document would not be unseen
@@ -87,9 +87,7 @@ def answer_losses(lm: CausalLM, target: AttackTarget, examples: Sequence[Example
     """
     encoded = encode_answers(lm, target.tokenizer, examples, target.generate.prompt_format)
     encoded = [example for example in encoded if example.answer_length]
-    views = view_documents(lm, target.tokenizer, [example.input_ids for example in encoded])
-    answers = [view.after(example.prompt_length) for example, view in zip(encoded, views, strict=True)]
-    losses = [float(-answer.logp.mean()) for answer in answers]
+    losses = [float(-answer.logp.mean()) for answer in view_answers(lm, target.tokenizer, encoded)]
     mean = mean_by_document([example.example for example in encoded], losses)
     return {"answer_nll": mean["mean"], "answer_nll_interval": mean["interval"]}
 

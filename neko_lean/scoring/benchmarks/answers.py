@@ -14,7 +14,7 @@ from neko_lean.scoring.generation import GenerationLimits, generate_on_all_ranks
 from neko_lean.scoring.limits import MAX_LENGTH, fit_answer
 from neko_lean.scoring.measure import ScoringContext
 from neko_lean.scoring.memorisation import exact_memorisation, extraction_strength
-from neko_lean.scoring.views import View, view_documents
+from neko_lean.scoring.views import View, view_answers
 from neko_lean.terminal import progress_bar
 
 
@@ -37,9 +37,7 @@ def answer_views(context: ScoringContext, encoded: Sequence[EncodedExample], lab
     refuse_unknown_examples(fitted, context.lm)
 
     with progress_bar(label, len(fitted), "rows", context.quiet) as progress:
-        documents = [example.input_ids for example in fitted]
-        views = view_documents(context.lm, context.tokenizer, documents, progress=progress)
-    return [view.after(example.prompt_length) for view, example in zip(views, fitted, strict=True)]
+        return view_answers(context.lm, context.tokenizer, fitted, progress=progress)
 
 
 def logp_without_end(views: Sequence[View], label: str) -> list[np.ndarray]:

@@ -133,7 +133,7 @@ def test_a_resumed_score_is_the_same(model, tofu, muse, tmp_path, monkeypatch, n
         raise NekoLeanError("stopped")
 
     with monkeypatch.context() as patch, pytest.raises(NekoLeanError, match="stopped"):
-        patch.setattr(answers, "view_documents", stopped)
+        patch.setattr(answers, "view_answers", stopped)
         score_with(model, data, tmp_path / "out", **options)
     with monkeypatch.context() as patch:
         patch.setattr(measure, "generate", lambda *args, **kwargs: iter(()))  # all rows are generated already
