@@ -14,6 +14,7 @@ from neko_lean.models.fingerprints import (
     weights_fingerprint,
 )
 from neko_lean.models.finite import greedy_tokens, refuse_non_finite_outputs
+from neko_lean.models.four_bit import dequantize_4bit
 from neko_lean.models.generation_config import eos_token_ids, stated_eos_token_id, unknown_eos_token_ids
 from neko_lean.models.lm_head import CHUNK_ELEMENTS, logits
 from neko_lean.models.loaded import accepts_loaded_model
@@ -53,6 +54,7 @@ __all__ = [
     "checkpoint_activations",
     "config_differences",
     "config_softcap",
+    "dequantize_4bit",
     "eos_token_ids",
     "find_backbone",
     "greedy_tokens",

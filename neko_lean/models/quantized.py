@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.models.four_bit import dequantize_4bit
 from neko_lean.models.trust import nested_values, read_config
 
 if TYPE_CHECKING:
@@ -80,6 +81,11 @@ def dequantize(model: PreTrainedModel, method: str | None, dtype: torch.dtype) -
     if method is None:
         return model
     if getattr(model, "is_quantized", False):
+        # First, because transformers uses bitsandbytes' own function, and leaves plain weights as they are.
+        for module in model.modules():
+            weight: Any = getattr(module, "weight", None)
+            if (state := getattr(weight, "quant_state", None)) is not None:
+                module.weight = nn.Parameter(dequantize_4bit(weight.data, state), requires_grad=False)
         model = model.dequantize(dtype=dtype)
     # Dequantised weights, and weights that were not quantised, can be float32.
     nn.Module.to(model, dtype)  # in place; transformers' own `to` is annotated as taking no dtype

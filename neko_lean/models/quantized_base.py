@@ -50,12 +50,14 @@ class QuantizedLinear(nn.Linear):
         if self.quantization == "int8":
             weight = bnb.int8_vectorwise_dequant(self.weight, self.scales).to(self.dtype)
         else:
-            shape = (self.out_features, self.in_features)
             # bitsandbytes leaves a float64 result uninitialised.
             dtype = torch.float32 if self.dtype == torch.float64 else self.dtype
+            # One block a row, for the reason that four_bit.py gives.
+            shape = (len(self.scales), NF4_BLOCK)
             weight = torch.ops.bitsandbytes.dequantize_4bit.default(
                 self.weight, self.scales, NF4_BLOCK, "nf4", shape, dtype
             ).to(self.dtype)
+            weight = weight.view(self.out_features, self.in_features)
         return cast(Tensor, weight)
 
     def plain(self, device: torch.device) -> nn.Linear | Conv1D:

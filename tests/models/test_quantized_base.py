@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from neko_lean.errors import NekoLeanError
+from neko_lean.models import dequantize_4bit
 from neko_lean.models.quantized_base import QuantizedLinear, dequantize_base, quantize_base, quantized_parameters
 from tests.helpers import tiny
 from tests.models.test_adapters import gpt2
@@ -74,7 +75,7 @@ def test_a_weight_becomes_what_bitsandbytes_own_layers_make_of_it():
     weight = linear(bias=False).weight.detach()
     codes, state = bnb.quantize_4bit(weight, blocksize=64, quant_type="nf4")
     four = QuantizedLinear(linear(bias=False), "nf4", CPU)
-    assert torch.equal(four.weight, codes) and torch.equal(four.dequantized(), bnb.dequantize_4bit(codes, state))
+    assert torch.equal(four.weight, codes) and torch.equal(four.dequantized(), dequantize_4bit(codes, state))
     eight = QuantizedLinear(linear(bias=False), "int8", CPU)
     codes, scales, _ = bnb.int8_vectorwise_quant(weight.half())
     assert torch.equal(eight.weight, codes) and torch.equal(eight.scales, scales)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import torch
 
-from neko_lean.models import CausalLM
+from neko_lean.models import CausalLM, dequantize_4bit
 from neko_lean.scoring.attacks.answers import baseline_point, point
 from neko_lean.scoring.attacks.registry import AttackTarget, Curve, attack
 
@@ -43,7 +43,7 @@ def round_trip(lm: CausalLM, bits: int) -> None:
     8 bits: one scale per row of the weight, absmax / 127 (LLM.int8, arXiv 2208.07339, without its outliers). 4 bits:
     bitsandbytes' NF4 in blocks of 64 (arXiv 2305.14314). As in both, matrix products stay in the model's precision.
     """
-    from bitsandbytes.functional import dequantize_4bit, quantize_4bit
+    from bitsandbytes.functional import quantize_4bit
 
     head = lm.model.get_output_embeddings()
     for module in lm.model.modules():
@@ -55,4 +55,4 @@ def round_trip(lm: CausalLM, bits: int) -> None:
             weight.copy_((weight.float() / scale).round() * scale)
         else:
             packed, state = quantize_4bit(weight.detach().contiguous(), blocksize=BLOCK, quant_type="nf4")
-            weight.copy_(dequantize_4bit(packed, state).reshape(weight.shape))
+            weight.copy_(dequantize_4bit(packed, state))
