@@ -39,7 +39,9 @@ class TeacherFlags:
         None, "Unseen documents (jsonl); with --cache, the ones that cache-teacher was given.", TEACHER
     )
     base_cache: Path | None = option(
-        None, "Cache of the model before it learned the forget set, made with cache-teacher --forget.", TEACHER
+        None,
+        "Cache of the model before it learned the forget set, made with cache-teacher --forget and --anchor.",
+        TEACHER,
     )
 
 

@@ -15,7 +15,7 @@ from neko_lean.distributed import rank, world_size
 from neko_lean.models import CausalLM
 from neko_lean.recipe import Recipe, trains_on_teacher, uses_levels
 from neko_lean.training.micro_batches import MicroBatches, micro_batches, split_across_ranks
-from neko_lean.training.targets import Layout, TopK, levels_at, reference_logp_at, teacher_targets_at
+from neko_lean.training.targets import Layout, Sources, TopK, levels_at, reference_logp_at, teacher_targets_at
 
 
 @dataclass(frozen=True)
@@ -87,7 +87,8 @@ def make_batch(
         device: where the tensors go.
         substitutes: one for each forget example, or none.
         packed: concatenate the examples of a micro-batch instead of padding them.
-        base: the cache of the model before it learned the forget set, for an objective that reads its distributions.
+        base: the cache of the model before it learned the forget set. An objective can read its distributions on forget
+            examples; anchor documents that it holds are compared with it instead of `teacher`.
     """
     examples = [*forget, *retain, *substitutes]
     lengths = [len(example) for example in examples]
@@ -97,7 +98,9 @@ def make_batch(
 
     # Which examples belong to which set.
     is_retain = [len(forget) <= n < len(forget) + len(retain) for n in range(len(examples))]
-    is_anchor = _anchors(examples, is_retain, teacher, recipe)
+    # Levels are losses of the base model if there is one, so unseen text is compared with it too.
+    reference = teacher if base is None else base
+    is_anchor = _anchors(examples, is_retain, reference, recipe)
     at_forget = layout.row < len(forget)
     at_retain, at_anchor = (torch.tensor(flags, dtype=torch.bool)[layout.row] for flags in (is_retain, is_anchor))
 
@@ -107,8 +110,9 @@ def make_batch(
     levels = levels_at(layout, recipe.hyperparameters.get("level", 0.0)) if uses_levels(recipe) else None
     topk = reference_logp = None
     if teacher is not None:
-        reference_logp = reference_logp_at(layout, teacher, recipe, is_retain, is_anchor)
-        topk = teacher_targets_at(layout, teacher, base, recipe, len(forget), is_retain, target, reference_logp, levels)
+        sources = Sources(teacher, base, len(forget), is_retain, is_anchor)
+        reference_logp = reference_logp_at(layout, sources, recipe)
+        topk = teacher_targets_at(layout, sources, recipe, target, reference_logp, levels)
     return Batch(
         micro=_micro_batches(layout, pad_id, device, packed),
         sizes=list(map(len, groups)),
@@ -158,12 +162,13 @@ def _spans(
 
 
 def _anchors(
-    examples: Sequence[EncodedExample], is_retain: Sequence[bool], teacher: TeacherCache | None, recipe: Recipe
+    examples: Sequence[EncodedExample], is_retain: Sequence[bool], reference: TeacherCache | None, recipe: Recipe
 ) -> list[bool]:
-    """Which examples are anchor documents. The losses on them measure what unseen text costs the student now."""
-    if teacher is None or not uses_levels(recipe):
+    """Which examples are anchor documents that `reference` holds. The losses on them measure what unseen text costs the
+    student now."""
+    if reference is None or not uses_levels(recipe):
         return [False] * len(examples)
-    return [flag and teacher.has_target_logp(example) for example, flag in zip(examples, is_retain, strict=True)]
+    return [flag and reference.has_target_logp(example) for example, flag in zip(examples, is_retain, strict=True)]
 
 
 def _micro_batches(layout: Layout, pad_id: int, device: torch.device, packed: bool) -> MicroBatches:

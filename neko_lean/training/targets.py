@@ -51,49 +51,73 @@ class Layout:
         return [number for group in self.groups for number in group]
 
 
-def reference_logp_at(
-    layout: Layout,
-    teacher: TeacherCache,
-    recipe: Recipe,
-    is_retain: Sequence[bool],
-    is_anchor: Sequence[bool],
-) -> Tensor | None:
-    """The teacher's log-probability of each target [N] float32: of anchor documents, and of forget examples and
-    substitutes for an objective that needs it; 0 elsewhere. None if no example needs one."""
-    needs_reference = {i for i in layout.order if is_anchor[i] or (needs_forget_cache(recipe) and not is_retain[i])}
-    if not needs_reference:
+@dataclass(frozen=True)
+class Sources:
+    """The caches of a step, and which of its examples belong to which set."""
+
+    teacher: TeacherCache
+    base: TeacherCache | None  # of the model before it learned the forget set
+    forget_count: int  # the first examples are the forget set
+    is_retain: Sequence[bool]  # anchor documents included
+    is_anchor: Sequence[bool]
+
+    def of_anchor(self) -> TeacherCache:
+        """The cache that anchor documents are compared with."""
+        return self.teacher if self.base is None else self.base
+
+
+def reference_logp_at(layout: Layout, sources: Sources, recipe: Recipe) -> Tensor | None:
+    """The teacher's log-probability of each target [N] float32: of forget examples and substitutes for an objective
+    that needs it, and of anchor documents; 0 elsewhere. None if no example needs one."""
+
+    def logp(number: int) -> np.ndarray | None:
+        if sources.is_anchor[number]:
+            return sources.of_anchor().target_logp(layout.examples[number])
+        if needs_forget_cache(recipe) and not sources.is_retain[number]:
+            return sources.teacher.target_logp(layout.examples[number])
         return None
-    values = [
-        teacher.target_logp(layout.examples[i]) if i in needs_reference else np.zeros(len(layout.examples[i]))
-        for i in layout.order
-    ]
-    return _at_spans(values, layout)
+
+    values = [logp(number) for number in layout.order]
+    if all(value is None for value in values):
+        return None
+    sizes = [len(layout.examples[number]) for number in layout.order]
+    return _at_spans(
+        [np.zeros(size) if value is None else value for value, size in zip(values, sizes, strict=True)], layout
+    )
 
 
 def teacher_targets_at(
     layout: Layout,
-    teacher: TeacherCache,
-    base: TeacherCache | None,
+    sources: Sources,
     recipe: Recipe,
-    forget_count: int,
-    is_retain: Sequence[bool],
     target: Tensor,
     reference_logp: Tensor | None,
     levels: Tensor | None,
 ) -> TopK | None:
-    """Top-k distributions, as `token_stats` takes them: the teacher's on retain examples, and on forget examples the
-    teacher's or the base model's for an objective that needs them. Unused entries elsewhere. None if no example needs
-    one."""
+    """Top-k distributions, as `token_stats` takes them: the teacher's on retain examples, the base model's on anchor
+    documents if there is one, and on forget examples either's for an objective that needs it. Unused entries elsewhere.
+    None if no example needs one."""
     if not trains_on_teacher(recipe):
         return None
-    objective = recipe.forget
-    numbers = [i for i in layout.order if is_retain[i] or (needs_alternatives(recipe) and i < forget_count)]
-    if not numbers:
+    objective, forget_count = recipe.forget, sources.forget_count
+    reads_base = sources.base is not None and objective is not None and objective.base_top_k
+    of_teacher: list[int] = []
+    of_base: list[int] = []
+    for number in layout.order:
+        if sources.is_anchor[number]:
+            (of_teacher if sources.base is None else of_base).append(number)
+        elif sources.is_retain[number] or (needs_alternatives(recipe) and number < forget_count):
+            of_teacher.append(number)
+        elif reads_base and number < forget_count:
+            of_base.append(number)
+
+    topk = _read(layout, sources.teacher, of_teacher) if of_teacher else None
+    if sources.base is not None and of_base:
+        base_topk = _read(layout, sources.base, of_base)
+        is_base = torch.isin(layout.row, _int64(of_base))  # [N]
+        topk = base_topk if topk is None else _combined(topk, base_topk, is_base)
+    if topk is None:
         return None
-    topk = _read(layout, teacher, numbers)
-    if base is not None and objective is not None and objective.base_top_k:
-        numbers = [i for i in layout.order if i < forget_count]
-        topk = _combined(topk, _read(layout, base, numbers), layout.row < forget_count)
 
     if objective is not None and objective.teacher_targets is not None and reference_logp is not None:
         at_forget = layout.row < forget_count

@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -97,3 +98,33 @@ def test_levels_follow_the_students_loss_on_unseen_text(world, model, anchored, 
     again = trainer.make_batch([scaled], documents, teacher, recipe, 1, torch.device("cpu"))
     other = trainer.batch_losses(hidden, lm, again, recipe)["forget_loss"]
     assert halved.item() == pytest.approx(other.item(), rel=1e-5) != losses["forget_loss"].item()
+
+
+def test_levels_of_a_base_model_follow_the_students_loss_relative_to_it(world, model, anchored, tmp_path, capsys):
+    """The drift is the ratio of the student's losses on the anchor to the base model's. If its cache does not hold the
+    anchor, there is no drift, and a warning; another anchor is refused."""
+    base = random_model(world, tmp_path / "base", seed=9)
+    anchor = anchored / "anchor.jsonl"
+    options = {"cache": anchored / "cache", "anchor": anchor, "recipe": "base-kl", "quiet": True}
+    for name, documents in (("with", anchor), ("without", None)):
+        make_cache(base, world, tmp_path / name, forget=world, anchor=documents, dtype="float32")
+        options |= {"base_cache": tmp_path / name, "overrides": {"max_steps": 3, "lr": 1e-9}}
+        flat(neko_lean.unlearn)(model, tmp_path / f"{name}-out", forget=world, retain=world, **options)
+    documents = encode(read_anchor(anchor), load_tokenizer(model), "plain", 512)
+    student, before = cache.TeacherCache(anchored / "cache"), cache.TeacherCache(tmp_path / "with")
+    student_losses, base_losses = (
+        np.array([-source.target_logp(document).sum() for document in documents]) for source in (student, before)
+    )
+    ratios = student_losses / base_losses
+    drifts = [line["drift"] for line in metrics(tmp_path / "with-out") if "drift" in line]
+    assert abs(ratios - 1).min() > 0.02
+    assert drifts and all(0.99 * ratios.min() <= value <= 1.01 * ratios.max() for value in drifts)
+    assert not any("drift" in line for line in metrics(tmp_path / "without-out"))
+    assert "without was made without --anchor" in capsys.readouterr().err
+
+    other = tmp_path / "other.jsonl"
+    other.write_text(anchor.read_text().replace("field", "woods"))
+    make_cache(base, world, tmp_path / "other", forget=world, anchor=other, dtype="float32")
+    options["base_cache"] = tmp_path / "other"
+    with pytest.raises(NekoLeanError, match="has another text"):
+        flat(neko_lean.unlearn)(model, tmp_path / "no", forget=world, retain=world, **options)

@@ -1,6 +1,7 @@
 """One step's batch and its two-term loss, compared with two live models and plain autograd in float64."""
 
 import dataclasses
+import json
 import math
 import random
 
@@ -10,6 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.writer import cache_teacher
+from neko_lean.data.documents import read_anchor
 from neko_lean.data.examples import read_rows
 from neko_lean.data.substitutes import random_answers, refusals
 from neko_lean.data.tokenization import encode
@@ -105,14 +107,18 @@ def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, reta
         assert (one.grad - two.grad).norm() < 2e-3 * two.grad.norm() + 1e-9, key
 
 
-@pytest.mark.parametrize("k", [10**6, 400], ids=["same k", "another k"])
-def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_path, k):
-    """KL to the base model on forget examples and to the teacher on retain examples, and the gradient of both."""
+@pytest.mark.parametrize(("k", "anchored"), [(10**6, False), (400, False), (10**6, True)])
+def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_path, k, anchored):
+    """KL to the base model on forget examples and to the teacher on retain examples, and the gradient of both.
+
+    Anchor documents are compared with the base model if its cache holds them."""
     teacher_folder, student_folder, rows, cache = pieces
     base_folder = random_model(world, tmp_path / "base", seed=3, scale=10.0)
     options = CacheOptions(top_k=k, mass=1, dtype="float32", format="neko")
-    cache_teacher(base_folder, tmp_path / "cache", forget=world, retain=world, cache=options,
-                  run=OutputOptions(quiet=True))  # fmt: skip
+    unseen = tmp_path / "unseen.jsonl"
+    unseen.write_text("".join(json.dumps({"document": f"Nobody has seen document {n}."}) + "\n" for n in range(3)))
+    cache_teacher(base_folder, tmp_path / "cache", forget=world, retain=world, anchor=unseen if anchored else None,
+                  cache=options, run=OutputOptions(quiet=True))  # fmt: skip
     base_cache = TeacherCache(tmp_path / "cache")
     recipe = load_recipe("base-kl", {"format": "neko", "push": 0.0, "retain_objective": "kl"})
     forget = [
@@ -120,8 +126,9 @@ def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_pat
         for example in rows["forget"][:5]
     ]
     retain = rows["retain"][3:9]
+    anchor = encode(read_anchor(unseen), load_tokenizer(base_folder), "plain", 128) if anchored else []
     lm = load_model(student_folder, torch.float32, CPU)
-    batch = make_batch(forget, retain, cache, recipe, 0, CPU, base=base_cache)
+    batch = make_batch(forget, [*retain, *anchor], cache, recipe, 0, CPU, base=base_cache)
     losses = batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
     losses["loss"].backward()
 
@@ -141,12 +148,17 @@ def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_pat
     )
     weights = distances.detach() + 0.1
     forget_loss = (weights * distances).sum() / weights.sum()
-    retain_loss = torch.cat([kl(teacher, example, slice(None)) for example in retain]).mean()
+    references = [(teacher, retain), (base, anchor)]
+    retain_loss = torch.cat([kl(model, e, slice(None)) for model, examples in references for e in examples]).mean()
     (recipe.forget_weight * forget_loss + recipe.retain_weight * retain_loss).backward()
     assert losses["forget_loss"].item() == pytest.approx(forget_loss.item(), rel=2e-3)
     assert losses["retain_loss"].item() == pytest.approx(retain_loss.item(), rel=2e-3)
     for (key, one), two in zip(lm.model.named_parameters(), student.parameters(), strict=True):
         assert (one.grad - two.grad).norm() < 5e-3 * two.grad.norm() + 1e-9, key
+    assert ("anchor_teacher_nll" in losses) == anchored
+    if anchored:
+        expected = -sum(base_cache.target_logp(document).sum() for document in anchor)
+        assert losses["anchor_teacher_nll"].item() == pytest.approx(expected, rel=1e-5)
 
 
 def test_forget_examples_are_compared_with_the_edited_teacher(pieces):
