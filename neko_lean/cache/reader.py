@@ -119,7 +119,7 @@ class TeacherCache:
 
     def has_target_logp(self, example: EncodedExample) -> bool:
         """Whether the cache stores the teacher's log-probabilities of this example's tokens."""
-        return example.example.id in self._forget
+        return example.example.digest in self._forget.get(example.example.id, {})
 
     def target_logp(self, example: EncodedExample) -> np.ndarray:
         """The teacher's log-probability, in nats, of every token of an example except the first.

@@ -109,7 +109,7 @@ def training_examples(
     Levels come from the best source there is: the model before it learned the forget set (`base_cache`), unseen
     documents (the anchor), or the recipe's one level for all tokens.
 
-    Raises CacheError if `base_cache` does not hold the forget set, or holds another anchor.
+    Raises CacheError if `base_cache` does not hold the forget set, or was truncated further.
     """
     forget = prepared.forget
     if uses_levels(recipe):
@@ -119,12 +119,12 @@ def training_examples(
             base_cache.check_format(prepared.prompts.name)
             forget = [replace(example, levels=tuple((-base_cache.target_logp(example)).tolist())) for example in forget]
             anchor = [example for example in prepared.anchor if base_cache.has_target_logp(example)]
-            for example in anchor:  # another text is noticed before the run starts
+            for example in anchor:  # before the run starts
                 base_cache.target_logp(example)
             if prepared.anchor and not anchor:
                 log_line(
-                    f"warning: {base_cache.folder} was made without --anchor, so unseen text stays as the teacher "
-                    f"predicts it, and forgotten text, as the base model does, can be told from it."
+                    f"warning: {base_cache.folder} does not hold the anchor, so unseen text stays as the teacher "
+                    f"predicts it, and forgotten text can be told from it; make it with cache-teacher --anchor."
                 )
         elif prepared.anchor and teacher is not None:
             forget = with_levels(

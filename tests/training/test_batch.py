@@ -161,6 +161,15 @@ def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_pat
         assert losses["anchor_teacher_nll"].item() == pytest.approx(expected, rel=1e-5)
 
 
+def test_a_retain_row_with_the_id_of_a_forget_row_is_not_an_anchor_document(pieces):
+    """The cache holds token losses of the forget row; ids are unique within a data set only."""
+    _, _, rows, cache = pieces
+    forget, same_id = rows["forget"][0], dataclasses.replace(rows["retain"][0].example, id=rows["forget"][0].example.id)
+    assert cache.has_target_logp(forget)
+    retain = dataclasses.replace(rows["retain"][0], example=same_id)
+    assert not cache.has_target_logp(retain)
+
+
 def test_forget_examples_are_compared_with_the_edited_teacher(pieces):
     """KL to the teacher, in which each target is lowered to its level, and the gradient of both terms."""
     teacher_folder, student_folder, rows, cache = pieces
