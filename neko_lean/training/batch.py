@@ -99,8 +99,8 @@ def make_batch(
     # Which examples belong to which set.
     is_retain = [len(forget) <= n < len(forget) + len(retain) for n in range(len(examples))]
     # Levels are losses of the base model if there is one, so unseen text is compared with it too.
-    reference = teacher if base is None else base
-    is_anchor = _anchors(examples, is_retain, reference, recipe)
+    anchor_cache = teacher if base is None else base
+    is_anchor = _anchors(examples, is_retain, anchor_cache, recipe)
     at_forget = layout.row < len(forget)
     at_retain, at_anchor = (torch.tensor(flags, dtype=torch.bool)[layout.row] for flags in (is_retain, is_anchor))
 
@@ -109,8 +109,8 @@ def make_batch(
     target = layout.next_token.masked_fill(at_retain & ~at_anchor, -1) if compares_distributions else layout.next_token
     levels = levels_at(layout, recipe.hyperparameters.get("level", 0.0)) if uses_levels(recipe) else None
     topk = reference_logp = None
-    if teacher is not None:
-        sources = Sources(teacher, base, len(forget), is_retain, is_anchor)
+    if teacher is not None and anchor_cache is not None:
+        sources = Sources(teacher, base, anchor_cache, len(forget), is_retain, is_anchor)
         reference_logp = reference_logp_at(layout, sources, recipe)
         topk = teacher_targets_at(layout, sources, recipe, target, reference_logp, levels)
     return Batch(
@@ -162,13 +162,13 @@ def _spans(
 
 
 def _anchors(
-    examples: Sequence[EncodedExample], is_retain: Sequence[bool], reference: TeacherCache | None, recipe: Recipe
+    examples: Sequence[EncodedExample], is_retain: Sequence[bool], cache: TeacherCache | None, recipe: Recipe
 ) -> list[bool]:
-    """Which examples are anchor documents that `reference` holds. The losses on them measure what unseen text costs the
+    """Which examples are anchor documents that `cache` holds. The losses on them measure what unseen text costs the
     student now."""
-    if reference is None or not uses_levels(recipe):
+    if cache is None or not uses_levels(recipe):
         return [False] * len(examples)
-    return [flag and reference.has_target_logp(example) for example, flag in zip(examples, is_retain, strict=True)]
+    return [flag and cache.has_target_logp(example) for example, flag in zip(examples, is_retain, strict=True)]
 
 
 def _micro_batches(layout: Layout, pad_id: int, device: torch.device, packed: bool) -> MicroBatches:

@@ -57,33 +57,24 @@ class Sources:
 
     teacher: TeacherCache
     base: TeacherCache | None  # of the model before it learned the forget set
+    anchor: TeacherCache  # the one that anchor documents are compared with
     forget_count: int  # the first examples are the forget set
     is_retain: Sequence[bool]  # anchor documents included
     is_anchor: Sequence[bool]
-
-    def of_anchor(self) -> TeacherCache:
-        """The cache that anchor documents are compared with."""
-        return self.teacher if self.base is None else self.base
 
 
 def reference_logp_at(layout: Layout, sources: Sources, recipe: Recipe) -> Tensor | None:
     """The teacher's log-probability of each target [N] float32: of forget examples and substitutes for an objective
     that needs it, and of anchor documents; 0 elsewhere. None if no example needs one."""
-
-    def logp(number: int) -> np.ndarray | None:
+    values: dict[int, np.ndarray] = {}
+    for number in layout.order:
         if sources.is_anchor[number]:
-            return sources.of_anchor().target_logp(layout.examples[number])
-        if needs_forget_cache(recipe) and not sources.is_retain[number]:
-            return sources.teacher.target_logp(layout.examples[number])
+            values[number] = sources.anchor.target_logp(layout.examples[number])
+        elif needs_forget_cache(recipe) and not sources.is_retain[number]:
+            values[number] = sources.teacher.target_logp(layout.examples[number])
+    if not values:
         return None
-
-    values = [logp(number) for number in layout.order]
-    if all(value is None for value in values):
-        return None
-    sizes = [len(layout.examples[number]) for number in layout.order]
-    return _at_spans(
-        [np.zeros(size) if value is None else value for value, size in zip(values, sizes, strict=True)], layout
-    )
+    return _at_spans([values.get(i, np.zeros(len(layout.examples[i]))) for i in layout.order], layout)
 
 
 def teacher_targets_at(
@@ -105,7 +96,7 @@ def teacher_targets_at(
     of_base: list[int] = []
     for number in layout.order:
         if sources.is_anchor[number]:
-            (of_teacher if sources.base is None else of_base).append(number)
+            (of_teacher if sources.anchor is sources.teacher else of_base).append(number)
         elif sources.is_retain[number] or (needs_alternatives(recipe) and number < forget_count):
             of_teacher.append(number)
         elif reads_base and number < forget_count:

@@ -101,8 +101,8 @@ def test_levels_follow_the_students_loss_on_unseen_text(world, model, anchored, 
 
 
 def test_levels_of_a_base_model_follow_the_students_loss_relative_to_it(world, model, anchored, tmp_path, capsys):
-    """The drift is the ratio of the student's losses on the anchor to the base model's. If its cache does not hold the
-    anchor, or another one, there is no drift, and a warning."""
+    """The drift is the ratio of the student's losses on the anchor to the base model's. Without the run's anchor in the
+    base cache, there is no drift and the run logs a warning."""
     base = random_model(world, tmp_path / "base", seed=9)
     anchor = anchored / "anchor.jsonl"
     options = {"cache": anchored / "cache", "anchor": anchor, "recipe": "base-kl", "quiet": True}
