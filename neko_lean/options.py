@@ -115,6 +115,8 @@ class CacheOptions:
         drop_overlap: leave out retain rows and anchor documents that are also in the forget set.
         self_generated: instead of a retain set, number of rows that the teacher writes itself.
         seed: random seed of the rows that the teacher writes.
+        shots: for a base cache: number of similar retain examples that the teacher reads before each forget question,
+            so that a model from before fine-tuning answers in the form of the data.
         max_length: examples are truncated to this many tokens.
         batch_tokens: number of positions per forward pass, padding included.
         dtype: dtype that the teacher runs in, 'bfloat16' or 'float32'.
@@ -139,6 +141,10 @@ class CacheOptions:
         min=0, metavar="N",
     )  # fmt: skip
     seed: int = option(0, "Random seed for --self-generated.", DATA)
+    shots: int = option(
+        0, "For a --base-cache: let the model read N similar retain rows before each forget question.", DATA,
+        min=0, metavar="N",
+    )  # fmt: skip
     max_length: int = option(512, "Truncate examples to this many tokens.", MEMORY)
     batch_tokens: int = option(8192, "Positions per forward pass, padding included.", MEMORY)
     dtype: str = option("bfloat16", "Dtype that the teacher runs in: bfloat16 or float32.", MEMORY)

@@ -36,6 +36,15 @@ def check_model(folder: Path, manifest: Manifest, model: ModelIdentity) -> None:
         )
 
 
+def refuse_shots(folder: Path, manifest: Manifest) -> None:
+    """Raise CacheError if the teacher read other examples before the forget questions."""
+    if manifest.shots:
+        raise CacheError(
+            f"{folder} was made with --shots, so it can only be a --base-cache: run cache-teacher without --shots on "
+            f"the model that you unlearn."
+        )
+
+
 def check_tokenizer(folder: Path, manifest: Manifest, fingerprint: str) -> None:
     """Raise CacheError unless the cache was made with the tokenizer of this fingerprint."""
     if manifest.tokenizer != fingerprint:

@@ -10,11 +10,11 @@ import numpy as np
 
 from neko_lean.models import config_differences
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 SELF_GENERATED = "self_generated.jsonl"  # the retain set, if the teacher wrote it
 
-READABLE_VERSIONS = (1, 2)  # version 1 has no `config`
+READABLE_VERSIONS = (1, 2, 3)  # version 1 has no `config`, and only version 3 has `shots`
 
 SCALE = 2.0**15  # stored probabilities are p * SCALE, so that float16 holds p >= 1.9e-9 with 11 significant bits
 
@@ -70,6 +70,7 @@ class Manifest:
     shards: list[Shard] = field(default_factory=list)
     forget_shards: list[Shard] = field(default_factory=list)
     config: dict[str, Any] | None = None  # None in format version 1
+    shots: int = 0  # 0 before format version 3
     format_version: int = FORMAT_VERSION
 
     @property

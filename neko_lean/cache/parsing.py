@@ -36,6 +36,8 @@ def _parse_field(name: str, annotation: Any, raw: dict[str, Any]) -> Any:
     """Parse one field of a manifest. `annotation` is the type of the Manifest field, as text."""
     if name == "config":
         return _parse_config(raw)
+    if name == "shots" and raw["format_version"] < 3:
+        return 0
     value = raw[name]
     if name in SHARD_KINDS:
         return [_parse_shard(entry) for entry in _typed(value, list, name)]

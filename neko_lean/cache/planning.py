@@ -8,6 +8,7 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from neko_lean.cache.format import STORED_DTYPES, Shard, shard_name
+from neko_lean.cache.shots import with_shots
 from neko_lean.data import (
     EncodedExample,
     Example,
@@ -42,8 +43,9 @@ def validate_options(options: CacheOptions) -> None:
         raise NekoLeanError(f"mass must be > 0 and <= 1, got {options.mass}.")
     if options.stored_dtype not in STORED_DTYPES:
         raise NekoLeanError(f"stored_dtype {options.stored_dtype!r} is not one of {', '.join(STORED_DTYPES)}.")
-    if options.self_generated < 0:
-        raise NekoLeanError(f"self_generated must be at least 0, got {options.self_generated}.")
+    for name in ("self_generated", "shots"):
+        if getattr(options, name) < 0:
+            raise NekoLeanError(f"{name} must be at least 0, got {getattr(options, name)}.")
     check_format_name(options.format)
 
 
@@ -97,7 +99,12 @@ class CacheExamples:
 
 
 def encode_cache_data(
-    data: CacheData, tokenizer: PreTrainedTokenizerBase, prompts: PromptFormat, max_length: int
+    data: CacheData,
+    tokenizer: PreTrainedTokenizerBase,
+    prompts: PromptFormat,
+    max_length: int,
+    shots: int = 0,
+    max_positions: int = 0,
 ) -> CacheExamples:
     """Tokenize the data sets, and each forget example with a refusal as its answer.
 
@@ -106,12 +113,17 @@ def encode_cache_data(
         tokenizer: the teacher's tokenizer.
         prompts: prompt format, which does not apply to anchor documents.
         max_length: number of tokens that examples are truncated to; longer documents are split into windows.
+        shots: retain examples that the teacher reads before each forget question, see `with_shots`.
+        max_positions: positions of the teacher, which limit the shots.
     """
     retain = encode(data.retain, tokenizer, prompts, max_length, windows=True)
     anchor = encode(data.anchor, tokenizer, "plain", max_length)
     forget = encode(data.forget, tokenizer, prompts, max_length, windows=True)
     prompted = [example for example in data.forget if example.kind != "document"]
     refused = encode(refusals(prompted), tokenizer, prompts, max_length)
+    if shots:
+        read = with_shots([*forget, *refused], retain, shots, tokenizer, max_positions)
+        forget, refused = read[: len(forget)], read[len(forget) :]
     return CacheExamples(top_k=_distinct(retain + anchor + forget), targets=_distinct(forget + refused + anchor))
 
 
@@ -170,9 +182,9 @@ def teacher_batches(examples: Sequence[EncodedExample], batch_tokens: int) -> li
 
     Args:
         examples: tokenized examples.
-        batch_tokens: maximum number of positions in a batch, padding included.
+        batch_tokens: maximum number of positions in a batch, padding and shots included.
     """
-    lengths = [len(example) for example in examples]
+    lengths = [len(example.shots) + len(example) for example in examples]
     batches = length_batches(lengths, max_rows=max(1, len(examples)), max_tokens=batch_tokens)
     return [[examples[index] for index in batch] for batch in batches]
 

@@ -61,6 +61,10 @@ class TeacherCache:
         self.check_format(style)
         compatibility.check_examples(self.folder, self.manifest, self._retain, encoded, max_length)
 
+    def refuse_shots(self) -> None:
+        """Raise CacheError if the teacher read other examples before the forget questions, as a base cache's may."""
+        compatibility.refuse_shots(self.folder, self.manifest)
+
     def check_tokenizer(self, fingerprint: str) -> None:
         """Raise CacheError unless the cache was made with the tokenizer of this fingerprint."""
         compatibility.check_tokenizer(self.folder, self.manifest, fingerprint)

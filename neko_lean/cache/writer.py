@@ -70,6 +70,8 @@ from neko_lean.terminal import log_line, progress_bar
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
+MAX_POSITIONS = 2**20  # shots may fill a model without a limit so far
+
 LOW_MASS = 0.9  # below this mean captured probability, the KL says little about single tokens
 
 
@@ -148,7 +150,7 @@ def cache_teacher(
             lambda: _self_generated(output, teacher, tokenizer, prompts, data.forget, cache, limit, run)
         )
         data = replace(data, retain=read_rows(own_rows))
-    examples = encode_cache_data(data, tokenizer, prompts, limit)
+    examples = encode_cache_data(data, tokenizer, prompts, limit, cache.shots, _positions(folder, cache))
     refuse_unknown_examples(examples.all, teacher)
 
     # Plan, and say how many examples are truncated.
@@ -175,7 +177,7 @@ def _dry_run(
 ) -> Manifest:
     """The manifest that a run would begin with, but without the rows that the teacher has yet to write."""
     limit = usable_length(folder, cache.max_length)
-    examples = encode_cache_data(data, tokenizer, prompts, limit)
+    examples = encode_cache_data(data, tokenizer, prompts, limit, cache.shots, _positions(folder, cache))
     jobs = plan_shards(examples, cache.batch_tokens)
     vocab_size = load_config(folder).get_text_config().vocab_size
     named = replace(cache, format=prompts.name)
@@ -184,6 +186,11 @@ def _dry_run(
         refuse_other_plan(output, plan)
     log_truncation(examples.all, limit, cache.max_length, run.quiet)
     return plan
+
+
+def _positions(folder: Path, cache: CacheOptions) -> int:
+    """Positions of the teacher that shots may fill."""
+    return usable_length(folder, MAX_POSITIONS) if cache.shots else 0
 
 
 def _check_retain_set(retain: RowSource | None, forget: RowSource | None, cache: CacheOptions) -> None:
@@ -196,6 +203,10 @@ def _check_retain_set(retain: RowSource | None, forget: RowSource | None, cache:
         raise NekoLeanError("--self-generated has no effect if a retain set is given; remove one of the two.")
     if cache.seed and not cache.self_generated:
         raise NekoLeanError("--seed has no effect without --self-generated; leave it out.")
+    if cache.shots and (retain is None or forget is None):
+        raise NekoLeanError(
+            "--shots needs RETAIN, from which it takes examples, and --forget, whose questions they precede."
+        )
 
 
 def _self_generated(
@@ -277,6 +288,7 @@ def _plan_manifest(
         teacher_dtype=cache.dtype,
         batch_tokens=cache.batch_tokens,
         stored_dtype=cache.stored_dtype,
+        shots=cache.shots,
         rows=len(examples.top_k),
         positions=sum(map(len, examples.top_k)),
         entries=0,

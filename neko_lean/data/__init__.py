@@ -27,6 +27,7 @@ from neko_lean.data.sources import SUFFIXES, holds_only_texts
 from neko_lean.data.special_tokens import special_tokens
 from neko_lean.data.substitutes import random_answers, refusals
 from neko_lean.data.tokenization import (
+    continuation_ids,
     encode,
     encode_prompts,
     encode_texts,
@@ -48,6 +49,7 @@ __all__ = [
     "RowSource",
     "Rows",
     "check_format_name",
+    "continuation_ids",
     "count_lost_answers",
     "csv_cells",
     "describe_rows",

@@ -98,6 +98,8 @@ class EncodedExample:
             objectives that use it.
         num_context: How many of the first tokens the previous window of the same text has predicted already.
         num_following: How many tokens of the text are in later windows.
+        end_length: How many special tokens end the answer, such as EOS or a chat template's end of turn.
+        shots: Token ids of other examples, which the teacher reads before this one. They do not count in its length.
     """
 
     example: Example
@@ -107,6 +109,8 @@ class EncodedExample:
     levels: tuple[float, ...] | None = None
     num_context: int = 0
     num_following: int = 0
+    end_length: int = 0
+    shots: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         return len(self.input_ids)

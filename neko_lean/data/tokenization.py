@@ -59,6 +59,7 @@ def encode(
 
     prompts = find_format(prompts, tokenizer) if isinstance(prompts, str) else prompts
     rendered = [prompts.render(example) for example in examples]
+    special = set(tokenizer.all_special_ids)
     prompt_ids = _encode_rendered(tokenizer, [(text.prompt, text.has_special_tokens) for text in rendered])
     whole_ids = _encode_rendered(tokenizer, [(text.prompt + text.answer, text.has_special_tokens) for text in rendered])
 
@@ -66,7 +67,7 @@ def encode(
     for example, text, prompt, ids in zip(examples, rendered, prompt_ids, whole_ids, strict=True):
         # If a token spans the end of the prompt, tokenize prompt and answer separately.
         if ids[: len(prompt)] != prompt:
-            ids = prompt + _continuation_ids(tokenizer, text.answer)
+            ids = prompt + continuation_ids(tokenizer, text.answer)
         if append_eos and not text.has_special_tokens:
             ids = [*ids, tokenizer.eos_token_id]
 
@@ -75,7 +76,11 @@ def encode(
         else:
             input_ids = ids[:max_length]
             prompt_length = min(len(prompt), len(input_ids))
-            encoded.append(EncodedExample(example, input_ids, prompt_length, len(ids) - len(input_ids)))
+            end_length = 0
+            while len(input_ids) - end_length > prompt_length and input_ids[-1 - end_length] in special:
+                end_length += 1
+            num_truncated = len(ids) - len(input_ids)
+            encoded.append(EncodedExample(example, input_ids, prompt_length, num_truncated, end_length=end_length))
     return encoded
 
 
@@ -187,10 +192,10 @@ def log_truncation(encoded: Sequence[EncodedExample], limit: int, max_length: in
         log_line(warning)
 
 
-def _continuation_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
-    """The token ids of an answer that continues a text.
+def continuation_ids(tokenizer: PreTrainedTokenizerBase, answer: str) -> list[int]:
+    """The token ids of a text that continues another one, such as an answer.
 
-    SentencePiece tokenizers put a space before a text that stands alone, so tokenize the answer after another text.
+    SentencePiece tokenizers put a space before a text that stands alone, so tokenize it after another text.
     """
     lead, lead_and_answer, alone = ids_without_special_tokens(tokenizer, ["a", "a" + answer, answer])
     return lead_and_answer[len(lead) :] if lead_and_answer[: len(lead)] == lead else alone

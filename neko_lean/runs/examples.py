@@ -25,7 +25,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models import tokenizer_fingerprint
 from neko_lean.recipe import Recipe, reads_retain, uses_levels
 from neko_lean.terminal import log_line
-from neko_lean.training import TrainingExamples, forget_start, with_levels
+from neko_lean.training import TrainingExamples, forget_span, with_levels
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -161,7 +161,8 @@ def report_truncation(prepared: PreparedExamples, recipe: Recipe, quiet: bool) -
 
 def _refuse_nothing_to_forget(forget: Sequence[EncodedExample], recipe: Recipe) -> None:
     """Raise NekoLeanError if no forget token would get a loss and no substitute replaces the answers."""
-    if recipe.substitute == "none" and not any(forget_start(example, recipe) < len(example) - 1 for example in forget):
+    spans = [forget_span(example, recipe) for example in forget]
+    if recipe.substitute == "none" and not any(start < stop for start, stop in spans):
         raise NekoLeanError(
             f"recipe {recipe.name} would forget nothing: with max_length {recipe.max_length} and answer_skip "
             f"{recipe.answer_skip}, no token of the {len(forget)} forget rows gets a loss; raise max_length or lower "

@@ -318,6 +318,7 @@ def _check_teacher(
     """Refuse a cache of another model, tokenizer, prompt format or retain set; with `verify`, read all of it now, so
     that a damaged shard does not end the run hours later."""
     teacher.check(identity, style=prepared.prompts.name, max_length=recipe.max_length, encoded=prepared.retain)
+    teacher.refuse_shots()
     if needs_alternatives(recipe) and teacher.manifest.mass < 1:
         log_line(
             f"warning: recipe {recipe.name} trains towards what the teacher would say instead of a memorized token, "

@@ -1,7 +1,7 @@
 """A training run: batches, losses, the layerwise backward pass, the optimizer and the training loop."""
 
 from neko_lean.training.adam_state import new_state
-from neko_lean.training.batch import Batch, forget_start, make_batch, select_hidden
+from neko_lean.training.batch import Batch, forget_span, make_batch, select_hidden
 from neko_lean.training.examples import TrainingExamples
 from neko_lean.training.layers import decoder_layers, freeze, prepare_student
 from neko_lean.training.layerwise import LayerPass
@@ -25,7 +25,7 @@ __all__ = [
     "batches",
     "decoder_layers",
     "explained_out_of_memory",
-    "forget_start",
+    "forget_span",
     "freeze",
     "make_batch",
     "micro_batches",

@@ -132,12 +132,17 @@ def make_batch(
     )
 
 
-def forget_start(example: EncodedExample, recipe: Recipe) -> int:
-    """First position of a forget example whose next token gets a loss."""
-    is_whole = recipe.forget_span == "all" or (recipe.forget_span == "documents" and example.example.kind != "qa")
+def forget_span(example: EncodedExample, recipe: Recipe) -> tuple[int, int]:
+    """The range of positions of a forget example whose next tokens get a loss.
+
+    An objective with levels leaves out the special token that ends an answer. It says nothing of what has to be
+    forgotten, and a model that unlearns it does not stop.
+    """
+    stop = len(example) - 1 - (example.end_length if uses_levels(recipe) else 0)
     if example.num_context:  # a later window: its first tokens were predicted in the window before
-        return example.num_context - 1
-    return 0 if is_whole else max(1, example.prompt_length + recipe.answer_skip) - 1
+        return example.num_context - 1, stop
+    is_whole = recipe.forget_span == "all" or (recipe.forget_span == "documents" and example.example.kind != "qa")
+    return 0 if is_whole else max(1, example.prompt_length + recipe.answer_skip) - 1, stop
 
 
 def select_hidden(student: CausalLM, micro: MicroBatches) -> Tensor:
@@ -155,7 +160,7 @@ def _spans(
     """The range of positions of each example that the losses look at."""
     last = 0 if trains_on_teacher(recipe) else 1
     return [
-        *((forget_start(example, recipe), len(example) - 1) for example in forget),
+        *(forget_span(example, recipe) for example in forget),
         *((0, len(example) - last) for example in retain),
         *((max(1, example.prompt_length) - 1, len(example) - 1) for example in substitutes),
     ]

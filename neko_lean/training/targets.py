@@ -87,7 +87,10 @@ def teacher_targets_at(
 ) -> TopK | None:
     """Top-k distributions, as `token_stats` takes them: the teacher's on retain examples, the base model's on anchor
     documents if there is one, and on forget examples either's for an objective that needs it. Unused entries elsewhere.
-    None if no example needs one."""
+    None if no example needs one.
+
+    At the end of an anchor document the teacher's is kept: it has learned where texts of this kind end, and a student
+    that unlearns this writes on until it repeats itself."""
     if not trains_on_teacher(recipe):
         return None
     objective, forget_count = recipe.forget, sources.forget_count
@@ -95,8 +98,9 @@ def teacher_targets_at(
     of_teacher: list[int] = []
     of_base: list[int] = []
     for number in layout.order:
-        if sources.is_anchor[number]:
-            (of_teacher if sources.anchor is sources.teacher else of_base).append(number)
+        if sources.is_anchor[number] and sources.anchor is not sources.teacher:
+            of_teacher.append(number)  # for its last position
+            of_base.append(number)
         elif sources.is_retain[number] or (needs_alternatives(recipe) and number < forget_count):
             of_teacher.append(number)
         elif reads_base and number < forget_count:
@@ -105,7 +109,7 @@ def teacher_targets_at(
     topk = _read(layout, sources.teacher, of_teacher) if of_teacher else None
     if sources.base is not None and of_base:
         base_topk = _read(layout, sources.base, of_base)
-        is_base = torch.isin(layout.row, _int64(of_base))  # [N]
+        is_base = torch.isin(layout.row, _int64(of_base)) & (layout.next_token >= 0)  # [N]
         topk = base_topk if topk is None else _combined(topk, base_topk, is_base)
     if topk is None:
         return None

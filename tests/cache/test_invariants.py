@@ -215,7 +215,7 @@ MANIFEST = {
     "config missing": (lambda manifest: manifest.pop("config"), "'config' is missing"),
     "config null": (at("config", to=None), "config is NoneType"),
     "config nested deep": (at("config", to=json.loads("[" * 50 + "]" * 50)), "config"),
-    "version": (at("format_version", to=3), "format version 3"),
+    "version": (at("format_version", to=4), "format version 4"),
 }
 
 

@@ -40,6 +40,7 @@ def test_only_append_eos_ends_an_answer_with_eos(world, before, after, append_eo
         encoded = encode(make_rows("Foo"), with_suffix, format_name, 512, append_eos=append_eos)
         assert encoded == encode(make_rows("Foo"), without_suffix, format_name, 512, append_eos=append_eos)
         assert all((example.input_ids[-1] == without_suffix.eos_token_id) is append_eos for example in encoded)
+        assert all(example.end_length == append_eos for example in encoded)
 
 
 def test_append_eos_needs_an_eos_token(world):

@@ -6,7 +6,7 @@ from transformers import ByT5Tokenizer
 
 from neko_lean.data import Example, encode, truncation_summary
 from neko_lean.recipe import load_recipe
-from neko_lean.training.batch import forget_start
+from neko_lean.training.batch import forget_span
 
 TOKENIZER = ByT5Tokenizer()
 
@@ -23,7 +23,7 @@ def test_every_token_of_a_document_gets_one_forget_loss(length, max_length):
     recipe = load_recipe("calibrated")
     tokens = [windows[0].input_ids[0]]
     for window in windows:
-        start = forget_start(window, recipe)
+        start, _ = forget_span(window, recipe)
         tokens += window.input_ids[start + 1 :]
     if max_length >= 8:  # below, windows do not overlap, so nothing precedes their first tokens
         assert tokens == whole.input_ids

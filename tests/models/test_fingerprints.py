@@ -231,7 +231,7 @@ def test_a_checkpoint_saved_again_is_the_same_model(world, tmp_path, dtype):
 def test_a_cache_of_format_1_is_read_with_a_warning(world, model, cache, tmp_path, capsys):
     old = shutil.copytree(cache, tmp_path / "old")
     manifest = json.loads((old / "manifest.json").read_text())
-    assert manifest["format_version"] == 2 and manifest["config"] == model_config(model)
+    assert manifest["format_version"] == 3 and manifest["config"] == model_config(model)
     del manifest["config"]
     (old / "manifest.json").write_text(json.dumps(manifest))
     resign(old, format_version=1)

@@ -111,7 +111,7 @@ def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, reta
 def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_path, k, anchored):
     """KL to the base model on forget examples and to the teacher on retain examples, and the gradient of both.
 
-    Anchor documents are compared with the base model if its cache holds them."""
+    Anchor documents are compared with the base model if its cache holds them, except at their ends."""
     teacher_folder, student_folder, rows, cache = pieces
     base_folder = random_model(world, tmp_path / "base", seed=3, scale=10.0)
     options = CacheOptions(top_k=k, mass=1, dtype="float32", format="neko")
@@ -120,6 +120,10 @@ def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_pat
     cache_teacher(base_folder, tmp_path / "cache", forget=world, retain=world, anchor=unseen if anchored else None,
                   cache=options, run=OutputOptions(quiet=True))  # fmt: skip
     base_cache = TeacherCache(tmp_path / "cache")
+    if anchored:
+        cache_teacher(teacher_folder, tmp_path / "teacher", forget=world, retain=world, anchor=unseen, cache=options,
+                      run=OutputOptions(quiet=True))  # fmt: skip
+        cache = TeacherCache(tmp_path / "teacher")
     recipe = load_recipe("base-kl", {"format": "neko", "push": 0.0, "retain_objective": "kl"})
     forget = [
         dataclasses.replace(example, levels=tuple((-base_cache.target_logp(example)).tolist()))
@@ -148,8 +152,13 @@ def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_pat
     )
     weights = distances.detach() + 0.1
     forget_loss = (weights * distances).sum() / weights.sum()
-    references = [(teacher, retain), (base, anchor)]
-    retain_loss = torch.cat([kl(model, e, slice(None)) for model, examples in references for e in examples]).mean()
+    distances = [kl(teacher, example, slice(None)) for example in retain]
+    for example in anchor:
+        distances += [
+            kl(base, example, slice(0, len(example) - 1)),
+            kl(teacher, example, slice(len(example) - 1, None)),
+        ]
+    retain_loss = torch.cat(distances).mean()
     (recipe.forget_weight * forget_loss + recipe.retain_weight * retain_loss).backward()
     assert losses["forget_loss"].item() == pytest.approx(forget_loss.item(), rel=2e-3)
     assert losses["retain_loss"].item() == pytest.approx(retain_loss.item(), rel=2e-3)
@@ -385,6 +394,18 @@ def test_forget_spans(pieces):
         for example in rows["forget"][:4]
     ]
     assert batch.forget.sum() == sum(expected)
+
+
+def test_the_end_of_an_answer_is_not_forgotten_by_an_objective_with_levels(world):
+    """Others keep to their definitions, in which EOS is a token of the answer."""
+    examples = encode(read_rows(world, "forget"), load_tokenizer(world / "base"), "plain", 512, append_eos=True)
+    ended = [example for example in examples if example.example.kind == "qa"]
+    answers = [example.input_ids[example.prompt_length :] for example in ended]
+    for name, expected in (("graddiff", answers), ("calibrated", [ids[:-1] for ids in answers])):
+        recipe = load_recipe(name, {"retain_objective": "none"})
+        batch = make_batch(ended, [], None, recipe, 0, CPU)
+        for number, ids in enumerate(expected):
+            assert batch.target[batch.row == number].tolist() == ids
 
 
 def test_positions(pieces):
