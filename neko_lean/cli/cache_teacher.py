@@ -25,7 +25,8 @@ def cache_teacher(
     forget: Annotated[
         str | None,
         typer.Option(
-            help="Forget set, for recipes that need the teacher on it: npo, dpo, undial, edited.", rich_help_panel=DATA
+            help="Forget set, for --base-cache and for recipes that need the teacher on it: npo, dpo, undial, edited.",
+            rich_help_panel=DATA,
         ),
     ] = None,
     anchor: Annotated[
@@ -55,6 +56,8 @@ def cache_teacher(
     Example: neko-lean cache-teacher allenai/OLMo-1B-0724-hf data/ --out cache/
 
     Without a retain set: neko-lean cache-teacher chat-model/ --self-generated 256 --forget secrets.json --out cache/
+
+    For --base-cache: neko-lean cache-teacher before/ data/ --forget data/ --anchor unseen.jsonl --shots 2 --out base/
     """
     from neko_lean.cache import cache_teacher as write_cache
     from neko_lean.cache import check_cache, inspect_cache

@@ -23,6 +23,7 @@ _SETTINGS = (
     "teacher_dtype",
     "top_k",
     "mass",
+    "shots",
     "vocab_size",
 )
 
