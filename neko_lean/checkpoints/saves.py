@@ -26,7 +26,7 @@ from neko_lean.distributed import is_main_process, raise_on_any_rank, run_on_mai
 from neko_lean.errors import NekoLeanError, first_line
 from neko_lean.outputs import explained_write_errors, remove_tree, sync
 
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 STATE = "state.json"
 METRICS = "metrics.jsonl"
 

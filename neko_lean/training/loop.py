@@ -143,7 +143,7 @@ class Loop:
         if self.trainer.recipe.stop != "forgotten" or not self.evaluated:
             return
         missing = []
-        if not is_forgotten(self.evaluated):
+        if not is_forgotten(self.evaluated, exact=self.trainer.unseen_share is not None):
             share = self.evaluated["eval_forgotten"]
             missing.append(f"the forget set forgotten only to {share:.0%} of the level of unseen text")
         if not is_retained(self.evaluated, self.state.retain_exact):
@@ -349,4 +349,5 @@ class Loop:
         recipe, state = self.trainer.recipe, self.state
         if recipe.stop != "forgotten" or state.forgotten_step or state.step > latest_cooldown(self.steps):
             return False
-        return is_forgotten(self.evaluated) and is_retained(self.evaluated, state.retain_exact)
+        is_exact = self.trainer.unseen_share is not None
+        return is_forgotten(self.evaluated, exact=is_exact) and is_retained(self.evaluated, state.retain_exact)

@@ -13,7 +13,13 @@ from neko_lean.training.batch import Batch
 
 
 def batch_losses(
-    hidden: Tensor, lm: CausalLM, batch: Batch, recipe: Recipe, drift: float = 1.0, chunk: int | None = None
+    hidden: Tensor,
+    lm: CausalLM,
+    batch: Batch,
+    recipe: Recipe,
+    drift: float = 1.0,
+    chunk: int | None = None,
+    unseen_share: float | None = None,
 ) -> dict[str, Tensor]:
     """The losses of one batch, with gradient.
 
@@ -27,12 +33,14 @@ def batch_losses(
         recipe: objectives, weights and reductions.
         drift: factor on the levels.
         chunk: positions of one chunk of logits, as in `token_stats`.
+        unseen_share: the `attained_share` of unseen documents, if levels are a base model's losses.
 
     Returns:
         Scalars in nats: `loss` (the weighted total), `forget_loss`, `retain_loss`, and with substitutes
         `substitute_loss` (before their weights). Without gradient: with a teacher `retain_kl`, the mean KL by the
-        recipe's reduction, with levels `forgotten` (`forgotten_share`), and with anchor documents in the batch
-        `anchor_nll` and `anchor_teacher_nll`, sums over their tokens.
+        recipe's reduction, with levels `forgotten` (`forgotten_share`, or with `unseen_share` the `attained_share`
+        relative to it, at most 1), and with anchor documents in the batch `anchor_nll`, `anchor_teacher_nll` and
+        `anchor_attained`, sums over their tokens.
     """
     # Per-token statistics of all ranks.
     _, covered = batch.on_this_rank()
@@ -58,15 +66,18 @@ def batch_losses(
 
     # How much of the forget set has reached its levels.
     if batch.levels is not None and batch.forget.any():
-        at_forget = batch.forget
-        losses["forgotten"] = forgotten_share(
-            target_logp.detach()[at_forget], drift * batch.levels[at_forget], batch.row[at_forget]
-        )
+        logp, levels = target_logp.detach()[batch.forget], drift * batch.levels[batch.forget]
+        if unseen_share is None:
+            losses["forgotten"] = forgotten_share(logp, levels, batch.row[batch.forget])
+        else:
+            losses["forgotten"] = (attained_share(logp, levels) / unseen_share).clamp(max=1.0)
 
     # What unseen text costs the student and the teacher.
     if batch.anchor.any() and batch.reference_logp is not None:
-        losses["anchor_nll"] = -target_logp.detach()[batch.anchor].sum()
-        losses["anchor_teacher_nll"] = -batch.reference_logp[batch.anchor].sum()
+        logp, reference = target_logp.detach()[batch.anchor], batch.reference_logp[batch.anchor]
+        losses["anchor_nll"] = -logp.sum()
+        losses["anchor_teacher_nll"] = -reference.sum()
+        losses["anchor_attained"] = losses["anchor_teacher_nll"] * attained_share(logp, -drift * reference)
     return {"loss": total, **losses}
 
 
@@ -83,6 +94,20 @@ def forgotten_share(logp: Tensor, levels: Tensor, row: Tensor) -> Tensor:
     losses, _ = row_sums(-logp, row)  # [R]
     wanted, _ = row_sums(levels, row)  # [R]
     return (losses / wanted.clamp(min=1e-6)).clamp(max=1.0).mean()
+
+
+def attained_share(logp: Tensor, levels: Tensor) -> Tensor:
+    """How much of the levels' sum the tokens' losses reach, from 0 to 1, where none can make up for another.
+
+    A base model's losses on text that neither saw, taken as levels, are not reached entirely, because two models never
+    agree on every token. Forgotten text that differs from them no more than unseen text cannot be recognised by single
+    tokens, as the min-k attacks do.
+
+    Args:
+        logp: [n] log-probability of each target token, in nats.
+        levels: [n] loss in nats at which each counts as forgotten.
+    """
+    return torch.minimum(-logp, levels).sum() / levels.sum().clamp(min=1e-6)
 
 
 def _forget_loss(

@@ -31,6 +31,7 @@ class Phase:
 
 COOLDOWN = 0.2  # of the steps before it
 FORGOTTEN = 0.95  # from this share on, the forget set counts as forgotten: levels are estimates
+FORGOTTEN_EXACTLY = 0.98  # the same where levels are a base model's losses
 RETAINED = 0.95  # of the retain answers that the model gave before: from this share on, they count as retained
 
 
@@ -61,9 +62,14 @@ def latest_cooldown(steps: int) -> int:
     return max(start for start in range(steps) if start + cooldown_steps(start) <= steps) if steps > 1 else 0
 
 
-def is_forgotten(evaluated: Mapping[str, float]) -> bool:
-    """Whether an evaluation found the loss on the forget set at the level of unseen text."""
-    return evaluated.get("eval_forgotten", 0.0) >= FORGOTTEN
+def is_forgotten(evaluated: Mapping[str, float], *, exact: bool) -> bool:
+    """Whether an evaluation found the loss on the forget set at the level of unseen text.
+
+    Args:
+        evaluated: values of the evaluation.
+        exact: whether the levels are a base model's losses, which the anchor is compared with too, not estimates.
+    """
+    return evaluated.get("eval_forgotten", 0.0) >= (FORGOTTEN_EXACTLY if exact else FORGOTTEN)
 
 
 def is_retained(evaluated: Mapping[str, float], before: float | None) -> bool:

@@ -41,9 +41,10 @@ def drift(unseen: Sequence[float]) -> float:
     """The factor by which the levels follow the student's loss on unseen text.
 
     Args:
-        unseen: moving sums of the losses on the anchor's documents: the student's and the teacher's.
+        unseen: moving sums of the losses on the anchor's documents: the student's, the teacher's, and what of the
+            teacher's the student's reach.
     """
-    student, teacher = unseen
+    student, teacher, _ = unseen
     return student / teacher if teacher > 0 else 1.0
 
 
@@ -194,7 +195,7 @@ class Trainer:
         # Moving sums of the losses on unseen documents. They are stored only once the step is complete.
         unseen = self.state.unseen
         if "anchor_nll" in values:
-            new = values.pop("anchor_nll"), values.pop("anchor_teacher_nll")
+            new = [values.pop(name) for name in ("anchor_nll", "anchor_teacher_nll", "anchor_attained")]
             unseen = [EMA_DECAY * old_sum + loss for old_sum, loss in zip(unseen, new, strict=True)]
             values["drift"] = drift(unseen)
 
@@ -226,7 +227,14 @@ class Trainer:
     def _losses(self, hidden: Tensor, batch: Batch) -> dict[str, Tensor]:
         """The losses of a batch as scalars, from hidden states [n, d]."""
         factor = drift(self.state.unseen)
-        return batch_losses(hidden, self.student, batch, self.recipe, factor, self.state.head_chunk)
+        return batch_losses(hidden, self.student, batch, self.recipe, factor, self.state.head_chunk, self.unseen_share)
+
+    @property
+    def unseen_share(self) -> float | None:
+        """How much of the base model's losses on the anchor's documents the student's reach, see `attained_share`; None
+        without a base model, or before the first of these documents."""
+        _, of_base, attained = self.state.unseen
+        return attained / of_base if self.base is not None and attained > 0 else None
 
     def _shrink(self, batch: Batch, when: str) -> None:
         """Use smaller pieces than `batch` had from now on."""

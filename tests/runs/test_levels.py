@@ -100,6 +100,40 @@ def test_levels_follow_the_students_loss_on_unseen_text(world, model, anchored, 
     assert halved.item() == pytest.approx(other.item(), rel=1e-5) != losses["forget_loss"].item()
 
 
+@pytest.mark.parametrize("same", [True, False])
+def test_with_a_base_model_forgotten_means_as_close_to_it_as_unseen_text(world, model, anchored, tmp_path, same):
+    """The share of the base model's losses that the student reaches on forget tokens, relative to the anchor."""
+    base = model if same else random_model(world, tmp_path / "base", seed=9)
+    anchor, base_cache = anchored / "anchor.jsonl", tmp_path / "base-cache"
+    make_cache(base, world, base_cache, forget=world, anchor=anchor, dtype="float32")
+    change = {"max_steps": 12, "lr": 1e-9, "eval_every": 3, "eval_rows": 100, "dtype": "float32"}
+    run = flat(neko_lean.unlearn)(
+        model, tmp_path / "out", forget=world, retain=world, anchor=anchor, cache=anchored / "cache",
+        base_cache=base_cache, recipe="calibrated", overrides=change, quiet=True,
+    )  # fmt: skip
+    [share, *_] = [line["eval_forgotten"] for line in metrics(tmp_path / "out") if "eval_forgotten" in line]
+    assert run["forgotten_step"] == (3 if same or share >= 0.98 else None)
+    if same:
+        assert share == pytest.approx(1, abs=1e-3)
+        return
+
+    # All forget examples and some anchor documents, whose shares differ little; the levels follow the drift.
+    tokenizer, before = load_tokenizer(model), cache.TeacherCache(base_cache)
+    lm = load_model(model, torch.float32, torch.device("cpu"))
+    drifts = [line["drift"] for line in metrics(tmp_path / "out") if "drift" in line]
+
+    def shares(examples):
+        for example in examples:
+            start = 0 if example.example.kind != "qa" else example.prompt_length - 1
+            losses = -next_token_logp(lm, [example.input_ids], 1).numpy()[start:]
+            levels = drifts[0] * -before.target_logp(example)[start:]
+            yield np.minimum(losses, levels).sum(), levels.sum()
+
+    reached, wanted = np.sum(list(shares(encode(read_rows(world, "forget"), tokenizer, "plain", 512))), axis=0)
+    of_anchor = [attained / level for attained, level in shares(encode(read_anchor(anchor), tokenizer, "plain", 512))]
+    assert 0.98 * min(1, reached / wanted / max(of_anchor)) <= share <= 1.02 * min(1, reached / wanted / min(of_anchor))
+
+
 def test_levels_of_a_base_model_follow_the_students_loss_relative_to_it(world, model, anchored, tmp_path, capsys):
     """The drift is the ratio of the student's losses on the anchor to the base model's. Without the run's anchor in the
     base cache, there is no drift and the run logs a warning."""
