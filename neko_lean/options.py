@@ -142,7 +142,7 @@ class CacheOptions:
     )  # fmt: skip
     seed: int = option(0, "Random seed for --self-generated.", DATA)
     shots: int = option(
-        0, "For a --base-cache: let the model read N similar retain rows before each forget question.", DATA,
+        0, "For a --base-cache: let the model read N similar retain rows before each forget question.", TEACHER,
         min=0, metavar="N",
     )  # fmt: skip
     max_length: int = option(512, "Truncate examples to this many tokens.", MEMORY)

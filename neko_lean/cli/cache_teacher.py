@@ -25,7 +25,7 @@ def cache_teacher(
     forget: Annotated[
         str | None,
         typer.Option(
-            help="Forget set, for --base-cache and for recipes that need the teacher on it: npo, dpo, undial, edited.",
+            help="Forget set, for --base-cache and recipes that need the teacher on it: npo, dpo, undial, edited.",
             rich_help_panel=DATA,
         ),
     ] = None,
