@@ -31,7 +31,7 @@ class Phase:
 
 COOLDOWN = 0.2  # of the steps before it
 FORGOTTEN = 0.95  # from this share on, the forget set counts as forgotten: levels are estimates
-FORGOTTEN_EXACTLY = 0.98  # the same where levels are a base model's losses
+FORGOTTEN_EXACTLY = 0.97  # the same where levels are a base model's losses
 RETAINED = 0.95  # of the retain answers that the model gave before: from this share on, they count as retained
 
 

@@ -112,7 +112,7 @@ def test_with_a_base_model_forgotten_means_as_close_to_it_as_unseen_text(world, 
         base_cache=base_cache, recipe="calibrated", overrides=change, quiet=True,
     )  # fmt: skip
     [share, *_] = [line["eval_forgotten"] for line in metrics(tmp_path / "out") if "eval_forgotten" in line]
-    assert run["forgotten_step"] == (3 if same or share >= 0.98 else None)
+    assert run["forgotten_step"] == (3 if same or share >= 0.97 else None)
     if same:
         assert share == pytest.approx(1, abs=1e-3)
         return
