@@ -31,7 +31,7 @@ class Phase:
 
 COOLDOWN = 0.2  # of the steps before it
 FORGOTTEN = 0.95  # from this share on, the forget set counts as forgotten: levels are estimates
-FORGOTTEN_EXACTLY = 0.97  # the same where levels are a base model's losses
+FORGOTTEN_EXACTLY = 0.97  # the same where each token counts by itself
 RETAINED = 0.95  # of the retain answers that the model gave before: from this share on, they count as retained
 
 
@@ -67,7 +67,7 @@ def is_forgotten(evaluated: Mapping[str, float], *, exact: bool) -> bool:
 
     Args:
         evaluated: values of the evaluation.
-        exact: whether the levels are a base model's losses, which the anchor is compared with too, not estimates.
+        exact: whether each token counts by itself, because the student learns a base model's distributions.
     """
     return evaluated.get("eval_forgotten", 0.0) >= (FORGOTTEN_EXACTLY if exact else FORGOTTEN)
 

@@ -232,9 +232,10 @@ class Trainer:
     @property
     def unseen_share(self) -> float | None:
         """How much of the base model's losses on the anchor's documents the student's reach, see `attained_share`; None
-        without a base model, or before the first of these documents."""
+        before the first of these documents, and for an objective that does not learn the base model's distributions."""
         _, of_base, attained = self.state.unseen
-        return attained / of_base if self.base is not None and attained > 0 else None
+        learns_base = self.recipe.forget is not None and self.recipe.forget.base_top_k
+        return attained / of_base if learns_base and attained > 0 else None
 
     def _shrink(self, batch: Batch, when: str) -> None:
         """Use smaller pieces than `batch` had from now on."""
