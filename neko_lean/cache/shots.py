@@ -45,12 +45,13 @@ def with_shots(
 
     Raises NekoLeanError if there are no questions in one of the two sets.
     """
-    questions = [example for example in retain if example.example.kind == "qa"]
+    questions = [example for example in retain if example.example.kind == "qa" and example.input_ids]
     for name, found in (("retain", questions), ("forget", [e for e in examples if e.example.kind == "qa"])):
         if not found:
             raise NekoLeanError(f"--shots has no effect, because the {name} set has no questions; leave it out.")
 
-    # An answer that ends with a special token, as chat templates end it, is set off from what follows.
+    # An answer that ends with a special token, as chat templates end it, is set off from what follows; others need a
+    # blank line.
     separator = continuation_ids(tokenizer, "\n\n")
     special = set(tokenizer.all_special_ids)
     texts = [[*ids, *(() if ids[-1] in special else separator)] for ids in (q.input_ids for q in questions)]
@@ -86,7 +87,9 @@ class _PromptIndex:
         common = np.zeros(len(self.sizes))
         for numbers in holders:
             common[numbers] += 1
-        similarity = common / (self.sizes + len(tokens) - common)
+        similarity = common / np.maximum(
+            self.sizes + len(tokens) - common, 1
+        )  # two empty prompts have nothing in common
 
         of_task = self.tasks == example.example.task
         candidates = np.flatnonzero(of_task) if of_task.any() else np.arange(len(self.sizes))

@@ -86,6 +86,15 @@ def test_a_task_without_retain_questions_takes_those_of_others(model):
     assert example.shots[:2] == (40, 42)
 
 
+@pytest.mark.filterwarnings("error")
+def test_questions_without_tokens_are_no_shots(model):
+    """A cache refuses them later, naming the row; an empty prompt is like no other."""
+    tokenizer = load_tokenizer(model)
+    retain = [question("empty", [], answer=()), question("bare", [], answer=(41,))]
+    [example] = with_shots([question("a", [])], retain, 2, tokenizer, 10**6)
+    assert example.shots[0] == 41 and 41 not in example.shots[1:]
+
+
 def test_an_answer_that_ends_with_a_special_token_needs_no_separator(model):
     tokenizer = load_tokenizer(model)
     ended = question("b", [40], answer=(41, tokenizer.eos_token_id))
