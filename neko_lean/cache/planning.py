@@ -184,7 +184,7 @@ def teacher_batches(examples: Sequence[EncodedExample], batch_tokens: int) -> li
         examples: tokenized examples.
         batch_tokens: maximum number of positions in a batch, padding and shots included.
     """
-    lengths = [len(example.shots) + len(example) for example in examples]
+    lengths = [len(example.ids_with_shots) for example in examples]
     batches = length_batches(lengths, max_rows=max(1, len(examples)), max_tokens=batch_tokens)
     return [[examples[index] for index in batch] for batch in batches]
 

@@ -27,7 +27,7 @@ class TopK:
 @torch.no_grad()
 def hidden_states(teacher: CausalLM, batch: Sequence[EncodedExample], pad_id: int) -> Tensor:
     """Last hidden states of a batch, without padding and shots: [P, d], one example after another."""
-    input_ids, mask = pad([[*example.shots, *example.input_ids] for example in batch], pad_id, teacher.device)
+    input_ids, mask = pad([example.ids_with_shots for example in batch], pad_id, teacher.device)
     starts = torch.tensor([[len(example.shots)] for example in batch], device=teacher.device)  # [B, 1]
     is_own = mask.bool() & (torch.arange(mask.shape[1], device=teacher.device) >= starts)  # [B, L]
     return teacher.hidden(input_ids)[is_own]
@@ -75,8 +75,8 @@ def target_logps(teacher: CausalLM, batch: Sequence[EncodedExample], pad_id: int
     Raises:
         NekoLeanError: if the teacher's output is NaN or infinite; names the first such example.
     """
-    logp = next_token_logp(teacher, [[*example.shots, *example.input_ids] for example in batch], pad_id).cpu()
-    sizes = [len(example.shots) + len(example) - 1 for example in batch]
+    logp = next_token_logp(teacher, [example.ids_with_shots for example in batch], pad_id).cpu()
+    sizes = [len(example.ids_with_shots) - 1 for example in batch]
     parts = [part[len(example.shots) :] for example, part in zip(batch, logp.split(sizes), strict=True)]
     for example, part in zip(batch, parts, strict=True):
         refuse_non_finite_outputs(part, f"row {example.example.id}")

@@ -116,6 +116,11 @@ class EncodedExample:
         return len(self.input_ids)
 
     @property
+    def ids_with_shots(self) -> list[int]:
+        """What the teacher reads: the shots, then the example's own tokens."""
+        return [*self.shots, *self.input_ids]
+
+    @property
     def answer_length(self) -> int:
         """How many answer tokens the length limit left."""
         return max(0, len(self.input_ids) - self.prompt_length)
