@@ -43,7 +43,7 @@ def with_shots(
 
     Returns the examples in the same order, with `shots` set.
 
-    Raises NekoLeanError if there are no questions in one of the two sets.
+    Raises NekoLeanError if `examples` or `retain` has no questions.
     """
     questions = [example for example in retain if example.example.kind == "qa" and example.input_ids]
     for name, found in (("retain", questions), ("forget", [e for e in examples if e.example.kind == "qa"])):

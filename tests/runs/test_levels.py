@@ -135,8 +135,8 @@ def test_with_a_base_model_forgotten_means_as_close_to_it_as_unseen_text(world, 
 
 
 def test_levels_of_a_base_model_follow_the_students_loss_relative_to_it(world, model, anchored, tmp_path, capsys):
-    """The drift is the ratio of the student's losses on the anchor to the base model's. Without the run's anchor in the
-    base cache, there is no drift and the run logs a warning."""
+    """The drift is the ratio of the student's losses on the anchor to the base model's. A base cache without the
+    run's anchor gives no drift, and the run logs a warning."""
     base = random_model(world, tmp_path / "base", seed=9)
     anchor = anchored / "anchor.jsonl"
     options = {"cache": anchored / "cache", "anchor": anchor, "recipe": "base-kl", "quiet": True}
