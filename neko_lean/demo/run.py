@@ -18,7 +18,16 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models import check_seed, has_bfloat16, pick_device
 from neko_lean.options import DemoOptions, OutputOptions, RunOptions
 from neko_lean.outputs import staged_folder, write_atomically
-from neko_lean.recipe import DEFAULT, Recipe, forgets, load_recipe, needs_forget_cache, reads_cache, uses_anchor
+from neko_lean.recipe import (
+    DEFAULT,
+    Recipe,
+    forgets,
+    load_recipe,
+    needs_forget_cache,
+    reads_cache,
+    uses_anchor,
+    uses_levels,
+)
 from neko_lean.reporting import report
 from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring import ScoreInputs, ScoreSettings, score
@@ -162,7 +171,7 @@ def _forget(work: _Demo, path: str, overrides: dict[str, Any], recipe: Recipe) -
             work.stage / teacher,
             retain=work.data,
             anchor=anchor if has_anchor else None,
-            forget=work.data if needs_forget_cache(recipe) else None,
+            forget=work.data if needs_forget_cache(recipe) or uses_levels(recipe) else None,
             cache=CacheOptions(format=recipe.format, system=recipe.system, max_length=recipe.max_length, **work.dtype),
             run=work.output,
         )

@@ -25,7 +25,7 @@ from neko_lean.errors import NekoLeanError
 from neko_lean.models import tokenizer_fingerprint
 from neko_lean.recipe import Recipe, reads_retain, uses_levels
 from neko_lean.terminal import log_line
-from neko_lean.training import TrainingExamples, forget_span, with_levels
+from neko_lean.training import TrainingExamples, forget_span, with_levels, with_spread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -107,7 +107,7 @@ def training_examples(
     """What the trainer gets: the prepared examples, with levels for an objective that reads them.
 
     Levels come from the best source there is: the model before it learned the forget set (`base_cache`), unseen
-    documents (the anchor), or the recipe's one level for all tokens.
+    documents (the anchor) and the teacher's own losses, or the recipe's one level for all tokens.
 
     Raises CacheError if `base_cache` does not hold the forget set, or was truncated further.
     """
@@ -127,15 +127,29 @@ def training_examples(
                     f"predicts it, and forgotten text can be told from it; make it with cache-teacher --anchor."
                 )
         elif prepared.anchor and teacher is not None:
-            forget = with_levels(
-                forget, prepared.anchor, [-teacher.target_logp(example) for example in prepared.anchor]
-            )
+            forget = _estimated_levels(forget, prepared.anchor, recipe, teacher)
         else:
             log_line(
                 f"warning: without --anchor or --base-cache, every token counts as forgotten at a loss of "
                 f"{recipe.hyperparameters['level']} nats, whatever it is."
             )
     return TrainingExamples(forget, prepared.retain, prepared.substitutes)
+
+
+def _estimated_levels(
+    forget: list[EncodedExample], anchor: list[EncodedExample], recipe: Recipe, teacher: TeacherCache
+) -> list[EncodedExample]:
+    """Levels by the teacher's losses on the anchor, and on the forget set if it was cached with them."""
+    losses = [-teacher.target_logp(document) for document in anchor]
+    leveled = with_levels(forget, anchor, losses)
+    if not all(map(teacher.has_target_logp, forget)):
+        log_line(
+            f"warning: {teacher.folder} does not hold the forget set, so all tokens of a document will cost about the "
+            f"same, by which min-k attacks recognise it; make it with cache-teacher --forget."
+        )
+        return leveled
+    spans = [forget_span(example, recipe) for example in forget]
+    return with_spread(leveled, spans, [-teacher.target_logp(example) for example in forget], anchor, losses)
 
 
 def report_truncation(prepared: PreparedExamples, recipe: Recipe, quiet: bool) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -180,23 +180,25 @@ def unlearn(
         check_run_folder(output, identity, resume=run.resume)
         if teacher is not None and reads_cache(chosen, anchor=bool(prepared.anchor)):
             _check_teacher(teacher, model_identity, chosen, prepared, verify=True)
-        _log_rows(data, chosen, False, run.quiet)
+        _log_rows(data, (), run.quiet)
         lost = report_truncation(prepared, chosen, run.quiet)
         examples = planned_examples(prepared, chosen, teacher, base, tokenizer, self_generates)
         plan = plan_training(folder, output, examples, chosen, device, run.seed)
         return {**plan, "self_generated": chosen.self_generated * self_generates, "forget_answers_lost": lost}
 
     with work_folder(output, identity, run) as (work, signals):
-        caches = teacher is None and (self_generates or reads_cache(chosen, anchor=bool(prepared.anchor)))
-        if caches:
-            teacher = _cache_teacher(folder, retain, anchor, forget, work.cache, chosen, run)
+        logged: list[str] = []
+        if teacher is None and (self_generates or reads_cache(chosen, anchor=bool(prepared.anchor))):
+            logged = ["retain", "forget"] if _caches_forget(chosen, data, base) else ["retain"]
+            cached_forget = forget if "forget" in logged else None
+            teacher = _cache_teacher(folder, retain, anchor, cached_forget, work.cache, chosen, run)
         if self_generates:
             prepared = prepare(read_rows(work.cache / SELF_GENERATED))
         if not reads_cache(chosen, anchor=bool(prepared.anchor)):
             teacher = None  # it only wrote the retain set
         if teacher is not None:
             _check_teacher(teacher, model_identity, chosen, prepared, verify=cache is not None)
-        _log_rows(data, chosen, caches, run.quiet)
+        _log_rows(data, logged, run.quiet)
         if given_lr == AUTO:
             log_line(f"lr: {chosen.lr:.1e}, by the model's hidden size", run.quiet)
         examples = training_examples(prepared, chosen, teacher, base, tokenizer)
@@ -259,11 +261,10 @@ def _digest(cache: TeacherCache | None) -> str:
     return "" if cache is None else file_sha256(cache.folder / MANIFEST)
 
 
-def _log_rows(data: _Data, recipe: Recipe, was_cached: bool, quiet: bool) -> None:
-    """Log what was recognised in the data, unless `cache_teacher` has just read the same and said so."""
+def _log_rows(data: _Data, logged: Sequence[str], quiet: bool) -> None:
+    """Log what was recognised in the data, except for sets that `cache_teacher` has just read and `logged`."""
     for name, description in data.descriptions.items():
-        already_logged = was_cached and (name == "retain" or data.retain is None or needs_forget_cache(recipe))
-        if not already_logged:
+        if name not in logged:
             log_line(description, quiet)
 
 
@@ -272,32 +273,34 @@ def _self_generates(recipe: Recipe, retain: RowSource | None) -> bool:
     return retain is None and reads_retain(recipe)
 
 
-def _caches_forget(recipe: Recipe, retain: RowSource | None) -> bool:
-    """Whether a cache that the run makes itself is given the forget set: self-generated rows must not repeat it."""
-    return needs_forget_cache(recipe) or retain is None
+def _caches_forget(recipe: Recipe, data: _Data, base: TeacherCache | None) -> bool:
+    """Whether a cache that the run makes itself is given the forget set: for objectives that compare with the teacher,
+    for levels that follow its losses, and because self-generated rows must not repeat the forget set."""
+    estimates_levels = uses_levels(recipe) and bool(data.anchor) and base is None
+    return needs_forget_cache(recipe) or estimates_levels or data.retain is None
 
 
 def _cache_teacher(
     folder: Path,
     retain: RowSource | None,
     anchor: RowSource | None,
-    forget: RowSource,
+    forget: RowSource | None,
     out: Path,
     recipe: Recipe,
     options: RunOptions,
 ) -> TeacherCache:
     """Cache the teacher for this run alone, in its work folder."""
-    self_generates, caches_forget = _self_generates(recipe, retain), _caches_forget(recipe, retain)
+    self_generates = _self_generates(recipe, retain)
     cache_teacher(
         folder,
         out,
         retain=retain,
         anchor=anchor,
-        forget=forget if caches_forget else None,
+        forget=forget,
         cache=CacheOptions(
-            split=options.split if retain is not None or caches_forget else None,
+            split=options.split if retain is not None or forget is not None else None,
             columns=options.columns,
-            drop_overlap=options.drop_overlap and caches_forget,
+            drop_overlap=options.drop_overlap and forget is not None,
             mass=1.0 if needs_alternatives(recipe) else CacheOptions.mass,
             self_generated=recipe.self_generated if self_generates else 0,
             seed=options.seed if self_generates else 0,

@@ -5,7 +5,7 @@ from neko_lean.training.batch import Batch, forget_span, make_batch, select_hidd
 from neko_lean.training.examples import TrainingExamples
 from neko_lean.training.layers import decoder_layers, freeze, prepare_student
 from neko_lean.training.layerwise import LayerPass
-from neko_lean.training.levels import with_levels
+from neko_lean.training.levels import with_levels, with_spread
 from neko_lean.training.loop import Callback, Loop
 from neko_lean.training.micro_batches import MicroBatches, micro_batches, split_across_ranks
 from neko_lean.training.optimizer import SLICE, update_bytes
@@ -37,4 +37,5 @@ __all__ = [
     "total_steps",
     "update_bytes",
     "with_levels",
+    "with_spread",
 ]

@@ -8,7 +8,7 @@ cost the same is neither recognised nor avoided.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from neko_lean.data import ANCHOR_TASK, EncodedExample
 from neko_lean.errors import NekoLeanError
 
 CONTEXT_LENGTHS = (1, 2, 3)  # lengths of a token's contexts, which include the token itself
+LOWEST_MEAN = 1e-6  # nats; keeps the scale of a document without any level finite
 PRIOR = 2.0  # occurrences that count for the estimate from the next shorter context
 
 
@@ -40,21 +41,67 @@ def with_levels(
 
     Raises NekoLeanError if no document has two tokens.
     """
-    # Group the documents by task.
+    leveled: dict[int, EncodedExample] = {}
+    for examples, documents in _tasks(forget, anchor, losses):
+        leveled |= _with_levels_of_task(examples, [anchor[i] for i in documents], [losses[i] for i in documents])
+    return [leveled[number] for number in range(len(forget))]
+
+
+def with_spread(
+    forget: Sequence[EncodedExample],
+    spans: Sequence[tuple[int, int]],
+    forget_losses: Sequence[np.ndarray],
+    anchor: Sequence[EncodedExample],
+    losses: Sequence[np.ndarray],
+) -> list[EncodedExample]:
+    """Spread the levels of forgotten documents as the losses of unseen ones are spread.
+
+    `with_levels` estimates means. Most losses of a real text are near 0 and a few are very high, and the min-k attacks
+    recognise a text whose losses all lie in between. The teacher knows which tokens were surprising: its loss on them
+    is small, but still larger than on the others (SHRED, arXiv 2605.07482, selects tokens by it). Therefore the tokens
+    of a document are ranked by both, the estimate and the teacher's loss, and the levels are the quantiles of the
+    anchor's losses at these ranks, scaled so that the document's mean level stays the same.
+
+    Args:
+        forget: forget examples with levels. Those of kind qa are not changed.
+        spans: the range of positions of each that get a loss; the levels of others are not changed.
+        forget_losses: the teacher's losses in nats on each, for all tokens but the first [length - 1].
+        anchor, losses: as in `with_levels`.
+
+    Returns the forget examples with the new levels.
+    """
+    spread = list(forget)
+    for examples, documents in _tasks(forget, anchor, losses):
+        unseen = np.concatenate([losses[i] for i in documents])
+        for number, encoded in examples.items():
+            span = slice(*spans[number])
+            levels = np.array(encoded.levels)
+            estimate, of_teacher = levels[span], forget_losses[number][span]
+            if encoded.example.kind == "qa" or not len(estimate):
+                continue
+            ranks = _ranks(_ranks(estimate) + _ranks(of_teacher))
+            quantiles = np.quantile(unseen, (ranks + 0.5) / len(ranks))
+            levels[span] = quantiles * (estimate.mean() / max(quantiles.mean(), LOWEST_MEAN))
+            spread[number] = replace(encoded, levels=tuple(levels))
+    return spread
+
+
+def _tasks(
+    forget: Sequence[EncodedExample], anchor: Sequence[EncodedExample], losses: Sequence[np.ndarray]
+) -> Iterator[tuple[dict[int, EncodedExample], list[int]]]:
+    """The forget examples of each task by their number, and the numbers of the documents that they are compared with.
+
+    Raises NekoLeanError if no document has two tokens.
+    """
     usable = [number for number, loss in enumerate(losses) if len(loss)]
     if not usable:
         raise NekoLeanError("no document of the anchor has at least two tokens, so none has a loss; use longer ones.")
     documents_of_task: dict[str, list[int]] = defaultdict(list)
     for number in usable:
         documents_of_task[anchor[number].example.task].append(number)
-
-    # Set the levels task by task.
-    leveled: dict[int, EncodedExample] = {}
     for task in sorted({encoded.example.task for encoded in forget}):
         documents = documents_of_task.get(task) or documents_of_task.get(ANCHOR_TASK) or usable
-        examples = {number: encoded for number, encoded in enumerate(forget) if encoded.example.task == task}
-        leveled |= _with_levels_of_task(examples, [anchor[i] for i in documents], [losses[i] for i in documents])
-    return [leveled[number] for number in range(len(forget))]
+        yield {number: encoded for number, encoded in enumerate(forget) if encoded.example.task == task}, documents
 
 
 def _with_levels_of_task(
@@ -112,3 +159,10 @@ class _TokenLossEstimate:
 def _contexts(ids: Sequence[int], position: int) -> list[tuple[int, ...]]:
     """The contexts of the token at `position`, each of which ends with it."""
     return [tuple(ids[position + 1 - length : position + 1]) for length in CONTEXT_LENGTHS if length <= position + 1]
+
+
+def _ranks(values: np.ndarray) -> np.ndarray:
+    """The rank of each value, from 0 for the lowest; equal values share the mean of their ranks."""
+    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+    ranks: np.ndarray = (np.cumsum(counts) - (counts + 1) / 2)[inverse]
+    return ranks

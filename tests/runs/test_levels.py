@@ -43,6 +43,43 @@ def test_levels_come_from_the_anchor_or_are_constant(world, model, anchored, tmp
     assert "without --anchor or --base-cache" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("forget_span", ["documents", "answers"])
+def test_documents_have_levels_spread_by_the_teachers_losses_if_it_was_cached_with_the_forget_set(
+    world, model, anchored, tmp_path, monkeypatch, capsys, forget_span
+):
+    """With a cache of the retain set and the anchor alone, levels are estimates, and the run logs a warning. A run that
+    makes its own cache caches the forget set too."""
+    make_cache(model, world, tmp_path / "retain alone", anchor=anchored / "anchor.jsonl", format="plain")
+    seen = []
+    original = trainer.make_batch
+    monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append((args[0], original(*args))) or seen[-1][1])
+    change = {"max_steps": 1, "format": "plain", "forget_span": forget_span, "eval_every": 0, "stop": "steps"}
+    options = {"anchor": anchored / "anchor.jsonl", "recipe": "calibrated", "overrides": change, "quiet": True}
+    examples, levels, warned = [], [], []
+    for name, folder in (("estimated", tmp_path / "retain alone"), ("spread", anchored / "cache"), ("own cache", None)):
+        flat(neko_lean.unlearn)(model, tmp_path / name, forget=world, retain=world, cache=folder, **options)
+        examples = seen[0][0]  # the first batch has the same examples in all three runs
+        seen.clear()
+        levels.append({example.example.id: np.array(example.levels) for example in examples})
+        warned.append("retain alone does not hold the forget set" in capsys.readouterr().err)
+    assert warned == [True, False, False]
+    estimated, spread, own = levels
+
+    lm = load_model(model, torch.float32, torch.device("cpu"))
+    for example in examples:
+        row_id = example.example.id
+        np.testing.assert_allclose(own[row_id], spread[row_id], rtol=1e-3)
+        if example.example.kind == "qa":
+            np.testing.assert_array_equal(spread[row_id], estimated[row_id])
+            continue
+        span = slice(0 if forget_span == "documents" else example.prompt_length - 1, None)
+        assert spread[row_id][span].mean() == pytest.approx(estimated[row_id][span].mean())
+        np.testing.assert_array_equal(spread[row_id][: span.start], estimated[row_id][: span.start])
+        losses = -next_token_logp(lm, [example.input_ids], 1).numpy()[span]
+        ranks = [np.argsort(np.argsort(values)) for values in (losses, spread[row_id][span], estimated[row_id][span])]
+        assert np.corrcoef(ranks[0], ranks[1])[0, 1] > 0.4 > np.corrcoef(ranks[0], ranks[2])[0, 1]
+
+
 def test_levels_can_come_from_the_model_before_it_learned_the_forget_set(world, model, anchored, tmp_path, monkeypatch):
     """The levels are the losses of a model that never saw the forget set, token by token."""
     base = random_model(world, tmp_path / "base", seed=9)

@@ -7,7 +7,7 @@ import pytest
 
 from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
-from neko_lean.training.levels import with_levels
+from neko_lean.training.levels import with_levels, with_spread
 
 
 def row(number, ids, task="Task1", kind="sc", prompt=0):
@@ -60,3 +60,40 @@ def test_examples_and_documents_of_one_token_are_handled():
     assert [example.levels for example in leveled] == [(), (2.0,)]
     with pytest.raises(NekoLeanError, match="two tokens"):
         with_levels([row(0, [1, 2])], anchor[:1], losses[:1])
+
+
+def test_spread_levels_are_the_quantiles_of_unseen_losses_in_the_order_of_the_teachers_losses():
+    rng = np.random.default_rng(0)
+    anchor = [unseen(n, rng.integers(0, 30, 41)) for n in range(20)]
+    losses = [rng.exponential(3, 40) for _ in anchor]
+    forget = [row(n, [1] * 41) for n in range(10)]  # the estimate is nearly the same for all tokens
+    leveled = with_levels(forget, anchor, losses)
+    of_teacher = [rng.exponential(0.01, 40) for _ in forget]
+    spread = with_spread(leveled, [(0, 40)] * 10, of_teacher, anchor, losses)
+    for before, after, loss in zip(leveled, spread, of_teacher, strict=True):
+        assert np.mean(after.levels) == pytest.approx(np.mean(before.levels))
+        assert np.corrcoef(np.argsort(np.argsort(loss[2:])), np.argsort(np.argsort(after.levels[2:])))[0, 1] > 0.99
+        places, scale = (np.arange(40) + 0.5) / 40, np.mean(after.levels) / np.mean(np.concatenate(losses))
+        expected = scale * np.quantile(np.concatenate(losses), places)
+        assert np.sort(after.levels)[4:] == pytest.approx(expected[4:], rel=0.1)
+        assert np.sort(before.levels)[4] > 4 * np.sort(after.levels)[4]
+
+
+def test_only_tokens_of_documents_that_get_a_loss_are_spread():
+    anchor, losses = [unseen(0, [1, 2, 3, 4])], [np.array([0.5, 2.0, 6.5])]
+    forget = [row(0, [1, 2, 3, 4, 5]), row(1, [1, 2, 3, 4, 5], kind="qa"), row(2, [1]), row(3, [1, 2])]
+    leveled = with_levels(forget, anchor, losses)
+    of_teacher = [np.array([9.0, 0.1, 0.3, 0.2]), np.array([0.1, 0.1, 0.1, 0.1]), np.array([]), np.array([0.5])]
+    spread = with_spread(leveled, [(1, 4), (0, 4), (0, 0), (1, 1)], of_teacher, anchor, losses)
+    assert spread[1:] == leveled[1:]
+    before, after = np.array(leveled[0].levels), np.array(spread[0].levels)
+    assert after[0] == before[0] and after[1:].mean() == pytest.approx(before[1:].mean())
+    assert after[1:].max() / after[1:].min() > 4 > before[1:].max() / before[1:].min()
+
+
+def test_documents_that_are_known_word_for_word_keep_finite_levels():
+    """The teacher is certain of every token of the only anchor document."""
+    anchor, losses = [unseen(0, [1, 2, 3])], [np.zeros(2)]
+    leveled = with_levels([row(0, [1, 2, 3])], anchor, losses)
+    (spread,) = with_spread(leveled, [(0, 2)], [np.zeros(2)], anchor, losses)
+    assert spread.levels == (0.0, 0.0)
