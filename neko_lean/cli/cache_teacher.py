@@ -25,7 +25,7 @@ def cache_teacher(
     forget: Annotated[
         str | None,
         typer.Option(
-            help="Forget set, for --base-cache and recipes that need the teacher on it: npo, dpo, undial, edited.",
+            help="Forget set: calibrated reads its losses; npo, dpo, undial, edited and --base-cache need it.",
             rich_help_panel=DATA,
         ),
     ] = None,
@@ -53,7 +53,7 @@ def cache_teacher(
 ) -> None:
     """Run the teacher once over the retain set and store its top-k probabilities.
 
-    Example: neko-lean cache-teacher allenai/OLMo-1B-0724-hf data/ --out cache/
+    Example: neko-lean cache-teacher allenai/OLMo-1B-0724-hf data/ --forget data/ --anchor unseen.jsonl --out cache/
 
     Without a retain set: neko-lean cache-teacher chat-model/ --self-generated 256 --forget secrets.json --out cache/
 

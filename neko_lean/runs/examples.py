@@ -139,17 +139,18 @@ def training_examples(
 def _estimated_levels(
     forget: list[EncodedExample], anchor: list[EncodedExample], recipe: Recipe, teacher: TeacherCache
 ) -> list[EncodedExample]:
-    """Levels by the teacher's losses on the anchor, and on the forget set if it was cached with them."""
+    """Levels by the teacher's losses on the anchor, and on forgotten documents if it was cached with them."""
     losses = [-teacher.target_logp(document) for document in anchor]
     leveled = with_levels(forget, anchor, losses)
-    if not all(map(teacher.has_target_logp, forget)):
+    documents = [example if example.example.kind != "qa" else None for example in forget]
+    if not all(document is None or teacher.has_target_logp(document) for document in documents):
         log_line(
             f"warning: {teacher.folder} does not hold the forget set, so all tokens of a document will cost about the "
             f"same, by which min-k attacks recognise it; make it with cache-teacher --forget."
         )
         return leveled
-    spans = [forget_span(example, recipe) for example in forget]
-    return with_spread(leveled, spans, [-teacher.target_logp(example) for example in forget], anchor, losses)
+    forget_losses = [None if document is None else -teacher.target_logp(document) for document in documents]
+    return with_spread(leveled, [forget_span(example, recipe) for example in forget], forget_losses, anchor, losses)
 
 
 def report_truncation(prepared: PreparedExamples, recipe: Recipe, quiet: bool) -> int:

@@ -275,9 +275,13 @@ def _self_generates(recipe: Recipe, retain: RowSource | None) -> bool:
 
 def _caches_forget(recipe: Recipe, data: _Data, base: TeacherCache | None) -> bool:
     """Whether a cache that the run makes itself is given the forget set: for objectives that compare with the teacher,
-    for levels that follow its losses, and because self-generated rows must not repeat the forget set."""
-    estimates_levels = uses_levels(recipe) and bool(data.anchor) and base is None
-    return needs_forget_cache(recipe) or estimates_levels or data.retain is None
+    for levels of documents, and because self-generated rows must not repeat the forget set."""
+    spreads_levels = uses_levels(recipe) and bool(data.anchor) and base is None
+    return (
+        needs_forget_cache(recipe)
+        or data.retain is None
+        or (spreads_levels and any(row.kind != "qa" for row in data.forget))
+    )
 
 
 def _cache_teacher(

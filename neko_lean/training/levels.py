@@ -50,7 +50,7 @@ def with_levels(
 def with_spread(
     forget: Sequence[EncodedExample],
     spans: Sequence[tuple[int, int]],
-    forget_losses: Sequence[np.ndarray],
+    forget_losses: Sequence[np.ndarray | None],
     anchor: Sequence[EncodedExample],
     losses: Sequence[np.ndarray],
 ) -> list[EncodedExample]:
@@ -63,9 +63,10 @@ def with_spread(
     anchor's losses at these ranks, scaled so that the document's mean level stays the same.
 
     Args:
-        forget: forget examples with levels. Those of kind qa are not changed.
+        forget: forget examples with levels.
         spans: the range of positions of each that get a loss; the levels of others are not changed.
-        forget_losses: the teacher's losses in nats on each, for all tokens but the first [length - 1].
+        forget_losses: the teacher's losses in nats on each, for all tokens but the first [length - 1]; None for an
+            example whose levels are not changed.
         anchor, losses: as in `with_levels`.
 
     Returns the forget examples with the new levels.
@@ -74,12 +75,12 @@ def with_spread(
     for examples, documents in _tasks(forget, anchor, losses):
         unseen = np.concatenate([losses[i] for i in documents])
         for number, encoded in examples.items():
-            span = slice(*spans[number])
+            of_teacher, span = forget_losses[number], slice(*spans[number])
             levels = np.array(encoded.levels)
-            estimate, of_teacher = levels[span], forget_losses[number][span]
-            if encoded.example.kind == "qa" or not len(estimate):
+            estimate = levels[span]
+            if of_teacher is None or not len(estimate):
                 continue
-            ranks = _ranks(_ranks(estimate) + _ranks(of_teacher))
+            ranks = _ranks(_ranks(estimate) + _ranks(of_teacher[span]))
             quantiles = np.quantile(unseen, (ranks + 0.5) / len(ranks))
             levels[span] = quantiles * (estimate.mean() / max(quantiles.mean(), LOWEST_MEAN))
             spread[number] = replace(encoded, levels=tuple(levels))

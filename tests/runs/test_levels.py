@@ -18,7 +18,7 @@ from neko_lean.options import RunOptions
 from neko_lean.recipe import load_recipe
 from neko_lean.training import trainer
 from neko_lean.training.levels import with_levels
-from tests.helpers import flat, make_cache, random_model
+from tests.helpers import flat, make_cache, random_model, write_rows
 from tests.training.run_files import metrics
 
 
@@ -78,6 +78,19 @@ def test_documents_have_levels_spread_by_the_teachers_losses_if_it_was_cached_wi
         losses = -next_token_logp(lm, [example.input_ids], 1).numpy()[span]
         ranks = [np.argsort(np.argsort(values)) for values in (losses, spread[row_id][span], estimated[row_id][span])]
         assert np.corrcoef(ranks[0], ranks[1])[0, 1] > 0.4 > np.corrcoef(ranks[0], ranks[2])[0, 1]
+
+
+def test_questions_need_no_losses_of_the_teacher(world, model, anchored, tmp_path, capsys):
+    """Their levels are not spread, so a cache without the forget set is complete."""
+    make_cache(model, world, tmp_path / "retain alone", anchor=anchored / "anchor.jsonl", format="plain")
+    questions = [row for row in read_rows(world, "forget") if row.kind == "qa"]
+    forget = write_rows(tmp_path / "questions.jsonl", questions)
+    options = {"anchor": anchored / "anchor.jsonl", "recipe": "calibrated", "quiet": True}
+    options["overrides"] = {"max_steps": 1, "format": "plain", "eval_every": 0, "stop": "steps"}
+    for folder in (tmp_path / "retain alone", None):
+        out = tmp_path / str(folder)[-4:]
+        flat(neko_lean.unlearn)(model, out, forget=forget, retain=world, cache=folder, **options)
+    assert questions and "does not hold the forget set" not in capsys.readouterr().err
 
 
 def test_levels_can_come_from_the_model_before_it_learned_the_forget_set(world, model, anchored, tmp_path, monkeypatch):
