@@ -85,9 +85,9 @@ def teacher_targets_at(
     reference_logp: Tensor | None,
     levels: Tensor | None,
 ) -> TopK | None:
-    """Top-k distributions, as `token_stats` takes them: the teacher's on retain examples, the base model's on anchor
-    documents if there is one, and on forget examples either's for an objective that needs it. Unused entries elsewhere.
-    None if no example needs one.
+    """Top-k distributions, as `token_stats` takes them: the teacher's on retain examples, and on forget examples that of
+    the model that the objective needs. Anchor documents have the base model's for an objective that learns its
+    distributions, the teacher's for all others. Unused entries elsewhere. None if no example needs one.
 
     At the end of an anchor document the teacher's is kept: it has learned where texts of this kind end, and a student
     that unlearns this writes on until it repeats itself."""
@@ -98,7 +98,7 @@ def teacher_targets_at(
     of_teacher: list[int] = []
     of_base: list[int] = []
     for number in layout.order:
-        if sources.is_anchor[number] and sources.anchor is not sources.teacher:
+        if sources.is_anchor[number] and reads_base:
             of_teacher.append(number)  # for its last position
             of_base.append(number)
         elif sources.is_retain[number] or (needs_alternatives(recipe) and number < forget_count):
