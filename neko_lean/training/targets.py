@@ -85,9 +85,9 @@ def teacher_targets_at(
     reference_logp: Tensor | None,
     levels: Tensor | None,
 ) -> TopK | None:
-    """Top-k distributions, as `token_stats` takes them: the teacher's on retain examples, and on forget examples that of
-    the model that the objective needs. Anchor documents have the base model's for an objective that learns its
-    distributions, the teacher's for all others. Unused entries elsewhere. None if no example needs one.
+    """Top-k distributions, as `token_stats` takes them: the teacher's on retain examples, and on forget examples those
+    of the model that the objective needs. Anchor documents have the base model's for an objective that learns its
+    distributions, and the teacher's for all others. Unused entries elsewhere. None if no example needs one.
 
     At the end of an anchor document the teacher's is kept: it has learned where texts of this kind end, and a student
     that unlearns this writes on until it repeats itself."""

@@ -169,6 +169,15 @@ def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_pat
         expected = -sum(base_cache.target_logp(document).sum() for document in anchor)
         assert losses["anchor_teacher_nll"].item() == pytest.approx(expected, rel=1e-5)
 
+    # With calibrated, the base model is only the source of levels: the anchor is compared with the teacher.
+    recipe = load_recipe("calibrated", {"format": "neko", "retain_objective": "kl"})
+    batch = make_batch(forget, [*retain, *anchor], cache, recipe, 0, CPU, base=base_cache)
+    losses = batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
+    distances = [kl(teacher, example, slice(None)) for example in (*retain, *anchor)]
+    assert losses["retain_loss"].item() == pytest.approx(torch.cat(distances).mean().item(), rel=2e-3)
+    if anchored:
+        assert losses["anchor_teacher_nll"].item() == pytest.approx(expected, rel=1e-5)
+
 
 def test_a_retain_row_with_the_id_of_a_forget_row_is_not_an_anchor_document(pieces):
     """The cache holds token losses of the forget row; ids are unique within a data set only."""
