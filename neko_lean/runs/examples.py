@@ -123,8 +123,9 @@ def training_examples(
                 base_cache.target_logp(example)
             if prepared.anchor and not anchor:
                 log_line(
-                    f"warning: {base_cache.folder} does not hold the anchor, so unseen text stays as the teacher "
-                    f"predicts it, and forgotten text can be told from it; make it with cache-teacher --anchor."
+                    f"warning: {base_cache.folder} does not hold the anchor, so the levels do not follow the "
+                    f"student's loss on unseen text, by which forgotten text can be told; make it with "
+                    f"cache-teacher --anchor."
                 )
         elif prepared.anchor and teacher is not None:
             forget = _estimated_levels(forget, prepared.anchor, recipe, teacher)

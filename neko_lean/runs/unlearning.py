@@ -110,7 +110,8 @@ def unlearn(
         tokenizer: the tokenizer of a loaded model.
         cache: folder that `cache_teacher` wrote for this model and these retain rows.
         base_cache: cache of the model before it learned these forget rows; its losses are then the levels. If it holds
-            the anchor too, the student is kept close to that model there, and not to its teacher.
+            the anchor too, the levels follow the student's losses there relative to that model's, and a recipe that
+            learns its distributions (base-kl) keeps the anchor as that model predicts it, not as the teacher does.
         recipe, overrides: name of a shipped recipe or path of a .toml file, and values that replace its own.
         callback: called after each step as `callback(step, metrics)`, on the main process only. `metrics` are the
             values that metrics.jsonl has for the step.

@@ -88,7 +88,7 @@ def make_batch(
         substitutes: one for each forget example, or none.
         packed: concatenate the examples of a micro-batch instead of padding them.
         base: the cache of the model before it learned the forget set. An objective can read its distributions on forget
-            examples; anchor documents that it holds are compared with it instead of `teacher`.
+            examples, and on anchor documents that it holds. The losses of these are compared with it in any case.
     """
     examples = [*forget, *retain, *substitutes]
     lengths = [len(example) for example in examples]
@@ -98,7 +98,7 @@ def make_batch(
 
     # Which examples belong to which set.
     is_retain = [len(forget) <= n < len(forget) + len(retain) for n in range(len(examples))]
-    # Levels are losses of the base model if there is one, so unseen text is compared with it too.
+    # Levels are losses of the base model if there is one, so losses on unseen text are compared with it too.
     anchor_cache = teacher if base is None else base
     is_anchor = _anchors(examples, is_retain, anchor_cache, recipe)
     at_forget = layout.row < len(forget)
