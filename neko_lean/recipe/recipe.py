@@ -121,6 +121,12 @@ def needs_forget_cache(recipe: Recipe) -> bool:
     return recipe.forget is not None and recipe.forget.reference
 
 
+def reads_forget_losses(recipe: Recipe, *, anchor: bool) -> bool:
+    """Whether a run reads the teacher's log-probabilities of the forget set where the cache holds them: it needs them,
+    or it has an anchor and spreads its levels by them."""
+    return needs_forget_cache(recipe) or (uses_levels(recipe) and anchor)
+
+
 def needs_alternatives(recipe: Recipe) -> bool:
     """Whether a run reads what the teacher would say instead of a memorized token, and so a cache of mass 1: the fewest
     tokens whose probability sums to less are, where the teacher is certain, that token alone."""

@@ -124,7 +124,7 @@ def training_examples(
             if prepared.anchor and not anchor:
                 log_line(
                     f"warning: {base_cache.folder} does not hold the anchor, so the levels do not follow the "
-                    f"student's loss on unseen text, by which forgotten text can be told; make it with "
+                    f"student's loss on unseen text, and forgotten text can be told apart; make it with "
                     f"cache-teacher --anchor."
                 )
         elif prepared.anchor and teacher is not None:
@@ -146,8 +146,8 @@ def _estimated_levels(
     documents = [example if example.example.kind != "qa" else None for example in forget]
     if not all(document is None or teacher.has_target_logp(document) for document in documents):
         log_line(
-            f"warning: {teacher.folder} does not hold the forget set, so all tokens of a document will cost about the "
-            f"same, by which min-k attacks recognise it; make it with cache-teacher --forget."
+            f"warning: {teacher.folder} does not hold the forget set, so all tokens of a document will become about "
+            f"equally likely, which min-k attacks recognise; make it with cache-teacher --forget."
         )
         return leveled
     forget_losses = [None if document is None else -teacher.target_logp(document) for document in documents]

@@ -45,8 +45,8 @@ from neko_lean.recipe import (
     forgets,
     load_recipe,
     needs_alternatives,
-    needs_forget_cache,
     reads_cache,
+    reads_forget_losses,
     reads_retain,
     uses_anchor,
     uses_levels,
@@ -190,9 +190,9 @@ def unlearn(
     with work_folder(output, identity, run) as (work, signals):
         logged: list[str] = []
         if teacher is None and (self_generates or reads_cache(chosen, anchor=bool(prepared.anchor))):
-            logged = ["retain", "forget"] if _caches_forget(chosen, data, base) else ["retain"]
-            cached_forget = forget if "forget" in logged else None
+            cached_forget = forget if _caches_forget(chosen, data, base) else None
             teacher = _cache_teacher(folder, retain, anchor, cached_forget, work.cache, chosen, run)
+            logged = ["retain"] if cached_forget is None else ["retain", "forget"]
         if self_generates:
             prepared = prepare(read_rows(work.cache / SELF_GENERATED))
         if not reads_cache(chosen, anchor=bool(prepared.anchor)):
@@ -277,12 +277,8 @@ def _self_generates(recipe: Recipe, retain: RowSource | None) -> bool:
 def _caches_forget(recipe: Recipe, data: _Data, base: TeacherCache | None) -> bool:
     """Whether a cache that the run makes itself is given the forget set: for objectives that compare with the teacher,
     for levels of documents, and because self-generated rows must not repeat the forget set."""
-    spreads_levels = uses_levels(recipe) and bool(data.anchor) and base is None
-    return (
-        needs_forget_cache(recipe)
-        or data.retain is None
-        or (spreads_levels and any(row.kind != "qa" for row in data.forget))
-    )
+    spreads_levels = base is None and bool(data.anchor) and any(row.kind != "qa" for row in data.forget)
+    return data.retain is None or reads_forget_losses(recipe, anchor=spreads_levels)
 
 
 def _cache_teacher(

@@ -88,7 +88,8 @@ def make_batch(
         substitutes: one for each forget example, or none.
         packed: concatenate the examples of a micro-batch instead of padding them.
         base: the cache of the model before it learned the forget set. An objective can read its distributions on forget
-            examples, and on anchor documents that it holds. The losses of these are compared with it in any case.
+            examples, and on anchor documents that it holds. Its losses on these are the reference for the student's,
+            whatever the objective.
     """
     examples = [*forget, *retain, *substitutes]
     lengths = [len(example) for example in examples]

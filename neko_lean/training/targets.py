@@ -57,7 +57,7 @@ class Sources:
 
     teacher: TeacherCache
     base: TeacherCache | None  # of the model before it learned the forget set
-    anchor: TeacherCache  # the one whose losses on anchor documents the student's are compared with
+    anchor: TeacherCache  # its losses on anchor documents are the reference for the student's
     forget_count: int  # the first examples are the forget set
     is_retain: Sequence[bool]  # anchor documents included
     is_anchor: Sequence[bool]

@@ -22,10 +22,16 @@ from tests.helpers import flat, make_cache, random_model, write_rows
 from tests.training.run_files import metrics
 
 
-def test_levels_come_from_the_anchor_or_are_constant(world, model, anchored, tmp_path, monkeypatch, capsys):
-    seen = []
+@pytest.fixture
+def seen(monkeypatch):
+    """The forget examples and the batch of every call to `make_batch`, in order."""
+    calls = []
     original = trainer.make_batch
-    monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append(original(*args)) or seen[-1])
+    monkeypatch.setattr(trainer, "make_batch", lambda *args: calls.append((args[0], original(*args))) or calls[-1][1])
+    return calls
+
+
+def test_levels_come_from_the_anchor_or_are_constant(world, model, anchored, tmp_path, seen, capsys):
     for anchor in (anchored / "anchor.jsonl", None):
         neko_lean.unlearn(
             model,
@@ -38,21 +44,18 @@ def test_levels_come_from_the_anchor_or_are_constant(world, model, anchored, tmp
             overrides={"max_steps": 1, **({} if anchor else {"level": 3.0})},
             run=RunOptions(quiet=True),
         )
-    estimated, constant = (batch.levels[batch.forget] for batch in (seen[0], seen[-1]))
+    estimated, constant = (batch.levels[batch.forget] for _, batch in (seen[0], seen[-1]))
     assert len(set(estimated.tolist())) > 10 and set(constant.tolist()) == {3.0}
     assert "without --anchor or --base-cache" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("forget_span", ["documents", "answers"])
 def test_documents_have_levels_spread_by_the_teachers_losses_if_it_was_cached_with_the_forget_set(
-    world, model, anchored, tmp_path, monkeypatch, capsys, forget_span
+    world, model, anchored, tmp_path, seen, capsys, forget_span
 ):
     """With a cache of the retain set and the anchor alone, levels are estimates, and the run logs a warning. A run that
     makes its own cache caches the forget set too."""
     make_cache(model, world, tmp_path / "retain alone", anchor=anchored / "anchor.jsonl", format="plain")
-    seen = []
-    original = trainer.make_batch
-    monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append((args[0], original(*args))) or seen[-1][1])
     change = {"max_steps": 1, "format": "plain", "forget_span": forget_span, "eval_every": 0, "stop": "steps"}
     options = {"anchor": anchored / "anchor.jsonl", "recipe": "calibrated", "overrides": change, "quiet": True}
     examples, levels, warned = [], [], []
@@ -93,13 +96,10 @@ def test_questions_need_no_losses_of_the_teacher(world, model, anchored, tmp_pat
     assert questions and "does not hold the forget set" not in capsys.readouterr().err
 
 
-def test_levels_can_come_from_the_model_before_it_learned_the_forget_set(world, model, anchored, tmp_path, monkeypatch):
+def test_levels_can_come_from_the_model_before_it_learned_the_forget_set(world, model, anchored, tmp_path, seen):
     """The levels are the losses of a model that never saw the forget set, token by token."""
     base = random_model(world, tmp_path / "base", seed=9)
     make_cache(base, world, tmp_path / "base-cache", forget=world, dtype="float32")
-    seen = []
-    original = trainer.make_batch
-    monkeypatch.setattr(trainer, "make_batch", lambda *args: seen.append((args[0], original(*args))) or seen[-1][1])
     options = {"cache": anchored / "cache", "base_cache": tmp_path / "base-cache", "recipe": "calibrated"}
     flat(neko_lean.unlearn)(
         model, tmp_path / "out", forget=world, retain=world, overrides={"max_steps": 1}, quiet=True, **options
