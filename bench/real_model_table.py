@@ -17,17 +17,15 @@ def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
     """Lines of Markdown. Values that were not measured are shown as a dash."""
     lines = ["| | " + " | ".join(title for title, _ in COLUMNS) + " |", "|---" + "|--:" * len(COLUMNS) + "|"]
     for name in names:
-        runs = [run for seed in seeds if (run := _scores(root, seed, name)) is not None]
-        targets = [target for seed in seeds if (target := _scores(root, seed, "target")) is not None]
-        if runs:
-            made = [_run(root, seed, name) for seed in seeds if (root / f"seed-{seed}" / name).is_dir()]
-            cells = [_median(column, runs, targets, made) for _, column in COLUMNS]
+        made = [seed for seed in seeds if _scores(root, seed, name) and _scores(root, seed, "target")]
+        if made:
+            cells = [_median(column, root, name, made) for _, column in COLUMNS]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, "", *_answers(root, names, seeds[0])]
 
 
-def _median(column: Any, runs: Sequence[Scores], targets: Sequence[Scores], made: Sequence[Scores]) -> str:
-    values = [column(*parts) for parts in zip(runs, targets, made, strict=False)]
+def _median(column: Any, root: Path, name: str, seeds: Sequence[int]) -> str:
+    values = [column(_scores(root, s, name), _scores(root, s, "target"), _run(root, s, name)) for s in seeds]
     known = [value for value in values if value is not None]
     return f"{statistics.median(known):.3f}" if known else "-"
 
