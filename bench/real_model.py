@@ -235,8 +235,7 @@ def main() -> None:
                 make_model(name, base, data, folder, setting, seed, options.device, options.dtype)
             if not scores.is_dir():
                 measure(folder / name, data, scores, mmlu, setting, options.device, options.dtype)
-            if not (page := folder / f"{name}.html").exists():
-                report(folder / name, page, scores=scores)
+        report(folder, folder / "report.html", overwrite=True)
     lines = table(root, ["target", "gold", *options.recipes], options.seeds)
     (root / "table.md").write_text("\n".join(lines) + "\n")
     print("\n".join(lines))
