@@ -12,8 +12,8 @@ skipped whose result is in --work, so a run that was stopped continues.
 
 The target learns forget and retain documents of LUME's validation split, the gold model the retain documents alone.
 Each recipe then forgets, and everything is scored. Hyperparameters are chosen on one half of the forget documents
-(--half a) and results reported on the other. Without --full, there are few documents and steps, and no attacks: one seed
-took 34 minutes on 2 quiet cores. --full is meant for a GPU.
+(--half a) and results reported on the other. Without --full, there are few documents and steps, and no attacks: one
+seed took 34 minutes on 2 quiet cores. --full is meant for a GPU.
 
 The anchor and the held-out documents, of which the attack on membership uses the latter, are documents of the train
 split, and for Task3 LUME's non-members; no model is trained on them.
