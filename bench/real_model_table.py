@@ -17,15 +17,21 @@ def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
     """Lines of Markdown. Values that were not measured are shown as a dash."""
     lines = ["| | " + " | ".join(title for title, _ in COLUMNS) + " |", "|---" + "|--:" * len(COLUMNS) + "|"]
     for name in names:
-        made = [seed for seed in seeds if _scores(root, seed, name) and _scores(root, seed, "target")]
-        if made:
-            cells = [_median(column, root, name, made) for _, column in COLUMNS]
+        runs = [run for seed in seeds if (run := _scored_run(root, seed, name)) is not None]
+        if runs:
+            cells = [_median(column, runs) for _, column in COLUMNS]
             lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return [*lines, "", *_answers(root, names, seeds[0])]
 
 
-def _median(column: Any, root: Path, name: str, seeds: Sequence[int]) -> str:
-    values = [column(_scores(root, s, name), _scores(root, s, "target"), _run(root, s, name)) for s in seeds]
+def _scored_run(root: Path, seed: int, name: str) -> tuple[Scores, Scores, Scores] | None:
+    """Scores of a model, those of the target with the same seed, and the model's run.json; None if scores are missing."""
+    scores, target = _scores(root, seed, name), _scores(root, seed, "target")
+    return None if scores is None or target is None else (scores, target, _run(root, seed, name))
+
+
+def _median(column: Any, runs: Sequence[tuple[Scores, Scores, Scores]]) -> str:
+    values = [column(*run) for run in runs]
     known = [value for value in values if value is not None]
     return f"{statistics.median(known):.3f}" if known else "-"
 

@@ -169,7 +169,7 @@ def test_reading_a_gigabyte_uses_little_memory(tmp_path):
                  total * k, 0, 0.9, listed, config={}),
     )  # fmt: skip
     assert sum(shard.bytes for shard in listed) > 10**9
-    # In a process of its own: what other tests left behind is freed and allocated at any time.
+    # Measured in a separate process, because memory that earlier tests allocated can be freed or reused in this one.
     read = [sys.executable, "-c", READ_ALL, str(tmp_path)]
     grown = subprocess.run(read, capture_output=True, text=True, check=True).stdout
     assert int(grown) < 50e6
