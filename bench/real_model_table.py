@@ -25,7 +25,7 @@ def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
 
 
 def _scored_run(root: Path, seed: int, name: str) -> tuple[Scores, Scores, Scores] | None:
-    """Scores of a model, those of the target with the same seed, and the model's run.json; None if scores are missing."""
+    """Scores of a model, those of the target with the same seed, and the model's run.json; None without scores."""
     scores, target = _scores(root, seed, name), _scores(root, seed, "target")
     return None if scores is None or target is None else (scores, target, _run(root, seed, name))
 
