@@ -315,7 +315,7 @@ class Loop:
         line["padding"] = 1 - batch.tokens / batch.positions
 
         # Evaluate.
-        if trainer.recipe.eval_every and state.step % trainer.recipe.eval_every == 0:
+        if self._is_evaluation_due():
             line |= self._evaluate()
 
         # Log.
@@ -327,6 +327,14 @@ class Loop:
         for callback in self.callbacks:
             callback(state.step, line)
         return losses
+
+    def _is_evaluation_due(self) -> bool:
+        """Whether to evaluate after this step: every `eval_every` steps, and where a run with `stop = "forgotten"`
+        reaches its limit."""
+        recipe, step = self.trainer.recipe, self.state.step
+        if not recipe.eval_every:
+            return False
+        return step % recipe.eval_every == 0 or (recipe.stop == "forgotten" and step == self.steps)
 
     def _evaluate(self) -> dict[str, float]:
         """Evaluate the fixed sample, and store the weights if it is the best evaluation so far."""

@@ -70,7 +70,11 @@ def test_a_run_ends_once_the_forget_set_is_forgotten(world, model, cache, tmp_pa
     ("exact", "ends_after", "warning"),
     [
         ({0: 0.8, 2: 0.4, 4: 0.77, 6: 0.8}, 4, ""),
-        ({0: 0.8, 2: 0.4, 4: 0.75, 6: 0.75}, 6, "75% of the retain answers retained, of 80% before: raise max_steps"),
+        (
+            {0: 0.8, 2: 0.4, 4: 0.75, 6: 0.75, 7: 0.75},
+            6,
+            "75% of the retain answers retained, of 80% before: raise max_steps",
+        ),
         ({0: None, 2: None, 4: None, 6: None}, 2, ""),
     ],
 )
@@ -93,6 +97,17 @@ def test_a_run_goes_on_until_the_retain_answers_are_back(
     assert run["forgotten_step"] == (None if warning else ends_after)
     assert run["steps"] == (7 if warning else ends_after + 1)
     assert warning in (printed := capsys.readouterr().err) and ("raise max_steps" in printed) == bool(warning)
+
+
+def test_a_run_that_ends_before_its_first_evaluation_says_what_is_missing(world, model, cache, tmp_path, capsys):
+    change = {**FAST, "format": "neko", "max_length": 128, "level": 50.0, "stop": "forgotten", "eval_every": 20}
+    neko_lean.unlearn(
+        model, tmp_path / "out", forget=world, retain=world, cache=cache, recipe="calibrated",
+        overrides={**change, "max_steps": 3}, run=RunOptions(quiet=True),
+    )  # fmt: skip
+    first, second, last = metrics(tmp_path / "out")
+    assert 0 < last["eval_forgotten"] < 0.95 and "eval_forgotten" not in first | second
+    assert f"forgotten only to {last['eval_forgotten']:.0%}" in capsys.readouterr().err
 
 
 def test_the_same_seed_gives_the_same_weights(unlearn, unlearned, tmp_path):
