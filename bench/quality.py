@@ -32,8 +32,8 @@ import numpy as np
 import torch
 from quality_table import table
 
+from neko_lean.data.anchor import read_anchor
 from neko_lean.data.batching import pad
-from neko_lean.data.documents import read_anchor
 from neko_lean.data.examples import TASKS, EncodedExample, Example, read_rows
 from neko_lean.data.jsonl_files import read_jsonl
 from neko_lean.data.tokenization import encode

@@ -131,8 +131,9 @@ def prepare_tofu(tofu: Path, setting: Setting, work: Path) -> Path:
         for name in [*names, "real_authors_perturbed", "world_facts_perturbed"]:
             with (tofu / f"{name}.json").open(encoding="utf-8") as lines:
                 (stage / f"{name}.json").write_text("".join(islice(lines, count)), encoding="utf-8")
-        for name, rows in (("anchor", unseen), ("held", held)):
-            write_jsonl(stage / f"{name}.jsonl", [{"document": row.text} for row in rows[:count]])
+        anchor = [{"question": row.input, "answer": row.output} for row in unseen[:count]]
+        write_jsonl(stage / "anchor.jsonl", anchor)
+        write_jsonl(stage / "held.jsonl", [{"document": row.text} for row in held[:count]])
     return data
 
 

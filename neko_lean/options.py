@@ -112,7 +112,7 @@ class CacheOptions:
         system: system message of a chat template.
         split: in a folder, read `retain_<split>.*` and `forget_<split>.*`.
         columns: which columns of the data hold what, such as "prompt=q,answer=a"; see `parse_columns`.
-        drop_overlap: leave out retain rows and anchor documents that are also in the forget set.
+        drop_overlap: leave out retain and anchor rows that are also in the forget set.
         self_generated: instead of a retain set, number of rows that the teacher writes itself.
         seed: random seed of the rows that the teacher writes.
         shots: for a base cache: number of similar retain examples that the teacher reads before each forget question,

@@ -16,6 +16,7 @@ from neko_lean.data import (
     RowSource,
     check_format_name,
     encode,
+    encode_anchor,
     length_batches,
     read_anchor,
     read_rows,
@@ -63,13 +64,13 @@ def read_cache_data(
 ) -> CacheData:
     """Read the data sets that `cache_teacher` is given.
 
-    Raises NekoLeanError for bad data, and for retain rows or anchor documents that are also in the forget set.
+    Raises NekoLeanError for bad data, and for retain or anchor rows that are also in the forget set.
     """
     read = partial(read_rows, split=options.split, columns=options.columns)
     refuse_unused_split(options.split, retain, forget)
     data = CacheData(
         retain=read(retain, "retain") if retain is not None else [],
-        anchor=read_anchor(anchor) if anchor is not None else [],
+        anchor=read_anchor(anchor, options.columns) if anchor is not None else [],
         forget=read(forget, "forget") if forget is not None else [],
     )
     if options.drop_overlap and forget is None:
@@ -111,19 +112,20 @@ def encode_cache_data(
     Args:
         data: the data sets.
         tokenizer: the teacher's tokenizer.
-        prompts: prompt format, which does not apply to anchor documents.
+        prompts: prompt format, which does not apply to the anchor's documents.
         max_length: number of tokens that examples are truncated to; longer documents are split into windows.
-        shots: retain examples that the teacher reads before each forget question, see `with_shots`.
+        shots: retain examples that the teacher reads before each question to forget or of the anchor, see `with_shots`.
         max_positions: positions of the teacher, which limit the shots.
     """
     retain = encode(data.retain, tokenizer, prompts, max_length, windows=True)
-    anchor = encode(data.anchor, tokenizer, "plain", max_length)
+    anchor = encode_anchor(data.anchor, tokenizer, prompts, max_length)
     forget = encode(data.forget, tokenizer, prompts, max_length, windows=True)
     prompted = [example for example in data.forget if example.kind != "document"]
     refused = encode(refusals(prompted), tokenizer, prompts, max_length)
     if shots:
-        read = with_shots([*forget, *refused], retain, shots, tokenizer, max_positions)
-        forget, refused = read[: len(forget)], read[len(forget) :]
+        questions = [*forget, *refused, *anchor]
+        read = iter(with_shots(questions, retain, shots, tokenizer, max_positions))
+        forget, refused, anchor = ([next(read) for _ in examples] for examples in (forget, refused, anchor))
     return CacheExamples(top_k=_distinct(retain + anchor + forget), targets=_distinct(forget + refused + anchor))
 
 

@@ -128,7 +128,7 @@ class TeacherCache:
     def target_logp(self, example: EncodedExample) -> np.ndarray:
         """The teacher's log-probability, in nats, of every token of an example except the first.
 
-        Only forget examples, their refusals and the anchor's documents have them.
+        Only forget examples, their refusals and the anchor have them.
 
         Returns:
             [len(example) - 1] float32.

@@ -101,8 +101,8 @@ def cache_teacher(
         forget: like `retain`, with `forget.*`. Adds what npo, dpo, undial and edited need: the top-k probabilities of
             these examples, and the teacher's log-probability of every token of them and of a refusal to each of them.
             Self-generated rows do not repeat them.
-        anchor: neutral documents, as for `read_anchor`. They join the retain set without a prompt format, and the
-            teacher's log-probability of each of their tokens is added.
+        anchor: what the teacher never saw, as for `read_anchor`. It joins the retain set, documents without a prompt
+            format, and the teacher's log-probability of each of its tokens is added.
         tokenizer: the tokenizer of a loaded model.
         cache: what the teacher runs in, and how much of its output is stored.
         run: device, and how to treat an existing output or an unfinished run. Resuming a complete cache of the same

@@ -39,7 +39,7 @@ class RunState:
     """Share of retain answers that the model gave before the first step, for `stop = "forgotten"`; None without any."""
 
     unseen: list[float] = field(default_factory=lambda: [0.0, 0.0, 0.0])
-    """Moving sums of the losses on the anchor's documents, in nats: the student's, the teacher's, and what of the
+    """Moving sums of the losses on the anchor, in nats: the student's, the teacher's, and what of the
     teacher's the student's reach."""
 
     positions: int = 0

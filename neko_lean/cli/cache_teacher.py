@@ -32,7 +32,7 @@ def cache_teacher(
     anchor: Annotated[
         Path | None,
         typer.Option(
-            help="Documents that the model has never seen: jsonl with document and, optionally, task.",
+            help="What the model has never seen: documents, or rows like those to forget.",
             rich_help_panel=DATA,
         ),
     ] = None,

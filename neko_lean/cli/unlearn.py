@@ -36,7 +36,7 @@ class TeacherFlags:
         None, "Folder that cache-teacher wrote.  [default: made first, deleted at the end]", TEACHER
     )
     anchor: Path | None = option(
-        None, "Unseen documents (jsonl); with --cache, the ones that cache-teacher was given.", TEACHER
+        None, "What the model has never seen; with --cache, the file that cache-teacher was given.", TEACHER
     )
     base_cache: Path | None = option(
         None,

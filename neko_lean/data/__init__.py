@@ -1,10 +1,11 @@
 """Read examples from files, format and tokenize them, and group them into batches."""
 
+from neko_lean.data.anchor import encode_anchor, read_anchor
 from neko_lean.data.batching import length_batches, pad, paired_batches, random_batches
 from neko_lean.data.columns import parse_columns
 from neko_lean.data.conversations import with_prompt
 from neko_lean.data.csv_files import csv_cells, read_csv
-from neko_lean.data.documents import ANCHOR_TASK, Document, read_anchor, read_documents
+from neko_lean.data.documents import ANCHOR_TASK, Document, read_documents
 from neko_lean.data.example_types import TASKS, EncodedExample, Example, Message
 from neko_lean.data.examples import (
     Rows,
@@ -54,6 +55,7 @@ __all__ = [
     "csv_cells",
     "describe_rows",
     "encode",
+    "encode_anchor",
     "encode_prompts",
     "encode_texts",
     "find_format",

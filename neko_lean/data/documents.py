@@ -1,15 +1,12 @@
-"""Documents: whole texts without a prompt, for membership inference attacks and for the anchor set.
-
-Anchor documents are texts that the model never saw. They are used like retain examples.
-"""
+"""Documents: whole texts without a prompt, for membership inference attacks, held-out text and the anchor."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
-from neko_lean.data.example_types import Example
+from neko_lean.data.example_types import COLUMNS
 from neko_lean.data.files import Record, is_file
 from neko_lean.data.python_rows import read_python_rows
 from neko_lean.data.sources import read_file
@@ -49,26 +46,30 @@ def read_documents(path: RowSource, hint: str) -> list[Document]:
     Raises:
         NekoLeanError: If there is no such file, or if it is empty or invalid. The message names the row and the column.
     """
+    records = read_records(path, hint)
+    column = text_column(records) or _TEXT_COLUMNS[0]
+    return [_document(record, column) for record in records]
+
+
+def read_records(path: RowSource, hint: str) -> list[Record]:
+    """The rows that `read_documents` finds in `path`, before they are validated; raises NekoLeanError as it does."""
     records = list(_records(path, hint))
     if not records:
         raise NekoLeanError(
             f"{path if isinstance(path, (str, Path)) else 'the data'} contains no documents; expected at least one."
         )
-
-    column = next((name for name in _TEXT_COLUMNS if any(name in values for _, values in records)), _TEXT_COLUMNS[0])
-    return [_document(record, column) for record in records]
+    return records
 
 
-def read_anchor(path: RowSource) -> list[Example]:
-    """Read anchor documents as examples with an empty prompt, which caches and batches treat like retain examples.
+def text_column(records: Sequence[Record]) -> str | None:
+    """The column with the texts of documents, or None if there is none.
 
-    The optional column `task` names the task whose forget examples a document resembles.
+    In rows with all columns of `Example.row`, which are prompts with answers, `document` is an identifier.
     """
-    documents = read_documents(path, "an anchor is a jsonl file with a column document")
-    return [
-        Example(f"{ANCHOR_TASK} {number}", "", document.text, document.task)
-        for number, document in enumerate(documents, start=1)
-    ]
+    names = {name for _, values in records for name in values}
+    if names.issuperset(COLUMNS):
+        return None
+    return next((name for name in _TEXT_COLUMNS if name in names), None)
 
 
 def _records(source: RowSource, hint: str) -> Iterator[Record]:

@@ -15,6 +15,7 @@ from neko_lean.data import (
     PromptFormat,
     count_lost_answers,
     encode,
+    encode_anchor,
     find_format,
     position_warning,
     random_answers,
@@ -36,7 +37,7 @@ class PreparedExamples:
     """The examples of an unlearning run, encoded and truncated to `max_length` tokens."""
 
     forget: list[EncodedExample]
-    retain: list[EncodedExample]  # with the anchor's documents; empty if the recipe has no retain objective
+    retain: list[EncodedExample]  # with the anchor; empty if the recipe has no retain objective
     anchor: list[EncodedExample]
     substitutes: list[EncodedExample]  # one for each forget example, or none
     max_length: int  # the recipe's, or the number of positions that the model has
@@ -66,7 +67,7 @@ def prepare_examples(
         forget: the examples to forget.
         retain: the examples to preserve, or None if the model has yet to write them. The recipe's substitutes are then
             left out, if they are taken from them.
-        anchor: documents that the model never saw, as `read_anchor` returns them.
+        anchor: what the model never saw, as `read_anchor` returns them.
         recipe: decides the prompt format, the substitutes, and whether the retain set is used.
         tokenizer: the model's.
         max_length: tokens that an example is truncated to.
@@ -82,7 +83,7 @@ def prepare_examples(
     # Substitutes replace whole answers, one for each forget example.
     forget_examples = encode_set(forget, windows=recipe.substitute == "none")
     retain_examples = encode_set(retain or [], windows=True)
-    anchor_examples = encode(anchor, tokenizer, "plain", max_length)
+    anchor_examples = encode_anchor(anchor, tokenizer, prompts, max_length)
 
     _refuse_nothing_to_forget(forget_examples, recipe)
     substitutes = []
@@ -134,23 +135,26 @@ def training_examples(
                 f"warning: without --anchor or --base-cache, every token counts as forgotten at a loss of "
                 f"{recipe.hyperparameters['level']} nats, whatever it is."
             )
-    return TrainingExamples(forget, prepared.retain, prepared.substitutes)
+    anchor_count = len(prepared.anchor) if prepared.retain else 0
+    return TrainingExamples(forget, prepared.retain, prepared.substitutes, anchor_count)
 
 
 def _estimated_levels(
     forget: list[EncodedExample], anchor: list[EncodedExample], recipe: Recipe, teacher: TeacherCache
 ) -> list[EncodedExample]:
-    """Levels by the teacher's losses on the anchor, and on forgotten documents if it was cached with them."""
-    losses = [-teacher.target_logp(document) for document in anchor]
+    """Levels by the teacher's losses on the anchor, and on forget examples of the anchor's kinds if it was cached with
+    them."""
+    losses = [-teacher.target_logp(example) for example in anchor]
     leveled = with_levels(forget, anchor, losses)
-    documents = [example if example.example.kind != "qa" else None for example in forget]
-    if not all(document is None or teacher.has_target_logp(document) for document in documents):
+    kinds = {example.example.kind == "qa" for example in anchor}
+    compared = [example if (example.example.kind == "qa") in kinds else None for example in forget]
+    if not all(example is None or teacher.has_target_logp(example) for example in compared):
         log_line(
-            f"warning: {teacher.folder} does not hold the forget set, so all tokens of a document will become about "
+            f"warning: {teacher.folder} does not hold the forget set, so all tokens of a text will become about "
             f"equally likely, which min-k attacks recognise; make it with cache-teacher --forget."
         )
         return leveled
-    forget_losses = [None if document is None else -teacher.target_logp(document) for document in documents]
+    forget_losses = [None if example is None else -teacher.target_logp(example) for example in compared]
     return with_spread(leveled, [forget_span(example, recipe) for example in forget], forget_losses, anchor, losses)
 
 

@@ -105,8 +105,8 @@ def unlearn(
         forget, retain: data sets as for `read_rows`: files, folders that hold `forget.*` and `retain.*`, lists of
             dicts, DataFrames or Datasets. Without `retain`, the model itself writes `recipe.self_generated` rows before
             the run, and these are preserved; with a `cache`, they are those that the cache holds.
-        anchor: documents that the model never saw, as for `read_anchor`; those that the cache was made with. Preserved
-            like the retain set, and the source of the levels of forget tokens.
+        anchor: what the model never saw, as for `read_anchor`; with a `cache`, what that was made with. Preserved like
+            the retain set, and the source of the levels of forget tokens.
         tokenizer: the tokenizer of a loaded model.
         cache: folder that `cache_teacher` wrote for this model and these retain rows.
         base_cache: cache of the model before it learned these forget rows; its losses are then the levels. If it holds
@@ -222,7 +222,7 @@ class _Data:
         forget: the examples to forget.
         retain: the examples to preserve, without those that are also in the forget set; None if the model has yet to
             write them.
-        anchor: documents that the model never saw, as examples.
+        anchor: what the model never saw, as examples.
         descriptions: a sentence for each set on what was recognised.
     """
 
@@ -247,7 +247,7 @@ def _read_data(
         rows = read_rows(retain, "retain", run.split, columns=retain_columns)
         descriptions["retain"] = describe_rows(rows, "retain")
         retain_rows = without_overlap(forget_rows, rows, "retain", drop=run.drop_overlap)
-    anchor_rows = [] if anchor is None else read_anchor(anchor)
+    anchor_rows = [] if anchor is None else read_anchor(anchor, run.columns)
     anchor_rows = without_overlap(forget_rows, anchor_rows, "anchor", drop=run.drop_overlap)
     return _Data(forget_rows, retain_rows, anchor_rows, descriptions)
 
@@ -276,8 +276,9 @@ def _self_generates(recipe: Recipe, retain: RowSource | None) -> bool:
 
 def _caches_forget(recipe: Recipe, data: _Data, base: TeacherCache | None) -> bool:
     """Whether a cache that the run makes itself is given the forget set: for objectives that compare with the teacher,
-    for levels of documents, and because self-generated rows must not repeat the forget set."""
-    spreads_levels = base is None and bool(data.anchor) and any(row.kind != "qa" for row in data.forget)
+    for levels of what the anchor has examples of, and because self-generated rows must not repeat the forget set."""
+    kinds = {row.kind == "qa" for row in data.anchor}
+    spreads_levels = base is None and any((row.kind == "qa") in kinds for row in data.forget)
     return data.retain is None or reads_forget_losses(recipe, anchor=spreads_levels)
 
 

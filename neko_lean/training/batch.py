@@ -15,7 +15,15 @@ from neko_lean.distributed import rank, world_size
 from neko_lean.models import CausalLM
 from neko_lean.recipe import Recipe, trains_on_teacher, uses_levels
 from neko_lean.training.micro_batches import MicroBatches, micro_batches, split_across_ranks
-from neko_lean.training.targets import Layout, Sources, TopK, levels_at, reference_logp_at, teacher_targets_at
+from neko_lean.training.targets import (
+    Layout,
+    Sources,
+    TopK,
+    at_unseen,
+    levels_at,
+    reference_logp_at,
+    teacher_targets_at,
+)
 
 
 @dataclass(frozen=True)
@@ -32,7 +40,7 @@ class Batch:
     target: Tensor  # [N] int64, the next token; -1 where only the teacher's distribution is compared
     forget: Tensor  # [N] bool, whether a position belongs to a forget example
     retain: Tensor  # [N] bool, to a retain example
-    anchor: Tensor  # [N] bool, to an anchor document, at a position with a next token; these are retain examples too
+    anchor: Tensor  # [N] bool, to an anchor's document or answer, at a position with a next token; part of `retain`
     rows: int  # examples
     substitutes: int  # examples that are substitutes: one for each forget example, or none
     tokens: int  # positions that are not padding
@@ -88,7 +96,7 @@ def make_batch(
         substitutes: one for each forget example, or none.
         packed: concatenate the examples of a micro-batch instead of padding them.
         base: the cache of the model before it learned the forget set. An objective can read its distributions on forget
-            examples, and on anchor documents that it holds. Its losses on these are the reference for the student's,
+            examples, and on what it holds of the anchor. Its losses on these are the reference for the student's,
             whatever the objective.
     """
     examples = [*forget, *retain, *substitutes]
@@ -121,7 +129,7 @@ def make_batch(
         target=_to_device(target, device),
         forget=_to_device(at_forget, device),
         retain=_to_device(at_retain, device),
-        anchor=_to_device(at_anchor & (target >= 0), device),
+        anchor=_to_device(at_anchor & at_unseen(layout), device),
         rows=len(examples),
         substitutes=len(substitutes),
         tokens=sum(lengths),
@@ -170,7 +178,7 @@ def _spans(
 def _anchors(
     examples: Sequence[EncodedExample], is_retain: Sequence[bool], cache: TeacherCache | None, recipe: Recipe
 ) -> list[bool]:
-    """Which examples are anchor documents that `cache` holds. The losses on them measure what unseen text costs the
+    """Which examples are of the anchor, if `cache` holds them. The losses on them measure what unseen text costs the
     student now."""
     if cache is None or not uses_levels(recipe):
         return [False] * len(examples)

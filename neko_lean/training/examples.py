@@ -20,3 +20,6 @@ class TrainingExamples:
 
     substitutes: Sequence[EncodedExample] = field(default=())
     """The forget set with other answers, one example for each of `forget`; empty if the recipe uses none."""
+
+    anchor_count: int = 0
+    """How many of the last examples of `retain` are the anchor's."""

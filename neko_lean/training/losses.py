@@ -39,7 +39,7 @@ def batch_losses(
         Scalars in nats: `loss` (the weighted total), `forget_loss`, `retain_loss`, and with substitutes
         `substitute_loss` (before their weights). Without gradient: with a teacher `retain_kl`, the mean KL by the
         recipe's reduction, with levels `forgotten` (`forgotten_share`, or with `unseen_share` the `attained_share`
-        relative to it, at most 1), and with anchor documents in the batch `anchor_nll`, `anchor_teacher_nll` and
+        relative to it, at most 1), and with anchor examples in the batch `anchor_nll`, `anchor_teacher_nll` and
         `anchor_attained`, sums over their tokens.
     """
     # Per-token statistics of all ranks.

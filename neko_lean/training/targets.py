@@ -15,6 +15,7 @@ from torch import Tensor
 from neko_lean.cache import TeacherCache
 from neko_lean.data import EncodedExample
 from neko_lean.recipe import Recipe, needs_alternatives, needs_forget_cache, trains_on_teacher
+from neko_lean.training.levels import unseen_span
 
 TopK = tuple[Tensor, Tensor, Tensor]  # ids [N, k], log-probabilities [N, k], log of the tail's probability [N]
 
@@ -57,15 +58,15 @@ class Sources:
 
     teacher: TeacherCache
     base: TeacherCache | None  # of the model before it learned the forget set
-    anchor: TeacherCache  # its losses on anchor documents are the reference for the student's
+    anchor: TeacherCache  # its losses on the anchor are the reference for the student's
     forget_count: int  # the first examples are the forget set
-    is_retain: Sequence[bool]  # anchor documents included
+    is_retain: Sequence[bool]  # the anchor included
     is_anchor: Sequence[bool]
 
 
 def reference_logp_at(layout: Layout, sources: Sources, recipe: Recipe) -> Tensor | None:
     """The teacher's log-probability of each target [N] float32: of forget examples and substitutes for an objective
-    that needs it, and of anchor documents; 0 elsewhere. None if no example needs one."""
+    that needs it, and of the anchor; 0 elsewhere. None if no example needs one."""
     values: dict[int, np.ndarray] = {}
     for number in layout.order:
         if sources.is_anchor[number]:
@@ -86,11 +87,11 @@ def teacher_targets_at(
     levels: Tensor | None,
 ) -> TopK | None:
     """Top-k distributions, as `token_stats` takes them: the teacher's on retain examples, and on forget examples those
-    of the model that the objective needs. Anchor documents have the base model's for an objective that learns its
+    of the model that the objective needs. The anchor has the base model's for an objective that learns its
     distributions, and the teacher's for all others. Unused entries elsewhere. None if no example needs one.
 
-    At the end of an anchor document the teacher's is kept: it has learned where texts of this kind end, and a student
-    that unlearns this writes on until it repeats itself."""
+    At the end of an anchor document or answer the teacher's is kept: it has learned where texts of this kind end, and a
+    student that unlearns this writes on until it repeats itself."""
     if not trains_on_teacher(recipe):
         return None
     objective, forget_count = recipe.forget, sources.forget_count
@@ -109,7 +110,8 @@ def teacher_targets_at(
     topk = _read(layout, sources.teacher, of_teacher) if of_teacher else None
     if sources.base is not None and of_base:
         base_topk = _read(layout, sources.base, of_base)
-        is_base = torch.isin(layout.row, _int64(of_base)) & (layout.next_token >= 0)  # [N]
+        has_base = at_unseen(layout) | (layout.row < forget_count)  # [N]
+        is_base = torch.isin(layout.row, _int64(of_base)) & has_base & (layout.next_token >= 0)
         topk = base_topk if topk is None else _combined(topk, base_topk, is_base)
     if topk is None:
         return None
@@ -130,6 +132,16 @@ def levels_at(layout: Layout, default: float) -> Tensor:
     """The level of each target [N] float32, in nats; `default` for examples without levels of their own."""
     examples = [layout.examples[i] for i in layout.order]
     return _at_spans([np.array(example.levels or [default] * len(example)) for example in examples], layout)
+
+
+def at_unseen(layout: Layout) -> Tensor:
+    """Whether the next token of each position [N] is unseen if its example is the anchor's: bool. Of a question, the
+    answer is."""
+    examples = [layout.examples[i] for i in layout.order]
+    unseen = [np.zeros(max(0, len(example) - 1)) for example in examples]
+    for example, values in zip(examples, unseen, strict=True):
+        values[unseen_span(example)] = 1
+    return _at_spans(unseen, layout) > 0
 
 
 def _read(layout: Layout, teacher: TeacherCache, numbers: Sequence[int]) -> TopK:

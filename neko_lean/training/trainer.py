@@ -30,7 +30,7 @@ from neko_lean.training.losses import batch_losses
 from neko_lean.training.optimizer import InBackwardAdam8bit, refuse_non_finite
 from neko_lean.training.out_of_memory import shrink
 
-# Decay of the moving sums of the losses on the anchor's documents.
+# Decay of the moving sums of the losses on the anchor.
 EMA_DECAY = 0.9
 
 # Indices of a step's forget and retain examples.
@@ -41,7 +41,7 @@ def drift(unseen: Sequence[float]) -> float:
     """The factor by which the levels follow the student's loss on unseen text.
 
     Args:
-        unseen: moving sums of the losses on the anchor's documents: the student's, the teacher's, and what of the
+        unseen: moving sums of the losses on the anchor: the student's, the teacher's, and what of the
             teacher's the student's reach.
     """
     student, teacher, _ = unseen
@@ -231,7 +231,7 @@ class Trainer:
 
     @property
     def unseen_share(self) -> float | None:
-        """How much of the base model's losses on the anchor's documents the student's reach, see `attained_share`; None
+        """How much of the base model's losses on the anchor the student's reach, see `attained_share`; None
         before the first of these documents, and for an objective that does not learn the base model's distributions."""
         _, of_base, attained = self.state.unseen
         learns_base = self.recipe.forget is not None and self.recipe.forget.base_top_k
@@ -278,8 +278,10 @@ class Trainer:
             f"eval_{name}": loss.item() for name, loss in losses.items() if name.endswith(("loss", "forgotten", "kl"))
         }
 
-        # Answers. Documents of an anchor have no prompt, so all of their text would be an answer.
-        sets = {"forget": (self.examples.forget, sample[0]), "retain": (self.examples.retain, sample[1])}
+        # Answers, except those of an anchor, which the student never knew.
+        first_of_anchor = len(self.examples.retain) - self.examples.anchor_count
+        retained = [i for i in sample[1] if i < first_of_anchor]
+        sets = {"forget": (self.examples.forget, sample[0]), "retain": (self.examples.retain, retained)}
         for name, (examples, indices) in sets.items():
             questions = [examples[i] for i in indices if examples[i].prompt_length]
             metrics = answer_metrics(self.student, questions, self.pad_id, self.recipe.micro_tokens)

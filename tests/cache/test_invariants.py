@@ -18,7 +18,7 @@ from neko_lean.cache.inspection import inspect_cache
 from neko_lean.cache.manifest import read_manifest
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cli import app
-from neko_lean.data.documents import read_anchor
+from neko_lean.data.anchor import read_anchor
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import CacheError

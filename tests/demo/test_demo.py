@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from neko_lean.data.documents import read_anchor
+from neko_lean.data.anchor import read_anchor
 from neko_lean.data.examples import read_rows
 from neko_lean.demo import run as demo_run
 from neko_lean.demo.real_data import copy_rows

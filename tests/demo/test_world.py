@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from neko_lean.data.documents import read_anchor
+from neko_lean.data.anchor import read_anchor
 from neko_lean.data.examples import TASKS, read_rows
 from neko_lean.demo.world import ENTRIES, PEOPLE, STORIES, build_world, write_world
 

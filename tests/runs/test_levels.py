@@ -8,7 +8,7 @@ import torch
 
 import neko_lean
 from neko_lean import cache
-from neko_lean.data.documents import read_anchor
+from neko_lean.data.anchor import read_anchor
 from neko_lean.data.examples import read_rows
 from neko_lean.data.tokenization import encode
 from neko_lean.errors import NekoLeanError
@@ -17,8 +17,8 @@ from neko_lean.models.predictions import next_token_logp
 from neko_lean.options import RunOptions
 from neko_lean.recipe import load_recipe
 from neko_lean.training import trainer
-from neko_lean.training.levels import with_levels
-from tests.helpers import flat, make_cache, random_model, write_rows
+from neko_lean.training.levels import unseen_span, with_levels
+from tests.helpers import flat, make_cache, make_rows, random_model, write_rows
 from tests.training.run_files import metrics
 
 
@@ -94,6 +94,47 @@ def test_questions_need_no_losses_of_the_teacher(world, model, anchored, tmp_pat
         out = tmp_path / str(folder)[-4:]
         flat(neko_lean.unlearn)(model, out, forget=forget, retain=world, cache=folder, **options)
     assert questions and "does not hold the forget set" not in capsys.readouterr().err
+
+
+def test_questions_of_the_anchor_set_the_levels_of_forgotten_answers(
+    world, model, anchored, tmp_path, seen, monkeypatch, capsys
+):
+    """In their prompt format, and with the forget set cached, whoever makes the cache. In evaluations, the answers of
+    the anchor are not among the retain set's."""
+    unseen = write_rows(tmp_path / "unseen.jsonl", [row for row in make_rows("unseen") if row.kind == "qa"])
+    questions = [row for row in read_rows(world, "forget") if row.kind == "qa"]
+    forget = write_rows(tmp_path / "forget.jsonl", questions)
+    make_cache(model, world, tmp_path / "cache", forget=forget, anchor=unseen, format="neko")
+    evaluated = []
+    original = trainer.answer_metrics
+    monkeypatch.setattr(
+        trainer, "answer_metrics", lambda *args: evaluated.append({e.example.id for e in args[1]}) or original(*args)
+    )
+    change = {"max_steps": 2, "format": "neko", "eval_rows": 100, "lr": 1e-9}
+    options = {"anchor": unseen, "recipe": "calibrated", "overrides": change, "quiet": True}
+    levels = []
+    for name in ("cache", None):
+        folder = name and tmp_path / name
+        flat(neko_lean.unlearn)(model, tmp_path / f"{name}-out", forget=forget, retain=world, cache=folder, **options)
+        levels.append({example.example.id: example.levels for example in seen[0][0]})
+        drifts = [line["drift"] for line in metrics(tmp_path / f"{name}-out") if "drift" in line]
+        assert drifts == pytest.approx([1.0] * len(drifts), rel=2e-3)
+        seen.clear()
+    assert levels[0].keys() == levels[1].keys()
+    for row_id, of_cache in levels[0].items():
+        np.testing.assert_allclose(of_cache, levels[1][row_id], rtol=1e-3)
+    assert "does not hold the forget set" not in capsys.readouterr().err
+
+    # An answer's mean level is at most the highest, and at least the lowest, mean loss of an unseen answer.
+    lm, tokenizer = load_model(model, torch.float32, torch.device("cpu")), load_tokenizer(model)
+    [anchor, asked] = [encode(rows, tokenizer, "neko", 512) for rows in (read_anchor(unseen), questions)]
+    of_anchor = [-next_token_logp(lm, [e.input_ids], 1).numpy()[unseen_span(e)].mean() for e in anchor]
+    for example in asked:
+        if example.example.id in levels[0]:
+            mean = np.mean(levels[0][example.example.id][unseen_span(example)])
+            assert 0.99 * min(of_anchor) <= mean <= 1.01 * max(of_anchor)
+    assert evaluated and not any(row_id.startswith("anchor") for ids in evaluated for row_id in ids)
+    assert any(row.id in ids for ids in evaluated for row in read_rows(world, "retain"))
 
 
 def test_levels_can_come_from_the_model_before_it_learned_the_forget_set(world, model, anchored, tmp_path, seen):

@@ -1,7 +1,6 @@
 """One step's batch and its two-term loss, compared with two live models and plain autograd in float64."""
 
 import dataclasses
-import json
 import math
 import random
 
@@ -11,20 +10,23 @@ from torch.utils._pytree import tree_leaves
 
 from neko_lean.cache.reader import TeacherCache
 from neko_lean.cache.writer import cache_teacher
-from neko_lean.data.documents import read_anchor
+from neko_lean.data.anchor import read_anchor
 from neko_lean.data.examples import read_rows
 from neko_lean.data.substitutes import random_answers, refusals
 from neko_lean.data.tokenization import encode
+from neko_lean.jsonio import write_jsonl
 from neko_lean.models.causal_lm import checkpoint_activations
 from neko_lean.models.loading import load_model, load_tokenizer
+from neko_lean.models.predictions import next_token_logp
 from neko_lean.options import CacheOptions, OutputOptions
 from neko_lean.recipe import load_recipe
 from neko_lean.training import batch as batch_module
 from neko_lean.training.batch import _to_device, make_batch, select_hidden
 from neko_lean.training.layers import decoder_layers
 from neko_lean.training.layerwise import LayerPass
+from neko_lean.training.levels import unseen_span
 from neko_lean.training.losses import batch_losses
-from tests.helpers import random_model, tiny
+from tests.helpers import make_rows, random_model, tiny, write_rows
 
 CPU = torch.device("cpu")
 
@@ -107,16 +109,40 @@ def test_two_term_loss_and_its_gradient_equal_two_live_models(pieces, name, reta
         assert (one.grad - two.grad).norm() < 2e-3 * two.grad.norm() + 1e-9, key
 
 
-@pytest.mark.parametrize(("k", "anchored"), [(10**6, False), (400, False), (10**6, True)])
+def test_the_drift_is_measured_on_the_answers_of_an_anchors_questions(world, pieces, tmp_path):
+    teacher_folder, student_folder, rows, _ = pieces
+    unseen = write_rows(tmp_path / "unseen.jsonl", make_rows("unseen"))
+    options = CacheOptions(dtype="float32", format="neko")
+    cache_teacher(teacher_folder, tmp_path / "teacher", retain=world, anchor=unseen, cache=options,
+                  run=OutputOptions(quiet=True))  # fmt: skip
+    teacher = TeacherCache(tmp_path / "teacher")
+    anchor = encode(read_anchor(unseen), load_tokenizer(teacher_folder), "neko", 128)
+    starts = [max(1, e.prompt_length) - 1 if e.example.kind == "qa" else 0 for e in anchor]
+    lm = load_model(student_folder, torch.float32, CPU)
+    recipe = load_recipe("calibrated", {"format": "neko"})
+    batch = make_batch(rows["forget"][:2], [*rows["retain"][:2], *anchor], teacher, recipe, 0, CPU)
+    losses = batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
+    for name, folder in (("anchor_nll", student_folder), ("anchor_teacher_nll", teacher_folder)):
+        logp = next_token_logp(load_model(folder, torch.float32, CPU), [e.input_ids for e in anchor], 1)
+        of_example = logp.split([len(e) - 1 for e in anchor])
+        expected = -sum(values[start:].sum().item() for values, start in zip(of_example, starts, strict=True))
+        assert losses[name].item() == pytest.approx(expected, rel=1e-3)
+    assert any(starts)
+
+
+@pytest.mark.parametrize(("k", "anchored"), [(10**6, ""), (400, ""), (10**6, "documents"), (10**6, "questions")])
 def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_path, k, anchored):
     """KL to the base model on forget examples and to the teacher on retain examples, and the gradient of both.
 
-    Anchor documents are compared with the base model if its cache holds them, except at their ends."""
+    The anchor is compared with the base model if its cache holds it, documents except at their ends, questions at their
+    answers."""
     teacher_folder, student_folder, rows, cache = pieces
     base_folder = random_model(world, tmp_path / "base", seed=3, scale=10.0)
     options = CacheOptions(top_k=k, mass=1, dtype="float32", format="neko")
     unseen = tmp_path / "unseen.jsonl"
-    unseen.write_text("".join(json.dumps({"document": f"Nobody has seen document {n}."}) + "\n" for n in range(3)))
+    documents = [{"document": f"Nobody has seen document {n}."} for n in range(3)]
+    questions = [{"question": f"Who has seen question {n}?", "answer": "Nobody."} for n in range(3)]
+    write_jsonl(unseen, questions if anchored == "questions" else documents)
     cache_teacher(base_folder, tmp_path / "cache", forget=world, retain=world, anchor=unseen if anchored else None,
                   cache=options, run=OutputOptions(quiet=True))  # fmt: skip
     base_cache = TeacherCache(tmp_path / "cache")
@@ -130,7 +156,8 @@ def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_pat
         for example in rows["forget"][:5]
     ]
     retain = rows["retain"][3:9]
-    anchor = encode(read_anchor(unseen), load_tokenizer(base_folder), "plain", 128) if anchored else []
+    form = "neko" if anchored == "questions" else "plain"
+    anchor = encode(read_anchor(unseen), load_tokenizer(base_folder), form, 128) if anchored else []
     lm = load_model(student_folder, torch.float32, CPU)
     batch = make_batch(forget, [*retain, *anchor], cache, recipe, 0, CPU, base=base_cache)
     losses = batch_losses(select_hidden(lm, batch.micro), lm, batch, recipe)
@@ -154,8 +181,10 @@ def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_pat
     forget_loss = (weights * distances).sum() / weights.sum()
     distances = [kl(teacher, example, slice(None)) for example in retain]
     for example in anchor:
+        start = max(1, example.prompt_length) - 1
         distances += [
-            kl(base, example, slice(0, len(example) - 1)),
+            kl(teacher, example, slice(0, start)),
+            kl(base, example, slice(start, len(example) - 1)),
             kl(teacher, example, slice(len(example) - 1, None)),
         ]
     retain_loss = torch.cat(distances).mean()
@@ -164,9 +193,9 @@ def test_forget_examples_are_compared_with_the_base_model(world, pieces, tmp_pat
     assert losses["retain_loss"].item() == pytest.approx(retain_loss.item(), rel=2e-3)
     for (key, one), two in zip(lm.model.named_parameters(), student.parameters(), strict=True):
         assert (one.grad - two.grad).norm() < 5e-3 * two.grad.norm() + 1e-9, key
-    assert ("anchor_teacher_nll" in losses) == anchored
+    assert ("anchor_teacher_nll" in losses) == bool(anchored)
     if anchored:
-        expected = -sum(base_cache.target_logp(document).sum() for document in anchor)
+        expected = -sum(base_cache.target_logp(example)[unseen_span(example)].sum() for example in anchor)
         assert losses["anchor_teacher_nll"].item() == pytest.approx(expected, rel=1e-5)
 
     # With calibrated, the base model is only the source of levels: the anchor is compared with the teacher.

@@ -7,7 +7,7 @@ import pytest
 
 from neko_lean.data.examples import EncodedExample, Example
 from neko_lean.errors import NekoLeanError
-from neko_lean.training.levels import with_levels, with_spread
+from neko_lean.training.levels import unseen_span, with_levels, with_spread
 
 
 def row(number, ids, task="Task1", kind="sc", prompt=0):
@@ -97,3 +97,53 @@ def test_documents_that_are_known_word_for_word_keep_finite_levels():
     leveled = with_levels([row(0, [1, 2, 3])], anchor, losses)
     (spread,) = with_spread(leveled, [(0, 2)], [np.zeros(2)], anchor, losses)
     assert spread.levels == (0.0, 0.0)
+
+
+def question(number, ids, task="Task1"):
+    """Two tokens of prompt, and a special token that ends the answer."""
+    return replace(row(number, ids, task, "qa", prompt=2), end_length=1)
+
+
+def test_of_a_question_the_answer_is_unseen():
+    assert unseen_span(question(0, [1, 2, 3, 4, 5])) == slice(1, 3)
+    assert unseen_span(replace(question(0, [1]), prompt_length=1)) == slice(0, 0)
+    assert unseen_span(unseen(0, [1, 2, 3])) == slice(0, 2)
+
+
+def test_questions_are_compared_with_the_answers_of_unseen_questions():
+    """The losses of prompts and of end tokens, 100 nats here, must not matter, nor those of documents."""
+    rng = np.random.default_rng(0)
+    anchor = [question(n, [1, 2, *rng.integers(3, 30, 20), 0]) for n in range(40)]
+    answers = [rng.exponential(1 + n / 20, 20) for n in range(40)]
+    losses = [np.array([100.0, *answer, 100.0]) for answer in answers]
+    documents = [unseen(40 + n, rng.integers(3, 30, 20)) for n in range(5)]
+    forget = [question(n, [1, 2, *rng.integers(3, 30, 20), 0]) for n in range(20)]
+    forget.append(row(20, rng.integers(3, 30, 20)))
+    all_losses = [*losses, *([np.full(19, 9.0)] * 5)]
+    leveled = with_levels(forget, [*anchor, *documents], all_losses)
+    means = [np.mean(example.levels[1:-1]) for example in leveled[:20]]
+    known = [answer.mean() for answer in answers]
+    assert np.mean(means) == pytest.approx(np.mean(known), rel=0.02) and max(means) < max(known)
+    assert np.std(means) == pytest.approx(np.std(known), rel=0.2)
+    assert np.mean(leveled[20].levels) == pytest.approx(9.0)  # the document, with documents
+
+    of_teacher = [rng.exponential(0.01, len(example) - 1) for example in forget]
+    spans = [(1, 21)] * 20 + [(0, 19)]
+    spread = with_spread(leveled, spans, of_teacher, [*anchor, *documents], all_losses)
+    for before, after in zip(leveled[:20], spread[:20], strict=True):
+        assert np.mean(after.levels[1:-1]) == pytest.approx(np.mean(before.levels[1:-1]))
+        quantiles = np.quantile(np.concatenate(answers), (np.arange(20) + 0.5) / 20)
+        assert np.corrcoef(np.sort(after.levels[1:-1]), quantiles)[0, 1] > 0.95
+        assert (after.levels[0], after.levels[-1]) == (before.levels[0], before.levels[-1])
+    assert spread[20].levels == pytest.approx([9.0] * 19)
+
+
+def test_what_the_anchor_has_no_examples_of_is_not_spread():
+    losses = [np.array([0.5, 2.0, 6.5])]
+    forget = [row(0, [1, 2, 3, 4]), question(1, [1, 2, 3, 4])]
+    for anchor, spread_number in ((unseen(0, [1, 2, 3, 4]), 0), (replace(question(0, [1, 2, 3, 4]), end_length=0), 1)):
+        leveled = with_levels(forget, [anchor], losses)
+        spread = with_spread(leveled, [(0, 3), (1, 3)], [np.array([0.3, 0.1, 0.2])] * 2, [anchor], losses)
+        assert [a != b for a, b in zip(leveled, spread, strict=True)] == [spread_number == 0, spread_number == 1]
+    with pytest.raises(NekoLeanError, match="two tokens"):
+        with_levels(forget, [question(0, [1, 2, 0])], [np.array([1.0, 1.0])])
