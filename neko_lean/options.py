@@ -42,7 +42,7 @@ def option(default: Any, help: str, panel: str = OTHER, **typer: Any) -> Any:
 
 COLUMNS_HELP = "Columns of the data, if their names are not recognised: prompt=q,answer=a,group=topic."
 SPLIT_HELP = "In a folder, read forget_SPLIT.* and retain_SPLIT.*, or a split of TOFU, such as forget10."
-OVERLAP_HELP = "Leave out what is also in the forget set, instead of refusing it."
+OVERLAP_HELP = "Leave out rows that are also in another set, instead of refusing them."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -112,7 +112,8 @@ class CacheOptions:
         system: system message of a chat template.
         split: in a folder, read `retain_<split>.*` and `forget_<split>.*`.
         columns: which columns of the data hold what, such as "prompt=q,answer=a"; see `parse_columns`.
-        drop_overlap: leave out retain and anchor rows that are also in the forget set.
+        drop_overlap: leave out retain and anchor rows that are also in the forget set, and anchor rows that are also
+            in the retain set.
         self_generated: instead of a retain set, number of rows that the teacher writes itself.
         seed: random seed of the rows that the teacher writes.
         shots: for a base cache: number of similar retain examples that the teacher reads before each forget question,

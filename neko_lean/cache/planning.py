@@ -64,7 +64,8 @@ def read_cache_data(
 ) -> CacheData:
     """Read the data sets that `cache_teacher` is given.
 
-    Raises NekoLeanError for bad data, and for retain or anchor rows that are also in the forget set.
+    Raises NekoLeanError for bad data, for retain or anchor rows that are also in the forget set, and for anchor rows
+    that are also in the retain set.
     """
     read = partial(read_rows, split=options.split, columns=options.columns)
     refuse_unused_split(options.split, retain, forget)
@@ -73,12 +74,14 @@ def read_cache_data(
         anchor=read_anchor(anchor, options.columns) if anchor is not None else [],
         forget=read(forget, "forget") if forget is not None else [],
     )
-    if options.drop_overlap and forget is None:
-        raise NekoLeanError("--drop-overlap has no effect without --forget; pass the forget set or remove it.")
+    if options.drop_overlap and forget is None and anchor is None:
+        raise NekoLeanError("--drop-overlap has no effect without --forget or --anchor; pass one of them or remove it.")
+    drop = options.drop_overlap
+    anchor = without_overlap(data.retain, data.anchor, "anchor", drop, known_name="retain")
     return replace(
         data,
-        retain=without_overlap(data.forget, data.retain, "retain", drop=options.drop_overlap),
-        anchor=without_overlap(data.forget, data.anchor, "anchor", drop=options.drop_overlap),
+        retain=without_overlap(data.forget, data.retain, "retain", drop),
+        anchor=without_overlap(data.forget, anchor, "anchor", drop),
     )
 
 

@@ -1,4 +1,4 @@
-"""Find texts of the forget set in other sets: the same text cannot be forgotten and preserved."""
+"""Find texts of one set in another: the same text cannot be forgotten and preserved, nor seen and unseen."""
 
 from __future__ import annotations
 
@@ -22,6 +22,12 @@ _GROUP = 2**20  # characters that are hashed at a time
 _BASE = 0x9E3779B97F4A7C15
 
 _MAX_NAMED = 3  # row ids that an error names
+
+# What is wrong with a text that is also in one of these sets.
+_REASONS = {
+    "forget": "so their text would be forgotten and preserved at the same time",
+    "retain": "so the model has seen them",
+}
 
 
 def overlapping(forget: Iterable[str], others: Sequence[str]) -> list[int]:
@@ -48,19 +54,22 @@ def overlapping(forget: Iterable[str], others: Sequence[str]) -> list[int]:
     return sorted(found)
 
 
-def without_overlap(forget: Sequence[Example], others: list[Example], name: str, drop: bool) -> list[Example]:
-    """The examples of `others` that are not in the forget set.
+def without_overlap(
+    known: Sequence[Example], others: list[Example], name: str, drop: bool, known_name: str = "forget"
+) -> list[Example]:
+    """The examples of `others` that are not in another set.
 
     Args:
-        forget: The forget set.
+        known: The forget set; for an anchor, also the retain set.
         others: The retain set or the anchor.
         name: What to call `others` in a message, such as "retain".
         drop: Leave the common examples out of `others`, instead of raising an error.
+        known_name: "forget" or "retain".
 
     Raises:
         NekoLeanError: If the sets overlap and `drop` is off, or nothing is left.
     """
-    common = overlapping([example.text for example in forget], [example.text for example in others])
+    common = overlapping([example.text for example in known], [example.text for example in others])
     if not common:
         return others
     count = f"{len(common)} of {len(others)} {name} rows"
@@ -68,12 +77,12 @@ def without_overlap(forget: Sequence[Example], others: list[Example], name: str,
         ids = ", ".join(repr(others[index].id) for index in common[:_MAX_NAMED])
         more = ", ..." if len(common) > _MAX_NAMED else ""
         raise NekoLeanError(
-            f"{count} are also in the forget set (row {ids}{more}), so their text would be forgotten and preserved at "
-            f"the same time: remove them from one of the files, or pass --drop-overlap to leave them out of {name}."
+            f"{count} are also in the {known_name} set (row {ids}{more}), {_REASONS[known_name]}: remove them from one "
+            f"of the files, or pass --drop-overlap to leave them out of {name}."
         )
     if len(common) == len(others):
-        raise NekoLeanError(f"all {len(others)} {name} rows are also in the forget set; expected other rows.")
-    log_line(f"warning: {count} are left out, because they are also in the forget set.")
+        raise NekoLeanError(f"all {len(others)} {name} rows are also in the {known_name} set; expected other rows.")
+    log_line(f"warning: {count} are left out, because they are also in the {known_name} set.")
     dropped = set(common)
     kept = [example for index, example in enumerate(others) if index not in dropped]
     return Rows(kept, others.layout) if isinstance(others, Rows) else kept

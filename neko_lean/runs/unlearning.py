@@ -248,7 +248,8 @@ def _read_data(
         descriptions["retain"] = describe_rows(rows, "retain")
         retain_rows = without_overlap(forget_rows, rows, "retain", drop=run.drop_overlap)
     anchor_rows = [] if anchor is None else read_anchor(anchor, run.columns)
-    anchor_rows = without_overlap(forget_rows, anchor_rows, "anchor", drop=run.drop_overlap)
+    anchor_rows = without_overlap(retain_rows or [], anchor_rows, "anchor", run.drop_overlap, known_name="retain")
+    anchor_rows = without_overlap(forget_rows, anchor_rows, "anchor", run.drop_overlap)
     return _Data(forget_rows, retain_rows, anchor_rows, descriptions)
 
 

@@ -6,10 +6,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+import neko_lean
 from neko_lean.data.example_types import Example
+from neko_lean.data.examples import read_rows
 from neko_lean.data.overlap import _by_rarest_window, _key, _window_hashes, overlapping, without_overlap
 from neko_lean.errors import NekoLeanError
-from tests.helpers import make_rows
+from tests.helpers import flat, make_cache, make_rows, write_rows
 
 SENTENCE = "Mira Tern was born in Bergen in 1981 and sings the alto part."
 WORDS = st.lists(st.sampled_from(["ab", "Cd", "é", "e\u0301", "ﬁ", "12", "鷹", "…"]), max_size=30).map(" ".join)
@@ -82,6 +84,22 @@ def test_an_error_with_the_count_or_the_rest(capsys):
     assert without_overlap(forget, retain, "retain", drop=False) == retain
     with pytest.raises(NekoLeanError, match="all 4 retain rows"):
         without_overlap(forget, mixed[12:], "retain", drop=True)
+
+
+def test_an_anchor_of_texts_that_the_model_has_seen_is_refused(world, model, tmp_path):
+    """By both commands, whether a cache exists or not; `--drop-overlap` leaves the common rows out."""
+    rows = [*make_rows("unseen"), *read_rows(world, "retain")[:2]]
+    rows = [Example(f"{n}sc1", row.input, row.output, row.task) for n, row in enumerate(rows)]
+    anchor = write_rows(tmp_path / "anchor.jsonl", rows)
+    make_cache(model, world, tmp_path / "cache", forget=world)
+    options = {"forget": world, "retain": world, "anchor": anchor, "quiet": True}
+    for folder in (None, tmp_path / "cache"):
+        with pytest.raises(NekoLeanError, match=r"2 of \d+ anchor rows are also in the retain set \(row 'anchor 25'"):
+            flat(neko_lean.unlearn)(model, tmp_path / "out", cache=folder, recipe="calibrated", **options)
+    with pytest.raises(NekoLeanError, match="so the model has seen them"):
+        make_cache(model, world, tmp_path / "anchored", anchor=anchor)
+    manifest = make_cache(model, world, tmp_path / "anchored", anchor=anchor, drop_overlap=True)
+    assert manifest.rows == len(read_rows(world, "retain")) + len(make_rows("unseen"))
 
 
 def test_texts_with_the_same_system_message_are_searched_for_by_what_sets_them_apart():
