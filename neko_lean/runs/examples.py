@@ -67,7 +67,7 @@ def prepare_examples(
         forget: the examples to forget.
         retain: the examples to preserve, or None if the model has yet to write them. The recipe's substitutes are then
             left out, if they are taken from them.
-        anchor: what the model never saw, as `read_anchor` returns them.
+        anchor: what the model never saw, as `read_anchor` returns it.
         recipe: decides the prompt format, the substitutes, and whether the retain set is used.
         tokenizer: the model's.
         max_length: tokens that an example is truncated to.
