@@ -185,7 +185,6 @@ def make_model(
 ) -> None:
     """Train the target, the gold model, or what a recipe makes of the target; with `+base`, its levels are the base
     model's losses."""
-    run = RunOptions(seed=seed, quiet=True, device=device)
     values = {"dtype": dtype, "backward": "plain"}
     run = RunOptions(seed=seed, quiet=True, device=device, split=split_of(data))
     if name in ("target", "gold"):

@@ -75,7 +75,9 @@ def read_cache_data(
         forget=read(forget, "forget") if forget is not None else [],
     )
     if options.drop_overlap and forget is None and anchor is None:
-        raise NekoLeanError("--drop-overlap has no effect without --forget or --anchor; pass one of them or remove it.")
+        raise NekoLeanError(
+            "--drop-overlap has no effect without --forget or --anchor; pass one of them, or leave it out."
+        )
     drop = options.drop_overlap
     anchor = without_overlap(data.retain, data.anchor, "anchor", drop, known_name="retain")
     return replace(

@@ -46,9 +46,7 @@ def read_documents(path: RowSource, hint: str) -> list[Document]:
     Raises:
         NekoLeanError: If there is no such file, or if it is empty or invalid. The message names the row and the column.
     """
-    records = read_records(path, hint)
-    column = text_column(records) or _TEXT_COLUMNS[0]
-    return [_document(record, column) for record in records]
+    return to_documents(read_records(path, hint))
 
 
 def read_records(path: RowSource, hint: str) -> list[Record]:
@@ -59,6 +57,12 @@ def read_records(path: RowSource, hint: str) -> list[Record]:
             f"{path if isinstance(path, (str, Path)) else 'the data'} contains no documents; expected at least one."
         )
     return records
+
+
+def to_documents(records: Sequence[Record]) -> list[Document]:
+    """Validate rows and turn them into documents; raises NekoLeanError as `read_documents` does."""
+    column = text_column(records) or _TEXT_COLUMNS[0]
+    return [_document(record, column) for record in records]
 
 
 def text_column(records: Sequence[Record]) -> str | None:

@@ -37,7 +37,7 @@ class PreparedExamples:
     """The examples of an unlearning run, encoded and truncated to `max_length` tokens."""
 
     forget: list[EncodedExample]
-    retain: list[EncodedExample]  # with the anchor; empty if the recipe has no retain objective
+    retain: list[EncodedExample]  # including the anchor; empty if the recipe has no retain objective
     anchor: list[EncodedExample]
     substitutes: list[EncodedExample]  # one for each forget example, or none
     max_length: int  # the recipe's, or the number of positions that the model has

@@ -15,15 +15,7 @@ from neko_lean.distributed import rank, world_size
 from neko_lean.models import CausalLM
 from neko_lean.recipe import Recipe, trains_on_teacher, uses_levels
 from neko_lean.training.micro_batches import MicroBatches, micro_batches, split_across_ranks
-from neko_lean.training.targets import (
-    Layout,
-    Sources,
-    TopK,
-    at_unseen,
-    levels_at,
-    reference_logp_at,
-    teacher_targets_at,
-)
+from neko_lean.training.targets import Layout, Sources, TopK, levels_at, reference_logp_at, teacher_targets_at
 
 
 @dataclass(frozen=True)
@@ -129,7 +121,7 @@ def make_batch(
         target=_to_device(target, device),
         forget=_to_device(at_forget, device),
         retain=_to_device(at_retain, device),
-        anchor=_to_device(at_anchor & at_unseen(layout), device),
+        anchor=_to_device(at_anchor & layout.unseen, device),
         rows=len(examples),
         substitutes=len(substitutes),
         tokens=sum(lengths),

@@ -29,6 +29,7 @@ class Layout:
     groups: Sequence[Sequence[int]]  # examples of each micro-batch
     row: Tensor  # [N] int64, the example of each position
     next_token: Tensor  # [N] int64, the token that follows; -1 at an example's end
+    unseen: Tensor  # [N] bool, whether that token is unseen if the example is the anchor's, see `unseen_span`
 
     @classmethod
     def of(
@@ -40,11 +41,14 @@ class Layout:
         """The layout of these micro-batches."""
         row: list[int] = []
         next_token: list[int] = []
+        unseen: list[bool] = []
         for number in (i for group in groups for i in group):
             start, stop = spans[number]
             row += [number] * max(0, stop - start)
             next_token += [*examples[number].input_ids[1:], -1][start:stop]
-        return cls(examples, spans, groups, _int64(row), _int64(next_token))
+            span = unseen_span(examples[number])
+            unseen += [span.start <= position < span.stop for position in range(start, stop)]
+        return cls(examples, spans, groups, _int64(row), _int64(next_token), torch.tensor(unseen, dtype=torch.bool))
 
     @property
     def order(self) -> list[int]:
@@ -110,7 +114,7 @@ def teacher_targets_at(
     topk = _read(layout, sources.teacher, of_teacher) if of_teacher else None
     if sources.base is not None and of_base:
         base_topk = _read(layout, sources.base, of_base)
-        has_base = at_unseen(layout) | (layout.row < forget_count)  # [N]
+        has_base = layout.unseen | (layout.row < forget_count)  # [N]
         is_base = torch.isin(layout.row, _int64(of_base)) & has_base & (layout.next_token >= 0)
         topk = base_topk if topk is None else _combined(topk, base_topk, is_base)
     if topk is None:
@@ -132,16 +136,6 @@ def levels_at(layout: Layout, default: float) -> Tensor:
     """The level of each target [N] float32, in nats; `default` for examples without levels of their own."""
     examples = [layout.examples[i] for i in layout.order]
     return _at_spans([np.array(example.levels or [default] * len(example)) for example in examples], layout)
-
-
-def at_unseen(layout: Layout) -> Tensor:
-    """Whether the next token of each position [N] is unseen if its example is the anchor's: bool. Of a question, the
-    answer is."""
-    examples = [layout.examples[i] for i in layout.order]
-    unseen = [np.zeros(max(0, len(example) - 1)) for example in examples]
-    for example, values in zip(examples, unseen, strict=True):
-        values[unseen_span(example)] = 1
-    return _at_spans(unseen, layout) > 0
 
 
 def _read(layout: Layout, teacher: TeacherCache, numbers: Sequence[int]) -> TopK:

@@ -231,8 +231,8 @@ class Trainer:
 
     @property
     def unseen_share(self) -> float | None:
-        """How much of the base model's losses on the anchor the student's reach, see `attained_share`; None
-        before the first of these documents, and for an objective that does not learn the base model's distributions."""
+        """How much of the base model's losses on the anchor the student's reach, see `attained_share`; None before the
+        first batch with anchor examples, and for an objective that does not learn the base model's distributions."""
         _, of_base, attained = self.state.unseen
         learns_base = self.recipe.forget is not None and self.recipe.forget.base_top_k
         return attained / of_base if learns_base and attained > 0 else None

@@ -99,8 +99,8 @@ def test_questions_need_no_losses_of_the_teacher(world, model, anchored, tmp_pat
 def test_questions_of_the_anchor_set_the_levels_of_forgotten_answers(
     world, model, anchored, tmp_path, seen, monkeypatch, capsys
 ):
-    """In their prompt format, and with the forget set cached, whoever makes the cache. In evaluations, the answers of
-    the anchor are not among the retain set's."""
+    """The levels are the same whether the cache exists already or the run makes it. Evaluations of the retain set leave
+    the anchor's answers out."""
     unseen = write_rows(tmp_path / "unseen.jsonl", [row for row in make_rows("unseen") if row.kind == "qa"])
     questions = [row for row in read_rows(world, "forget") if row.kind == "qa"]
     forget = write_rows(tmp_path / "forget.jsonl", questions)
