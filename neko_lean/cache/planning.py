@@ -22,6 +22,7 @@ from neko_lean.data import (
     read_rows,
     refusals,
     refuse_unused_split,
+    unseen_anchor,
     without_overlap,
 )
 from neko_lean.errors import NekoLeanError
@@ -79,11 +80,10 @@ def read_cache_data(
             "--drop-overlap has no effect without --forget or --anchor; pass one of them, or leave it out."
         )
     drop = options.drop_overlap
-    anchor = without_overlap(data.retain, data.anchor, "anchor", drop, known_name="retain")
     return replace(
         data,
         retain=without_overlap(data.forget, data.retain, "retain", drop),
-        anchor=without_overlap(data.forget, anchor, "anchor", drop),
+        anchor=unseen_anchor(data.anchor, data.forget, data.retain, drop),
     )
 
 

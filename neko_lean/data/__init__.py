@@ -20,7 +20,7 @@ from neko_lean.data.examples import (
 from neko_lean.data.files import Record, is_file, read_text
 from neko_lean.data.hub import require_hub_package
 from neko_lean.data.jsonl_files import read_jsonl
-from neko_lean.data.overlap import overlapping, without_overlap
+from neko_lean.data.overlap import overlapping, unseen_anchor, without_overlap
 from neko_lean.data.parquet_files import read_parquet
 from neko_lean.data.prompts import PromptFormat, check_format_name, find_format, is_recorded_format
 from neko_lean.data.scripts import fold, words
@@ -86,6 +86,7 @@ __all__ = [
     "require_hub_package",
     "special_tokens",
     "truncation_summary",
+    "unseen_anchor",
     "with_prompt",
     "without_overlap",
     "words",

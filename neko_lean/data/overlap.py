@@ -88,6 +88,14 @@ def without_overlap(
     return Rows(kept, others.layout) if isinstance(others, Rows) else kept
 
 
+def unseen_anchor(
+    anchor: list[Example], forget: Sequence[Example], retain: Sequence[Example], drop: bool
+) -> list[Example]:
+    """The anchor without what the model has seen, see `without_overlap`."""
+    anchor = without_overlap(retain, anchor, "anchor", drop, known_name="retain")
+    return without_overlap(forget, anchor, "anchor", drop)
+
+
 def _key(text: str) -> str:
     """The text in the form in which it is compared: folded, without spaces."""
     return "".join(fold(text).split())

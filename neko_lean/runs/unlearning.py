@@ -18,6 +18,7 @@ from neko_lean.data import (
     read_anchor,
     read_rows,
     refuse_unused_split,
+    unseen_anchor,
     without_overlap,
 )
 from neko_lean.distributed import run_on_main_and_broadcast, with_process_group
@@ -248,8 +249,7 @@ def _read_data(
         descriptions["retain"] = describe_rows(rows, "retain")
         retain_rows = without_overlap(forget_rows, rows, "retain", drop=run.drop_overlap)
     anchor_rows = [] if anchor is None else read_anchor(anchor, run.columns)
-    anchor_rows = without_overlap(retain_rows or [], anchor_rows, "anchor", run.drop_overlap, known_name="retain")
-    anchor_rows = without_overlap(forget_rows, anchor_rows, "anchor", run.drop_overlap)
+    anchor_rows = unseen_anchor(anchor_rows, forget_rows, retain_rows or [], run.drop_overlap)
     return _Data(forget_rows, retain_rows, anchor_rows, descriptions)
 
 
