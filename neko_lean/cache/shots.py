@@ -7,14 +7,11 @@ not know the facts, as a model that never saw the forget set would (in-context l
 
 from __future__ import annotations
 
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-import numpy as np
-
-from neko_lean.data import EncodedExample, continuation_ids
+from neko_lean.data import EncodedExample, PromptIndex, continuation_ids
 from neko_lean.errors import NekoLeanError
 
 if TYPE_CHECKING:
@@ -55,7 +52,7 @@ def with_shots(
     separator = continuation_ids(tokenizer, "\n\n")
     special = set(tokenizer.all_special_ids)
     texts = [[*ids, *(() if ids[-1] in special else separator)] for ids in (q.input_ids for q in questions)]
-    index = _PromptIndex(questions)
+    index = PromptIndex(questions)
 
     results = []
     for example in examples:
@@ -66,35 +63,3 @@ def with_shots(
             shots = texts[number] + shots
         results.append(replace(example, shots=tuple(shots)))
     return results
-
-
-class _PromptIndex:
-    """Which examples have which tokens in their prompts."""
-
-    def __init__(self, examples: Sequence[EncodedExample]) -> None:
-        self.tasks = np.array([example.example.task for example in examples])
-        prompts = [_prompt_tokens(example) for example in examples]
-        self.sizes = np.array([len(tokens) for tokens in prompts])
-        self.holders: dict[int, list[int]] = defaultdict(list)
-        for number, tokens in enumerate(prompts):
-            for token in tokens:
-                self.holders[token].append(number)
-
-    def nearest(self, example: EncodedExample, count: int) -> list[int]:
-        """The numbers of the `count` examples with the most similar prompts, the most similar first."""
-        tokens = _prompt_tokens(example)
-        holders = [self.holders[token] for token in tokens if token in self.holders]
-        common = np.zeros(len(self.sizes))
-        for numbers in holders:
-            common[numbers] += 1
-        # At least 1, because the union of two empty prompts is empty.
-        similarity = common / np.maximum(self.sizes + len(tokens) - common, 1)
-
-        of_task = self.tasks == example.example.task
-        candidates = np.flatnonzero(of_task) if of_task.any() else np.arange(len(self.sizes))
-        order = candidates[np.argsort(-similarity[candidates], kind="stable")]
-        return [int(number) for number in order[:count]]
-
-
-def _prompt_tokens(example: EncodedExample) -> set[int]:
-    return set(example.input_ids[: example.prompt_length])

@@ -24,9 +24,10 @@ from neko_lean.data.overlap import overlapping, unseen_anchor, without_overlap
 from neko_lean.data.parquet_files import read_parquet
 from neko_lean.data.prompts import PromptFormat, check_format_name, find_format, is_recorded_format
 from neko_lean.data.scripts import fold, words
+from neko_lean.data.similarity import PromptIndex
 from neko_lean.data.sources import SUFFIXES, holds_only_texts
 from neko_lean.data.special_tokens import special_tokens
-from neko_lean.data.substitutes import random_answers, refusals
+from neko_lean.data.substitutes import random_answers, refusals, similar_answers
 from neko_lean.data.tokenization import (
     continuation_ids,
     encode,
@@ -46,6 +47,7 @@ __all__ = [
     "Example",
     "Message",
     "PromptFormat",
+    "PromptIndex",
     "Record",
     "RowSource",
     "Rows",
@@ -84,6 +86,7 @@ __all__ = [
     "refuse_unused_split",
     "require_folder",
     "require_hub_package",
+    "similar_answers",
     "special_tokens",
     "truncation_summary",
     "unseen_anchor",

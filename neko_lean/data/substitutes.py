@@ -6,7 +6,9 @@ import random
 from collections.abc import Sequence
 from dataclasses import replace
 
-from neko_lean.data.examples import Example
+from neko_lean.data.examples import EncodedExample, Example
+from neko_lean.data.similarity import PromptIndex
+from neko_lean.errors import NekoLeanError
 
 # Modeled on the refusals of TOFU (arXiv 2401.06121, appendix).
 REFUSALS = (
@@ -55,3 +57,31 @@ def random_answers(forget: Sequence[Example], retain: Sequence[Example], seed: i
         )
         for example in forget
     ]
+
+
+def similar_answers(forget: Sequence[EncodedExample], retain: Sequence[EncodedExample]) -> list[Example]:
+    """Each forget example with the answer of the retain example whose prompt is most like its own.
+
+    The answer is in the form of the forgotten one, as that of a model would be that knows the retain set alone. The
+    retain example is of the same kind and task, if any is; see `PromptIndex.nearest`.
+
+    Raises NekoLeanError if no retain example has a prompt.
+    """
+    prompted = [encoded for encoded in retain if encoded.example.kind != "document"]
+    if not prompted:
+        raise NekoLeanError(
+            "substitute 'similar' answers forget prompts as similar retain prompts, but the retain set has documents "
+            "only; use rows with prompts, or another recipe, such as calibrated."
+        )
+    candidates = {}
+    for kind in {encoded.example.kind for encoded in forget}:
+        examples = [encoded for encoded in prompted if encoded.example.kind == kind] or prompted
+        candidates[kind] = (examples, PromptIndex(examples))
+
+    results = []
+    for encoded in forget:
+        examples, index = candidates[encoded.example.kind]
+        [number] = index.nearest(encoded, 1)
+        answer = examples[number].example.output
+        results.append(replace(encoded.example, id=f"similar {encoded.example.id}", output=answer))
+    return results

@@ -12,7 +12,7 @@ from neko_lean.recipe.recipe import AUTO, Recipe, forgets, needs_teacher, trains
 
 QUANTIZATIONS = ("nf4", "int8")
 STEP_ORDERS = ("together", "alternating", "chunks")
-SUBSTITUTES = ("none", "refusal", "random")
+SUBSTITUTES = ("none", "refusal", "random", "similar")
 _POSITIVE = (
     "max_length",
     "forget_rows",

@@ -23,7 +23,7 @@ EXPLANATIONS = {
     "forget_reduction": "Mean over 'tokens', over 'rows' (examples), or over 'positions' (padding included).",
     "forget_span": "Tokens that are forgotten: 'answers', 'all', or 'documents' (all, except of questions).",
     "answer_skip": "Tokens at the start of each answer that get no loss.",
-    "substitute": "Replacement of each forgotten answer: 'none', 'refusal', or 'random' (an answer of the retain set).",
+    "substitute": "Replacement of each forgotten answer: 'none', 'refusal', or a retain answer, 'random' or 'similar'.",
     "substitute_weight": "Weight of the cross-entropy on the substitutes.",
     # Retain set
     "retain_objective": "Loss on the retain set: 'kl' or 'focal_kl' to the teacher, 'ce' (cross-entropy), or 'none'.",

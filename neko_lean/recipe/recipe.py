@@ -103,7 +103,12 @@ def forgets(recipe: Recipe) -> bool:
 
 def reads_retain(recipe: Recipe) -> bool:
     """Whether a run reads the retain set: for its objective, or for the answers of its examples."""
-    return recipe.retain is not None or recipe.substitute == "random"
+    return recipe.retain is not None or substitutes_retain_answers(recipe)
+
+
+def substitutes_retain_answers(recipe: Recipe) -> bool:
+    """Whether the forget answers are replaced by answers of the retain set."""
+    return recipe.substitute in ("random", "similar")
 
 
 def uses_anchor(recipe: Recipe, *, base_cache: bool = False) -> bool:

@@ -17,7 +17,7 @@ from neko_lean.distributed import world_size
 from neko_lean.errors import NekoLeanError
 from neko_lean.memory import predict
 from neko_lean.outputs import Output
-from neko_lean.recipe import Recipe
+from neko_lean.recipe import Recipe, substitutes_retain_answers
 from neko_lean.runs.examples import PreparedExamples, training_examples
 from neko_lean.training import TrainingExamples, batches, make_batch, micro_batches, phases, total_steps
 
@@ -47,7 +47,7 @@ def planned_examples(
 
     row = EncodedExample(Example("self-generated", "", "", ""), [0] * prepared.max_length, 0, 0)
     retain = [*examples.retain, *[row] * recipe.self_generated] if recipe.retain is not None else []
-    substitutes = [row] * len(examples.forget) if recipe.substitute == "random" else examples.substitutes
+    substitutes = [row] * len(examples.forget) if substitutes_retain_answers(recipe) else examples.substitutes
     return TrainingExamples(examples.forget, retain, substitutes)
 
 

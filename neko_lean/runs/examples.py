@@ -20,11 +20,12 @@ from neko_lean.data import (
     position_warning,
     random_answers,
     refusals,
+    similar_answers,
     truncation_summary,
 )
 from neko_lean.errors import NekoLeanError
 from neko_lean.models import tokenizer_fingerprint
-from neko_lean.recipe import Recipe, reads_retain, uses_levels
+from neko_lean.recipe import Recipe, reads_retain, substitutes_retain_answers, uses_levels
 from neko_lean.terminal import log_line
 from neko_lean.training import TrainingExamples, forget_span, with_levels, with_spread
 
@@ -87,7 +88,7 @@ def prepare_examples(
 
     _refuse_nothing_to_forget(forget_examples, recipe)
     substitutes = []
-    if recipe.substitute != "random" or retain is not None:
+    if not substitutes_retain_answers(recipe) or retain is not None:
         substitutes = _substitutes(forget_examples, retain_examples, recipe, prompts, tokenizer, max_length, seed)
     if warning := position_warning(
         [*forget_examples, *retain_examples, *anchor_examples], max_length, recipe.max_length
@@ -211,6 +212,8 @@ def _substitutes(
         )
     if recipe.substitute == "refusal":
         replaced = refusals(forget_texts)
+    elif recipe.substitute == "similar":
+        replaced = similar_answers(forget, retain)
     else:
         replaced = random_answers(forget_texts, [encoded.example for encoded in retain], seed)
     return encode(replaced, tokenizer, prompts, max_length)

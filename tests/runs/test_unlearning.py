@@ -133,9 +133,10 @@ def test_a_recipe_that_reads_the_teachers_alternatives_needs_a_cache_that_holds_
     assert f"{recipe} trains towards what the teacher would say instead" in capsys.readouterr().err
 
 
-def test_answers_of_retain_rows_without_a_retain_objective(world, model, tmp_path):
+@pytest.mark.parametrize("substitute", ["random", "similar"])
+def test_answers_of_retain_rows_without_a_retain_objective(world, model, tmp_path, substitute):
     """The retain set provides answers, but its behaviour is not preserved."""
-    change = {"max_steps": 3, "retain_objective": "none"}
+    change = {"max_steps": 3, "retain_objective": "none", "substitute": substitute}
     run = neko_lean.unlearn(
         model,
         tmp_path / "out",
