@@ -138,6 +138,12 @@ def self_generated_file(cache: str | Path) -> Path:
     return file
 
 
+def writes_documents(prompts: PromptFormat) -> bool:
+    """Whether a model writes documents in this format, because it applies no chat template; if it does, the model
+    writes requests and answers."""
+    return _user_turn(prompts) is None
+
+
 def _user_turn(prompts: PromptFormat) -> _UserTurn | None:
     """How the format's chat template writes a user's turn, or None if it applies none."""
     rendered = prompts.render(Example("self", _MARKER, "x", "self", kind="qa"))

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import TYPE_CHECKING
 
-from neko_lean.cache import TeacherCache
+from neko_lean.cache import TeacherCache, writes_documents
 from neko_lean.checkpoints import rows_digest
 from neko_lean.data import (
     EncodedExample,
@@ -75,7 +75,8 @@ def prepare_examples(
         seed: for random substitutes.
 
     Raises:
-        NekoLeanError: no forget token would get a loss, or the recipe replaces answers and the forget set has none.
+        NekoLeanError: no forget token would get a loss, or the recipe replaces answers and the forget set has none, or
+            the model has yet to write a retain set with answers that could replace them.
     """
     prompts = find_format(recipe.format, tokenizer, recipe.system)
     encode_set = partial(
@@ -87,6 +88,12 @@ def prepare_examples(
     anchor_examples = encode_anchor(anchor, tokenizer, prompts, max_length)
 
     _refuse_nothing_to_forget(forget_examples, recipe)
+    if retain is None and recipe.substitute == "similar" and writes_documents(prompts):
+        raise NekoLeanError(
+            f"recipe {recipe.name} answers forget prompts as similar retain prompts, but without a chat template the "
+            f"model would write a retain set of documents, which have none; pass --retain, or choose another recipe, "
+            f"such as calibrated."
+        )
     substitutes = []
     if not substitutes_retain_answers(recipe) or retain is not None:
         substitutes = _substitutes(forget_examples, retain_examples, recipe, prompts, tokenizer, max_length, seed)

@@ -148,3 +148,10 @@ def test_answers_of_retain_rows_without_a_retain_objective(world, model, tmp_pat
     )
     assert run["steps"] == 3 and run["retain_rows"] == 0 and run["failure"] is None
     assert all(line["retain_loss"] == 0 and line["substitute_loss"] > 0 for line in metrics(tmp_path / "out"))
+
+
+def test_similar_answers_need_retain_prompts(world, model, tmp_path):
+    """Refused before the model has written anything."""
+    with pytest.raises(NekoLeanError, match="without a chat template the model would write a retain set of documents"):
+        neko_lean.unlearn(model, tmp_path / "out", forget=world, recipe="similar", run=RunOptions(quiet=True))
+    assert list(tmp_path.iterdir()) == []
