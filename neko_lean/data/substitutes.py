@@ -62,8 +62,8 @@ def random_answers(forget: Sequence[Example], retain: Sequence[Example], seed: i
 def similar_answers(forget: Sequence[EncodedExample], retain: Sequence[EncodedExample]) -> list[Example]:
     """Each forget example with the answer of the retain example whose prompt is most like its own.
 
-    The answer is in the form of the forgotten one, as that of a model would be that knows the retain set alone. The
-    retain example is of the same kind and task, if any is; see `PromptIndex.nearest`.
+    The answer has the form of the forgotten one, as that of a model that knows the retain set alone would have. See
+    `PromptIndex.nearest`.
 
     Raises NekoLeanError if no retain example has a prompt.
     """
@@ -73,15 +73,10 @@ def similar_answers(forget: Sequence[EncodedExample], retain: Sequence[EncodedEx
             "substitute 'similar' answers forget prompts as similar retain prompts, but the retain set has documents "
             "only; use rows with prompts, or another recipe, such as calibrated."
         )
-    candidates = {}
-    for kind in {encoded.example.kind for encoded in forget}:
-        examples = [encoded for encoded in prompted if encoded.example.kind == kind] or prompted
-        candidates[kind] = (examples, PromptIndex(examples))
-
+    index = PromptIndex(prompted)
     results = []
     for encoded in forget:
-        examples, index = candidates[encoded.example.kind]
         [number] = index.nearest(encoded, 1)
-        answer = examples[number].example.output
+        answer = prompted[number].example.output
         results.append(replace(encoded.example, id=f"similar {encoded.example.id}", output=answer))
     return results
